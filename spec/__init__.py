@@ -1,0 +1,21 @@
+"""Nemotron 3 in NumPy, as a book: what every layer means. Read the chapters in this order; each uses only earlier ones."""
+
+CHAPTERS = (
+    "config",     # every size has one name
+    "tensors",    # every tensor of a checkpoint
+    "arrays",     # the letters of shapes
+    "numerics",   # where the model rounds
+    "norm",       # two norms
+    "conv",       # a short memory
+    "scan",       # a long memory of fixed size
+    "state",      # all that is remembered
+    "attention",  # an exact memory that grows
+    "moe",        # many small experts
+    "ops",        # the vocabulary
+    "mixers",     # four kinds of layer
+    "model",      # the whole
+    "mtp",        # a glance ahead
+    "sample",     # from numbers to a choice
+    "tokenizer",  # from text to numbers and back
+    "chat",       # from a conversation to text
+)  # fmt: skip

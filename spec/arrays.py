@@ -1,0 +1,50 @@
+"""Chapter 3. Arrays: the letters every shape is written in, and the few reshapes the model needs.
+
+    b  sequences in the batch     l  positions in this call     d  hidden_size      v  vocab_size
+    h  heads                      p  Mamba head_dim             n  ssm_state_size   g  n_groups
+    e  attention head_dim         c  conv channels              t  positions remembered
+
+An activation is `b l d`. A decode step is `l = 1`; a prompt is any `l`, cut into calls as one likes. Rows of a
+batch may be of different lengths: `n[b]` says how many of the `l` positions of each row are real (None: all).
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+Array = np.ndarray
+DTYPES = {
+    "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}  # fmt: skip
+
+
+def widen(a: Array, dtype) -> Array:
+    """`a` in the (wider) dtype of the computation; weights stay in the file's dtype until they are used."""
+    if a.dtype == dtype:
+        return a
+    if a.dtype == DTYPES["BF16"] and dtype == np.float32:  # a bfloat16 is the upper half of a float32
+        return (a.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return a.astype(dtype)
+
+
+def split(x, widths):
+    """Cut the last axis into pieces of these widths."""
+    ends = np.cumsum(widths)
+    return [x[..., end - width : end] for width, end in zip(widths, ends, strict=True)]
+
+
+def heads(x, count: int):
+    """b l (h e) -> b l h e"""
+    return x.reshape(*x.shape[:-1], count, x.shape[-1] // count)
+
+
+def merge(x):
+    """b l h e -> b l (h e)"""
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+
+
+def valid_positions(n, length: int):
+    """[b l] bool: which positions are real. (None when all are.)"""
+    return None if n is None else np.arange(length) < np.asarray(n)[:, None]

@@ -1,0 +1,33 @@
+"""Chapter 6. The causal convolution: each channel mixes its last K values, and then SiLU.
+
+    y[t] = silu(bias + sum_j w[j] x[t - K + 1 + j]),   j = 0 .. K-1;   w[K-1] meets the current token
+
+Before the sequence begins there are zeros. What must be remembered is the last K - 1 rows of x, *before* the
+activation: the `tail`. The channels are x | B | C of the Mamba mixer. docs/model.md, "Mamba-2".
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from spec.arrays import Array
+from spec.numerics import silu
+
+
+def causal_conv(
+    x: Float[Array, "b l c"],
+    weight: Float[Array, "c 1 k"],
+    bias: Float[Array, " c"],
+    tail: Float[Array, "b t c"],
+    n: Int[Array, " b"] | None = None,
+) -> tuple[Float[Array, "b l c"], Float[Array, "b t c"]]:
+    """Returns (y, the tail after the last real position)."""
+    length, remembered = x.shape[1], tail.shape[1]
+    window = np.concatenate([tail.astype(x.dtype, copy=False), x], axis=1)  # b t+l c
+    y = bias + sum(weight[:, 0, j] * window[:, j : j + length] for j in range(remembered + 1))  # b l c
+    if n is None:
+        tail = window[:, length:]
+    else:
+        tail = window[np.arange(len(x))[:, None], np.asarray(n)[:, None] + np.arange(remembered)]
+    return silu(y.astype(x.dtype, copy=False)), tail  # b l c   b t c

@@ -1,0 +1,77 @@
+"""Chapter 13. The model: a stream of vectors, one a token, to which every layer adds what it read from it.
+
+    x <- embeddings[ids];     for each layer  x <- x + mixer(rms_norm(x));     h = rms_norm(x);     logits = h lm_head'
+
+In three calls, because pipeline stages, traces and the prediction head of chapter 14 begin and end between them:
+`embed(ids)`, `blocks(x, states)`, `head(h)`. This is the only assembly of the model; every backend, every division over
+ranks and every feature goes through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from spec.config import Config
+from spec.mixers import MIXERS
+from spec.ops import Backend
+from spec.tensors import Group, placed, table
+
+
+@dataclass(frozen=True)
+class Model:
+    """A configuration, its placed weights (weights[block][group]), and the backend whose verbs read them."""
+
+    cfg: Config
+    weights: dict
+    backend: Backend
+
+    @classmethod
+    def build(cls, cfg: Config, read: Callable[[str], np.ndarray], backend: Backend) -> Model:
+        """Place every tensor of the table; `read(name)` is a tensor in the file's dtype."""
+
+        def place(group: Group):
+            return backend.place(group, [read(row.name) for row in group.rows])
+
+        return cls(cfg, placed(table(cfg), place), backend)
+
+    def new_states(self, batch: int) -> list:
+        """For each layer, what it remembers before the first token."""
+        return [self.backend.new_state(kind, self.cfg, batch) for kind in self.cfg.layers]
+
+    def embed(self, ids):
+        """b l -> b l d"""
+        return self.backend.ops.embed(ids, self.weights[""]["embeddings.weight"])
+
+    def blocks(self, x, states: list, n=None, first: int = 0, last: int | None = None, tap=None):
+        """Layers first..last-1, and the final norm when the last layer is among them. b l d -> b l d, next states.
+
+        `states` are those of exactly these layers; `tap(index, x)` sees the stream after each layer.
+        """
+        last = len(self.cfg.layers) if last is None else last
+        layers = [(self.cfg.layers[i], self.weights[f"layers.{i}"]) for i in range(first, last)]
+        final = self.weights[""]["norm_f.weight"] if last == len(self.cfg.layers) else None
+        return run(x, layers, final, states, n, self.cfg, self.backend.ops, first, tap)
+
+    def head(self, h, rows=None):
+        """Logits, b l d -> b l v; or, with `rows` [b], of one position of each sequence: b v."""
+        tied = self.cfg.tie_word_embeddings
+        if rows is not None:
+            h = h[np.arange(len(rows)), rows]
+        return self.backend.ops.logits(h, self.weights[""]["embeddings.weight" if tied else "lm_head.weight"])
+
+
+def run(x, layers, final, states, n, cfg, ops, first=0, tap=None):
+    """x <- x + mixer(rms_norm(x)) over (letter, weights) of each layer; `final` is the weight of a last norm, or None."""
+    delta, after = None, []
+    for i, ((kind, w), state) in enumerate(zip(layers, states, strict=True), first):
+        h, x = ops.rms_norm(x, delta, w["norm.weight"], cfg.layer_norm_epsilon)
+        delta, state = MIXERS[kind](h, w["mixer"], cfg, state, n, ops)
+        after.append(state)
+        if tap:
+            tap(i, x + delta)
+    if final is None:
+        return (x if delta is None else x + delta), after
+    return ops.rms_norm(x, delta, final, cfg.layer_norm_epsilon)[0], after

@@ -1,0 +1,87 @@
+"""Chapter 10. Experts: every token is read by the few of many small networks that a router picks for it.
+
+    s = sigmoid(h W_gate')                  one score per expert, in float32 or wider, from the full-width h
+    chosen = the k largest of s + bias      the bias balances load; it chooses, and does not weigh
+    w = s[chosen] / sum(s[chosen]) * scale
+
+    u = h fc1'  (LatentMoE; otherwise u = h)                                trap 6: the router and the shared
+    r = sum over chosen of  w relu(u up')^2 down'                           expert read h, the others read u
+    y = r fc2'  (otherwise r)  +  relu(h up_s')^2 down_s'
+
+This chapter has the router and the experts; the mixer of chapter 12 composes them. docs/model.md, "Experts".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from spec.arrays import Array, widen
+from spec.config import Config
+from spec.numerics import relu2, sigmoid, wide
+
+
+class Routing(NamedTuple):
+    """Which experts read a token and how much each counts; to everything but a backend's own verbs it is opaque."""
+
+    expert: Int[Array, "*b k"]
+    weight: Float[Array, "*b k"]
+
+
+def route(h: Float[Array, "*b d"], gate: Array, bias: Float[Array, " E"], cfg: Config) -> Routing:
+    """Choose `num_experts_per_tok` experts for each token; on a tie the lowest index wins."""
+    dtype = wide(h.dtype)
+    s = sigmoid(h.astype(dtype, copy=False) @ widen(gate, dtype).T)  # *b E
+    c = s + bias
+    if cfg.n_group > 1:
+        c = only_best_groups(c, cfg.n_group, cfg.topk_group)
+    expert = largest(c, cfg.num_experts_per_tok)  # *b k
+    w = np.take_along_axis(s, expert, axis=-1)
+    if cfg.norm_topk_prob:
+        w = w / (w.sum(axis=-1, keepdims=True) + dtype.type(1e-20))
+    return Routing(expert, w * dtype.type(cfg.routed_scaling_factor))
+
+
+def largest(c: Float[Array, "*b E"], k: int) -> Int[Array, "*b k"]:
+    """Indices of the k largest, best first; equal ones in order of index."""
+    return np.argsort(-c, axis=-1, kind="stable")[..., :k]
+
+
+def only_best_groups(c: Float[Array, "*b E"], groups: int, keep: int) -> Float[Array, "*b E"]:
+    """A group of experts scores the sum of its two best; all but the `keep` best groups are out of the choice."""
+    by_group = c.reshape(*c.shape[:-1], groups, -1)  # *b groups E/groups
+    score = np.sort(by_group, axis=-1)[..., -2:].sum(axis=-1)  # *b groups
+    kept = np.zeros(score.shape, bool)
+    np.put_along_axis(kept, largest(score, keep), True, axis=-1)
+    return np.where(kept[..., None], by_group, -np.inf).reshape(c.shape)
+
+
+def mlp(h: Float[Array, "*b d"], up: Array, down: Array) -> Float[Array, "*b d"]:
+    """relu(h up')^2 down': an expert, the shared expert, and the dense `-` layer."""
+    return relu2(h @ widen(up, h.dtype).T) @ widen(down, h.dtype).T
+
+
+def experts(u: Float[Array, "*b x"], matrices: Sequence, routing: Routing) -> Float[Array, "*b x"]:
+    """The definition: token by token. `matrices[i]` is (up [i x], down [x i]) of expert i."""
+    y = np.zeros_like(u)
+    for at in np.ndindex(routing.expert.shape):
+        up, down = matrices[routing.expert[at]]
+        y[at[:-1]] += (routing.weight[at] * mlp(u[at[:-1]], up, down)).astype(u.dtype)
+    return y
+
+
+def experts_grouped(u: Float[Array, "*b x"], matrices: Sequence, routing: Routing) -> Float[Array, "*b x"]:
+    """The theorem: the same sum with the tokens sorted by expert, so that each expert is read once."""
+    k = routing.expert.shape[-1]
+    tokens, chosen = u.reshape(-1, u.shape[-1]), routing.expert.reshape(-1)
+    weight = routing.weight.reshape(-1, 1).astype(u.dtype, copy=False)
+    order = np.argsort(chosen, kind="stable")
+    y = np.zeros_like(tokens)
+    for rows in np.split(order, np.flatnonzero(np.diff(chosen[order])) + 1):
+        if len(rows):
+            up, down = matrices[chosen[rows[0]]]
+            y[rows // k] += weight[rows] * mlp(tokens[rows // k], up, down)  # a token meets an expert only once
+    return y.reshape(u.shape)

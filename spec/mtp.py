@@ -1,0 +1,31 @@
+"""Chapter 14. Multi-token prediction: a small head that guesses the token after the next.
+
+For position i, with the trunk's hidden state h[i] (after its final norm) and the next token id t[i+1]:
+
+    v = eh_proj [ enorm(embed(t[i+1])), hnorm(h[i]) ]          trap 7: the embedding comes first
+    v <- v + attention(norm(v));   v <- v + experts(norm(v));   o = final_layernorm(v)
+
+and o, through the trunk's own `lm_head`, predicts t[i+2]. The head has the layers of `mtp_hybrid_override_pattern`
+("*E") with a key/value cache of its own. To look further ahead, run it again with h := o and the token it guessed.
+docs/model.md, "Multi-token prediction".
+"""
+
+from __future__ import annotations
+
+from spec.model import Model, run
+
+
+def new_states(model: Model, batch: int) -> list:
+    """What the head's layers remember before the first token."""
+    return [model.backend.new_state(kind, model.cfg, batch) for kind in model.cfg.mtp_layers]
+
+
+def predict(model: Model, h, next_ids, states: list, n=None):
+    """h [b l d], next_ids [b l] -> o [b l d], next states; `model.head(o)` are the logits of the token after."""
+    cfg, ops = model.cfg, model.backend.ops
+    blocks = [model.weights[f"mtp.layers.{i}"] for i in range(len(cfg.mtp_layers))]
+    e, _ = ops.rms_norm(model.embed(next_ids), None, blocks[0]["enorm.weight"], cfg.layer_norm_epsilon)
+    g, _ = ops.rms_norm(h, None, blocks[0]["hnorm.weight"], cfg.layer_norm_epsilon)
+    v = ops.linear_pair(e, g, blocks[0]["eh_proj.weight"])
+    layers = list(zip(cfg.mtp_layers, blocks, strict=True))
+    return run(v, layers, blocks[-1]["final_layernorm.weight"], states, n, cfg, ops)

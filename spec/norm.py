@@ -1,0 +1,41 @@
+"""Chapter 5. Norms: the residual stream is read through one, the Mamba mixer ends with the other.
+
+    rms_norm:        y = x / sqrt(mean(x^2) + eps) * w                      over the d channels
+    gated_rms_norm:  u = y silu(z),  then the same, over each of g groups   (trap 2: the gate comes first)
+
+Weights multiply as they are (w, not 1 + w). Statistics are in float32 or wider. docs/model.md, "Norms".
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+
+from spec.arrays import Array, heads, merge
+from spec.numerics import silu, wide
+
+
+def rms_norm(
+    x: Float[Array, "*b d"], delta: Float[Array, "*b d"] | None, weight: Float[Array, " d"], eps: float
+) -> tuple[Float[Array, "*b d"], Float[Array, "*b d"]]:
+    """Add what the last mixer wrote (`delta`) to the residual stream `x`, and read it normalised.
+
+    Returns (normalised, x + delta). The addition belongs to the verb because fused kernels do both in one pass.
+    """
+    x = x if delta is None else x + delta
+    u = x.astype(wide(x.dtype), copy=False)
+    return (u / rms(u, eps) * weight).astype(x.dtype, copy=False), x
+
+
+def gated_rms_norm(
+    y: Float[Array, "b l c"], z: Float[Array, "b l c"], weight: Float[Array, " c"], eps: float, groups: int
+) -> Float[Array, "b l c"]:
+    """Gate `y` by `z`, then normalise each group of c / groups channels by itself."""
+    dtype = wide(y.dtype)
+    u = heads(y.astype(dtype, copy=False) * silu(z.astype(dtype, copy=False)), groups)  # b l g c/g
+    return (merge(u / rms(u, eps)) * weight).astype(y.dtype, copy=False)  # b l c
+
+
+def rms(u, eps):
+    """sqrt(mean(u^2) + eps) over the last axis, which stays with length 1."""
+    return np.sqrt(np.einsum("...d,...d->...", u, u)[..., None] / u.shape[-1] + eps)

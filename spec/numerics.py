@@ -1,0 +1,58 @@
+"""Chapter 4. Numerics: where the model rounds, and how far two right answers may differ.
+
+Everything is computed in the dtype it is given, but these are kept in float32 or wider, in every backend:
+
+    what                              why                                                       chapter
+    mean of squares, rsqrt            a sum over thousands of channels                          norm
+    A_log, dt_bias, dt, exp(dt A)     a decay of 0.9999 is not a bfloat16                       scan
+    the state S                       it is added to at every step of the sequence              scan
+    router logits, scores, bias       the order of two experts is decided in the last bits      moe
+    softmax of the attention          a sum over the whole context                              attention
+    logits                            sampling compares them                                    model
+
+docs/numerics.md has the measured consequences.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+
+from spec.arrays import Array
+
+
+def wide(dtype) -> np.dtype:
+    """float32, or `dtype` when that is wider still."""
+    return np.promote_types(dtype, np.float32)
+
+
+def tolerance(dtype, terms: int) -> float:
+    """How far a sum of `terms` products, rounded in `dtype`, may lie from the exact one, relative to its scale.
+
+    Rounding errors of a long sum add up like a random walk, so they grow with the square root of its length;
+    the factor 4 leaves room for the tail of that walk and for a different order of summation.
+    """
+    return 4.0 * float(np.finfo(dtype).eps) * max(1.0, terms) ** 0.5
+
+
+def softplus(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """log(1 + exp(x)), without overflow."""
+    return np.logaddexp(x, x.dtype.type(0))
+
+
+def sigmoid(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """1 / (1 + exp(-x)); exp may overflow to infinity, and 1 / inf is the right 0."""
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-x))
+
+
+def silu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """x sigmoid(x)"""
+    with np.errstate(over="ignore"):
+        return x / (1 + np.exp(-x))
+
+
+def relu2(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """max(x, 0)^2: the only activation of the experts and of the MLP. (Trap 5: there is no gate.)"""
+    x = np.maximum(x, 0)
+    return x * x

@@ -1,0 +1,124 @@
+"""Chapter 11. Operations: the vocabulary in which the model is written, and what each word means in NumPy.
+
+`Ops` is a set of verbs, cut where the published fused kernels cut, so that speed never has to cross a seam.
+A backend is a set of its own functions under the same names. `DEFINITION` binds every verb to its clearest form;
+`REFERENCE` replaces three of them by the theorems of their chapters, and is the NumPy backend. Between verbs the
+model uses only + * slices and .reshape, which every array library has, and reads no value on the host.
+
+Arguments come as data, weights, state, constants; results as the value, then the next state. `n[b]` is the number of
+real positions of each row of the batch, or None when all are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from spec import moe
+from spec.arrays import Array, widen
+from spec.attention import attention
+from spec.config import Config
+from spec.conv import causal_conv
+from spec.norm import gated_rms_norm, rms_norm
+from spec.numerics import wide
+from spec.scan import ssd_scan, ssd_scan_chunked
+from spec.state import new_state
+from spec.tensors import Group
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The vocabulary. Weights, states, routings are made by the backend and looked into by its verbs alone."""
+
+    embed: Callable  # (ids [b l], table) -> x [b l d]
+    linear: Callable  # (x [.. i], weight [o i]) -> [.. o]
+    linear_pair: Callable  # (x [.. i], y [.. i], weight [o 2i]) -> [.. o], weight times the concatenation [x, y]
+    rms_norm: Callable  # (x [b l d], delta [b l d] or None, weight [d], eps) -> normalised x + delta, x + delta
+    causal_conv: Callable  # (x [b l c], weight [c 1 k], bias [c], tail, n) -> y [b l c], tail
+    ssd_scan: Callable  # (x [b l h p], dt [b l h], A_log, B [b l g n], C, D, dt_bias, S, n, limit, chunk) -> y, S
+    gated_rms_norm: Callable  # (y [b l c], z [b l c], weight [c], eps, groups) -> [b l c]
+    attention: Callable  # (q [b l h e], k [b l kv e], v [b l kv e], cache, n) -> y [b l h e], cache
+    route: Callable  # (h [b l d], gate [E d], bias [E], cfg) -> routing
+    announce: Callable  # (routing) -> None: these experts will be wanted soon
+    experts: Callable  # (u [b l x], experts, routing) -> [b l x]
+    mlp: Callable  # (h [b l d], up [f d], down [d f]) -> [b l d]
+    logits: Callable  # (h [.. d], lm_head [v d]) -> [.. v], float32 or wider
+    all_reduce: Callable  # (x) -> the sum over all ranks that hold a share of it
+
+    def __iter__(self):
+        return iter((f.name, getattr(self, f.name)) for f in fields(self))
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A vocabulary, and where its values live."""
+
+    name: str
+    ops: Ops
+    place: Callable[[Group, list[Array]], Any]  # the tensors of a group, in the file's dtype -> a weight of the ops
+    new_state: Callable[[str, Config, int], Any]  # layer letter, config, batch -> an empty state (or None)
+    array: Callable[[Array], Any]  # host -> here: token ids, row lengths, hidden states
+    fetch: Callable[[Any], Array]  # here -> host: logits, hidden states
+
+
+def embed(ids: Int[Array, "*b"], table: Float[Array, "v d"], dtype=np.float32) -> Float[Array, "*b d"]:
+    """Rows of the table, not scaled; the dtype of the computation starts here."""
+    return widen(table[ids], dtype)
+
+
+def linear(x: Float[Array, "*b i"], weight: Array | tuple) -> Float[Array, "*b o"]:
+    """x weight'. A weight may be a tuple of matrices, one below the other (q | k | v)."""
+    if isinstance(weight, tuple):
+        return np.concatenate([linear(x, part) for part in weight], axis=-1)
+    return x @ widen(weight, x.dtype).T
+
+
+def linear_pair(x: Float[Array, "*b i"], y: Float[Array, "*b i"], weight: Array) -> Float[Array, "*b o"]:
+    return linear(np.concatenate([x, y], axis=-1), weight)
+
+
+def logits(h: Float[Array, "*b d"], lm_head: Float[Array, "v d"]) -> Float[Array, "*b v"]:
+    return linear(h, lm_head).astype(wide(h.dtype), copy=False)
+
+
+def recurrence(x, dt, A_log, B, C, D, dt_bias, S, n, limit, chunk):
+    """The definition of the scan knows no chunks."""
+    return ssd_scan(x, dt, A_log, B, C, D, dt_bias, S, n, limit)
+
+
+DEFINITION = Ops(
+    embed=embed, linear=linear, linear_pair=linear_pair, rms_norm=rms_norm, causal_conv=causal_conv,
+    ssd_scan=recurrence, gated_rms_norm=gated_rms_norm, attention=attention, route=moe.route,
+    announce=lambda routing: None, experts=moe.experts, mlp=moe.mlp, logits=logits, all_reduce=lambda x: x,
+)  # fmt: skip
+REFERENCE = replace(DEFINITION, ssd_scan=ssd_scan_chunked, experts=moe.experts_grouped)
+
+
+def place(group: Group, values: list[Array], dtype, resident: bool) -> Any:
+    """A NumPy weight: the matrix itself, (q, k, v), or [(up, down), ...] of the experts.
+
+    `resident`: widened once, now; otherwise matrices stay as they are in the file, perhaps in a memory map, and are
+    widened each time they are used. Small tensors are always widened to float32 or wider.
+    """
+    if resident or group.rows[0].precision == "small":
+        values = [widen(value, wide(dtype)) for value in values]
+    if group.name == "experts":
+        return list(zip(values[::2], values[1::2], strict=True))
+    return values[0] if len(values) == 1 else np.concatenate(values) if resident else tuple(values)
+
+
+def numpy_backend(dtype=np.float32, resident: bool = True, ops: Ops = REFERENCE) -> Backend:
+    """The spec as a backend, computing in float32 or float64."""
+    return Backend(
+        name="numpy",
+        ops=replace(ops, embed=partial(embed, dtype=np.dtype(dtype))),
+        place=partial(place, dtype=np.dtype(dtype), resident=resident),
+        new_state=partial(new_state, dtype=np.dtype(dtype)),
+        array=np.asarray,
+        fetch=np.asarray,
+    )

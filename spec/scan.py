@@ -1,0 +1,109 @@
+"""Chapter 7. The state-space scan: a sequence is read through a matrix S per head that decays and is added to.
+
+    S[t] = exp(dt A) S[t-1] + dt x[t] B[t]'          y[t] = S[t] C[t] + D x[t]
+    dt   = softplus(dt_raw + dt_bias)                A = -exp(A_log) < 0
+
+    h heads of p values each; S is p x n; the heads of one of g groups share B and C: head i reads group i // (h/g)
+
+`ssd_scan` is this recurrence: the definition. `ssd_scan_chunked` computes a chunk of positions at once with matrix
+products: the theorem, and a property test is its proof. Both pass over padding: beyond n[b], dt = 0, so the state
+neither decays nor grows. The true limit of dt is (0, inf) (trap 1). docs/model.md, "Mamba-2"; Mamba-2 paper, 6.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from spec.arrays import Array, valid_positions
+from spec.numerics import softplus, wide
+
+
+def time_steps(
+    dt: Float[Array, "b l h"], dt_bias: Float[Array, " h"], n: Int[Array, " b"] | None, limit: tuple[float, float]
+) -> Float[Array, "b l h"]:
+    """How far each head steps at each position; 0 where there is no position."""
+    dt = softplus(dt.astype(wide(dt.dtype), copy=False) + dt_bias)
+    if limit != (0.0, math.inf):
+        dt = np.clip(dt, *limit)
+    valid = valid_positions(n, dt.shape[1])
+    return dt if valid is None else np.where(valid[..., None], dt, dt.dtype.type(0))
+
+
+def ssd_scan(
+    x: Float[Array, "b l h p"],
+    dt: Float[Array, "b l h"],
+    A_log: Float[Array, " h"],
+    B: Float[Array, "b l g n"],
+    C: Float[Array, "b l g n"],
+    D: Float[Array, " h"],
+    dt_bias: Float[Array, " h"],
+    S: Float[Array, "b h p n"],
+    n: Int[Array, " b"] | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+) -> tuple[Float[Array, "b l h p"], Float[Array, "b h p n"]]:
+    """The definition. Returns (y, the state after the last real position)."""
+    dt = time_steps(dt, dt_bias, n, dt_limit)  # b l h
+    A = -np.exp(A_log)  # h
+    B, C = (np.repeat(m, x.shape[2] // m.shape[2], axis=2) for m in (B, C))  # b l h n
+    y = np.empty_like(x)
+    for t in range(x.shape[1]):
+        decay = np.exp(dt[:, t] * A)[..., None, None]  # b h 1 1
+        S = decay * S + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]  # b h p n
+        y[:, t] = (S @ C[:, t, ..., None])[..., 0] + D[:, None] * x[:, t]  # b h p
+    return y, S
+
+
+def ssd_scan_chunked(
+    x: Float[Array, "b l h p"],
+    dt: Float[Array, "b l h"],
+    A_log: Float[Array, " h"],
+    B: Float[Array, "b l g n"],
+    C: Float[Array, "b l g n"],
+    D: Float[Array, " h"],
+    dt_bias: Float[Array, " h"],
+    S: Float[Array, "b h p n"],
+    n: Int[Array, " b"] | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    chunk: int = 128,
+) -> tuple[Float[Array, "b l h p"], Float[Array, "b h p n"]]:
+    """The theorem: `ssd_scan`, with one Python step a chunk instead of one a position."""
+    if x.shape[1] == 1:
+        return ssd_scan(x, dt, A_log, B, C, D, dt_bias, S, n, dt_limit)
+    dt = time_steps(dt, dt_bias, n, dt_limit)  # b l h
+    A = -np.exp(A_log)  # h
+    y = np.empty_like(x)
+    for start in range(0, x.shape[1], chunk):
+        q = slice(start, start + chunk)
+        y[:, q], S = one_chunk(x[:, q], dt[:, q], A, B[:, q], C[:, q], S)
+    y += D[:, None] * x
+    return y, S
+
+
+def one_chunk(x, dt, A, B, C, S):
+    """Positions i, j of one chunk:  y[i] = sum_{j<=i} (C[i].B[j]) L[i,j] dt[j] x[j]  +  exp(a[i]) C[i] S,
+
+    where a[i] is the sum of dt A up to i and L[i,j] = exp(a[i] - a[j]) is the decay between them.
+    """
+    (b, q, h, p), (g, n) = x.shape, B.shape[2:]
+    r = h // g  # heads that share a group
+    a = np.cumsum(dt * A, axis=1, dtype=np.float64)  # b q h: differences of large sums, so in float64
+    a = a.reshape(b, q, g, r).transpose(0, 2, 3, 1)  # b g r q
+    u = (dt[..., None] * x).reshape(b, q, g, r, p).transpose(0, 2, 3, 1, 4)  # b g r q p
+    B, C = B.transpose(0, 2, 1, 3), C.transpose(0, 2, 1, 3)  # b g q n
+    # WITHIN the chunk: attention-like, masked by causality and weighted by the decay
+    later = np.tri(q, dtype=bool)  # i >= j
+    between = np.where(later, a[..., :, None] - a[..., None, :], -np.inf)  # b g r i j
+    L = np.exp(between.astype(x.dtype))
+    y = (L * (C @ B.swapaxes(-1, -2))[:, :, None]) @ u  # b g r q p
+    # FROM BEFORE: the incoming state, decayed to each position
+    S = S.reshape(b, g, r * p, n)
+    before = (C @ S.swapaxes(-1, -2)).reshape(b, g, q, r, p).transpose(0, 1, 3, 2, 4)  # b g r q p
+    y = y + np.exp(a).astype(x.dtype)[..., None] * before
+    # ONWARDS: the state decayed over the chunk, plus each position decayed to the chunk's end
+    u = u * np.exp(a[..., -1:] - a).astype(x.dtype)[..., None]  # b g r q p
+    added = u.swapaxes(-1, -2).reshape(b, g, r * p, q) @ B  # b g (r p) n
+    S = np.repeat(np.exp(a[..., -1]).astype(S.dtype), p, axis=-1)[..., None] * S + added
+    return y.transpose(0, 3, 1, 2, 4).reshape(b, q, h, p), S.reshape(b, h, p, n)

@@ -1,0 +1,294 @@
+"""The embedded model as a torch module for training: `M*MEM*EME` plus the MTP head `*E`.
+
+It computes what `spec/` defines, in the forms that train fast on a CPU: the chunked scan, tokens grouped by expert.
+Documents are packed into rows; `first` marks the tokens that start a document, and nothing (convolution, state,
+attention) crosses such a border. Parameter names are the checkpoint's, except that a layer's experts are stacked.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+def linear(n_out, n_in, std=None):
+    layer = nn.Linear(n_in, n_out, bias=False)
+    nn.init.normal_(layer.weight, std=std if std is not None else 1 / math.sqrt(n_in))
+    return layer
+
+
+def scan(x, dt, A, B, C, first, chunk):
+    """S[t] = exp(dt A) S[t-1] + dt x[t] B[t]', y[t] = S[t] C[t], in chunks; S restarts where `first` is set.
+
+    x b l h p, dt b l h, A h, B and C b l g n, first b l (bool) -> y b l h p
+    """
+    b, length, h, p = x.shape
+    g, n = B.shape[2:]
+    c, r = length // chunk, h // g
+    a = dt * A - 30.0 * first[..., None]                              # exp(-30): nothing is left of S
+    a = a.view(b, c, chunk, h).permute(0, 1, 3, 2).cumsum(-1)         # b c h q
+    xdt = (x * dt[..., None]).view(b, c, chunk, g, r, p).permute(0, 1, 3, 4, 2, 5)   # b c g r q p
+    B = B.view(b, c, chunk, g, n).transpose(2, 3)                     # b c g q n
+    C = C.view(b, c, chunk, g, n).transpose(2, 3)                     # b c g q n
+    a = a.view(b, c, g, r, chunk)
+    lower = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
+    decay = (a[..., :, None] - a[..., None, :]).masked_fill(~lower, -math.inf).exp()  # b c g r q q
+    y = (decay * (C @ B.transpose(-1, -2))[:, :, :, None]) @ xdt      # b c g r q p
+    to_end = (a[..., -1:] - a).exp()[..., None]                       # b c g r q 1
+    states = (xdt * to_end).transpose(-1, -2) @ B[:, :, :, None]      # b c g r p n
+    total = a[..., -1].cumsum(1)                                      # b c g r
+    before = total - a[..., -1]
+    carry = before[:, :, None] - total[:, None, :]                    # b c k g r : from the end of k to the start of c
+    strict = torch.ones(c, c, dtype=torch.bool, device=x.device).tril(-1)
+    carry = carry.masked_fill(~strict[None, :, :, None, None], -math.inf).exp()
+    entering = torch.einsum("bckgr,bkgrpn->bcgrpn", carry, states)
+    y = y + a.exp()[..., None] * (C[:, :, :, None] @ entering.transpose(-1, -2))
+    return y.permute(0, 1, 4, 2, 3, 5).reshape(b, length, h, p)
+
+
+class Mamba(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.h, self.p, self.g, self.n = (cfg[k] for k in ("mamba_num_heads", "mamba_head_dim", "n_groups",
+                                                           "ssm_state_size"))
+        self.inner = self.h * self.p
+        conv = self.inner + 2 * self.g * self.n
+        self.in_proj = linear(self.inner + conv + self.h, cfg["hidden_size"])
+        self.conv1d = nn.Module()
+        self.conv1d.weight = nn.Parameter(torch.randn(conv, 1, cfg["conv_kernel"]) * 0.3)
+        self.conv1d.bias = nn.Parameter(torch.zeros(conv))
+        self.A_log = nn.Parameter(torch.linspace(1, 8, self.h).log())
+        self.D = nn.Parameter(torch.ones(self.h))
+        low, high = math.log(cfg["time_step_min"]), math.log(cfg["time_step_max"])
+        dt = torch.exp(torch.rand(self.h) * (high - low) + low)
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))          # softplus(dt_bias) = dt
+        self.norm = nn.Module()
+        self.norm.weight = nn.Parameter(torch.ones(self.inner))
+        self.out_proj = linear(cfg["hidden_size"], self.inner, 0.5 / math.sqrt(self.inner))
+
+    def forward(self, x, first, age):
+        b, length, _ = x.shape
+        gn = self.g * self.n
+        z, xBC, dt = self.in_proj(x).split([self.inner, self.inner + 2 * gn, self.h], -1)
+        w = self.conv1d.weight[:, 0]                                            # c k
+        k = w.shape[1]
+        y = self.conv1d.bias + w[:, k - 1] * xBC
+        for j in range(1, k):                                                   # the token j back, if it is ours
+            y = y + w[:, k - 1 - j] * F.pad(xBC, (0, 0, j, 0))[:, :length] * (age >= j)[..., None]
+        xs, B, C = F.silu(y).split([self.inner, gn, gn], -1)
+        xs = xs.reshape(b, length, self.h, self.p)
+        y = scan(xs, F.softplus(dt + self.dt_bias), -self.A_log.exp(), B.reshape(b, length, self.g, self.n),
+                 C.reshape(b, length, self.g, self.n), first, self.cfg["chunk_size"])
+        y = (y + self.D[:, None] * xs).reshape(b, length, self.inner) * F.silu(z)
+        y = F.rms_norm(y.view(b, length, self.g, -1), (self.inner // self.g,), eps=self.cfg["layer_norm_epsilon"])
+        return self.out_proj(y.reshape(b, length, self.inner) * self.norm.weight)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.q, self.kv, self.d = cfg["num_attention_heads"], cfg["num_key_value_heads"], cfg["head_dim"]
+        hidden = cfg["hidden_size"]
+        self.q_proj, self.k_proj = linear(self.q * self.d, hidden), linear(self.kv * self.d, hidden)
+        self.v_proj = linear(self.kv * self.d, hidden)
+        self.o_proj = linear(hidden, self.q * self.d, 0.5 / math.sqrt(self.q * self.d))
+
+    def forward(self, x, mask):
+        b, length, _ = x.shape
+        q = self.q_proj(x).view(b, length, self.q, self.d).transpose(1, 2)
+        k = self.k_proj(x).view(b, length, self.kv, self.d).transpose(1, 2)
+        v = self.v_proj(x).view(b, length, self.kv, self.d).transpose(1, 2)
+        k, v = (t.repeat_interleave(self.q // self.kv, 1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.o_proj(y.transpose(1, 2).reshape(b, length, -1))
+
+
+class LatentMoE(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        hidden, latent = cfg["hidden_size"], cfg["moe_latent_size"]
+        e, width = cfg["n_routed_experts"], cfg["moe_intermediate_size"]
+        self.k, self.scale = cfg["num_experts_per_tok"], cfg["routed_scaling_factor"]
+        self.gate = linear(e, hidden)
+        self.register_buffer("bias", torch.zeros(e))                            # gate.e_score_correction_bias
+        self.up = nn.Parameter(torch.randn(e, width, latent) / math.sqrt(latent))
+        self.down = nn.Parameter(torch.randn(e, latent, width) * 0.5 / math.sqrt(width))
+        shared = cfg["moe_shared_expert_intermediate_size"]
+        self.shared_up, self.shared_down = linear(shared, hidden), linear(hidden, shared, 0.5 / math.sqrt(shared))
+        self.fc1, self.fc2 = linear(latent, hidden), linear(hidden, latent, 0.5 / math.sqrt(latent))
+        self.load = self.aux = None                                             # of the last forward
+
+    def forward(self, h):
+        shape, h = h.shape, h.reshape(-1, h.shape[-1])                          # t d
+        tokens, e = h.shape[0], self.bias.shape[0]
+        s = self.gate(h).sigmoid()
+        idx = (s.detach() + self.bias).topk(self.k, -1).indices                 # t k
+        w = s.gather(1, idx)
+        w = w / (w.sum(-1, keepdim=True) + 1e-20) * self.scale
+        flat = idx.reshape(-1)
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=e)
+        slot = torch.arange(flat.numel()) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        room = int(counts.max())
+        place = flat[order] * room + slot                                       # row of each choice in the padding
+        u = self.fc1(h)
+        padded = u.new_zeros(e * room, u.shape[1]).index_copy(0, place, u[order // self.k])
+        y = F.relu(padded.view(e, room, -1) @ self.up.transpose(1, 2)).square() @ self.down.transpose(1, 2)
+        back = torch.empty_like(place).index_copy(0, order, place)              # choice -> row
+        y = y.reshape(e * room, -1)[back].view(tokens, self.k, -1)
+        r = (y * w[..., None]).sum(1)
+        out = self.fc2(r) + self.shared_down(F.relu(self.shared_up(h)).square())
+        self.load = counts
+        p = (s / s.sum(-1, keepdim=True)).mean(0)
+        self.aux = e * (p * counts / flat.numel()).sum()
+        return out.view(shape)
+
+
+MIXERS = {"M": Mamba, "*": Attention, "E": LatentMoE}
+
+
+class Block(nn.Module):
+    def __init__(self, letter, cfg):
+        super().__init__()
+        self.letter = letter
+        self.norm = RMSNorm(cfg["hidden_size"], cfg["layer_norm_epsilon"])
+        self.mixer = MIXERS[letter](cfg)
+
+    def forward(self, x, first, age, mask):
+        h = self.norm(x)
+        if self.letter == "M":
+            return x + self.mixer(h, first, age)
+        return x + (self.mixer(h, mask) if self.letter == "*" else self.mixer(h))
+
+
+class TinyModel(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        hidden, eps = cfg["hidden_size"], cfg["layer_norm_epsilon"]
+        self.embeddings = nn.Embedding(cfg["vocab_size"], hidden)
+        nn.init.normal_(self.embeddings.weight, std=0.5)
+        self.layers = nn.ModuleList(Block(c, cfg) for c in cfg["hybrid_override_pattern"])
+        self.norm_f = RMSNorm(hidden, eps)
+        self.lm_head = linear(cfg["vocab_size"], hidden, 0.02)
+        self.mtp = nn.Module()
+        self.mtp.enorm, self.mtp.hnorm = RMSNorm(hidden, eps), RMSNorm(hidden, eps)
+        self.mtp.eh_proj = linear(hidden, 2 * hidden)
+        self.mtp.layers = nn.ModuleList(Block(c, cfg) for c in cfg["mtp_hybrid_override_pattern"])
+        self.mtp.final_layernorm = RMSNorm(hidden, eps)
+
+    @staticmethod
+    def borders(first):
+        """first b l -> age b l (tokens since the document began), mask b 1 l l (causal, inside a document)."""
+        length = first.shape[1]
+        document = first.long().cumsum(1)
+        at = torch.arange(length, device=first.device)
+        start = torch.where(first, at, 0).cummax(1).values
+        mask = (document[:, :, None] == document[:, None, :]) & (at[:, None] >= at[None, :])
+        return at - start, mask[:, None]
+
+    def hidden(self, ids, first):
+        """ids b l, first b l (bool) -> the normed hidden b l d that the heads read."""
+        age, mask = self.borders(first)
+        x = self.embeddings(ids)
+        for layer in self.layers:
+            x = layer(x, first, age, mask)
+        return self.norm_f(x)
+
+    def draft(self, h, ids, first):
+        """The MTP head: hidden of position i and token i+1 -> hidden o that predicts token i+2 (b l-1 d)."""
+        age, mask = self.borders(first[:, :-1])
+        v = torch.cat([self.mtp.enorm(self.embeddings(ids[:, 1:])), self.mtp.hnorm(h[:, :-1])], -1)
+        v = self.mtp.eh_proj(v)
+        for layer in self.mtp.layers:
+            v = layer(v, first[:, :-1], age, mask)
+        return self.mtp.final_layernorm(v)
+
+    def losses(self, ids, first, weight):
+        """Weighted cross entropies of the next token and of the one after it. `weight` b l belongs to targets."""
+        h = self.hidden(ids, first)
+        w1 = weight[:, 1:] * ~first[:, 1:]
+        main = self.cross_entropy(h[:, :-1], ids[:, 1:], w1)
+        o = self.draft(h, ids, first)
+        w2 = w1[:, 1:] * ~first[:, 1:-1]
+        return main, self.cross_entropy(o[:, :-1], ids[:, 2:], w2)
+
+    def cross_entropy(self, h, target, weight):
+        keep = weight > 0
+        loss = F.cross_entropy(self.lm_head(h[keep]), target[keep], reduction="none")
+        return (loss * weight[keep]).sum() / weight[keep].sum().clamp_min(1e-6)
+
+    def moes(self):
+        return [b.mixer for b in [*self.layers, *self.mtp.layers] if b.letter == "E"]
+
+
+def export_state(model):
+    """The checkpoint's tensors by their released names: one matrix per expert, BF16, selection bias F32."""
+    out = {}
+
+    def put(name, tensor, dtype=torch.bfloat16):
+        out[name] = tensor.detach().to(dtype).clone().contiguous()
+
+    def block(prefix, layer):
+        put(prefix + "norm.weight", layer.norm.weight)
+        m, prefix = layer.mixer, prefix + "mixer."
+        if layer.letter != "E":
+            for name, value in m.state_dict().items():
+                put(prefix + name, value)
+            return
+        put(prefix + "gate.weight", m.gate.weight)
+        put(prefix + "gate.e_score_correction_bias", m.bias, torch.float32)
+        for e in range(m.up.shape[0]):
+            put(f"{prefix}experts.{e}.up_proj.weight", m.up[e])
+            put(f"{prefix}experts.{e}.down_proj.weight", m.down[e])
+        put(prefix + "shared_experts.up_proj.weight", m.shared_up.weight)
+        put(prefix + "shared_experts.down_proj.weight", m.shared_down.weight)
+        put(prefix + "fc1_latent_proj.weight", m.fc1.weight)
+        put(prefix + "fc2_latent_proj.weight", m.fc2.weight)
+
+    put("backbone.embeddings.weight", model.embeddings.weight)
+    for i, layer in enumerate(model.layers):
+        block(f"backbone.layers.{i}.", layer)
+    put("backbone.norm_f.weight", model.norm_f.weight)
+    put("lm_head.weight", model.lm_head.weight)
+    mtp = model.mtp
+    for name in ("enorm", "hnorm", "eh_proj"):
+        put(f"mtp.layers.0.{name}.weight", getattr(mtp, name).weight)
+    for i, layer in enumerate(mtp.layers):
+        block(f"mtp.layers.{i}.", layer)
+    put(f"mtp.layers.{len(mtp.layers) - 1}.final_layernorm.weight", mtp.final_layernorm.weight)
+    return out
+
+
+def import_state(model, tensors):
+    """The inverse of `export_state`: load released names into the module (in float32)."""
+    exported = export_state(model)
+    missing = sorted(set(exported) - set(tensors))
+    if missing:
+        raise ValueError(f"the checkpoint lacks {missing[0]} (and {len(missing) - 1} more tensors)")
+    own = {}
+    for name, value in tensors.items():
+        name = name.removeprefix("backbone.")
+        if name.startswith("mtp.layers.") and name.split(".")[3] in ("enorm", "hnorm", "eh_proj", "final_layernorm"):
+            name = "mtp." + name.split(".", 3)[3]
+        for old, new in (("shared_experts.up_proj", "shared_up"), ("shared_experts.down_proj", "shared_down"),
+                         ("fc1_latent_proj", "fc1"), ("fc2_latent_proj", "fc2"),
+                         ("gate.e_score_correction_bias", "bias")):
+            name = name.replace(old, new)
+        own[name] = value.float()
+    for which in ("up", "down"):
+        for prefix in {n.split("experts.")[0] for n in own if ".experts." in n}:
+            rows = [own.pop(f"{prefix}experts.{e}.{which}_proj.weight") for e in range(model.cfg["n_routed_experts"])]
+            own[prefix + which] = torch.stack(rows)
+    model.load_state_dict(own)
