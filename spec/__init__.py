@@ -1,4 +1,7 @@
-"""Nemotron 3 in NumPy, as a book: what every layer means. Read the chapters in this order; each uses only earlier ones."""
+"""Nemotron 3 in NumPy, as a book: what every layer means.
+
+Read the chapters in this order; each uses only earlier ones.
+"""
 
 CHAPTERS = (
     "config",     # every size has one name

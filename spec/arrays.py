@@ -4,8 +4,9 @@
     h  heads                      p  Mamba head_dim             n  ssm_state_size   g  n_groups
     e  attention head_dim         c  conv channels              t  positions remembered
 
-An activation is `b l d`. A decode step is `l = 1`; a prompt is any `l`, cut into calls as one likes. Rows of a
-batch may be of different lengths: `n[b]` says how many of the `l` positions of each row are real (None: all).
+An activation is `b l d`. A decode step is `l = 1`; a prompt is any `l`, cut into calls as one likes. Rows
+of a batch may be of different lengths: `n[b]` says how many of the `l` positions of each row are real
+(None: all).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Chapter 9. Attention without positions: what was said before is looked up by what it is, not by where it stood.
+"""Chapter 9. Attention without positions: what was said is looked up by what it is, not by where it stood.
 
     y[i] = sum_{j <= i} softmax_j(q[i] . k[j] / sqrt(e)) v[j]
 
-Query head i reads key/value head i // (heads / kv heads). There is no rotary or other position signal anywhere
-(trap 3: `rope_theta` in the file is inert); order comes from the Mamba layers. Scores and softmax are in float32
-or wider. docs/model.md, "Attention".
+Query head i reads key/value head i // (heads / kv heads). There is no rotary or other position signal
+anywhere (trap 3: `rope_theta` in the file is inert); order comes from the Mamba layers. Scores and
+softmax are in float32 or wider. docs/model.md, "Attention".
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ def attention(
     cache = cache.append(k, v, n)
     K, V = cache.upto(int(position.max()) + 1)  # b t kv e
     visible = np.arange(K.shape[1]) <= position[..., None]  # b l t
-    # the h / kv query heads of one key head are rows of one matrix product: keys are never repeated in memory
-    rows = q.reshape(b, length, kv, h // kv, e).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, e)  # b kv (r l) e
-    scores = (rows @ K.transpose(0, 2, 3, 1)).astype(wide(q.dtype), copy=False) / np.sqrt(e).astype(wide(q.dtype))
-    scores = scores.reshape(b, kv, h // kv, length, -1)  # b kv r l t
+    # the r query heads that share a key head are rows of one matrix product: no key is repeated in memory
+    r, dtype = h // kv, wide(q.dtype)
+    rows = q.reshape(b, length, kv, r, e).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, e)  # b kv (r l) e
+    scores = (rows @ K.transpose(0, 2, 3, 1)).astype(dtype, copy=False) / np.sqrt(e).astype(dtype)
+    scores = scores.reshape(b, kv, r, length, -1)  # b kv r l t
     if length > 1 or not visible.all():
         scores = np.where(visible[:, None, None], scores, -np.inf)
     p = np.exp(scores - scores.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
-    y = p.reshape(b, kv, -1, p.shape[-1]).astype(v.dtype, copy=False) @ V.transpose(0, 2, 1, 3)  # b kv (r l) e
-    return y.reshape(b, kv, h // kv, length, e).transpose(0, 3, 1, 2, 4).reshape(b, length, h, e), cache
+    p = p.reshape(b, kv, r * length, -1).astype(v.dtype, copy=False)
+    y = (p @ V.transpose(0, 2, 1, 3)).reshape(b, kv, r, length, e)
+    return y.transpose(0, 3, 1, 2, 4).reshape(b, length, h, e), cache

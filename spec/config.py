@@ -15,7 +15,8 @@ import math
 from dataclasses import dataclass, fields
 
 KINDS = "M*E-"
-LETTER_OF = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "moe": "E", "mlp": "-"}
+LETTER_OF = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "moe": "E",
+             "mlp": "-"}  # fmt: skip
 NAME_OF = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 
 
@@ -25,9 +26,10 @@ class InputError(ValueError):
 
 # What each key means to us. REQUIRED: by which layer letters ("M*E-" means always).
 REQUIRED = {
-    "hidden_size": "M*E-", "vocab_size": "M*E-", "max_position_embeddings": "M*E-", "layer_norm_epsilon": "M*E-",
-    "mamba_num_heads": "M", "mamba_head_dim": "M", "ssm_state_size": "M", "n_groups": "M", "conv_kernel": "M",
-    "chunk_size": "M",
+    "hidden_size": "M*E-", "vocab_size": "M*E-",
+    "max_position_embeddings": "M*E-", "layer_norm_epsilon": "M*E-",
+    "mamba_num_heads": "M", "mamba_head_dim": "M", "ssm_state_size": "M", "n_groups": "M",
+    "conv_kernel": "M", "chunk_size": "M",
     "num_attention_heads": "*", "num_key_value_heads": "*", "head_dim": "*",
     "n_routed_experts": "E", "num_experts_per_tok": "E", "moe_intermediate_size": "E",
     "moe_shared_expert_intermediate_size": "E", "routed_scaling_factor": "E",
@@ -41,7 +43,7 @@ OPTIONAL = {
     "time_step_limit": (0.0, math.inf),  # dt is not clamped (trap 1: time_step_min/max only initialise)
     "tie_word_embeddings": False,
     "bos_token_id": None, "eos_token_id": (), "pad_token_id": None,
-    "dtype": "bfloat16",                 # as the file says it was saved; each tensor's own dtype is what counts
+    "dtype": "bfloat16",                 # as the file says it was saved; each tensor's own dtype counts
 }  # fmt: skip
 # FIXED: the family has one value; another would be another model, and is refused.
 FIXED = {
@@ -54,17 +56,19 @@ DERIVED = {"num_hidden_layers", "layers_block_type", "layer_types", "hybrid_over
            "num_nextn_predict_layers", "mtp_layers_block_type", "mtp_hybrid_override_pattern"}  # fmt: skip
 # IGNORED: for training, initialisation, or another program; they do not change what the model computes.
 IGNORED = {
-    "expand", "rope_theta", "partial_rotary_factor", "attention_dropout", "hidden_dropout", "initializer_range",
-    "time_step_min", "time_step_max", "time_step_floor", "rescale_prenorm_residual", "residual_in_fp32",
-    "num_logits_to_keep", "use_mamba_kernels", "use_cache", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap",
-    "output_router_logits", "auto_map", "architectures", "transformers_version", "model_type",
+    "expand", "rope_theta", "partial_rotary_factor", "attention_dropout", "hidden_dropout",
+    "initializer_range", "time_step_min", "time_step_max", "time_step_floor", "rescale_prenorm_residual",
+    "residual_in_fp32", "num_logits_to_keep", "use_mamba_kernels", "use_cache", "mamba_ssm_cache_dtype",
+    "moe_shared_expert_overlap", "output_router_logits", "auto_map", "architectures",
+    "transformers_version", "model_type",
 }  # fmt: skip
 # Older spellings; where both are present the older one wins, as it does in transformers.
 ALIASES = {
     "mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel", "mamba_expand": "expand",
-    "mamba_dt_min": "time_step_min", "mamba_dt_max": "time_step_max", "mamba_dt_init_floor": "time_step_floor",
-    "mamba_dt_limit": "time_step_limit", "mamba_conv_bias": "use_conv_bias", "mamba_chunk_size": "chunk_size",
-    "num_local_experts": "n_routed_experts", "torch_dtype": "dtype",
+    "mamba_dt_min": "time_step_min", "mamba_dt_max": "time_step_max",
+    "mamba_dt_init_floor": "time_step_floor", "mamba_dt_limit": "time_step_limit",
+    "mamba_conv_bias": "use_conv_bias", "mamba_chunk_size": "chunk_size",
+    "num_local_experts": "n_routed_experts", "norm_eps": "layer_norm_epsilon", "torch_dtype": "dtype",
 }  # fmt: skip
 
 
@@ -112,7 +116,12 @@ class Config:
     @property
     def conv_dim(self) -> int:
         """Channels of the causal convolution: x | B | C."""
-        return self.mamba_inner + 2 * self.n_groups * self.ssm_state_size
+        return sum(self.conv_widths)
+
+    @property
+    def conv_widths(self) -> tuple[int, int, int]:
+        """Channels of x, B and C."""
+        return self.mamba_inner, self.n_groups * self.ssm_state_size, self.n_groups * self.ssm_state_size
 
     @property
     def in_proj_widths(self) -> tuple[int, int, int]:
@@ -138,12 +147,12 @@ class Config:
         """The same configuration as a `config.json` that transformers reads too."""
         out = {f.name: getattr(self, f.name) for f in fields(self)}
         letters, mtp = out.pop("layers"), out.pop("mtp_layers")
-        if not {"M", "*", "E", "-"} <= set(letters + mtp):
-            out = {k: v for k, v in out.items() if k not in REQUIRED or set(REQUIRED[k]) & set(letters + mtp)}
+        out = {k: v for k, v in out.items() if set(REQUIRED.get(k, KINDS)) & set(letters + mtp)}
         out |= {"model_type": "nemotron_h", "architectures": ["NemotronHForCausalLM"],
                 "num_hidden_layers": len(letters), "hybrid_override_pattern": letters,
                 "layers_block_type": [NAME_OF[k] for k in letters],
-                "num_nextn_predict_layers": int(bool(mtp)), "eos_token_id": list(self.eos_token_id)}  # fmt: skip
+                "num_nextn_predict_layers": 1 if mtp else 0,
+                "eos_token_id": list(self.eos_token_id)}  # fmt: skip
         if mtp:
             out |= {"mtp_hybrid_override_pattern": mtp, "mtp_layers_block_type": [NAME_OF[k] for k in mtp]}
         return out | FIXED
@@ -155,14 +164,11 @@ def _fields_from(hf: dict) -> dict:
     model_type = hf.get("model_type")
     if model_type != "nemotron_h":
         hint = " (per-layer widths are not supported)" if model_type == "nemotron_h_puzzle" else ""
-        raise InputError(f"model_type {model_type!r} is not supported{hint}: refengine runs 'nemotron_h' models")
+        raise InputError(f"model_type {model_type!r} is not supported{hint}: refengine runs nemotron_h")
+    if None is not hf.get("norm_eps") != hf.get("layer_norm_epsilon", hf.get("norm_eps")):
+        raise InputError("config.json gives layer_norm_epsilon and norm_eps different values")
     hf = hf | {new: hf[old] for old, new in ALIASES.items() if hf.get(old) is not None}
     hf = {key: value for key, value in hf.items() if value is not None}
-    eps = {hf[key] for key in ("layer_norm_epsilon", "norm_eps") if key in hf}
-    if len(eps) > 1:
-        raise InputError(f"config.json gives layer_norm_epsilon and norm_eps different values: {sorted(eps)}")
-    if eps:
-        hf["layer_norm_epsilon"] = eps.pop()
     for key, only in FIXED.items():
         if hf.get(key, only) != only:
             raise InputError(f"{key} = {hf[key]!r} is not supported: nemotron_h models have {only!r}")
@@ -171,7 +177,7 @@ def _fields_from(hf: dict) -> dict:
         raise InputError("config.json has neither layers_block_type nor hybrid_override_pattern")
     heads = hf.get("num_nextn_predict_layers", 0)
     if heads not in (0, 1):
-        raise InputError(f"num_nextn_predict_layers = {heads!r} is not supported: 0 or 1 prediction heads are")
+        raise InputError(f"num_nextn_predict_layers = {heads!r} is not supported: 0 and 1 are")
     mtp = (_letters(hf, ("mtp_layers_block_type",), "mtp_hybrid_override_pattern") or "*E") if heads else ""
     for key, letters in REQUIRED.items():
         if key not in hf and set(letters) & set(layers + mtp):
@@ -202,7 +208,7 @@ def _listed(value):
 
 
 def _number(value) -> float:
-    """A float that JSON could not write: infinity arrives as a float, a string, or {"__float__": "Infinity"}."""
+    """JSON cannot write infinity: it arrives as a float, a string, or {"__float__": "Infinity"}."""
     try:
         return float(value["__float__"] if isinstance(value, dict) else value)
     except (TypeError, ValueError, KeyError):
@@ -216,6 +222,9 @@ def _checked(c: Config) -> Config:
         if not holds:
             raise InputError(f"config.json: {sentence}")
 
+    def whole(value) -> bool:
+        return type(value) is int and 0 < value < 2**31
+
     need(len(c.layers) <= 4096, f"{len(c.layers)} layers are more than the 4096 this program accepts")
     kinds = set(c.layers + c.mtp_layers)
     for key, letters in REQUIRED.items():
@@ -225,35 +234,31 @@ def _checked(c: Config) -> Config:
         if key in ("layer_norm_epsilon", "routed_scaling_factor"):
             need(_is_number(value) and value > 0, f"{key} = {value!r} is not a positive number")
         else:
-            need(type(value) is int and 0 < value < 2**31, f"{key} = {value!r} is not a positive integer")
+            need(whole(value), f"{key} = {value!r} is not a positive integer")
     for key in ("n_group", "topk_group", "moe_latent_size"):
         value = getattr(c, key)
-        need(value is None or type(value) is int and 0 < value < 2**31, f"{key} = {value!r} is not a positive integer")
+        need(value is None or whole(value), f"{key} = {value!r} is not a positive integer")
     for key in ("norm_topk_prob", "tie_word_embeddings"):
         need(isinstance(getattr(c, key), bool), f"{key} = {getattr(c, key)!r} is neither true nor false")
     for key, ids in (("bos_token_id", (c.bos_token_id,)), ("pad_token_id", (c.pad_token_id,)),
                      ("eos_token_id", c.eos_token_id)):  # fmt: skip
         for value in ids:
             need(value is None or type(value) is int, f"{key} = {value!r} is not a token id")
-    low_high = c.time_step_limit
-    need(len(low_high) == 2 and low_high[0] <= low_high[1], f"time_step_limit = {list(low_high)} is not [low, high]")
+    limit = c.time_step_limit
+    need(len(limit) == 2 and limit[0] <= limit[1], f"time_step_limit = {list(limit)} is not [low, high]")
+    H, G, A, KV = c.mamba_num_heads, c.n_groups, c.num_attention_heads, c.num_key_value_heads
+    E, k, groups = c.n_routed_experts, c.num_experts_per_tok, c.n_group
     if "M" in kinds:
-        need(c.mamba_num_heads % c.n_groups == 0,
-             f"mamba_num_heads = {c.mamba_num_heads} is not a multiple of n_groups = {c.n_groups}")  # fmt: skip
+        need(H % G == 0, f"mamba_num_heads = {H} is not a multiple of n_groups = {G}")
     if "*" in kinds:
-        need(c.num_attention_heads % c.num_key_value_heads == 0,
-             f"num_attention_heads = {c.num_attention_heads} is not a multiple of "
-             f"num_key_value_heads = {c.num_key_value_heads}")  # fmt: skip
+        need(A % KV == 0, f"num_attention_heads = {A} is not a multiple of num_key_value_heads = {KV}")
     if "E" in kinds:
-        need(c.n_routed_experts <= 65536, f"n_routed_experts = {c.n_routed_experts} is more than 65536")
-        need(c.n_routed_experts % c.n_group == 0,
-             f"n_routed_experts = {c.n_routed_experts} is not a multiple of n_group = {c.n_group}")  # fmt: skip
-        need(c.topk_group <= c.n_group, f"topk_group = {c.topk_group} is more than n_group = {c.n_group}")
-        open_to = c.topk_group * c.n_routed_experts // c.n_group
-        need(c.num_experts_per_tok <= open_to,
-             f"num_experts_per_tok = {c.num_experts_per_tok} is more than the {open_to} experts it chooses from")  # fmt: skip
-        need(c.n_group == 1 or c.n_routed_experts // c.n_group >= 2,
-             f"n_group = {c.n_group} leaves fewer than two experts a group")  # fmt: skip
+        need(E <= 65536, f"n_routed_experts = {E} is more than 65536")
+        need(E % groups == 0, f"n_routed_experts = {E} is not a multiple of n_group = {groups}")
+        need(c.topk_group <= groups, f"topk_group = {c.topk_group} is more than n_group = {groups}")
+        need(groups == 1 or E // groups >= 2, f"n_group = {groups} leaves fewer than two experts a group")
+        open_to = c.topk_group * E // groups
+        need(k <= open_to, f"num_experts_per_tok = {k} is more than the {open_to} experts it chooses from")
     return c
 
 

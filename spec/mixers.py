@@ -1,7 +1,7 @@
 """Chapter 12. Mixers: the four kinds of layer, each a paragraph in the vocabulary of chapter 11.
 
-Every mixer has one signature, (h, w, cfg, state, n, ops) -> (what it adds to the residual stream, next state):
-h is the normalised stream, b l d; w the layer's weights by name; n the real positions of each row.
+Every mixer has one signature, (h, w, cfg, state, n, ops) -> (what it adds to the residual stream, next
+state): h is the normalised stream, b l d; w the layer's weights by name; n the real positions of each row.
 Each ends with the one sum over tensor-parallel ranks that it needs.
 """
 
@@ -17,10 +17,11 @@ def mamba2(h, w, cfg, state, n, ops):  # b l d -> b l d
     # CONVOLVE
     xBC, tail = ops.causal_conv(xBC, w["conv1d.weight"], w["conv1d.bias"], state.tail, n)  # b l c
     # SCAN
-    groups = cfg.n_groups * cfg.ssm_state_size
-    x, B, C = split(xBC, (cfg.mamba_inner, groups, groups))
-    x, B, C = heads(x, cfg.mamba_num_heads), heads(B, cfg.n_groups), heads(C, cfg.n_groups)  # b l h p   b l g n
-    y, S = ops.ssd_scan(x, dt, w["A_log"], B, C, w["D"], w["dt_bias"], state.S, n, cfg.time_step_limit, cfg.chunk_size)
+    x, B, C = split(xBC, cfg.conv_widths)
+    x, B, C = heads(x, cfg.mamba_num_heads), heads(B, cfg.n_groups), heads(C, cfg.n_groups)
+    y, S = ops.ssd_scan(  # x, y b l h p   B, C b l g n   S b h p n
+        x, dt, w["A_log"], B, C, w["D"], w["dt_bias"], state.S, n, cfg.time_step_limit, cfg.chunk_size
+    )
     # GATE
     y = ops.gated_rms_norm(merge(y), z, w["norm.weight"], cfg.layer_norm_epsilon, cfg.n_groups)  # b l (h p)
     # RETURN
@@ -30,7 +31,8 @@ def mamba2(h, w, cfg, state, n, ops):  # b l d -> b l d
 def attention(h, w, cfg, state, n, ops):  # b l d -> b l d
     # PROJECT
     q, k, v = split(ops.linear(h, w["qkv_proj"]), cfg.qkv_widths)
-    q, k, v = heads(q, cfg.num_attention_heads), heads(k, cfg.num_key_value_heads), heads(v, cfg.num_key_value_heads)
+    q = heads(q, cfg.num_attention_heads)  # b l h e
+    k, v = heads(k, cfg.num_key_value_heads), heads(v, cfg.num_key_value_heads)  # b l kv e
     # ATTEND
     y, state = ops.attention(q, k, v, state, n)  # b l h e
     # RETURN

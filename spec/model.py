@@ -1,10 +1,10 @@
 """Chapter 13. The model: a stream of vectors, one a token, to which every layer adds what it read from it.
 
-    x <- embeddings[ids];     for each layer  x <- x + mixer(rms_norm(x));     h = rms_norm(x);     logits = h lm_head'
+    x <- embeddings[ids]      x <- x + mixer(rms_norm(x)), each layer      logits = rms_norm(x) lm_head'
 
-In three calls, because pipeline stages, traces and the prediction head of chapter 14 begin and end between them:
-`embed(ids)`, `blocks(x, states)`, `head(h)`. This is the only assembly of the model; every backend, every division over
-ranks and every feature goes through it.
+In three calls, because pipeline stages, traces and the prediction head of chapter 14 begin and end between
+them: `embed(ids)`, `blocks(x, states)`, `head(h)`. This is the only assembly of the model; every backend,
+every division over ranks and every feature goes through it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Model:
         return self.backend.ops.embed(ids, self.weights[""]["embeddings.weight"])
 
     def blocks(self, x, states: list, n=None, first: int = 0, last: int | None = None, tap=None):
-        """Layers first..last-1, and the final norm when the last layer is among them. b l d -> b l d, next states.
+        """Layers first..last-1, and the final norm after the last of all. b l d -> b l d, next states.
 
         `states` are those of exactly these layers; `tap(index, x)` sees the stream after each layer.
         """
@@ -64,7 +64,7 @@ class Model:
 
 
 def run(x, layers, final, states, n, cfg, ops, first=0, tap=None):
-    """x <- x + mixer(rms_norm(x)) over (letter, weights) of each layer; `final` is the weight of a last norm, or None."""
+    """x <- x + mixer(rms_norm(x)) for each (letter, weights); `final`: the weight of a last norm, or None."""
     delta, after = None, []
     for i, ((kind, w), state) in enumerate(zip(layers, states, strict=True), first):
         h, x = ops.rms_norm(x, delta, w["norm.weight"], cfg.layer_norm_epsilon)

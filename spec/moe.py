@@ -8,7 +8,8 @@
     r = sum over chosen of  w relu(u up')^2 down'                           expert read h, the others read u
     y = r fc2'  (otherwise r)  +  relu(h up_s')^2 down_s'
 
-This chapter has the router and the experts; the mixer of chapter 12 composes them. docs/model.md, "Experts".
+This chapter has the router and the experts; the mixer of chapter 12 composes them. docs/model.md,
+"Experts".
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from spec.numerics import relu2, sigmoid, wide
 
 
 class Routing(NamedTuple):
-    """Which experts read a token and how much each counts; to everything but a backend's own verbs it is opaque."""
+    """Which experts read a token, and how much each counts. (Opaque to all but a backend's own verbs.)"""
 
     expert: Int[Array, "*b k"]
     weight: Float[Array, "*b k"]
@@ -51,7 +52,7 @@ def largest(c: Float[Array, "*b E"], k: int) -> Int[Array, "*b k"]:
 
 
 def only_best_groups(c: Float[Array, "*b E"], groups: int, keep: int) -> Float[Array, "*b E"]:
-    """A group of experts scores the sum of its two best; all but the `keep` best groups are out of the choice."""
+    """A group scores the sum of its two best experts; only the `keep` best groups stay in the choice."""
     by_group = c.reshape(*c.shape[:-1], groups, -1)  # *b groups E/groups
     score = np.sort(by_group, axis=-1)[..., -2:].sum(axis=-1)  # *b groups
     kept = np.zeros(score.shape, bool)
@@ -83,5 +84,5 @@ def experts_grouped(u: Float[Array, "*b x"], matrices: Sequence, routing: Routin
     for rows in np.split(order, np.flatnonzero(np.diff(chosen[order])) + 1):
         if len(rows):
             up, down = matrices[chosen[rows[0]]]
-            y[rows // k] += weight[rows] * mlp(tokens[rows // k], up, down)  # a token meets an expert only once
+            y[rows // k] += weight[rows] * mlp(tokens[rows // k], up, down)  # no token twice
     return y.reshape(u.shape)

@@ -5,9 +5,9 @@ For position i, with the trunk's hidden state h[i] (after its final norm) and th
     v = eh_proj [ enorm(embed(t[i+1])), hnorm(h[i]) ]          trap 7: the embedding comes first
     v <- v + attention(norm(v));   v <- v + experts(norm(v));   o = final_layernorm(v)
 
-and o, through the trunk's own `lm_head`, predicts t[i+2]. The head has the layers of `mtp_hybrid_override_pattern`
-("*E") with a key/value cache of its own. To look further ahead, run it again with h := o and the token it guessed.
-docs/model.md, "Multi-token prediction".
+and o, through the trunk's own `lm_head`, predicts t[i+2]. The head has the layers of
+`mtp_hybrid_override_pattern` ("*E") with a key/value cache of its own. To look further ahead, run it again
+with h := o and the token it guessed. docs/model.md, "Multi-token prediction".
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def new_states(model: Model, batch: int) -> list:
 
 
 def predict(model: Model, h, next_ids, states: list, n=None):
-    """h [b l d], next_ids [b l] -> o [b l d], next states; `model.head(o)` are the logits of the token after."""
+    """h [b l d], next_ids [b l] -> o [b l d], next states; `model.head(o)` guesses the token after that."""
     cfg, ops = model.cfg, model.backend.ops
     blocks = [model.weights[f"mtp.layers.{i}"] for i in range(len(cfg.mtp_layers))]
     e, _ = ops.rms_norm(model.embed(next_ids), None, blocks[0]["enorm.weight"], cfg.layer_norm_epsilon)

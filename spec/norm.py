@@ -20,7 +20,7 @@ def rms_norm(
 ) -> tuple[Float[Array, "*b d"], Float[Array, "*b d"]]:
     """Add what the last mixer wrote (`delta`) to the residual stream `x`, and read it normalised.
 
-    Returns (normalised, x + delta). The addition belongs to the verb because fused kernels do both in one pass.
+    Returns (normalised, x + delta). The addition is part of the verb as it is of fused kernels.
     """
     x = x if delta is None else x + delta
     u = x.astype(wide(x.dtype), copy=False)

@@ -27,7 +27,7 @@ def wide(dtype) -> np.dtype:
 
 
 def tolerance(dtype, terms: int) -> float:
-    """How far a sum of `terms` products, rounded in `dtype`, may lie from the exact one, relative to its scale.
+    """How far a sum of `terms` products, rounded in `dtype`, may lie from the exact one, over its scale.
 
     Rounding errors of a long sum add up like a random walk, so they grow with the square root of its length;
     the factor 4 leaves room for the tail of that walk and for a different order of summation.

@@ -1,12 +1,13 @@
 """Chapter 11. Operations: the vocabulary in which the model is written, and what each word means in NumPy.
 
-`Ops` is a set of verbs, cut where the published fused kernels cut, so that speed never has to cross a seam.
-A backend is a set of its own functions under the same names. `DEFINITION` binds every verb to its clearest form;
-`REFERENCE` replaces three of them by the theorems of their chapters, and is the NumPy backend. Between verbs the
-model uses only + * slices and .reshape, which every array library has, and reads no value on the host.
+`Ops` is a set of verbs, cut where the published fused kernels cut, so that speed never has to cross a
+seam. A backend is a set of its own functions under the same names. `DEFINITION` binds every verb to its
+clearest form; `REFERENCE` replaces three of them by the theorems of their chapters, and is the NumPy
+backend. Between verbs the model uses only + * slices and .reshape, which every array library has, and
+reads no value on the host.
 
-Arguments come as data, weights, state, constants; results as the value, then the next state. `n[b]` is the number of
-real positions of each row of the batch, or None when all are.
+Arguments come as data, weights, state, constants; results as the value, then the next state. `n[b]` is the
+number of real positions of each row of the batch, or None when all are.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ from spec.tensors import Group
 
 @dataclass(frozen=True)
 class Ops:
-    """The vocabulary. Weights, states, routings are made by the backend and looked into by its verbs alone."""
+    """The vocabulary. Weights, states, routings are made by the backend and read by its verbs alone."""
 
     embed: Callable  # (ids [b l], table) -> x [b l d]
     linear: Callable  # (x [.. i], weight [o i]) -> [.. o]
-    linear_pair: Callable  # (x [.. i], y [.. i], weight [o 2i]) -> [.. o], weight times the concatenation [x, y]
-    rms_norm: Callable  # (x [b l d], delta [b l d] or None, weight [d], eps) -> normalised x + delta, x + delta
+    linear_pair: Callable  # (x [.. i], y [.. i], weight [o 2i]) -> [.. o]: weight times [x, y] end to end
+    rms_norm: Callable  # (x [b l d], delta [b l d] or None, weight [d], eps) -> norm(x + delta), x + delta
     causal_conv: Callable  # (x [b l c], weight [c 1 k], bias [c], tail, n) -> y [b l c], tail
-    ssd_scan: Callable  # (x [b l h p], dt [b l h], A_log, B [b l g n], C, D, dt_bias, S, n, limit, chunk) -> y, S
+    ssd_scan: Callable  # (x b l h p, dt b l h, A_log, B b l g n, C, D, dt_bias, S, n, limit, chunk) -> y, S
     gated_rms_norm: Callable  # (y [b l c], z [b l c], weight [c], eps, groups) -> [b l c]
     attention: Callable  # (q [b l h e], k [b l kv e], v [b l kv e], cache, n) -> y [b l h e], cache
     route: Callable  # (h [b l d], gate [E d], bias [E], cfg) -> routing
@@ -60,7 +61,7 @@ class Backend:
 
     name: str
     ops: Ops
-    place: Callable[[Group, list[Array]], Any]  # the tensors of a group, in the file's dtype -> a weight of the ops
+    place: Callable[[Group, list[Array]], Any]  # a group's tensors in the file's dtype -> a weight
     new_state: Callable[[str, Config, int], Any]  # layer letter, config, batch -> an empty state (or None)
     array: Callable[[Array], Any]  # host -> here: token ids, row lengths, hidden states
     fetch: Callable[[Any], Array]  # here -> host: logits, hidden states
@@ -102,8 +103,8 @@ REFERENCE = replace(DEFINITION, ssd_scan=ssd_scan_chunked, experts=moe.experts_g
 def place(group: Group, values: list[Array], dtype, resident: bool) -> Any:
     """A NumPy weight: the matrix itself, (q, k, v), or [(up, down), ...] of the experts.
 
-    `resident`: widened once, now; otherwise matrices stay as they are in the file, perhaps in a memory map, and are
-    widened each time they are used. Small tensors are always widened to float32 or wider.
+    `resident`: widened once, now. Otherwise matrices stay as they are in the file, perhaps in a memory map, and
+    are widened each time they are used. Small tensors are always widened to float32 or wider.
     """
     if resident or group.rows[0].precision == "small":
         values = [widen(value, wide(dtype)) for value in values]

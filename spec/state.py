@@ -4,10 +4,11 @@
     *    keys and values              b t kv e  and a length [b]      growing with the sequence
     E -  nothing
 
-A batch is a set of slots: `take(rows)` gives the states of some sequences, `put(rows, other)` sets them, so
-sequences join and leave. A state is used once: after a call only the state it returned is valid, so that a backend
-may write in place. To go on from one point twice, `fork` it first; a fork costs nothing here, because S and the
-tail are never written in place, and keys and values are only ever written beyond the end of every fork.
+A batch is a set of slots: `take(rows)` gives the states of some sequences, `put(rows, other)` sets them,
+so sequences join and leave. A state is used once: after a call only the state it returned is valid, so
+that a backend may write in place. To go on from one point twice, `fork` it first; a fork costs nothing
+here, because S and the tail are never written in place, and keys and values are only ever written beyond
+the end of every fork.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Recurrent:
 class Cache:
     """What an attention layer remembers: the first `length[b]` rows of a buffer that forks share.
 
-    `written[b]` is shared with every fork of the buffer: whoever stands at the end of what has been written may
-    append in place; whoever stands earlier (another has gone on) first copies what it knows.
+    `written[b]` is shared with every fork of the buffer: whoever stands at the end of what has been written
+    may append in place; whoever stands earlier (another has gone on) first copies what it knows.
     """
 
     k: Array  # b t kv e, room for more positions than are used
@@ -82,7 +83,7 @@ class Cache:
         return replace(self)
 
     def _copied(self, room: int, exactly: bool = False) -> Cache:
-        """A buffer of one's own with room for `room` positions (and, to append in amortised constant time, more)."""
+        """A buffer of one's own with `room`, and half as much again so that appending stays cheap."""
         known = int(self.length.max(initial=0))
         shape = (self.k.shape[0], room if exactly else max(64, room + room // 2), *self.k.shape[2:])
         k, v = np.zeros(shape, self.k.dtype), np.zeros(shape, self.v.dtype)

@@ -1,8 +1,9 @@
 """Chapter 2. The tensor table: every tensor of a checkpoint, in order, from the configuration alone.
 
-One function, `table`, says of each tensor what it is called, how large it is, where it belongs, how ranks would cut it
-and whether a quantization recipe may touch it. The loader validates files against it, the planner counts with it, and
-the test checkpoints are written from it. Its totals are the published ones (docs/model.md, "Parameters").
+One function, `table`, says of each tensor what it is called, how large it is, where it belongs, how ranks
+would cut it and whether a quantization recipe may touch it. The loader validates files against it, the
+planner counts with it, and the test checkpoints are written from it. Its totals are the published ones
+(docs/model.md, "Parameters").
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ class Tensor(NamedTuple):
     name       in the checkpoint: `backbone.layers.3.mixer.in_proj.weight`
     block      the part of the model it belongs to: `layers.3`, `mtp.layers.0`, or "" for the outermost
     key        the rest of its name, within the block: `mixer.in_proj.weight`
-    role       what it is counted as: embedding, lm_head, norm, mamba, conv, ssm, attention, router, routed_expert,
-               shared_expert, latent, mlp, mtp_proj
+    role       what it is counted as: embedding, lm_head, norm, mamba, conv, ssm, attention, router,
+               routed_expert, shared_expert, latent, mlp, mtp_proj
     group      tensors with the same (block, group) are placed together: q|k|v, the experts of a layer
-    cut        across tensor-parallel ranks: whole, rows, columns, z|x|B|C|dt, x|B|C, heads, inner, q_heads, kv_heads,
-               kv_columns, experts, vocab
+    cut        across tensor-parallel ranks: whole, rows, columns, z|x|B|C|dt, x|B|C, heads, inner, q_heads,
+               kv_heads, experts, vocab
     precision  matrix (a recipe may quantize it), table (embedding and head), or small (never quantized)
     """
 
@@ -61,7 +62,8 @@ def table(cfg: Config) -> list[Tensor]:
     for i, kind in enumerate(cfg.mtp_layers):
         block = f"mtp.layers.{i}"
         if i == 0:
-            rows += [_row("", block, f"{key}.weight", (d,), "norm", "whole", "small") for key in ("enorm", "hnorm")]
+            rows += [_row("", block, "enorm.weight", (d,), "norm", "whole", "small")]
+            rows += [_row("", block, "hnorm.weight", (d,), "norm", "whole", "small")]
             rows += [_row("", block, "eh_proj.weight", (d, 2 * d), "mtp_proj", "rows", "matrix")]
         rows += _layer("", block, kind, cfg)
         if i == len(cfg.mtp_layers) - 1:

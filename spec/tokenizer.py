@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass
+from functools import cached_property
 
 from spec.config import InputError
 
@@ -82,11 +83,52 @@ class Tokenizer:
             tokens[at : at + 2] = [tokens[at] + tokens[at + 1]]
 
     def decode(self, ids: list[int]) -> str:
-        """Bytes that are not UTF-8 (a character cut in two, say) become U+FFFD."""
-        token = {i: token for token, i in self.ids.items()} | {i: text.encode() for text, i in self.specials.items()}
-        return b"".join(token[i] for i in ids).decode(errors="replace")
+        """Bytes that are not UTF-8 (half a character, say) become U+FFFD."""
+        return b"".join(map(self.tokens.__getitem__, ids)).decode(errors="replace")
+
+    @cached_property
+    def tokens(self) -> dict[int, bytes]:
+        return {i: token for token, i in self.ids.items()} | {i: text.encode() for text, i in self.specials.items()}
 
 
 def from_json(file: dict) -> Tokenizer:
-    """Read a Hugging Face `tokenizer.json`. It spells bytes as characters that print; we undo that here, once."""
-    ...
+    """Read a Hugging Face `tokenizer.json`, of the one kind that this chapter explains."""
+    match file:
+        case {
+            "normalizer": None,
+            "pre_tokenizer": {"pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ]},
+            "model": {"type": "BPE", "ignore_merges": False, "byte_fallback": False, "vocab": vocab, "merges": merges},
+        }:  # fmt: skip
+            if pattern not in CUTS:
+                raise InputError(f"the tokenizer cuts text by a pattern that the specification does not know: {pattern}")
+            specials = {token["content"]: token["id"] for token in file["added_tokens"]}
+            ids = {as_bytes(token): i for token, i in vocab.items() if token not in specials}
+            pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+            ranks = {(as_bytes(left), as_bytes(right)): rank for rank, (left, right) in enumerate(pairs)}
+            return Tokenizer(ids, specials, ranks, CUTS[pattern], *around(file["post_processor"]))
+    raise InputError("the specification reads only byte-level BPE tokenizers with a split pattern and no normalizer")
+
+
+def around(post_processor: dict | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that the file puts before and after every text: its template is, say, `<s> A`."""
+    match post_processor:
+        case {"type": "TemplateProcessing", "single": template, "special_tokens": known}:
+            slots = [known[slot["SpecialToken"]["id"]]["ids"] if "SpecialToken" in slot else "A" for slot in template]
+            text = slots.index("A")
+            return tuple(sum(slots[:text], [])), tuple(sum(slots[text + 1 :], []))
+        case _:
+            return (), ()
+
+
+# PRINTABLE BYTES. The file is text, so each byte of a token is written as a character: itself where it prints,
+# otherwise the next character from U+0100 on. So " you" is written "Ġyou".
+PRINTS = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+HIDDEN = [byte for byte in range(0x100) if byte not in PRINTS]
+BYTE_OF = {chr(byte): byte for byte in PRINTS} | {chr(0x100 + n): byte for n, byte in enumerate(HIDDEN)}
+
+
+def as_bytes(token: str) -> bytes:
+    return bytes(map(BYTE_OF.__getitem__, token))

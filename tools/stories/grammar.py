@@ -52,7 +52,7 @@ def _render(letter, form, values):
     return word.capitalize() if form[0].isupper() else word
 
 
-@dataclass
+@dataclass(eq=False)
 class Template:
     """One sentence pattern, with where it came from: `plot` ('' if shared) and its `step` there."""
 
@@ -62,7 +62,7 @@ class Template:
     roles: frozenset = field(default=frozenset())
 
     def __post_init__(self):
-        self.roles = frozenset(_slot(m[1])[0] for m in re.finditer(r"\{([^{}]+)\}", self.text))
+        self.roles = frozenset(_slot(m[1])[0] for m in re.finditer(r"[{<]([^{}<>]+)[}>]", self.text))
         self._regex = self._groups = None
         literal = re.sub(r"\{[^{}]*\}|\[[^\[\]]*\]", "\0", self.text)
         self.probe = max(literal.split("\0"), key=len)
