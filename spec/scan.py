@@ -1,15 +1,14 @@
-"""Chapter 7. The state-space scan: a sequence is read through a matrix S per head that decays and is added
-to.
+"""Chapter 7. The state-space scan: a sequence is read through a matrix per head that decays and is added to.
 
     S[t] = exp(dt A) S[t-1] + dt x[t] B[t]'          y[t] = S[t] C[t] + D x[t]
     dt   = softplus(dt_raw + dt_bias)                A = -exp(A_log) < 0
 
     h heads of p values each, S is p x n; heads share B and C by groups: head i reads group i // (h / g)
 
-`ssd_scan` is this recurrence: the definition. `ssd_scan_chunked` computes a chunk of positions at once
-with matrix products: the theorem, and a property test is its proof. Both pass over padding: beyond n[b],
-dt = 0, so the state neither decays nor grows. The true limit of dt is (0, inf) (trap 1). docs/model.md,
-"Mamba-2"; Mamba-2 paper, 6.
+`ssd_scan` is this recurrence: the definition. `ssd_scan_chunked` computes a chunk of positions at once with
+matrix products: the theorem, and a property test is its proof. Both pass over padding: beyond n[b], dt = 0, so
+the state neither decays nor grows. The true limit of dt is (0, inf) (trap 1). docs/model.md, "Mamba-2";
+arXiv 2405.21060, section 6.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Text to token ids and back: byte-level byte-pair encoding.
+"""Chapter 16. The tokenizer: text to numbers and back, by byte-level byte-pair encoding.
 
-    text   a string; each character is one code point        kind   one letter for what a character is (below)
-    piece  the UTF-8 bytes of a word or the like             rank   the place of a merge in the list of merges
-    token  a string of bytes with an id                      id     a row of the embedding
+    kind   one letter for what a character is       piece  the UTF-8 bytes of, say, a word
+    token  a string of bytes that has an id         rank   the place of a merge in the list of merges
 
-Text is cut into pieces, and tokens never cross a cut. A piece starts as single bytes; then the two neighbours whose
-merge has the lowest rank become one token, until no neighbours can merge:
+Text is cut into pieces, and no token crosses a cut. A piece starts as single bytes; then the two neighbours whose
+merge has the lowest rank become one token, over and over, until no two neighbours can merge:
 
-    "Hi you" -> "Hi" " you" -> H i   ␣ y o u -> H i   ␣ yo u -> Hi   ␣ yo u -> Hi   ␣yo u -> Hi   ␣you
+    "the story" -> "the", " story"          " story" -> ␣ s t o r y -> ␣s t o r y -> ␣s t or y -> ␣st or y
+                                                      -> ␣st ory -> ␣story
 
-All 256 bytes are tokens, so there is no text that cannot be written, and no unknown token. Special tokens, such as
-`<|im_start|>`, are found before everything else. Facts and sources: docs/model.md, "Tokenizer".
+Every byte is a token, so there is no text that cannot be written and no unknown token. Special tokens, such as
+`<|im_start|>`, are found whole before the text is cut. Facts and sources: docs/model.md, "Tokenizer".
 """
 
 from __future__ import annotations
@@ -22,64 +22,61 @@ from functools import cached_property
 
 from spec.config import InputError
 
-# KINDS. Whether to cut between two characters depends only on what kind each of them is.
-#     U upper or title case   l lower case   o letter without case   m mark that joins a letter   d digit
-#     r line end              _ space        s other white space     / slash                      p all the rest
-KIND_OF_CATEGORY = {"Lu": "U", "Lt": "U", "Ll": "l", "Lm": "o", "Lo": "o", "Zs": "s", "Zl": "s", "Zp": "s"}
-KIND_OF_LETTER = {"M": "m", "N": "d"}
+# KINDS. Whether to cut between characters depends only on what kind of character each is:
+#     U upper or title case   l lower case   o letter without case   m mark put on a letter   d digit
+#     r line end              _ space        s other white space     / slash                  p all others
 KIND_OF_CHARACTER = {"\n": "r", "\r": "r", " ": "_", "/": "/", "\t": "s", "\v": "s", "\f": "s", "\x85": "s"}
+KIND_OF_CATEGORY = {"Lu": "U", "Lt": "U", "Ll": "l", "Lm": "o", "Lo": "o", "Zs": "s", "Zl": "s", "Zp": "s",
+                    "Mn": "m", "Mc": "m", "Me": "m", "Nd": "d", "Nl": "d", "No": "d"}  # fmt: skip
 
 
 def kind(char: str) -> str:
-    category = unicodedata.category(char)
-    return (KIND_OF_CHARACTER.get(char) or KIND_OF_CATEGORY.get(category) or KIND_OF_LETTER.get(category[0], "p"))
+    return KIND_OF_CHARACTER.get(char) or KIND_OF_CATEGORY.get(unicodedata.category(char), "p")
 
 
-# A tokenizer file states its cuts as a regular expression over characters; ours is the same one over kinds.
+# CUTS. A tokenizer file states them as a regular expression over characters; here is the same one over kinds.
 TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CUTS = {TEKKEN: re.compile("""
-    [^rUlod]? [Uom]* [lom]+     # a word with what stands before it: "word", " Word", "(word"; "camelCase" is two
-  | [^rUlod]? [Uom]+ [lom]*     # a word in capitals
-  | d                           # every digit alone
-  | _? [mp/]+ [r/]*             # a run of signs with the space before and the line ends after
+    [^rUlod]? [Uom]* [lom]+     # a word and the one character before it: "word", " Word", "(word"
+  | [^rUlod]? [Uom]+ [lom]*     # a word in capitals; "camelCase" was two words
+  | d                           # each digit alone
+  | _? [mp/]+ [r/]*             # a run of signs, the space before it, the line ends after it
   | [s_r]* r+                   # blank lines
-  | [s_r]+ (?![^s_r])           # white space, all but the last, which goes with the next word
-  | [s_r]+                      # white space
+  | [s_r]+ (?![^s_r])           # white space, but for the last, which goes with the next word
+  | [s_r]+                      # the one that is left when no word takes it
 """, re.VERBOSE)}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Tokenizer:
     ids: dict[bytes, int]  # of the tokens that text is made of
-    specials: dict[str, int]  # of the tokens that are found whole, before the text is cut
-    ranks: dict[tuple[bytes, bytes], int]  # of the merges: which two tokens, in order of importance
+    specials: dict[str, int]  # of the tokens that are found whole
+    ranks: dict[tuple[bytes, bytes], int]  # of the merges
     cuts: re.Pattern
-    before: tuple[int, ...] = ()  # what the file puts around every text, such as `<s>`
-    after: tuple[int, ...] = ()
 
     def encode(self, text: str) -> list[int]:
-        longest_first = sorted(self.specials, key=len, reverse=True)
-        parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text) if self.specials else [text]
-        middle = [id for part in parts for id in ([self.specials[part]] if part in self.specials else self.spell(part))]
-        return [*self.before, *middle, *self.after]
+        longest_first = "|".join(map(re.escape, sorted(self.specials, key=len, reverse=True)))
+        parts = re.split(f"({longest_first})", text) if self.specials else [text]  # between ( ) they stay in
+        return [i for part in parts for i in ([self.specials[part]] if part in self.specials else self.spell(part))]
 
     def spell(self, text: str) -> list[int]:
-        """The ids of a text without special tokens."""
-        kinds = "".join(map(kind, text))  # as long as the text, so a cut in one is a cut in the other
+        """The ids of a text in which nothing is special."""
+        kinds = "".join(map(kind, text))  # as long as the text: a cut in one is a cut in the other
         pieces = (text[cut.start() : cut.end()].encode() for cut in self.cuts.finditer(kinds))
         return [self.ids[token] for piece in pieces for token in self.merge(piece)]
 
     def merge(self, piece: bytes) -> list[bytes]:
         tokens = [bytes([byte]) for byte in piece]
         while True:
-            pairs = zip(tokens, tokens[1:], strict=False)
-            rank, at = min(((self.ranks[pair], at) for at, pair in enumerate(pairs) if pair in self.ranks), default=(0, None))
-            if at is None:
+            pairs = enumerate(zip(tokens, tokens[1:], strict=False))
+            merges = [(self.ranks[pair], at) for at, pair in pairs if pair in self.ranks]
+            if not merges:
                 return tokens
+            _, at = min(merges)  # of equal ones, the leftmost
             tokens[at : at + 2] = [tokens[at] + tokens[at + 1]]
 
     def decode(self, ids: list[int]) -> str:
@@ -92,39 +89,27 @@ class Tokenizer:
 
 
 def from_json(file: dict) -> Tokenizer:
-    """Read a Hugging Face `tokenizer.json`, of the one kind that this chapter explains."""
+    """Read a Hugging Face `tokenizer.json` of the kind that this chapter explains."""
     match file:
         case {
-            "normalizer": None,
+            "normalizer": None, "post_processor": None | {"type": "ByteLevel"}, "added_tokens": added,
             "pre_tokenizer": {"pretokenizers": [
                 {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-            ]},
-            "model": {"type": "BPE", "ignore_merges": False, "byte_fallback": False, "vocab": vocab, "merges": merges},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]},
+            "model": {"type": "BPE", "ignore_merges": False, "vocab": vocab, "merges": merges},
         }:  # fmt: skip
             if pattern not in CUTS:
-                raise InputError(f"the tokenizer cuts text by a pattern that the specification does not know: {pattern}")
-            specials = {token["content"]: token["id"] for token in file["added_tokens"]}
+                raise InputError(f"the specification does not know the pattern that this tokenizer cuts by: {pattern}")
+            specials = {token["content"]: token["id"] for token in added}
             ids = {as_bytes(token): i for token, i in vocab.items() if token not in specials}
             pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
             ranks = {(as_bytes(left), as_bytes(right)): rank for rank, (left, right) in enumerate(pairs)}
-            return Tokenizer(ids, specials, ranks, CUTS[pattern], *around(file["post_processor"]))
-    raise InputError("the specification reads only byte-level BPE tokenizers with a split pattern and no normalizer")
-
-
-def around(post_processor: dict | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that the file puts before and after every text: its template is, say, `<s> A`."""
-    match post_processor:
-        case {"type": "TemplateProcessing", "single": template, "special_tokens": known}:
-            slots = [known[slot["SpecialToken"]["id"]]["ids"] if "SpecialToken" in slot else "A" for slot in template]
-            text = slots.index("A")
-            return tuple(sum(slots[:text], [])), tuple(sum(slots[text + 1 :], []))
-        case _:
-            return (), ()
+            return Tokenizer(ids, specials, ranks, CUTS[pattern])
+    raise InputError("the specification reads only byte-level BPE that splits by a pattern and adds nothing to a text")
 
 
 # PRINTABLE BYTES. The file is text, so each byte of a token is written as a character: itself where it prints,
-# otherwise the next character from U+0100 on. So " you" is written "Ġyou".
+# else the next one from U+0100 on. " story" is written "Ġstory".
 PRINTS = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 HIDDEN = [byte for byte in range(0x100) if byte not in PRINTS]
 BYTE_OF = {chr(byte): byte for byte in PRINTS} | {chr(0x100 + n): byte for n, byte in enumerate(HIDDEN)}

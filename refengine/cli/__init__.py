@@ -1,0 +1,83 @@
+"""The command line: one file a command, and here what they share: how a run ends.
+
+0: done (also when whoever read our output has left), 1: the input is wrong, in one sentence, 2: the command is
+wrong, 130: Ctrl-C. A traceback is shown only with --debug.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+
+import click
+
+COMMANDS = ("generate", "chat", "inspect", "score")
+
+
+class Commands(click.Group):
+    """Imports a command's file when it is asked for."""
+
+    def list_commands(self, ctx):
+        return list(COMMANDS)
+
+    def get_command(self, ctx, name):
+        return getattr(importlib.import_module(f"refengine.cli.{name}"), name) if name in COMMANDS else None
+
+
+def show_version(ctx, param, value):
+    if value:
+        from refengine import __version__
+
+        click.echo(f"refengine {__version__}")
+        ctx.exit()
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=show_version,
+              help="Print the version.")  # fmt: skip
+def cli():
+    """Run, look into and measure Nemotron 3 (nemotron_h) models; without --model, the one in this package."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command, and leave with its exit code."""
+    args = sys.argv[1:] if args is None else args
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")
+    sys.exit(run(args))
+
+
+def run(args: list[str]) -> int:
+    try:
+        code = cli.main(args, prog_name="refengine", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush is quiet too
+        return 0
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except Exception as error:
+        if "--debug" in args:
+            traceback.print_exc()
+        click.echo(f"refengine: {sentence(error)}", err=True)
+        return 1
+
+
+def sentence(error: Exception) -> str:
+    """What went wrong, on one line."""
+    from spec.config import InputError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return text
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for this"
+    return f"an error inside the program ({type(error).__name__}: {text}); run again with --debug to see where"

@@ -1,0 +1,128 @@
+"""refengine generate: go on from a prompt."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+
+from refengine.cli import options
+from spec.config import InputError
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@click.option("--file", "-f", "file", metavar="FILE", help="Read the prompt from a file; - is standard input.")
+@click.option("--prompts", metavar="FILE", help="One prompt a line; all run side by side.")
+@click.option("--echo/--no-echo", default=True, help="Print the prompt before the text.  [default: echo]")
+@click.option("--logprobs", type=click.IntRange(0), metavar="N",
+              help="A line a token: log-probability and the N likeliest.")  # fmt: skip
+@options.sampling
+@options.as_json
+@options.engine
+@options.debug
+def generate(prompt, file, prompts, echo, stats, as_json, model, backend, dtype, device, threads, **sampling):
+    """Go on from PROMPT (or a file, or standard input), as text that streams."""
+    import refengine
+
+    texts = asked(prompt, file, prompts)
+    engine = refengine.load(model, backend=backend, dtype=dtype, device=device, threads=threads)
+    events = engine.generate_batch(texts, **sampling)
+    if as_json:
+        statistics = as_objects(engine, texts, events)
+    elif sampling["logprobs"] is not None:
+        statistics = as_lines(engine, texts, events)
+    else:
+        statistics = as_text(texts, events, echo)
+    if stats:
+        for line in statistics:
+            click.echo(summary(line), err=True)
+
+
+def asked(prompt: str | None, file: str | None, prompts: str | None) -> list[str]:
+    """The prompts, from whichever one source was named."""
+    if sum(source is not None for source in (prompt, file, prompts)) > 1:
+        raise click.UsageError("give one of PROMPT, --file and --prompts")
+    if prompts is not None:
+        texts = [line for line in options.text_of(prompts).splitlines() if line.strip()]
+        if not texts:
+            raise InputError(f"{prompts} holds no prompt")
+        return texts
+    if prompt is None and file is None:
+        if sys.stdin.isatty():
+            raise click.UsageError("give a PROMPT, --file or --prompts, or pipe a text in")
+        file = "-"
+    text = options.checked_text(prompt) if prompt is not None else options.text_of(file)
+    if not text:
+        raise InputError("the prompt is empty")
+    return [text]
+
+
+def as_text(texts: list[str], events, echo: bool) -> list[dict]:
+    """Stream one text; of several, print each when it is done, in order."""
+    several = len(texts) > 1
+    written = [text if echo else "" for text in texts]
+    done: dict[int, dict] = {}
+    if not several:
+        click.echo(written[0], nl=False)
+    for i, event in events:
+        if several:
+            written[i] += event.text
+        else:
+            click.echo(event.text, nl=False)
+            sys.stdout.flush()
+        if hasattr(event, "statistics"):
+            done[i] = event.statistics
+    click.echo("\n\n".join(written) if several else "")
+    return [done[i] for i in range(len(texts))]
+
+
+def as_lines(engine, texts: list[str], events) -> list[dict]:
+    """One line a token: the token, ln p, and the likeliest alternatives."""
+    done = []
+    for i, event in events:
+        if hasattr(event, "statistics"):
+            done.append(event.statistics)
+            continue
+        top = "  ".join(f"{engine.tokenizer.decode([token])!r} {logprob:.3f}" for token, logprob in event.top)
+        index = f"{i}  " if len(texts) > 1 else ""
+        click.echo(f"{index}{engine.tokenizer.decode([event.id])!r:16} {event.logprob:8.3f}   {top}".rstrip())
+    return done
+
+
+def as_objects(engine, texts: list[str], events) -> list[dict]:
+    """One JSON object a prompt, when it is done."""
+    tokens: list[list] = [[] for _ in texts]
+    done = []
+    for i, event in events:
+        tokens[i].append(event)
+        if not hasattr(event, "statistics"):
+            continue
+        *new, end = tokens[i]
+        record = {
+            "index": i, "prompt": texts[i], "text": "".join(e.text for e in tokens[i]), "reason": end.reason,
+            "token_ids": [e.id for e in new],
+        }  # fmt: skip
+        if new and new[0].logprob is not None:
+            record["logprobs"] = [
+                {"token_id": e.id, "logprob": e.logprob,
+                 "top": [{"token_id": token, "logprob": logprob} for token, logprob in e.top]}
+                for e in new
+            ]  # fmt: skip
+        done.append(end.statistics)
+        click.echo(json.dumps(record | {"statistics": end.statistics}, ensure_ascii=False))
+    return done
+
+
+def summary(s: dict) -> str:
+    """The statistics of one text in one line."""
+    from refengine.report import bytes_text
+
+    speed = s["decode_tokens_per_second"]
+    return (
+        f"load {s['load_seconds']:.2f} s; prompt {s['prompt_tokens']} tokens, "
+        f"{s['prefill_tokens_per_second']:.0f} tokens/s; new {s['new_tokens']} tokens, "
+        f"{f'{speed:.0f} tokens/s' if speed else 'no speed'}; "
+        f"peak memory {bytes_text(s['peak_memory_bytes'])}; seed {s['seed']}"
+    )

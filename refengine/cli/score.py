@@ -1,0 +1,60 @@
+"""refengine score: how likely is a text?"""
+
+from __future__ import annotations
+
+import json
+import math
+
+import click
+
+from refengine.cli import options
+from spec.config import InputError
+
+
+@click.command()
+@click.argument("file")
+@click.option("--tokens", is_flag=True, help="A line a token, too.")
+@options.as_json
+@options.engine
+@options.debug
+def score(file, tokens, as_json, model, backend, dtype, device, threads):
+    """Log-likelihood and perplexity of the text in FILE (- is standard input), of the prediction head too."""
+    import refengine
+
+    text = options.text_of(file)
+    if not text:
+        raise InputError(f"{file} is empty")
+    engine = refengine.load(model, backend=backend, dtype=dtype, device=device, threads=threads)
+    scores = engine.score(text)
+    if not scores.trunk:
+        raise InputError(f"{file} is a single token; there is nothing before it to judge it by")
+    result = {"tokens": len(scores.ids), "model": figures(scores.trunk)}
+    if scores.head:
+        result["prediction_head"] = figures(scores.head)
+    if as_json:
+        if tokens:
+            result |= {"token_ids": scores.ids, "logprobs": scores.trunk, "head_logprobs": scores.head}
+        click.echo(json.dumps(result))
+        return
+    if tokens:
+        for token, logprob in zip(scores.ids[1:], scores.trunk, strict=True):
+            click.echo(f"{engine.tokenizer.decode([token])!r:16} {logprob:8.3f}")
+    click.echo(f"{len(scores.ids)} tokens, {len(text.encode())} bytes")
+    for name, who in (("model", "model"), ("prediction_head", "prediction head, one token further")):
+        if name in result:
+            f = result[name]
+            click.echo(
+                f"{who}: log-likelihood {f['log_likelihood']:.3f} over {f['scored']} tokens, "
+                f"{f['nats_per_token']:.4f} nats a token, perplexity {f['perplexity']:.3f}"
+            )
+
+
+def figures(logprobs: list[float]) -> dict:
+    """Sum, mean and perplexity of log-probabilities (natural logarithm)."""
+    mean = -sum(logprobs) / len(logprobs)
+    return {
+        "log_likelihood": sum(logprobs),
+        "scored": len(logprobs),
+        "nats_per_token": mean,
+        "perplexity": math.exp(mean) if mean < 700 else math.inf,
+    }

@@ -1,0 +1,192 @@
+"""The engine: a checkpoint, a tokenizer and a backend behind a few calls.
+
+    engine = load("tiny")
+    engine.generate(prompt | messages | token ids, ...)   an iterator of events, the last of them an End
+    engine.logits(token_ids)                              [tokens, vocabulary], teacher-forced
+    engine.score(text)                                    log-likelihoods, of the prediction head too
+
+The model itself is spec/model.py on whichever backend was chosen; this file only cuts work into calls.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+from refengine import backend as backends
+from refengine.chat import ChatTemplate
+from refengine.checkpoint import Checkpoint
+from refengine.generation import End, Options, Token, run
+from refengine.tokenizer import Tokenizer
+from spec import mtp
+from spec.config import Config, InputError
+from spec.model import Model
+from spec.sample import log_probs
+from spec.tensors import table
+
+PREFILL = 512  # positions in one call, at most; cut at whole chunks of the model
+BATCH = 32  # sequences side by side, at most
+
+
+def load(
+    model: str = "tiny",
+    backend: str = "numpy",
+    dtype: str = "float32",
+    device: str = "cpu",
+    threads: int | None = None,
+) -> Engine:
+    """Open a checkpoint: a directory in the Hugging Face layout, or "tiny", the model inside this package.
+
+    `threads` limits the threads of matrix products in this process. InputError says in one sentence what is wrong
+    with the files or with the choice.
+    """
+    began = time.perf_counter()
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"threads = {threads} is less than 1")
+        threadpool_limits(threads)
+    checkpoint = Checkpoint.open(model)
+    cfg = checkpoint.config
+    tokenizer = Tokenizer.load(checkpoint.directory, cfg)
+    chosen = backends.make(backend, cfg, dtype, device)
+    with tqdm(total=len(table(cfg)), desc="loading", unit="tensor", disable=None, delay=1, leave=False) as bar:
+
+        def read(name: str) -> np.ndarray:
+            bar.update()
+            return checkpoint.read(name)
+
+        built = Model.build(cfg, read, chosen)
+    return Engine(checkpoint, tokenizer, built, time.perf_counter() - began)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities: trunk[i] of token i + 1, and head[i], by the prediction head, of token i + 2."""
+
+    ids: list[int]
+    trunk: list[float] = field(default_factory=list)
+    head: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Engine:
+    """A loaded model; `model` is the spec's own `Model`, for whoever wants to look inside."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    model: Model
+    load_seconds: float
+
+    @property
+    def config(self) -> Config:
+        return self.model.cfg
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        return ChatTemplate.load(self.checkpoint.directory)
+
+    def generate(self, prompt, *, chat: dict | None = None, **options) -> Iterator[Token | End]:
+        """Events for one prompt: a text, token ids, or chat messages ({"role": ..., "content": ...}).
+
+        `chat` holds switches of the chat template, such as {"enable_thinking": False}; `options` are the fields of
+        generation.Options. Bad input raises InputError here, before the first event.
+        """
+        return (event for _, event in self.generate_batch([prompt], chat=chat, **options))
+
+    def generate_batch(
+        self, prompts: Iterable, *, chat: dict | None = None, **options
+    ) -> Iterator[tuple[int, Token | End]]:
+        """(index, event) for several prompts; text i is the one `generate` gives with seed + i."""
+        checked = Options.of(options, self.tokenizer.generation)
+        rows = [self.ids(prompt, **(chat or {})) for prompt in prompts]
+        return self._batches(rows, checked)
+
+    def _batches(self, rows: list[list[int]], options: Options):
+        for start in range(0, len(rows), BATCH):
+            for i, event in run(self, rows[start : start + BATCH], options, first=start):
+                yield start + i, event
+
+    def ids(self, prompt, **chat) -> list[int]:
+        """Token ids of a prompt, checked: some, within the vocabulary and within the context."""
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+        elif len(prompt) and isinstance(prompt[0], dict):
+            ids = self.tokenizer.encode(self.chat_template.render(prompt, add_generation_prompt=True, **chat))
+        else:
+            ids = [int(token) for token in prompt]
+        if not ids:
+            raise InputError("the prompt is empty")
+        if wrong := [token for token in ids if not 0 <= token < self.config.vocab_size]:
+            raise InputError(f"token id {wrong[0]} is not in the vocabulary of {self.config.vocab_size}")
+        if len(ids) > self.config.max_position_embeddings:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, and the model's context is "
+                f"{self.config.max_position_embeddings}"
+            )
+        return ids
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Teacher-forced logits [tokens, vocabulary], float32 or wider; row i is about the token after token i."""
+        return np.concatenate([self._logits(h)[0] for _, _, h, _ in self.read([self.ids(token_ids)])])
+
+    def score(self, prompt) -> Scores:
+        """How likely each token of a text is, given those before it."""
+        ids = self.ids(prompt)
+        scores = Scores(ids)
+        head = mtp.new_states(self.model, 1)
+        for start, _, h, _ in self.read([ids]):
+            following = ids[start + 1 : start + 1 + h.shape[1]]
+            scores.trunk.extend(_chosen(self._logits(h)[0], following))
+            if self.config.mtp_layers and following:
+                after = self.model.backend.array(np.array([following]))
+                o, head = mtp.predict(self.model, h[:, : len(following)], after, head)
+                scores.head.extend(_chosen(self._logits(o)[0], ids[start + 2 : start + 2 + len(following)]))
+        return scores
+
+    def prefill(self, rows: list[list[int]]) -> tuple[np.ndarray, list]:
+        """Read prompts from their beginning: logits [b, v] after each one's last token, and the states."""
+        lengths = np.array([len(row) for row in rows])
+        logits = np.empty((len(rows), self.config.vocab_size), np.float32)
+        with tqdm(total=lengths.sum(), desc="prompt", unit="token", disable=None, delay=1, leave=False) as bar:
+            for start, n, h, states in self.read(rows):
+                ending = (n > 0) & (start + n == lengths)
+                if ending.any():
+                    last = self.model.head(h, np.maximum(n - 1, 0))
+                    logits[ending] = self.model.backend.fetch(last)[ending]
+                bar.update(int(n.sum()))
+        return logits, states
+
+    def decode(self, ids: list[int], states: list) -> tuple[np.ndarray, list]:
+        """One more token for each sequence: logits [b, v], states."""
+        h, states = self.model.blocks(self.model.embed(self.model.backend.array(np.array(ids)[:, None])), states)
+        return self.model.backend.fetch(self.model.head(h))[:, 0], states
+
+    def read(self, rows: list[list[int]]) -> Iterator[tuple[int, np.ndarray, object, list]]:
+        """Read sequences from their beginning, in calls of whole chunks: (start, n [b], h [b l d], states) of each."""
+        here, cfg = self.model.backend, self.config
+        step = max(1, PREFILL // max(1, cfg.chunk_size)) * max(1, cfg.chunk_size)
+        lengths = np.array([len(row) for row in rows])
+        ids = np.array([row + [0] * (lengths.max() - len(row)) for row in rows])
+        states = self.model.new_states(len(rows))
+        for start in range(0, ids.shape[1], step):
+            part = ids[:, start : start + step]
+            n = np.clip(lengths - start, 0, part.shape[1])
+            all_real = (n == part.shape[1]).all()
+            x = self.model.embed(here.array(part))
+            h, states = self.model.blocks(x, states, None if all_real else here.array(n))
+            yield start, n, h, states
+
+    def _logits(self, h) -> np.ndarray:
+        return self.model.backend.fetch(self.model.head(h))
+
+
+def _chosen(logits: np.ndarray, ids: list[int]) -> list[float]:
+    """The log-probability of each id, by the row of logits that came before it."""
+    rows = log_probs(logits[: len(ids)])
+    return [float(row[token]) for row, token in zip(rows, ids, strict=True)]

@@ -1,0 +1,168 @@
+"""Generation: the loop from logits to tokens to text, for one sequence or several side by side.
+
+Every sequence is a `Text`: it draws its next token, turns tokens into text, and knows when to end. `run` feeds what
+they drew back into the model, all in one batch, until the last has ended.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from refengine.report import peak_memory
+from refengine.tokenizer import StopStrings, Tokenizer
+from spec import state
+from spec.config import InputError
+from spec.sample import Sampling, draw, log_probs, probabilities
+
+
+@dataclass(frozen=True)
+class Token:
+    """One new token, and the text that became certain with it (none yet, perhaps, or that of several tokens)."""
+
+    id: int
+    text: str
+    logprob: float | None = None  # with the option `logprobs`: ln p of the token before any sampling filter
+    top: tuple[tuple[int, float], ...] = ()  # with `logprobs` = n: the n likeliest tokens and theirs
+
+
+@dataclass(frozen=True)
+class End:
+    """Why a text ended: "eos" (an end token), "stop" (a stop string), "length" (max_tokens), "context" (full)."""
+
+    reason: str
+    text: str  # what was still held back
+    statistics: dict
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `generate` may be told, named as on the command line. None: what the checkpoint recommends."""
+
+    max_tokens: int = 256
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    @classmethod
+    def of(cls, given: dict, advice: dict) -> Options:
+        """Options from those given, then the checkpoint's generation_config.json, then neutral values."""
+        if unknown := sorted(set(given) - set(cls.__dataclass_fields__)):
+            raise TypeError(f"generate() has no option {unknown[0]!r}; it has {', '.join(cls.__dataclass_fields__)}")
+        names = set(Sampling.__dataclass_fields__)
+        advice = {k: v for k, v in advice.items() if k in names}
+        options = cls(**(advice | {k: v for k, v in given.items() if v is not None}))
+        options.sampling  # noqa: B018  (its ranges are checked here, before any work)
+        for name in ("max_tokens", "logprobs"):
+            if (getattr(options, name) or 0) < 0:
+                raise InputError(f"{name} = {getattr(options, name)} is negative")
+        stop = (options.stop,) if isinstance(options.stop, str) else tuple(options.stop)
+        if not all(stop):
+            raise InputError("a stop string is empty")
+        return replace(options, stop=stop, seed=secrets.randbits(32) if options.seed is None else options.seed)
+
+    @property
+    def sampling(self) -> Sampling:
+        chosen = {name: getattr(self, name) for name in Sampling.__dataclass_fields__}
+        return Sampling(**{name: value for name, value in chosen.items() if value is not None})
+
+
+@dataclass
+class Text:
+    """One sequence being written."""
+
+    tokenizer: Tokenizer
+    options: Options
+    ids: list[int]  # the prompt, then what was drawn
+    seed: int
+    room: int  # how many tokens may follow the prompt
+    drawn: int = 0
+    ended: bool = False
+    pieces: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.sampling = self.options.sampling
+        self.generator = np.random.Generator(np.random.Philox(self.seed))
+        self.stream = self.tokenizer.stream()
+        self.stops = StopStrings(self.options.stop)
+
+    def step(self, logits: np.ndarray) -> Token | tuple[str, str]:
+        """Draw from logits [v]: a Token, or (reason, last text) at the end."""
+        if self.drawn >= self.options.max_tokens:
+            return self.end("length")
+        if self.drawn >= self.room:
+            return self.end("context")
+        token = draw(probabilities(logits, self.sampling, self.ids), self.generator)
+        if token in self.tokenizer.stop_ids and not self.options.ignore_eos:
+            return self.end("eos")
+        self.ids.append(token)
+        self.drawn += 1
+        text, found = self.stops.push(self.stream.push(token))
+        if found is not None:
+            self.ended = True
+            return "stop", text
+        return Token(token, text, *self.likelihoods(logits, token))
+
+    def end(self, reason: str) -> tuple[str, str]:
+        self.ended = True
+        text, found = self.stops.push(self.stream.flush())
+        return ("stop", text) if found is not None else (reason, text + self.stops.flush())
+
+    def likelihoods(self, logits: np.ndarray, token: int):
+        if self.options.logprobs is None:
+            return None, ()
+        row = log_probs(logits)
+        best = np.argsort(-row, kind="stable")[: self.options.logprobs]
+        return float(row[token]), tuple((int(i), float(row[i])) for i in best)
+
+
+def run(engine, prompts: list[list[int]], options: Options, first: int = 0) -> Iterator[tuple[int, Token | End]]:
+    """(index, event) of all prompts until each has ended; text i has seed + first + i."""
+    context = engine.config.max_position_embeddings
+    texts = [
+        Text(engine.tokenizer, options, list(ids), options.seed + first + i, context - len(ids))
+        for i, ids in enumerate(prompts)
+    ]
+    began = time.perf_counter()
+    logits, states = engine.prefill(prompts)
+    decoding = time.perf_counter()
+    active = list(range(len(texts)))
+    while True:
+        for row, i in enumerate(active):
+            event = texts[i].step(logits[row])
+            if not isinstance(event, Token):
+                event = End(*event, statistics(engine, prompts[i], texts[i], began, decoding))
+            yield i, event
+        staying = [row for row, i in enumerate(active) if not texts[i].ended]
+        if not staying:
+            return
+        if len(staying) < len(active):
+            states, active = state.take(states, staying), [active[row] for row in staying]
+        logits, states = engine.decode([texts[i].ids[-1] for i in active], states)
+
+
+def statistics(engine, prompt: list[int], text: Text, began: float, decoding: float) -> dict:
+    """Counts, seconds, tokens per second, bytes."""
+    prefill, decode = decoding - began, time.perf_counter() - decoding
+    steps = max(0, text.drawn - 1)  # the first token comes out of the prefill
+    return {
+        "prompt_tokens": len(prompt),
+        "new_tokens": text.drawn,
+        "seed": text.seed,
+        "load_seconds": engine.load_seconds,
+        "prefill_seconds": prefill,
+        "decode_seconds": decode,
+        "prefill_tokens_per_second": len(prompt) / prefill,
+        "decode_tokens_per_second": steps / decode if steps else None,
+        "peak_memory_bytes": peak_memory(),
+    }

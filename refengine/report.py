@@ -1,0 +1,30 @@
+"""Numbers for people: bytes, counts, seconds, and what the process has used."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+
+def peak_memory() -> int:
+    """The most memory this process has held at once, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def bytes_text(count: float) -> str:
+    """1536 -> '1.5 KB': powers of 1000, as vendors and disks count."""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def count_text(count: float) -> str:
+    """31577940288 -> '31.6 B'"""
+    for unit in ("", "K", "M", "B", "T"):
+        if abs(count) < 1000 or unit == "T":
+            return f"{count:.3g} {unit}".strip() if unit else f"{count:.0f}"
+        count /= 1000
+    raise AssertionError
