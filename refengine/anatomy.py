@@ -1,4 +1,5 @@
-"""What a checkpoint is made of: layers, sizes, tensors and bytes by role, and what a sequence will cost in memory."""
+"""What a checkpoint is made of: layers, sizes, tensors and bytes by role, and what a sequence will cost in
+memory."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def anatomy(checkpoint: Checkpoint) -> dict:
 
 
 def state_bytes(cfg: Config, dtype: str | None = None) -> dict:
-    """Bytes a sequence needs: a fixed part, and one per token of context. S is float32, the rest in `dtype`."""
+    """Bytes a sequence needs: a fixed part, and one per token. S is in float32, the rest in `dtype`."""
     size = ITEMSIZE.get(dtype or cfg.dtype, 2)
     mamba = cfg.layers.count("M")
     kv = 2 * cfg.num_key_value_heads * cfg.head_dim * size
@@ -60,20 +61,21 @@ def state_bytes(cfg: Config, dtype: str | None = None) -> dict:
 
 def text(a: dict) -> str:
     """One screen."""
-    c, s = a["config"], a["state"]
+    c, s, head = a["config"], a["state"], a["mtp_pattern"]
     lines = [
         a["path"],
-        f"pattern       {a['pattern']}" + (f"   prediction head {a['mtp_pattern']}" if a["mtp_pattern"] else ""),
+        f"pattern       {a['pattern']}" + (f"   prediction head {head}" if head else ""),
         f"layers        {len(a['pattern'])}: " + ", ".join(f"{n} {kind}" for kind, n in a["layers"].items()),
         f"sizes         hidden {c['hidden_size']}, vocabulary {c['vocab_size']}, "
         f"context {c['max_position_embeddings']}",
     ]
     if "mamba_num_heads" in c:
-        lines += [f"mamba         {c['mamba_num_heads']} heads x {c['mamba_head_dim']}, state {c['ssm_state_size']}, "
-                  f"{c['n_groups']} groups, convolution {c['conv_kernel']}, chunk {c['chunk_size']}"]  # fmt: skip
+        lines += [f"mamba         {c['mamba_num_heads']} heads x {c['mamba_head_dim']}, "
+                  f"state {c['ssm_state_size']}, {c['n_groups']} groups, "
+                  f"convolution {c['conv_kernel']}, chunk {c['chunk_size']}"]  # fmt: skip
     if "num_attention_heads" in c:
-        lines += [f"attention     {c['num_attention_heads']} query heads, {c['num_key_value_heads']} key/value heads "
-                  f"x {c['head_dim']}, no positions"]  # fmt: skip
+        lines += [f"attention     {c['num_attention_heads']} query heads, "
+                  f"{c['num_key_value_heads']} key/value heads x {c['head_dim']}, no positions"]  # fmt: skip
     if "n_routed_experts" in c:
         latent = f", latent {c['moe_latent_size']}" if c["moe_latent_size"] else ""
         lines += [f"experts       {c['num_experts_per_tok']} of {c['n_routed_experts']}, "
@@ -84,7 +86,7 @@ def text(a: dict) -> str:
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in a["dtypes"].items())
     lines += [
         f"parameters    {a['parameters']:,} ({count_text(a['parameters'])})"
-        + (f", {a['parameters_without_head']:,} without the prediction head" if a["mtp_pattern"] else ""),
+        + (f", {a['parameters_without_head']:,} without the prediction head" if head else ""),
         f"active        {count_text(a['active_parameters'])} a token, "
         f"{count_text(a['active_parameters_with_lm_head'])} with the output layer",
         f"tensors       {a['tensors']:,} ({dtypes}), {bytes_text(a['bytes'])}",
@@ -97,9 +99,10 @@ def text(a: dict) -> str:
     fixed = s["ssm_bytes"] + s["conv_bytes"]
     lines += [
         "",
-        f"a sequence    {bytes_text(fixed)} of state whatever its length (S {bytes_text(s['ssm_bytes'])} in float32, "
+        f"a sequence    {bytes_text(fixed)} of state whatever its length "
+        f"(S {bytes_text(s['ssm_bytes'])} in float32, "
         f"convolution {bytes_text(s['conv_bytes'])} in {s['dtype']})",
         f"a token       {bytes_text(s['kv_bytes_per_token'])} of keys and values in {s['dtype']}"
-        + (f", and {bytes_text(s['mtp_kv_bytes_per_token'])} for the prediction head" if a["mtp_pattern"] else ""),
+        + (f", and {bytes_text(s['mtp_kv_bytes_per_token'])} for the prediction head" if head else ""),
     ]
     return "\n".join(lines + [f"note          {note}" for note in a["notes"]])

@@ -1,4 +1,4 @@
-"""Which backend computes: a name on the command line becomes a `spec.ops.Backend`, imported only when chosen."""
+"""Which backend computes: a name becomes a `spec.ops.Backend`, imported only when it is chosen."""
 
 from __future__ import annotations
 

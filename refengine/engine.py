@@ -43,8 +43,8 @@ def load(
 ) -> Engine:
     """Open a checkpoint: a directory in the Hugging Face layout, or "tiny", the model inside this package.
 
-    `threads` limits the threads of matrix products in this process. InputError says in one sentence what is wrong
-    with the files or with the choice.
+    `threads` limits the threads of matrix products in this process. InputError says in one sentence what is
+    wrong with the files or with the choice.
     """
     began = time.perf_counter()
     if threads is not None:
@@ -53,16 +53,16 @@ def load(
         threadpool_limits(threads)
     checkpoint = Checkpoint.open(model)
     cfg = checkpoint.config
-    tokenizer = Tokenizer.load(checkpoint.directory, cfg)
     chosen = backends.make(backend, cfg, dtype, device)
-    with tqdm(total=len(table(cfg)), desc="loading", unit="tensor", disable=None, delay=1, leave=False) as bar:
+    with progress("loading", len(table(cfg)), "tensor") as bar:
 
         def read(name: str) -> np.ndarray:
             bar.update()
             return checkpoint.read(name)
 
         built = Model.build(cfg, read, chosen)
-    return Engine(checkpoint, tokenizer, built, time.perf_counter() - began)
+    checkpoint.release()  # what was widened is not needed in the file's form too
+    return Engine(checkpoint, built, time.perf_counter() - began)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,6 @@ class Engine:
     """A loaded model; `model` is the spec's own `Model`, for whoever wants to look inside."""
 
     checkpoint: Checkpoint
-    tokenizer: Tokenizer
     model: Model
     load_seconds: float
 
@@ -88,14 +87,19 @@ class Engine:
         return self.model.cfg
 
     @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Read when first asked for: a checkpoint without one still computes logits from token ids."""
+        return Tokenizer.load(self.checkpoint.directory, self.config)
+
+    @cached_property
     def chat_template(self) -> ChatTemplate:
         return ChatTemplate.load(self.checkpoint.directory)
 
     def generate(self, prompt, *, chat: dict | None = None, **options) -> Iterator[Token | End]:
         """Events for one prompt: a text, token ids, or chat messages ({"role": ..., "content": ...}).
 
-        `chat` holds switches of the chat template, such as {"enable_thinking": False}; `options` are the fields of
-        generation.Options. Bad input raises InputError here, before the first event.
+        `chat` holds switches of the chat template, such as {"enable_thinking": False}; `options` are the
+        fields of generation.Options. Bad input raises InputError here, before the first event.
         """
         return (event for _, event in self.generate_batch([prompt], chat=chat, **options))
 
@@ -117,7 +121,8 @@ class Engine:
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
         elif len(prompt) and isinstance(prompt[0], dict):
-            ids = self.tokenizer.encode(self.chat_template.render(prompt, add_generation_prompt=True, **chat))
+            text = self.chat_template.render(prompt, **chat)
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
         else:
             ids = [int(token) for token in prompt]
         if not ids:
@@ -132,7 +137,7 @@ class Engine:
         return ids
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Teacher-forced logits [tokens, vocabulary], float32 or wider; row i is about the token after token i."""
+        """Teacher-forced logits [tokens, vocabulary], float32 or wider; row i is for the token after i."""
         return np.concatenate([self._logits(h)[0] for _, _, h, _ in self.read([self.ids(token_ids)])])
 
     def score(self, prompt) -> Scores:
@@ -153,8 +158,8 @@ class Engine:
         """Read prompts from their beginning: logits [b, v] after each one's last token, and the states."""
         lengths = np.array([len(row) for row in rows])
         logits = np.empty((len(rows), self.config.vocab_size), np.float32)
-        with tqdm(total=lengths.sum(), desc="prompt", unit="token", disable=None, delay=1, leave=False) as bar:
-            for start, n, h, states in self.read(rows):
+        with progress("prompt", lengths.sum(), "token") as bar:
+            for start, n, h, states in self.read(rows):  # noqa: B007  (the last states are returned)
                 ending = (n > 0) & (start + n == lengths)
                 if ending.any():
                     last = self.model.head(h, np.maximum(n - 1, 0))
@@ -164,13 +169,14 @@ class Engine:
 
     def decode(self, ids: list[int], states: list) -> tuple[np.ndarray, list]:
         """One more token for each sequence: logits [b, v], states."""
-        h, states = self.model.blocks(self.model.embed(self.model.backend.array(np.array(ids)[:, None])), states)
-        return self.model.backend.fetch(self.model.head(h))[:, 0], states
+        x = self.model.embed(self.model.backend.array(np.array(ids)[:, None]))
+        h, states = self.model.blocks(x, states)
+        return self._logits(h)[:, 0], states
 
     def read(self, rows: list[list[int]]) -> Iterator[tuple[int, np.ndarray, object, list]]:
-        """Read sequences from their beginning, in calls of whole chunks: (start, n [b], h [b l d], states) of each."""
-        here, cfg = self.model.backend, self.config
-        step = max(1, PREFILL // max(1, cfg.chunk_size)) * max(1, cfg.chunk_size)
+        """Read sequences in calls of whole chunks: (start, n [b], h [b l d], states) of each call."""
+        here, chunk = self.model.backend, max(1, self.config.chunk_size)
+        step = max(1, PREFILL // chunk) * chunk
         lengths = np.array([len(row) for row in rows])
         ids = np.array([row + [0] * (lengths.max() - len(row)) for row in rows])
         states = self.model.new_states(len(rows))
@@ -184,6 +190,11 @@ class Engine:
 
     def _logits(self, h) -> np.ndarray:
         return self.model.backend.fetch(self.model.head(h))
+
+
+def progress(what: str, total: int, unit: str) -> tqdm:
+    """A bar on stderr for work that takes more than a second; nothing where nobody watches."""
+    return tqdm(total=total, desc=what, unit=unit, disable=None, delay=1, leave=False)
 
 
 def _chosen(logits: np.ndarray, ids: list[int]) -> list[float]:

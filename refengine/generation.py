@@ -1,7 +1,7 @@
 """Generation: the loop from logits to tokens to text, for one sequence or several side by side.
 
-Every sequence is a `Text`: it draws its next token, turns tokens into text, and knows when to end. `run` feeds what
-they drew back into the model, all in one batch, until the last has ended.
+Every sequence is a `Text`: it draws its next token, turns tokens into text, and knows when to end. `run`
+feeds what they drew back into the model, all in one batch, until the last has ended.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from refengine.report import peak_memory
 from refengine.tokenizer import StopStrings, Tokenizer
 from spec import state
 from spec.config import InputError
-from spec.sample import Sampling, draw, log_probs, probabilities
+from spec.sample import Sampling, alternatives, log_probs, sample
 
 
 @dataclass(frozen=True)
 class Token:
-    """One new token, and the text that became certain with it (none yet, perhaps, or that of several tokens)."""
+    """One new token, and the text that became certain with it: none yet, or that of several tokens."""
 
     id: int
     text: str
@@ -32,7 +32,7 @@ class Token:
 
 @dataclass(frozen=True)
 class End:
-    """Why a text ended: "eos" (an end token), "stop" (a stop string), "length" (max_tokens), "context" (full)."""
+    """Why a text ended: "eos" (an end token), "stop" (a stop string), "length", "context" (full)."""
 
     reason: str
     text: str  # what was still held back
@@ -58,7 +58,8 @@ class Options:
     def of(cls, given: dict, advice: dict) -> Options:
         """Options from those given, then the checkpoint's generation_config.json, then neutral values."""
         if unknown := sorted(set(given) - set(cls.__dataclass_fields__)):
-            raise TypeError(f"generate() has no option {unknown[0]!r}; it has {', '.join(cls.__dataclass_fields__)}")
+            known = ", ".join(cls.__dataclass_fields__)
+            raise TypeError(f"generate() has no option {unknown[0]!r}; it has {known}")
         names = set(Sampling.__dataclass_fields__)
         advice = {k: v for k, v in advice.items() if k in names}
         options = cls(**(advice | {k: v for k, v in given.items() if v is not None}))
@@ -69,7 +70,8 @@ class Options:
         stop = (options.stop,) if isinstance(options.stop, str) else tuple(options.stop)
         if not all(stop):
             raise InputError("a stop string is empty")
-        return replace(options, stop=stop, seed=secrets.randbits(32) if options.seed is None else options.seed)
+        seed = secrets.randbits(32) if options.seed is None else options.seed
+        return replace(options, stop=stop, seed=seed)
 
     @property
     def sampling(self) -> Sampling:
@@ -93,7 +95,7 @@ class Text:
     def __post_init__(self):
         self.sampling = self.options.sampling
         self.generator = np.random.Generator(np.random.Philox(self.seed))
-        self.stream = self.tokenizer.stream()
+        self.stream = self.tokenizer.stream(skip_special_tokens=False)
         self.stops = StopStrings(self.options.stop)
 
     def step(self, logits: np.ndarray) -> Token | tuple[str, str]:
@@ -102,7 +104,7 @@ class Text:
             return self.end("length")
         if self.drawn >= self.room:
             return self.end("context")
-        token = draw(probabilities(logits, self.sampling, self.ids), self.generator)
+        token = sample(logits, self.sampling, self.ids, self.generator)
         if token in self.tokenizer.stop_ids and not self.options.ignore_eos:
             return self.end("eos")
         self.ids.append(token)
@@ -122,11 +124,12 @@ class Text:
         if self.options.logprobs is None:
             return None, ()
         row = log_probs(logits)
-        best = np.argsort(-row, kind="stable")[: self.options.logprobs]
-        return float(row[token]), tuple((int(i), float(row[i])) for i in best)
+        return float(row[token]), tuple(alternatives(row, self.options.logprobs))
 
 
-def run(engine, prompts: list[list[int]], options: Options, first: int = 0) -> Iterator[tuple[int, Token | End]]:
+def run(
+    engine, prompts: list[list[int]], options: Options, first: int = 0
+) -> Iterator[tuple[int, Token | End]]:
     """(index, event) of all prompts until each has ended; text i has seed + first + i."""
     context = engine.config.max_position_embeddings
     texts = [

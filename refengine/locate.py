@@ -1,4 +1,4 @@
-"""From what the user called a model to its directory: a path, or the name of a model that comes with refengine."""
+"""From what a user calls a model to its directory: a path, or the name of a model inside this package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def locate(model: str | Path) -> Path:
-    """The directory of `model`. An embedded name such as `tiny` is that model; a local directory is then `./tiny`."""
+    """The directory of `model`. An embedded model goes before a directory of its name: that is `./tiny`."""
     name = os.fspath(model)
     embedded = sorted(path.name for path in EMBEDDED.iterdir())
     path = EMBEDDED / name if name in embedded else Path(name)
@@ -33,33 +33,30 @@ def locate(model: str | Path) -> Path:
 
 def _not_a_directory(path: Path) -> InputError:
     if path.suffix == ".gguf":
-        return InputError(f"{path} is a GGUF file: not supported yet; give the directory of a safetensors model")
+        return InputError(f"{path} is a GGUF file: not supported yet")
     if path.suffix in PICKLES:
         return _pickle(path)
-    return InputError(f"{path} is a file: give the directory that holds config.json and the safetensors files")
+    return InputError(f"{path} is not a directory: give the one with config.json and *.safetensors files")
 
 
 def _absent(name: str, embedded: list[str]) -> InputError:
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        folder = name.split("/")[1]
-        return InputError(
-            f"there is no directory {name}; if it is a model on the Hugging Face hub, download it first: "
-            f"'hf download {name} --local-dir {folder}', then give {folder} as the model"
-        )
+    if hub := re.fullmatch(r"[\w.-]+/([\w.-]+)", name):
+        how = f"'hf download {name} --local-dir {hub[1]}', then give {hub[1]}"
+        return InputError(f"there is no directory {name}; if this is a model on the Hugging Face hub, {how}")
     known = ", ".join(embedded)
-    return InputError(f"there is no model {name!r}: give a directory, or the name of an embedded model ({known})")
+    return InputError(f"there is no model {name!r}: give a directory or an embedded model ({known})")
 
 
 def _no_weights(path: Path, names: list[str]) -> InputError:
     for name in names:
         if name.endswith(".gguf"):
-            return InputError(f"{path} holds GGUF files: not supported yet; a safetensors model is needed")
+            return InputError(f"{path} holds a model in GGUF files: not supported yet")
         if name.endswith(PICKLES):
             return _pickle(path / name)
     if "config.json" in names:
-        return InputError(f"{path} has a config.json but no *.safetensors files: download the weights too")
+        return InputError(f"{path} has a config.json but no *.safetensors files: download them too")
     return InputError(f"{path} is not a model: it has neither config.json nor *.safetensors files")
 
 
 def _pickle(path: Path) -> InputError:
-    return InputError(f"{path} may be a pickle, which can run any code, so it is not read: convert it to safetensors")
+    return InputError(f"{path} may be a pickle, which could run any code: convert it to safetensors")

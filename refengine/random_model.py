@@ -1,6 +1,6 @@
-"""Random weights that behave like trained ones: signals keep their size, decays span short and long, routers choose.
+"""Random weights that behave like trained ones: signals keep their size, memories differ, routers choose.
 
-A tensor's values depend on the seed and its name alone, so they are the same however a checkpoint is cut into files.
+A tensor's values depend on the seed and its name alone, however a checkpoint is cut into files.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 from spec.config import Config
 from spec.tensors import Tensor
 
+INTO_THE_STREAM = ("out_proj.weight", "o_proj.weight", "fc2_latent_proj.weight", "down_proj.weight")
+
 
 def random_values(cfg: Config, seed: int = 0) -> Callable[[Tensor], np.ndarray]:
     """For each row of the table its values, float32: what `write` and `Model.build` may be given."""
-    add_to_the_stream = {"out_proj.weight", "o_proj.weight", "fc2_latent_proj.weight", "shared_experts.down_proj.weight",
-                         "down_proj.weight"}  # fmt: skip
 
     def values(row: Tensor) -> np.ndarray:
         rng = np.random.default_rng([seed, crc32(row.name.encode())])
@@ -41,8 +41,8 @@ def random_values(cfg: Config, seed: int = 0) -> Callable[[Tensor], np.ndarray]:
                 return normal()
             case _ if len(row.shape) == 1:  # the norms, and D
                 return 1 + 0.2 * normal()
-        into_stream = key in add_to_the_stream or row.role == "routed_expert" and row.shape[0] == cfg.hidden_size
-        layers = len(cfg.layers) if into_stream else 1
+        in_latent = row.role == "routed_expert" and cfg.moe_latent_size
+        layers = len(cfg.layers) if key.endswith(INTO_THE_STREAM) and not in_latent else 1
         return normal() / np.float32(sqrt(row.shape[-1] * layers))
 
     return values

@@ -1,24 +1,25 @@
-"""Reading files that others wrote: what a file is, and how large, is known before a byte of it is believed.
+"""Reading files that others wrote: what a file is, and how large, is known before any of it is believed.
 
-Whatever is wrong becomes an InputError: one sentence that names the file. Text taken from a file is shown by `shown`,
-which keeps a sentence on one line and of readable length whatever the text holds.
+Whatever is wrong becomes an InputError: one sentence that names the file. `shown` puts a value from a file
+into a sentence, which stays on one line and short whatever the value is.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import reprlib
 import stat
 from pathlib import Path
 from typing import Any
 
 from spec.config import InputError
 
-MAX_JSON = 64 * 2**20  # bytes; the largest released config.json and index are below 20 MB
+MAX_JSON = 64 * 2**20  # bytes; the largest config.json and index in use are below 20 MB
 
 
 def size_of(path: Path) -> int:
-    """Bytes in an ordinary file; a directory, a pipe (which would block), a dangling link are refused."""
+    """Bytes in an ordinary file; a directory, a pipe (it would block) and a link to nothing are refused."""
     try:
         info = os.stat(path)
     except FileNotFoundError:
@@ -27,14 +28,15 @@ def size_of(path: Path) -> int:
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
     if not stat.S_ISREG(info.st_mode):
-        raise InputError(f"{path} is a {'directory' if stat.S_ISDIR(info.st_mode) else 'device or pipe'}, not a file")
+        what = "directory" if stat.S_ISDIR(info.st_mode) else "device or pipe"
+        raise InputError(f"{path} is a {what}, where a file is expected")
     return info.st_size
 
 
 def read_json(path: Path) -> Any:
     """The value in a JSON file."""
     if (size := size_of(path)) > MAX_JSON:
-        raise InputError(f"{path} is {size} bytes long, far more than such a file needs: is it another file?")
+        raise InputError(f"{path} is {size} bytes long, far more than it needs to be: is it another file?")
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -43,13 +45,13 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(raw: bytes, what: str) -> Any:
-    """The value that `raw` spells; `what` names it in a sentence. No key of an object may come twice."""
+    """The value that `raw` spells; `what` names it in a sentence. An object may not have a key twice."""
 
     def unique(pairs):
         value = dict(pairs)
         if len(value) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for i, name in enumerate(names) if name in names[:i])
+            seen = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
             raise InputError(f"{what} has the key {shown(twice)} twice in one object")
         return value
 
@@ -58,7 +60,7 @@ def parse_json(raw: bytes, what: str) -> Any:
     except InputError:
         raise
     except UnicodeDecodeError as error:
-        raise InputError(f"{what} is not UTF-8 text (byte {error.start})") from None
+        raise InputError(f"{what} is not UTF-8 text (at byte {error.start})") from None
     except RecursionError:
         raise InputError(f"{what} is nested too deeply") from None
     except ValueError as error:  # not JSON, or a number of thousands of digits
@@ -69,7 +71,8 @@ def unreadable(path: Path, error: Exception) -> InputError:
     return InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
 
 
-def shown(value: Any, limit: int = 100) -> str:
+def shown(value: Any) -> str:
     """A value from a file as a short piece of one line."""
-    text = repr(value[:limit] if isinstance(value, str) else value)
-    return text if len(text) <= limit + 2 else text[:limit] + "..."
+    short = reprlib.Repr()
+    short.maxlevel, short.maxlist, short.maxstring = 2, 8, 100
+    return short.repr(value)

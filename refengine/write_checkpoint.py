@@ -1,8 +1,8 @@
-"""Writing a checkpoint in the Hugging Face layout, one tensor at a time, so that a model need not fit in memory.
+"""Writing a checkpoint in the Hugging Face layout, one tensor at a time: a model need not fit in memory.
 
-`write` takes the values of each row of the tensor table; `write_sparse` writes the same headers over files of the right
-size that hold nothing, to try what depends on sizes alone; `write_pieces` is what both are made of. Files get their
-names when all of them are whole, config.json last: a directory never holds half a model.
+`write` takes the values of each row of the tensor table; `write_sparse` writes the same headers over files
+that have their size and hold nothing, to try what depends on sizes alone; both are made of `write_pieces`.
+Files get their names when all of them are whole, config.json last: a directory never holds half a model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refengine.checkpoint import EXPERT, INDEX
+from refengine.checkpoint import INDEX
 from refengine.safetensors_file import BITS
 from spec.arrays import DTYPES
 from spec.config import Config, InputError
@@ -26,7 +26,7 @@ ALIGN = 64  # bytes; the data of a file begins on such a border
 
 
 class Piece(NamedTuple):
-    """A tensor of a file: what the header says of it, and what makes its values when its turn comes (None: holes)."""
+    """A tensor of a file: what the header says of it, and what makes its values in its turn (None: zeros)."""
 
     name: str
     dtype: str
@@ -38,8 +38,9 @@ class Piece(NamedTuple):
         return prod(self.shape) * BITS[self.dtype] // 8
 
 
-def write(directory: str | Path, cfg: Config, values: Callable[[Tensor], np.ndarray], *, dtype: str | None = None,
-          shards: int = 1, prefix: str = "backbone.", stacked: bool = False) -> None:  # fmt: skip
+def write(directory: str | Path, cfg: Config, values: Callable[[Tensor], np.ndarray], *,
+          dtype: str | None = None, shards: int = 1, prefix: str = "backbone.", stacked: bool = False,
+          ) -> None:  # fmt: skip
     """Write `cfg`, and `values(row)` of every row of its table, rounded to the dtype it is stored in.
 
     dtype    of every tensor, such as "F32"; None: as the table has them
@@ -61,7 +62,10 @@ def pieces(cfg: Config, values: Callable[[Tensor], np.ndarray] | None, dtype: st
     rows_of: dict[str, list[Tensor]] = {}
     for row in table(cfg):
         name = row.name.replace("backbone.", prefix, 1)
-        rows_of.setdefault(EXPERT.sub(r".experts.\2", name) if stacked else name, []).append(row)
+        if stacked and row.role == "routed_expert":
+            experts, _, matrix, _ = name.rsplit(".", 3)
+            name = f"{experts}.{matrix}"
+        rows_of.setdefault(name, []).append(row)
 
     def piece(name: str, rows: list[Tensor]) -> Piece:
         disk = dtype or rows[0].dtype
@@ -88,7 +92,7 @@ def write_pieces(directory: str | Path, config: dict, pieces: list[Piece], shard
     directory.mkdir(parents=True, exist_ok=True)
     for name in sorted(os.listdir(directory)):
         if (name.endswith(".safetensors") or name == INDEX) and name not in {*files, *texts}:
-            raise InputError(f"{directory} already holds {name}, which is not part of what is to be written there")
+            raise InputError(f"{directory} holds {name}, which is no part of the model to be written there")
     partial = {name: directory / f".{name}.partial" for name in [*files, *texts]}
     try:
         for name, members in files.items():
@@ -133,5 +137,5 @@ def _write_file(path: Path, pieces: list[Piece]) -> None:
 def _bytes(piece: Piece) -> np.ndarray:
     array = np.ascontiguousarray(piece.values())
     if array.shape != piece.shape or array.nbytes != piece.nbytes:
-        raise ValueError(f"{piece.name} is to be {piece.dtype} {piece.shape}, but is {array.dtype} {array.shape}")
+        raise ValueError(f"{piece.name} is {array.dtype} {array.shape}, not {piece.dtype} {piece.shape}")
     return array.reshape(-1).view(np.uint8)

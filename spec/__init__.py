@@ -20,5 +20,6 @@ CHAPTERS = (
     "mtp",        # a glance ahead
     "sample",     # from numbers to a choice
     "tokenizer",  # from text to numbers and back
+    "tools",      # functions that a model may call
     "chat",       # from a conversation to text
 )  # fmt: skip

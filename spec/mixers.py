@@ -7,8 +7,9 @@ Each ends with the one sum over tensor-parallel ranks that it needs.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from spec.arrays import heads, merge, split
-from spec.state import Recurrent
 
 
 def mamba2(h, w, cfg, state, n, ops):  # b l d -> b l d
@@ -25,7 +26,7 @@ def mamba2(h, w, cfg, state, n, ops):  # b l d -> b l d
     # GATE
     y = ops.gated_rms_norm(merge(y), z, w["norm.weight"], cfg.layer_norm_epsilon, cfg.n_groups)  # b l (h p)
     # RETURN
-    return ops.all_reduce(ops.linear(y, w["out_proj.weight"])), Recurrent(tail, S)
+    return ops.all_reduce(ops.linear(y, w["out_proj.weight"])), replace(state, tail=tail, S=S)
 
 
 def attention(h, w, cfg, state, n, ops):  # b l d -> b l d

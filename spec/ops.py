@@ -103,8 +103,8 @@ REFERENCE = replace(DEFINITION, ssd_scan=ssd_scan_chunked, experts=moe.experts_g
 def place(group: Group, values: list[Array], dtype, resident: bool) -> Any:
     """A NumPy weight: the matrix itself, (q, k, v), or [(up, down), ...] of the experts.
 
-    `resident`: widened once, now. Otherwise matrices stay as they are in the file, perhaps in a memory map, and
-    are widened each time they are used. Small tensors are always widened to float32 or wider.
+    `resident`: widened once, now. Otherwise matrices stay as they are in the file, perhaps in a memory map,
+    and are widened each time they are used. Small tensors are always widened to float32 or wider.
     """
     if resident or group.rows[0].precision == "small":
         values = [widen(value, wide(dtype)) for value in values]

@@ -6,8 +6,8 @@
     h heads of p values each, S is p x n; heads share B and C by groups: head i reads group i // (h / g)
 
 `ssd_scan` is this recurrence: the definition. `ssd_scan_chunked` computes a chunk of positions at once with
-matrix products: the theorem, and a property test is its proof. Both pass over padding: beyond n[b], dt = 0, so
-the state neither decays nor grows. The true limit of dt is (0, inf) (trap 1). docs/model.md, "Mamba-2";
+matrix products: the theorem, and a property test is its proof. Both pass over padding: beyond n[b], dt = 0,
+so the state neither decays nor grows. The true limit of dt is (0, inf) (trap 1). docs/model.md, "Mamba-2";
 arXiv 2405.21060, section 6.
 """
 

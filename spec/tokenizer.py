@@ -3,14 +3,13 @@
     kind   one letter for what a character is       piece  the UTF-8 bytes of, say, a word
     token  a string of bytes that has an id         rank   the place of a merge in the list of merges
 
-Text is cut into pieces, and no token crosses a cut. A piece starts as single bytes; then the two neighbours whose
-merge has the lowest rank become one token, over and over, until no two neighbours can merge:
+Text is cut into pieces, and no token crosses a cut. A piece starts as single bytes; then the two neighbours
+whose merge has the lowest rank become one token, over and over, until no two neighbours can merge:
 
-    "the story" -> "the", " story"          " story" -> ␣ s t o r y -> ␣s t o r y -> ␣s t or y -> ␣st or y
-                                                      -> ␣st ory -> ␣story
+    "the story" -> "the", " story"     ␣ s t o r y -> ␣s t o r y -> ␣s t or y -> ␣st or y -> ␣st ory -> ␣story
 
-Every byte is a token, so there is no text that cannot be written and no unknown token. Special tokens, such as
-`<|im_start|>`, are found whole before the text is cut. Facts and sources: docs/model.md, "Tokenizer".
+Every byte is a token, so any text can be written and no token is unknown. Special tokens (`<|im_end|>`) are
+found whole before the text is cut. Facts and sources: docs/model.md, "Tokenizer".
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, pairwise
 
 from spec.config import InputError
 
@@ -59,21 +59,21 @@ class Tokenizer:
     cuts: re.Pattern
 
     def encode(self, text: str) -> list[int]:
-        longest_first = "|".join(map(re.escape, sorted(self.specials, key=len, reverse=True)))
-        parts = re.split(f"({longest_first})", text) if self.specials else [text]  # between ( ) they stay in
-        return [i for part in parts for i in ([self.specials[part]] if part in self.specials else self.spell(part))]
+        longest_first = map(re.escape, sorted(self.specials, key=len, reverse=True))
+        parts = re.split(f"({'|'.join(longest_first)})", text) if self.specials else [text]
+        spelled = ([self.specials[part]] if part in self.specials else self.spell(part) for part in parts)
+        return list(chain.from_iterable(spelled))
 
     def spell(self, text: str) -> list[int]:
         """The ids of a text in which nothing is special."""
-        kinds = "".join(map(kind, text))  # as long as the text: a cut in one is a cut in the other
+        kinds = "".join(kind(char) for char in text)  # as long as the text, and cut at the same places
         pieces = (text[cut.start() : cut.end()].encode() for cut in self.cuts.finditer(kinds))
         return [self.ids[token] for piece in pieces for token in self.merge(piece)]
 
     def merge(self, piece: bytes) -> list[bytes]:
         tokens = [bytes([byte]) for byte in piece]
         while True:
-            pairs = enumerate(zip(tokens, tokens[1:], strict=False))
-            merges = [(self.ranks[pair], at) for at, pair in pairs if pair in self.ranks]
+            merges = [(self.ranks[p], at) for at, p in enumerate(pairwise(tokens)) if p in self.ranks]
             if not merges:
                 return tokens
             _, at = min(merges)  # of equal ones, the leftmost
@@ -81,11 +81,12 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Bytes that are not UTF-8 (half a character, say) become U+FFFD."""
-        return b"".join(map(self.tokens.__getitem__, ids)).decode(errors="replace")
+        return b"".join(self.tokens[i] for i in ids).decode(errors="replace")
 
     @cached_property
     def tokens(self) -> dict[int, bytes]:
-        return {i: token for token, i in self.ids.items()} | {i: text.encode() for text, i in self.specials.items()}
+        specials = {text.encode(): i for text, i in self.specials.items()}
+        return {i: token for token, i in (self.ids | specials).items()}
 
 
 def from_json(file: dict) -> Tokenizer:
@@ -97,19 +98,19 @@ def from_json(file: dict) -> Tokenizer:
                 {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]},
             "model": {"type": "BPE", "ignore_merges": False, "vocab": vocab, "merges": merges},
-        }:  # fmt: skip
+        } if not any(t["lstrip"] or t["rstrip"] or t["single_word"] for t in added):  # fmt: skip
             if pattern not in CUTS:
-                raise InputError(f"the specification does not know the pattern that this tokenizer cuts by: {pattern}")
+                raise InputError(f"the specification does not know this tokenizer's pattern: {pattern}")
             specials = {token["content"]: token["id"] for token in added}
             ids = {as_bytes(token): i for token, i in vocab.items() if token not in specials}
             pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
             ranks = {(as_bytes(left), as_bytes(right)): rank for rank, (left, right) in enumerate(pairs)}
             return Tokenizer(ids, specials, ranks, CUTS[pattern])
-    raise InputError("the specification reads only byte-level BPE that splits by a pattern and adds nothing to a text")
+    raise InputError("the specification reads only byte-level BPE that cuts by a pattern and adds nothing")
 
 
-# PRINTABLE BYTES. The file is text, so each byte of a token is written as a character: itself where it prints,
-# else the next one from U+0100 on. " story" is written "Ġstory".
+# PRINTABLE BYTES. The file writes each byte of a token as a character: itself if it prints, else the next one
+# from U+0100 on. " story" is written "Ġstory".
 PRINTS = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 HIDDEN = [byte for byte in range(0x100) if byte not in PRINTS]
 BYTE_OF = {chr(byte): byte for byte in PRINTS} | {chr(0x100 + n): byte for n, byte in enumerate(HIDDEN)}

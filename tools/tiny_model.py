@@ -1,8 +1,9 @@
 """The embedded model as a torch module for training: `M*MEM*EME` plus the MTP head `*E`.
 
-It computes what `spec/` defines, in the forms that train fast on a CPU: the chunked scan, tokens grouped by expert.
-Documents are packed into rows; `first` marks the tokens that start a document, and nothing (convolution, state,
-attention) crosses such a border. Parameter names are the checkpoint's, except that a layer's experts are stacked.
+It computes what `spec/` defines, in the forms that train fast on a CPU: the chunked scan, tokens grouped by
+expert. Documents are packed into rows; `first` marks the tokens that start a document, and nothing
+(convolution, state, attention) crosses such a border. Parameter names are the checkpoint's, except that a
+layer's experts are stacked.
 """
 
 import math
@@ -35,20 +36,20 @@ def scan(x, dt, A, B, C, first, chunk):
     b, length, h, p = x.shape
     g, n = B.shape[2:]
     c, r = length // chunk, h // g
-    a = dt * A - 30.0 * first[..., None]                              # exp(-30): nothing is left of S
-    a = a.view(b, c, chunk, h).permute(0, 1, 3, 2).cumsum(-1)         # b c h q
-    xdt = (x * dt[..., None]).view(b, c, chunk, g, r, p).permute(0, 1, 3, 4, 2, 5)   # b c g r q p
-    B = B.view(b, c, chunk, g, n).transpose(2, 3)                     # b c g q n
-    C = C.view(b, c, chunk, g, n).transpose(2, 3)                     # b c g q n
+    a = dt * A - 30.0 * first[..., None]  # exp(-30): nothing is left of S
+    a = a.view(b, c, chunk, h).permute(0, 1, 3, 2).cumsum(-1)  # b c h q
+    xdt = (x * dt[..., None]).view(b, c, chunk, g, r, p).permute(0, 1, 3, 4, 2, 5)  # b c g r q p
+    B = B.view(b, c, chunk, g, n).transpose(2, 3)  # b c g q n
+    C = C.view(b, c, chunk, g, n).transpose(2, 3)  # b c g q n
     a = a.view(b, c, g, r, chunk)
     lower = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
     decay = (a[..., :, None] - a[..., None, :]).masked_fill(~lower, -math.inf).exp()  # b c g r q q
-    y = (decay * (C @ B.transpose(-1, -2))[:, :, :, None]) @ xdt      # b c g r q p
-    to_end = (a[..., -1:] - a).exp()[..., None]                       # b c g r q 1
-    states = (xdt * to_end).transpose(-1, -2) @ B[:, :, :, None]      # b c g r p n
-    total = a[..., -1].cumsum(1)                                      # b c g r
+    y = (decay * (C @ B.transpose(-1, -2))[:, :, :, None]) @ xdt  # b c g r q p
+    to_end = (a[..., -1:] - a).exp()[..., None]  # b c g r q 1
+    states = (xdt * to_end).transpose(-1, -2) @ B[:, :, :, None]  # b c g r p n
+    total = a[..., -1].cumsum(1)  # b c g r
     before = total - a[..., -1]
-    carry = before[:, :, None] - total[:, None, :]                    # b c k g r : from the end of k to the start of c
+    carry = before[:, :, None] - total[:, None, :]  # b c k g r : from the end of k to the start of c
     strict = torch.ones(c, c, dtype=torch.bool, device=x.device).tril(-1)
     carry = carry.masked_fill(~strict[None, :, :, None, None], -math.inf).exp()
     entering = torch.einsum("bckgr,bkgrpn->bcgrpn", carry, states)
@@ -60,8 +61,9 @@ class Mamba(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.h, self.p, self.g, self.n = (cfg[k] for k in ("mamba_num_heads", "mamba_head_dim", "n_groups",
-                                                           "ssm_state_size"))
+        self.h, self.p, self.g, self.n = (
+            cfg[k] for k in ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size")
+        )
         self.inner = self.h * self.p
         conv = self.inner + 2 * self.g * self.n
         self.in_proj = linear(self.inner + conv + self.h, cfg["hidden_size"])
@@ -72,7 +74,7 @@ class Mamba(nn.Module):
         self.D = nn.Parameter(torch.ones(self.h))
         low, high = math.log(cfg["time_step_min"]), math.log(cfg["time_step_max"])
         dt = torch.exp(torch.rand(self.h) * (high - low) + low)
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))          # softplus(dt_bias) = dt
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
         self.norm = nn.Module()
         self.norm.weight = nn.Parameter(torch.ones(self.inner))
         self.out_proj = linear(cfg["hidden_size"], self.inner, 0.5 / math.sqrt(self.inner))
@@ -81,17 +83,26 @@ class Mamba(nn.Module):
         b, length, _ = x.shape
         gn = self.g * self.n
         z, xBC, dt = self.in_proj(x).split([self.inner, self.inner + 2 * gn, self.h], -1)
-        w = self.conv1d.weight[:, 0]                                            # c k
+        w = self.conv1d.weight[:, 0]  # c k
         k = w.shape[1]
         y = self.conv1d.bias + w[:, k - 1] * xBC
-        for j in range(1, k):                                                   # the token j back, if it is ours
+        for j in range(1, k):  # the token j back, if it is ours
             y = y + w[:, k - 1 - j] * F.pad(xBC, (0, 0, j, 0))[:, :length] * (age >= j)[..., None]
         xs, B, C = F.silu(y).split([self.inner, gn, gn], -1)
         xs = xs.reshape(b, length, self.h, self.p)
-        y = scan(xs, F.softplus(dt + self.dt_bias), -self.A_log.exp(), B.reshape(b, length, self.g, self.n),
-                 C.reshape(b, length, self.g, self.n), first, self.cfg["chunk_size"])
+        y = scan(
+            xs,
+            F.softplus(dt + self.dt_bias),
+            -self.A_log.exp(),
+            B.reshape(b, length, self.g, self.n),
+            C.reshape(b, length, self.g, self.n),
+            first,
+            self.cfg["chunk_size"],
+        )
         y = (y + self.D[:, None] * xs).reshape(b, length, self.inner) * F.silu(z)
-        y = F.rms_norm(y.view(b, length, self.g, -1), (self.inner // self.g,), eps=self.cfg["layer_norm_epsilon"])
+        y = F.rms_norm(
+            y.view(b, length, self.g, -1), (self.inner // self.g,), eps=self.cfg["layer_norm_epsilon"]
+        )
         return self.out_proj(y.reshape(b, length, self.inner) * self.norm.weight)
 
 
@@ -121,32 +132,36 @@ class LatentMoE(nn.Module):
         e, width = cfg["n_routed_experts"], cfg["moe_intermediate_size"]
         self.k, self.scale = cfg["num_experts_per_tok"], cfg["routed_scaling_factor"]
         self.gate = linear(e, hidden)
-        self.register_buffer("bias", torch.zeros(e))                            # gate.e_score_correction_bias
+        self.register_buffer("bias", torch.zeros(e))  # gate.e_score_correction_bias
         self.up = nn.Parameter(torch.randn(e, width, latent) / math.sqrt(latent))
         self.down = nn.Parameter(torch.randn(e, latent, width) * 0.5 / math.sqrt(width))
         shared = cfg["moe_shared_expert_intermediate_size"]
-        self.shared_up, self.shared_down = linear(shared, hidden), linear(hidden, shared, 0.5 / math.sqrt(shared))
+        self.shared_up, self.shared_down = (
+            linear(shared, hidden),
+            linear(hidden, shared, 0.5 / math.sqrt(shared)),
+        )
         self.fc1, self.fc2 = linear(latent, hidden), linear(hidden, latent, 0.5 / math.sqrt(latent))
-        self.load = self.aux = None                                             # of the last forward
+        self.load = self.aux = None  # of the last forward
 
     def forward(self, h):
-        shape, h = h.shape, h.reshape(-1, h.shape[-1])                          # t d
+        shape, h = h.shape, h.reshape(-1, h.shape[-1])  # t d
         tokens, e = h.shape[0], self.bias.shape[0]
         s = self.gate(h).sigmoid()
-        idx = (s.detach() + self.bias).topk(self.k, -1).indices                 # t k
+        idx = (s.detach() + self.bias).topk(self.k, -1).indices  # t k
         w = s.gather(1, idx)
         w = w / (w.sum(-1, keepdim=True) + 1e-20) * self.scale
         flat = idx.reshape(-1)
         order = flat.argsort(stable=True)
         counts = torch.bincount(flat, minlength=e)
-        slot = torch.arange(flat.numel()) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        room = int(counts.max())
-        place = flat[order] * room + slot                                       # row of each choice in the padding
-        u = self.fc1(h)
-        padded = u.new_zeros(e * room, u.shape[1]).index_copy(0, place, u[order // self.k])
-        y = F.relu(padded.view(e, room, -1) @ self.up.transpose(1, 2)).square() @ self.down.transpose(1, 2)
-        back = torch.empty_like(place).index_copy(0, order, place)              # choice -> row
-        y = y.reshape(e * room, -1)[back].view(tokens, self.k, -1)
+        u = self.fc1(h)[order // self.k].split(counts.tolist())  # one piece an expert
+        y = torch.cat(
+            [
+                F.relu(piece @ up.T).square() @ down.T
+                for piece, up, down in zip(u, self.up.unbind(), self.down.unbind(), strict=True)
+            ]
+        )
+        back = torch.empty_like(order).index_copy(0, order, torch.arange(len(order)))
+        y = y[back].view(tokens, self.k, -1)
         r = (y * w[..., None]).sum(1)
         out = self.fc2(r) + self.shared_down(F.relu(self.shared_up(h)).square())
         self.load = counts
@@ -190,7 +205,7 @@ class TinyModel(nn.Module):
 
     @staticmethod
     def borders(first):
-        """first b l -> age b l (tokens since the document began), mask b 1 l l (causal, inside a document)."""
+        """first b l -> age b l (tokens since the document began), mask b 1 l l (causal, in a document)."""
         length = first.shape[1]
         document = first.long().cumsum(1)
         at = torch.arange(length, device=first.device)
@@ -215,11 +230,13 @@ class TinyModel(nn.Module):
             v = layer(v, first[:, :-1], age, mask)
         return self.mtp.final_layernorm(v)
 
-    def losses(self, ids, first, weight):
-        """Weighted cross entropies of the next token and of the one after it. `weight` b l belongs to targets."""
+    def losses(self, ids, first, weight, mtp=True):
+        """Weighted cross entropies of the next token and the one after; `weight` b l belongs to targets."""
         h = self.hidden(ids, first)
         w1 = weight[:, 1:] * ~first[:, 1:]
         main = self.cross_entropy(h[:, :-1], ids[:, 1:], w1)
+        if not mtp:
+            return main, None
         o = self.draft(h, ids, first)
         w2 = w1[:, 1:] * ~first[:, 1:-1]
         return main, self.cross_entropy(o[:, :-1], ids[:, 2:], w2)
@@ -280,15 +297,27 @@ def import_state(model, tensors):
     own = {}
     for name, value in tensors.items():
         name = name.removeprefix("backbone.")
-        if name.startswith("mtp.layers.") and name.split(".")[3] in ("enorm", "hnorm", "eh_proj", "final_layernorm"):
+        if name.startswith("mtp.layers.") and name.split(".")[3] in (
+            "enorm",
+            "hnorm",
+            "eh_proj",
+            "final_layernorm",
+        ):
             name = "mtp." + name.split(".", 3)[3]
-        for old, new in (("shared_experts.up_proj", "shared_up"), ("shared_experts.down_proj", "shared_down"),
-                         ("fc1_latent_proj", "fc1"), ("fc2_latent_proj", "fc2"),
-                         ("gate.e_score_correction_bias", "bias")):
+        for old, new in (
+            ("shared_experts.up_proj", "shared_up"),
+            ("shared_experts.down_proj", "shared_down"),
+            ("fc1_latent_proj", "fc1"),
+            ("fc2_latent_proj", "fc2"),
+            ("gate.e_score_correction_bias", "bias"),
+        ):
             name = name.replace(old, new)
         own[name] = value.float()
     for which in ("up", "down"):
         for prefix in {n.split("experts.")[0] for n in own if ".experts." in n}:
-            rows = [own.pop(f"{prefix}experts.{e}.{which}_proj.weight") for e in range(model.cfg["n_routed_experts"])]
+            rows = [
+                own.pop(f"{prefix}experts.{e}.{which}_proj.weight")
+                for e in range(model.cfg["n_routed_experts"])
+            ]
             own[prefix + which] = torch.stack(rows)
     model.load_state_dict(own)

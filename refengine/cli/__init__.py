@@ -1,7 +1,7 @@
 """The command line: one file a command, and here what they share: how a run ends.
 
-0: done (also when whoever read our output has left), 1: the input is wrong, in one sentence, 2: the command is
-wrong, 130: Ctrl-C. A traceback is shown only with --debug.
+0: done (also when whoever read our output has left), 1: the input is wrong, in one sentence, 2: the
+command is wrong, 130: Ctrl-C. A traceback is shown only with --debug.
 """
 
 from __future__ import annotations
@@ -51,16 +51,19 @@ def main(args: list[str] | None = None) -> None:
 
 def run(args: list[str]) -> int:
     try:
-        code = cli.main(args, prog_name="refengine", standalone_mode=False)
+        with cli.make_context("refengine", list(args)) as context:
+            cli.invoke(context)
         sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        return 0
+    except click.exceptions.Exit as done:
+        return done.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush is quiet too
         return 0
-    except (KeyboardInterrupt, click.Abort):
+    except KeyboardInterrupt:
         return 130
     except Exception as error:
         if "--debug" in args:
@@ -80,4 +83,4 @@ def sentence(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError):
         return "there is not enough memory for this"
-    return f"an error inside the program ({type(error).__name__}: {text}); run again with --debug to see where"
+    return f"an error inside the program ({type(error).__name__}: {text}); --debug shows where"

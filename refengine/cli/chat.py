@@ -34,7 +34,8 @@ def chat(message, system, thinking, stats, as_json, model, backend, dtype, devic
         history.append({"role": "user", "content": line})
         events = engine.generate(history, chat={"enable_thinking": thinking}, **sampling)
         reply = answer(events, thinking, as_json)
-        history.append({"role": "assistant", "content": reply["content"], "reasoning_content": reply["reasoning"]})
+        said = {"content": reply["content"], "reasoning_content": reply["reasoning"]}
+        history.append({"role": "assistant"} | said)
         if as_json:
             click.echo(json.dumps({"role": "assistant"} | reply, ensure_ascii=False))
         elif stats:
@@ -50,11 +51,12 @@ def turns(message: str | None):
     elif sys.stdin.isatty():
         while True:
             try:
-                line = click.prompt(click.style("you", bold=True), prompt_suffix="> ", err=True).strip()
-            except click.Abort:  # Ctrl-D, or Ctrl-C at the prompt
-                click.echo(err=True)
+                line = input("> ").strip()
+            except EOFError:
+                click.echo()
                 return
-            yield line
+            if line:
+                yield line
     else:
         yield from filter(None, (line.strip() for line in options.text_of("-").splitlines()))
 

@@ -13,7 +13,7 @@ from spec.config import InputError
 
 @click.command()
 @click.argument("prompt", required=False)
-@click.option("--file", "-f", "file", metavar="FILE", help="Read the prompt from a file; - is standard input.")
+@click.option("--file", "-f", "file", metavar="FILE", help="Read the prompt from a file; - is stdin.")
 @click.option("--prompts", metavar="FILE", help="One prompt a line; all run side by side.")
 @click.option("--echo/--no-echo", default=True, help="Print the prompt before the text.  [default: echo]")
 @click.option("--logprobs", type=click.IntRange(0), metavar="N",
@@ -85,10 +85,15 @@ def as_lines(engine, texts: list[str], events) -> list[dict]:
         if hasattr(event, "statistics"):
             done.append(event.statistics)
             continue
-        top = "  ".join(f"{engine.tokenizer.decode([token])!r} {logprob:.3f}" for token, logprob in event.top)
+        top = "  ".join(f"{shown(engine, token)} {logprob:.3f}" for token, logprob in event.top)
         index = f"{i}  " if len(texts) > 1 else ""
-        click.echo(f"{index}{engine.tokenizer.decode([event.id])!r:16} {event.logprob:8.3f}   {top}".rstrip())
+        click.echo(f"{index}{shown(engine, event.id):16} {event.logprob:8.3f}   {top}".rstrip())
     return done
+
+
+def shown(engine, token: int) -> str:
+    """A token's text in quotes, so that spaces and line ends can be seen."""
+    return repr(engine.tokenizer.decode([token], skip_special_tokens=False))
 
 
 def as_objects(engine, texts: list[str], events) -> list[dict]:

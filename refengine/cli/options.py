@@ -28,7 +28,7 @@ model = click.option("--model", "-m", default="tiny", show_default=True, metavar
 engine = together(
     model,
     click.option("--backend", default="numpy", show_default=True, metavar="NAME", help="What computes."),
-    click.option("--dtype", default="float32", show_default=True, metavar="TYPE", help="What it computes in."),
+    click.option("--dtype", default="float32", show_default=True, metavar="TYPE", help="In which numbers."),
     click.option("--device", default="cpu", show_default=True, metavar="NAME", help="Where it computes."),
     click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of the matrix products."),
 )
@@ -36,7 +36,7 @@ engine = together(
 sampling = together(
     click.option("--max-tokens", "-n", type=click.IntRange(0), default=256, show_default=True, metavar="N",
                  help="Most new tokens."),
-    click.option("--temperature", "-t", type=click.FloatRange(0), metavar="T", help="0: always the likeliest."),
+    click.option("--temperature", "-t", type=click.FloatRange(0), metavar="T", help="0: the likeliest."),
     click.option("--top-k", type=click.IntRange(0), metavar="K", help="Only the K likeliest; 0: all."),
     click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), metavar="P",
                  help="Only the likeliest that reach P together."),
@@ -44,7 +44,7 @@ sampling = together(
                  help="Only those at least P times as likely as the likeliest."),
     click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), metavar="R",
                  help="Above 1: rather not what has been said."),
-    click.option("--seed", type=click.IntRange(0, 2**64 - 1), metavar="N", help="The same seed, the same text."),
+    click.option("--seed", type=click.IntRange(0, 2**63), metavar="N", help="The same seed, the same text."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before this text (repeatable)."),
     click.option("--ignore-eos", is_flag=True, help="Go on after end tokens."),
     click.option("--stats", is_flag=True, help="Speed and memory, on stderr."),

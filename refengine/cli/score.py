@@ -20,6 +20,7 @@ from spec.config import InputError
 def score(file, tokens, as_json, model, backend, dtype, device, threads):
     """Log-likelihood and perplexity of the text in FILE (- is standard input), of the prediction head too."""
     import refengine
+    from refengine.cli.generate import shown
 
     text = options.text_of(file)
     if not text:
@@ -38,7 +39,7 @@ def score(file, tokens, as_json, model, backend, dtype, device, threads):
         return
     if tokens:
         for token, logprob in zip(scores.ids[1:], scores.trunk, strict=True):
-            click.echo(f"{engine.tokenizer.decode([token])!r:16} {logprob:8.3f}")
+            click.echo(f"{shown(engine, token):16} {logprob:8.3f}")
     click.echo(f"{len(scores.ids)} tokens, {len(text.encode())} bytes")
     for name, who in (("model", "model"), ("prediction_head", "prediction head, one token further")):
         if name in result:

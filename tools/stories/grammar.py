@@ -7,8 +7,8 @@ A template is a line of English with
     {he} {His}  a pronoun that agrees with slot H; {F.he} and {G.His} agree with F and G
     [big|tall]  a free choice; "a[ big|] dog" may be empty, and "[in the <P>|at home]" may hold slots
 
-`Template.tell` fills a template in; `Template.match` reads a sentence back into its slot values. `check` asks whether
-one assignment of slots explains every sentence of a story.
+`Template.tell` fills a template in; `Template.match` reads a sentence back into its slot values. `check`
+asks whether one assignment of slots explains every sentence of a story.
 """
 
 import re
@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 from . import words
 
 _PIECE = re.compile(r"\{([^{}]+)\}|\[([^\[\]]*)\]")
-# A sentence ends at . ! or ? (and a closing quote) when the next one starts with a capital or an opening quote.
+# A sentence ends at . ! or ? (and a closing quote) when the next starts with a capital or an opening quote.
 # In templates a capital slot ({H}, {He}, {F.He}) or choice ([One|Two]) is such a start too.
-_BREAK = re.compile(r'(?<=[.!?]) (?=["A-Z])|(?<=[.!?]") (?=["A-Z])'
-                    r'|(?<=[.!?]) (?=\{(?:a )?(?:[A-Z]|[FG]\.[A-Z])|\[["A-Z])'
-                    r'|(?<=[.!?]") (?=\{(?:a )?(?:[A-Z]|[FG]\.[A-Z])|\[["A-Z])')
+_BREAK = re.compile(
+    r'(?<=[.!?]) (?=["A-Z])|(?<=[.!?]") (?=["A-Z])'
+    r'|(?<=[.!?]) (?=\{(?:a )?(?:[A-Z]|[FG]\.[A-Z])|\[["A-Z])'
+    r'|(?<=[.!?]") (?=\{(?:a )?(?:[A-Z]|[FG]\.[A-Z])|\[["A-Z])'
+)
 
 
 def sentences(text):
@@ -69,10 +71,12 @@ class Template:
 
     def tell(self, values, rng):
         """Fill in the template: every choice drawn from `rng`, every slot taken from `values`."""
+
         def one(match):
             if match[1]:
                 return _render(*_slot(match[1]), values)
             return self._sub(rng.choice(match[2].split("|")), values)
+
         return _PIECE.sub(one, self.text)
 
     @staticmethod
@@ -95,18 +99,20 @@ class Template:
 
         def literal(text):
             parts = re.split(r"<([^<>]+)>", text)
-            return "".join(group(p) if i % 2 else re.escape(p).replace(r"\ ", " ") for i, p in enumerate(parts))
+            return "".join(
+                group(p) if i % 2 else re.escape(p).replace(r"\ ", " ") for i, p in enumerate(parts)
+            )
 
         at = 0
         for m in _PIECE.finditer(self.text):
-            out.append(literal(self.text[at:m.start()]))
+            out.append(literal(self.text[at : m.start()]))
             out.append(group(m[1]) if m[1] else "(?:" + "|".join(literal(c) for c in m[2].split("|")) + ")")
             at = m.end()
         out.append(literal(self.text[at:]))
         self._regex, self._groups = re.compile("".join(out)), groups
 
     def match(self, sentence):
-        """The slot values that make this template say `sentence`, or None. Pronouns come back as (slot, female)."""
+        """The slot values (and the sexes its pronouns claim) with which this template says `sentence`."""
         if self.probe not in sentence:
             return None
         if self._regex is None:
@@ -115,7 +121,7 @@ class Template:
         if not found:
             return None
         values, sexes = {}, {}
-        for (letter, form), text in zip(self._groups, found.groups()):
+        for (letter, form), text in zip(self._groups, found.groups(), strict=True):
             if text is None:
                 continue
             if form in ("", "a"):
@@ -124,13 +130,15 @@ class Template:
                     return None
             else:
                 male, female = words.PRONOUNS[form.lower()]
-                if male != female and sexes.setdefault(letter, text.lower() == female) != (text.lower() == female):
+                if male != female and sexes.setdefault(letter, text.lower() == female) != (
+                    text.lower() == female
+                ):
                     return None
         return values, sexes
 
 
 def unify(known, values, sexes):
-    """Add one sentence's values to those known so far; None if they disagree. Sexes are kept under 'H?', 'F?'..."""
+    """Add one sentence's values to the known ones; None if they disagree. Sexes are kept under 'H?'."""
     merged = dict(known)
     for letter, value in values.items():
         if merged.setdefault(letter, value) != value:
@@ -139,8 +147,9 @@ def unify(known, values, sexes):
         if merged.setdefault(letter + "?", female) != female:
             return None
     for letter in ("H", "F", "G"):
-        if letter in merged and merged.get(letter + "?", words.is_female(merged[letter])) \
-                != words.is_female(merged[letter]):
+        if letter in merged and merged.get(letter + "?", words.is_female(merged[letter])) != words.is_female(
+            merged[letter]
+        ):
             return None
     if any(a in merged and b in merged and merged[a] == merged[b] for a, b in words.DISTINCT):
         return None

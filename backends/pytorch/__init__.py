@@ -1,0 +1,98 @@
+"""The PyTorch backend: the vocabulary of `spec.ops` on a CPU or a CUDA device.
+
+    torch_backend("bfloat16", device="cuda") -> spec.ops.Backend
+
+Where each verb is:   products  linear, linear_pair, mlp, logits, embed       scan       ssd_scan
+                      layers    rms_norm, gated_rms_norm, causal_conv         attention  attention, and its cache
+                      experts   route, experts                                weights    place, array, fetch
+
+Weights stay in `dtype`: where the file has it already they are used from the memory map, without a copy. What an
+activation is made of depends on what the machine multiplies fast (`products.activations`): a processor without
+bfloat16 matrix units takes the weights as bfloat16 and computes in float32, which is faster there, and nearer.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from backends.pytorch import native
+from backends.pytorch.attention import Cache, attention
+from backends.pytorch.experts import Experts, route
+from backends.pytorch.layers import causal_conv, gated_rms_norm, rms_norm
+from backends.pytorch.products import Products, activations
+from backends.pytorch.scan import ssd_scan
+from backends.pytorch.state import Recurrent
+from backends.pytorch.weights import Host, place
+from spec.config import InputError
+from spec.ops import Backend, Ops
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def torch_backend(
+    dtype: str = "float32",
+    device: str = "cpu",
+    deterministic: bool = False,
+    resident: bool = True,
+    compute: str | None = None,
+    compiled: bool = True,
+) -> Backend:
+    """A backend with weights in `dtype` on `device`: cpu, cuda, cuda:N, or auto (cuda where there is one).
+
+    deterministic  the same bits on every run (on CUDA: no atomic additions, no timing-dependent algorithms)
+    resident       False: weights stay in the file's dtype, and a piece at a time is widened to `dtype` when used
+    compute        dtype of the activations; None: what the machine is fast in
+    compiled       use the loops of native.py on a CPU, where they can be compiled
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"the torch backend computes in {', '.join(DTYPES)}, not in {dtype}")
+    where = find_device(device)
+    weights = DTYPES[dtype]
+    active = DTYPES[compute] if compute else activations(weights, where)
+    if deterministic and where.type == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    loops = native.load() if compiled and where.type == "cpu" else None
+    products = Products(active, exact=weights == torch.float32, native=loops)
+    experts = Experts(products)
+    host = Host(where)
+    ops = Ops(
+        embed=products.embed, linear=products.linear, linear_pair=products.linear_pair, rms_norm=rms_norm,
+        causal_conv=causal_conv, ssd_scan=partial(ssd_scan, native=loops), gated_rms_norm=gated_rms_norm, attention=attention, route=route,
+        announce=lambda routing: None, experts=experts, mlp=products.mlp, logits=products.logits,
+        all_reduce=lambda x: x,
+    )  # fmt: skip
+    return Backend(
+        name="torch",
+        ops=ops,
+        place=partial(place, dtype=weights, device=where, resident=resident),
+        new_state=partial(new_state, dtype=active, device=where),
+        array=host.array,
+        fetch=host.fetch,
+    )
+
+
+def new_state(kind: str, cfg, batch: int, *, dtype, device) -> Recurrent | Cache | None:
+    """The state of a layer that has read nothing."""
+    if kind == "M":
+        return Recurrent.empty(cfg, batch, dtype, device)
+    if kind == "*":
+        return Cache.empty(cfg, batch, dtype, device)
+    return None
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; InputError says why there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdigit())):
+        raise InputError(f"device {name!r} is not one of cpu, cuda, cuda:N, auto")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("this PyTorch sees no CUDA device; use --device cpu")
+        count = torch.cuda.device_count()
+        if index and int(index) >= count:
+            raise InputError(f"there is no {name}: this machine has {count} CUDA device{'s' if count > 1 else ''}")
+    return torch.device(name)

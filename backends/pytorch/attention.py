@@ -1,0 +1,116 @@
+"""Attention and its cache.
+
+Keys and values lie as b kv t e with room to grow, so that a head's are contiguous and appending copies nothing but
+the new ones. Key heads are never repeated in memory: for one position the query heads that share a key head become
+rows of one product; for more the library's fused attention knows the groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+
+from backends.pytorch.state import index, with_rows
+
+
+class Tip:
+    """Who appended to a buffer last. Only the state that stands there may append in place."""
+
+    def __init__(self):
+        self.owner = self
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The first `length[b]` positions of a buffer that forks share.
+
+    `most` is a bound on every length that the host knows without asking the device; `even` says that all lengths are
+    equal to it, so that nothing needs a mask.
+    """
+
+    k: torch.Tensor  # b kv t e, room for more positions than are used
+    v: torch.Tensor
+    length: torch.Tensor  # b
+    most: int = 0
+    even: bool = True
+    tip: Tip = field(default_factory=Tip)  # of the buffer, the same in all forks
+    mark: object = None  # what tip.owner is while this state stands at the tip
+
+    @classmethod
+    def empty(cls, cfg, batch: int, dtype, device) -> Cache:
+        k, v = (torch.empty(batch, cfg.num_key_value_heads, 0, cfg.head_dim, dtype=dtype, device=device) for _ in "kv")
+        return cls(k, v, torch.zeros(batch, dtype=torch.long, device=device))
+
+    def append(self, k, v, n=None) -> Cache:
+        """k, v: b l kv e"""
+        added = k.shape[1]
+        cache = self
+        if self.most + added > self.k.shape[2] or self.tip.owner is not self.mark:
+            cache = self.copied(self.most + added)
+        if self.even:
+            cache.k[:, :, self.most : self.most + added] = k.transpose(1, 2)
+            cache.v[:, :, self.most : self.most + added] = v.transpose(1, 2)
+        else:
+            at = self.length[:, None] + torch.arange(added, device=k.device)  # b l
+            at = at[:, None, :, None].expand(-1, k.shape[2], -1, k.shape[3])
+            cache.k.scatter_(2, at, k.transpose(1, 2))
+            cache.v.scatter_(2, at, v.transpose(1, 2))
+        mark = cache.tip.owner = object()
+        if n is None:
+            return replace(cache, length=self.length + added, most=self.most + added, mark=mark)
+        length = self.length + n
+        if length.is_cuda:  # its values stay there; the bound is all that is known here
+            return replace(cache, length=length, most=self.most + added, even=False, mark=mark)
+        most = int(length.max())
+        return replace(cache, length=length, most=most, even=bool((length == most).all()), mark=mark)
+
+    def copied(self, room: int) -> Cache:
+        """A buffer of one's own with `room`, and half as much again so that appending stays cheap.
+
+        Zeros, because positions that a shorter row has not reached are read, and weighed with 0."""
+        b, kv, _, e = self.k.shape
+        k, v = (self.k.new_zeros(b, kv, max(64, room + room // 2), e) for _ in "kv")
+        k[:, :, : self.most], v[:, :, : self.most] = self.k[:, :, : self.most], self.v[:, :, : self.most]
+        return replace(self, k=k, v=v, tip=Tip())
+
+    def take(self, rows) -> Cache:
+        rows = index(rows, self.k.device)
+        return replace(self, k=self.k[rows], v=self.v[rows], length=self.length[rows], tip=Tip())
+
+    def put(self, rows, other: Cache) -> Cache:
+        most = max(self.most, other.most)
+        mine, theirs = (c.copied(most) for c in (self, other))
+        k, v = with_rows(mine.k, rows, theirs.k), with_rows(mine.v, rows, theirs.v)
+        length = with_rows(self.length, rows, other.length)
+        even = self.even and other.even and self.most == other.most
+        return Cache(k, v, length, most, even)
+
+    def fork(self) -> Cache:
+        return replace(self)
+
+
+def attention(q, k, v, cache: Cache, n=None):
+    """y[i] = sum_{j <= i} softmax_j(q[i] . k[j] / sqrt(e)) v[j];  q b l h e, k and v b l kv e -> b l h e"""
+    b, l, h, e = q.shape
+    kv = k.shape[2]
+    before = cache
+    cache = cache.append(k, v, n)
+    t = before.most + l
+    K, V = cache.k[:, :, :t], cache.v[:, :, :t]  # b kv t e
+    if l == 1:
+        mask = None if before.even else visible(before, l, t)
+        rows = q.view(b, kv, h // kv, e)
+        return F.scaled_dot_product_attention(rows, K, V, attn_mask=mask).view(b, 1, h, e), cache
+    q = q.transpose(1, 2)  # b h l e
+    first = before.most == 0
+    mask = None if first else visible(before, l, t)
+    y = F.scaled_dot_product_attention(q, K, V, attn_mask=mask, is_causal=first, enable_gqa=True)
+    return y.transpose(1, 2), cache
+
+
+def visible(before: Cache, l: int, t: int):
+    """b 1 l t bool: the positions up to each one's own."""
+    position = before.length[:, None] + torch.arange(l, device=before.length.device)  # b l
+    return (torch.arange(t, device=position.device) <= position[..., None])[:, None]

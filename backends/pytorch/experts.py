@@ -1,0 +1,124 @@
+"""Experts: tokens are sorted by the expert they were sent to, and each expert that was hit is read once.
+
+On a CPU that is a loop over the experts that were hit, here or, for few tokens each, in native.py. On CUDA nothing may wait for the host, so all of them are one
+grouped product over the stacked matrices, with the borders of the groups computed on the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from backends.pytorch.products import FEW, Products, relu2
+
+
+class Routing(NamedTuple):
+    expert: torch.Tensor  # b l k
+    weight: torch.Tensor  # b l k, float32
+
+
+def route(h, gate, bias, cfg) -> Routing:
+    """Choose `num_experts_per_tok` experts for each token; on a tie the lowest index wins."""
+    s = torch.sigmoid(F.linear(h.float(), gate))  # b l E
+    c = s + bias
+    if cfg.n_group > 1:
+        c = only_best_groups(c, cfg.n_group, cfg.topk_group)
+    expert = largest(c, cfg.num_experts_per_tok)
+    w = s.gather(-1, expert)
+    if cfg.norm_topk_prob:
+        w = w / (w.sum(-1, keepdim=True) + 1e-20)
+    return Routing(expert, w * cfg.routed_scaling_factor)
+
+
+def largest(c, k: int):
+    """Indices of the k largest, best first; equal ones in order of index. (topk promises no order of equals.)"""
+    return torch.sort(c, dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def only_best_groups(c, groups: int, keep: int):
+    """A group scores the sum of its two best experts; only the `keep` best groups stay in the choice."""
+    by_group = c.unflatten(-1, (groups, -1))
+    best = largest(by_group.topk(2, dim=-1).values.sum(-1), keep)
+    kept = torch.zeros(by_group.shape[:-1], dtype=torch.bool, device=c.device).scatter_(-1, best, True)
+    return by_group.masked_fill(~kept[..., None], -torch.inf).flatten(-2)
+
+
+class Listed(NamedTuple):
+    """Experts where they lie, perhaps in a memory map: [(up, down), ...] and the addresses of both."""
+
+    matrices: list
+    up: torch.Tensor  # E
+    down: torch.Tensor  # E
+
+    @classmethod
+    def of(cls, up: list, down: list) -> Listed:
+        where = (torch.tensor([m.data_ptr() if m.is_contiguous() else 0 for m in part]) for part in (up, down))
+        return cls(list(zip(up, down, strict=True)), *where)
+
+
+class Stacked(NamedTuple):
+    up: torch.Tensor  # E i x
+    down: torch.Tensor  # E x i
+
+
+class Experts:
+    """(u [b l x], placed experts, routing) -> sum over the chosen of  weight relu(u up')^2 down'"""
+
+    def __init__(self, products: Products):
+        self.products = products
+
+    def __call__(self, u, experts, routing: Routing):
+        tokens, k = u.reshape(-1, u.shape[-1]), routing.expert.shape[-1]
+        expert, weight = routing.expert.reshape(-1), routing.weight.reshape(-1, 1)
+        if isinstance(experts, Stacked):
+            y = grouped(tokens, experts, expert, weight, k)
+        else:
+            y = self.listed(tokens, experts, expert, weight, k)
+        return y.to(u.dtype).view(u.shape)
+
+    def listed(self, tokens, experts: Listed, expert, weight, k):
+        order = expert.argsort(stable=True)
+        token, weight, counts = order // k, weight[order], expert.bincount(minlength=len(experts.up))
+        hit = counts.nonzero()[:, 0]
+        counts = counts[hit]
+        if len(token) <= FEW * len(hit) and self.products.loops(tokens, experts.matrices[0][0]):
+            begin, width = torch.nn.functional.pad(counts.cumsum(0), (1, 0)), len(experts.matrices[0][0])
+            up, down = experts.up[hit], experts.down[hit]
+            return self.products.native.experts(tokens.contiguous(), up, down, width, begin, token, weight)
+        y, start = torch.zeros(tokens.shape), 0  # float32
+        for i, count in zip(hit.tolist(), counts.tolist(), strict=True):
+            rows = token[start : start + count]
+            out = self.products.mlp(tokens[rows], *experts.matrices[i])
+            y.index_add_(0, rows, out.float().mul_(weight[start : start + count]))  # no token twice
+            start += count
+        return y
+
+
+def grouped(tokens, matrices: Stacked, expert, weight, k):
+    """One grouped product for all experts; every sum in a fixed order, nothing asked of the device."""
+    order = expert.argsort(stable=True)
+    ends = torch.searchsorted(expert[order], torch.arange(len(matrices.up), device=tokens.device), right=True)
+    ends = ends.to(torch.int32)
+    rows = product(tokens[order // k].to(matrices.up.dtype), matrices.up, ends)
+    rows = product(relu2(rows), matrices.down, ends)  # (tokens k) x, by expert
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return (rows[back].float() * weight).view(len(tokens), k, -1).sum(1)
+
+
+def product(rows, stacked, ends):
+    """Rows ends[i-1] .. ends[i] times stacked[i]'."""
+    if hasattr(torch, "_grouped_mm") and rows.dtype == torch.bfloat16 and aligned(stacked):
+        return torch._grouped_mm(rows, stacked.transpose(-1, -2), offs=ends)
+    y, start = rows.new_empty(len(rows), stacked.shape[1]), 0
+    for matrix, end in zip(stacked, ends.tolist(), strict=True):
+        if end > start:
+            y[start:end] = F.linear(rows[start:end], matrix)
+        start = end
+    return y
+
+
+def aligned(stacked) -> bool:
+    """Rows of both sides begin on 16 bytes, as the grouped kernel needs."""
+    return all(size * stacked.element_size() % 16 == 0 for size in stacked.shape[1:])

@@ -1,0 +1,36 @@
+"""Norms and the causal convolution: sums over channels and over a few positions, in float32 whatever comes in."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def rms_norm(x, delta, weight, eps: float):
+    """norm(x + delta) weight, x + delta"""
+    x = x if delta is None else x + delta
+    return F.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype), x
+
+
+def gated_rms_norm(y, z, weight, eps: float, groups: int):
+    """Gate first, then a norm for each group of channels."""
+    u = F.silu(z.float()).mul_(y)
+    u = u.view(*u.shape[:-1], groups, -1)
+    u = F.rms_norm(u, u.shape[-1:], None, eps).view(y.shape)
+    return u.mul_(weight).to(y.dtype)
+
+
+def causal_conv(x, weight, bias, tail, n=None):
+    """silu(bias + sum_j w[j] x[t - k + 1 + j]), and the last k - 1 rows: b l c, b k-1 c"""
+    length, remembered = x.shape[1], tail.shape[1]
+    window = torch.cat([tail, x], dim=1)  # b t+l c
+    w = weight[:, 0]  # c k
+    y = torch.addcmul(bias, w[:, 0], window[:, :length].float())
+    for j in range(1, remembered + 1):
+        y.addcmul_(w[:, j], window[:, j : j + length])
+    if n is None:
+        tail = window[:, length:].clone()  # a copy, so that the window can go
+    else:
+        at = n[:, None] + torch.arange(remembered, device=x.device)
+        tail = window.gather(1, at[..., None].expand(-1, -1, x.shape[2]))
+    return F.silu(y).to(x.dtype), tail

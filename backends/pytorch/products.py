@@ -1,0 +1,112 @@
+"""Matrix products: an activation meets a weight, which may be in a narrower dtype.
+
+A product of equal dtypes is the library's. Where activations are wider than the weight (bfloat16 weights on a
+processor without bfloat16 units) there are three ways, and each reads a weight once:
+
+    few rows     the loops of native.py, which widen in registers
+    one row      without them, the library's matrix-vector product in the weight's dtype, which sums in float32
+    more rows    a piece of the weight that stays in cache is widened, multiplied, and forgotten
+
+docs/torch.md has the measurements behind both, and behind `activations`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+FEW = 32  # rows up to which the loops of native.py are faster than widening a piece and calling the library
+PIECE = 1 << 20  # values of a weight that are widened at a time: 4 MB
+
+
+def activations(weights: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of activations for weights of this dtype: the weights' own where the device has units for it.
+
+    Not float16: the squares of relu^2 pass its largest number, 65504.
+    """
+    if weights != torch.bfloat16:
+        return torch.float32
+    if device.type == "cuda":
+        return weights if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    return weights if has_bfloat16_units() else torch.float32
+
+
+def has_bfloat16_units() -> bool:
+    """Whether the processor multiplies bfloat16 matrices faster than float32 ones."""
+    asked = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in asked)
+
+
+def relu2(x):
+    """max(x, 0)^2; overwrites x."""
+    x = torch.relu_(x)
+    return x.mul_(x)
+
+
+class Products:
+    """The verbs that multiply by weights.
+
+    exact   never round an activation to a weight's dtype
+    native  the compiled loops, or None
+    """
+
+    def __init__(self, dtype: torch.dtype, exact: bool, native=None):
+        self.dtype, self.exact, self.native, self.scratch = dtype, exact, native, {}
+
+    def embed(self, ids, table):
+        return F.embedding(ids, table).to(self.dtype)
+
+    def linear(self, x, weight):
+        """x [.. i], weight [o i] or a tuple of such, one below the other -> [.. o]"""
+        if isinstance(weight, tuple):
+            return torch.cat([self.linear(x, part) for part in weight], dim=-1)
+        rows = x.numel() // x.shape[-1]
+        if weight.dtype == x.dtype:
+            return self.few(x, weight) if x.dtype == torch.float32 and 1 < rows <= 8 else F.linear(x, weight)
+        if rows <= FEW and self.loops(x, weight):
+            return self.native.linear(x.reshape(rows, -1).contiguous(), weight).view(*x.shape[:-1], -1)
+        if rows == 1 and self.narrow(weight):
+            return F.linear(x.to(weight.dtype), weight).to(x.dtype)
+        return self.widened(x.reshape(rows, -1), weight).view(*x.shape[:-1], -1)
+
+    def loops(self, x, weight) -> bool:
+        """Whether the compiled loops know these."""
+        known = x.dtype == torch.float32 and weight.dtype == torch.bfloat16 and not weight.is_cuda
+        return known and self.native is not None and weight.is_contiguous()
+
+    def narrow(self, weight) -> bool:
+        """Whether a single row may be multiplied in the weight's own dtype."""
+        return not self.exact and weight.dtype == torch.bfloat16 and not weight.is_cuda
+
+    def few(self, x, weight):
+        """A product of few rows, in the order of operands that is faster for them."""
+        return (weight @ x.reshape(-1, x.shape[-1]).t()).t().reshape(*x.shape[:-1], -1)
+
+    def widened(self, x, weight):
+        """x [r i] times a narrower weight [o i]."""
+        wide, step = self.buffer(x, weight.shape[1]), max(1, PIECE // weight.shape[1])
+        y = x.new_empty(len(x), len(weight))
+        for start in range(0, len(weight), step):
+            part = weight[start : start + step]
+            piece = wide[: part.numel()].view(part.shape).copy_(part)
+            torch.mm(x, piece.t(), out=y[:, start : start + step])
+        return y
+
+    def buffer(self, like, row: int):
+        """Room for a piece, kept between calls: asking the system for fresh pages costs more than the product."""
+        key, size = (like.device, like.dtype), max(PIECE, row)
+        if key not in self.scratch or self.scratch[key].numel() < size:
+            self.scratch[key] = like.new_empty(size)
+        return self.scratch[key]
+
+    def linear_pair(self, x, y, weight):
+        return self.linear(torch.cat([x, y], dim=-1), weight)
+
+    def mlp(self, h, up, down):
+        """relu(h up')^2 down'"""
+        if h.numel() == h.shape[-1] and h.dtype != up.dtype and self.narrow(up) and not self.loops(h, up):
+            return F.linear(relu2(F.linear(h.to(up.dtype), up)), down).to(h.dtype)
+        return self.linear(relu2(self.linear(h, up)), down)
+
+    def logits(self, h, lm_head):
+        return self.linear(h, lm_head).float()

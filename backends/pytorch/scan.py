@@ -1,0 +1,86 @@
+"""The state-space scan: one position by the recurrence, many by chunks of matrix products.
+
+Letters and equations are those of spec/scan.py. A call of one position is the recurrence; any longer one goes
+through `chunks`, which computes all that does not need the state for all chunks at once, and then walks over the
+chunks with it. The state S and everything that decays it are float32; sums of dt A are float64, because what counts is
+the difference of two long ones.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def ssd_scan(x, dt, A_log, B, C, D, dt_bias, S, n=None, limit=(0.0, math.inf), chunk: int = 128, native=None):
+    """Returns (y b l h p, the state after the last real position of each row). `native`: compiled loops, or None."""
+    dt = F.softplus(dt.float() + dt_bias, threshold=1e9)  # b l h
+    if tuple(limit) != (0.0, math.inf):
+        dt = dt.clamp(*limit)
+    if n is not None:
+        real = torch.arange(x.shape[1], device=x.device) < n[:, None]
+        dt = dt * real[..., None]
+    A = -torch.exp(A_log)  # h
+    if x.shape[1] == 1:
+        y, S = one_position(x.float(), dt, A, B.float(), C.float(), D, S, native)
+    else:
+        y, S = chunks(x.float(), dt, A, B.float(), C.float(), D, S, chunk)
+    return y.to(x.dtype), S
+
+
+def one_position(x, dt, A, B, C, D, S, native):
+    """The recurrence: S <- exp(dt A) S + dt x B',  y = S C + D x."""
+    b, _, h, p = x.shape
+    g, n = B.shape[2:]
+    r = h // g * p  # rows of S that share B and C
+    x, dt = x[:, 0], dt[:, 0]  # b h p   b h
+    if native:
+        y, S = native.scan_step(
+            S.contiguous(), torch.exp(dt * A), dt[..., None] * x, B[:, 0].contiguous(), C[:, 0].contiguous()
+        )
+        return torch.addcmul(y, D[:, None], x)[:, None], S
+    S = S * torch.exp(dt * A)[..., None, None]  # b h p n, a new array: the old state stays good for its forks
+    rows = S.view(b * g, r, n)
+    rows.baddbmm_((dt[..., None] * x).reshape(b * g, r, 1), B.reshape(b * g, 1, n))
+    y = torch.bmm(rows, C.reshape(b * g, n, 1)).view(b, h, p)
+    return torch.addcmul(y, D[:, None], x)[:, None], S
+
+
+def chunks(x, dt, A, B, C, D, S, chunk):
+    """Chunks of `chunk` positions; what is left over is padded with positions that do nothing (dt = 0)."""
+    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+    r, q = h // g, min(chunk, l)
+    pad = -l % q
+    c = (l + pad) // q  # chunks
+    u = F.pad(dt[..., None] * x, (0, 0, 0, 0, 0, pad)) if pad else dt[..., None] * x
+    step = F.pad(dt, (0, 0, 0, pad)) if pad else dt
+    a = (step.double() * A).view(b, c, q, g, r).cumsum(2).permute(0, 1, 3, 4, 2)  # b c g r q
+    u = u.view(b, c, q, g, r, p).permute(0, 1, 3, 4, 2, 5)  # b c g r q p
+    B, C = (F.pad(m, (0, 0, 0, 0, 0, pad)).view(b, c, q, g, n).transpose(2, 3) for m in (B, C))  # b c g q n
+    y = torch.empty(b, c, q, g, r, p, dtype=x.dtype, device=x.device)
+    S = S.reshape(b, g, r * p, n)
+    later = torch.ones(q, q, dtype=torch.bool, device=x.device).tril_()  # i >= j
+    for i in range(c):
+        y[:, i], S = one_chunk(u[:, i], a[:, i], B[:, i], C[:, i], S, later)
+    y = y.view(b, c * q, h, p)[:, :l]
+    return torch.addcmul(y, D[:, None], x), S.view(b, h, p, n)
+
+
+def one_chunk(u, a, B, C, S, later):
+    """u b g r q p, a b g r q, B and C b g q n, S b g (r p) n -> y b q g r p, S"""
+    b, g, r, q, p = u.shape
+    # WITHIN the chunk: attention-like, masked by causality and weighted by the decay
+    L = (a[..., :, None] - a[..., None, :]).float().masked_fill_(~later, -math.inf).exp_()  # b g r i j
+    L.mul_((C @ B.transpose(-1, -2))[:, :, None])
+    y = (L @ u).permute(0, 3, 1, 2, 4)  # b q g r p
+    # FROM BEFORE: the incoming state, decayed to each position
+    before = (C @ S.transpose(-1, -2)).view(b, g, q, r, p).transpose(1, 2)  # b q g r p
+    y = torch.addcmul(y, a.exp().float().permute(0, 3, 1, 2)[..., None], before)
+    # ONWARDS: the state decayed over the chunk, plus each position decayed to the chunk's end
+    end = a[..., -1]
+    u = u * (end[..., None] - a).exp().float()[..., None]  # b g r q p
+    added = u.transpose(-1, -2).reshape(b, g, r * p, q) @ B  # b g (r p) n
+    decay = end.exp().float()[..., None].expand(b, g, r, p).reshape(b, g, r * p, 1)
+    return y, torch.addcmul(added, decay, S)

@@ -1,0 +1,37 @@
+"""What a Mamba layer remembers, as tensors. Never written in place, so a fork is the state itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from spec import state
+
+
+def index(rows, device):
+    """Row numbers (a list, an array, a tensor) as a tensor."""
+    return torch.as_tensor(rows, dtype=torch.long, device=device)
+
+
+def with_rows(a, rows, values):
+    """A copy of `a` in which these rows have these values."""
+    return a.index_copy(0, index(rows, a.device), values.to(a))
+
+
+@dataclass(frozen=True)
+class Recurrent(state.Recurrent):
+    """tail b t c in the dtype of the activations, S b h p n in float32."""
+
+    @classmethod
+    def empty(cls, cfg, batch: int, dtype, device) -> Recurrent:
+        tail = torch.zeros(batch, cfg.conv_kernel - 1, cfg.conv_dim, dtype=dtype, device=device)
+        S = torch.zeros(batch, cfg.mamba_num_heads, cfg.mamba_head_dim, cfg.ssm_state_size, device=device)
+        return cls(tail, S)
+
+    def take(self, rows) -> Recurrent:
+        rows = index(rows, self.S.device)
+        return Recurrent(self.tail[rows], self.S[rows])
+
+    def put(self, rows, other) -> Recurrent:
+        return Recurrent(with_rows(self.tail, rows, other.tail), with_rows(self.S, rows, other.S))

@@ -1,0 +1,78 @@
+"""Chapter 18. Chat: a conversation as text, and the text of a reply as a message.
+
+A checkpoint brings its own template, and that one is used. What the templates of the family mean is this:
+
+    <|im_start|>system           always there, though it may be empty; tools are described at its end
+    TEXT<|im_end|>
+    <|im_start|>user             also for what tools returned, each in <tool_response>
+    TEXT<|im_end|>
+    <|im_start|>assistant        a reply begins with its thinking, or with <think></think>
+    <think>
+    THINKING
+    </think>
+    TEXT TOOL CALLS<|im_end|>
+    <|im_start|>assistant        the prompt ends inside a reply, so what the model writes first is thinking;
+    <think>                      if the prompt ends with <think></think>, it answers at once
+
+Replies before the user's last message have their thinking taken out. docs/model.md, "Chat".
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import groupby
+
+from spec.tools import describe, write_call
+
+
+def chat(
+    messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = True,
+    enable_thinking: bool = True, truncate_history_thinking: bool = True,
+) -> str:  # fmt: skip
+    """The text of messages {"role", "content", and of a reply "reasoning_content", "tool_calls"}."""
+    told = [content(message) for message in messages[:1] if message["role"] == "system"]
+    turns = messages[len(told) :]
+    system = [*told, describe(tools)] if tools else told
+    text = turn("system", "\n\n".join(filter(None, system)))
+    last = max((i for i, message in enumerate(turns) if message["role"] == "user"), default=-1)
+    for role, run in groupby(enumerate(turns), key=lambda turn: turn[1]["role"]):
+        if role == "tool":  # what tools returned one after the other shares a turn
+            results = (f"<tool_response>\n{content(m)}\n</tool_response>\n" for _, m in run)
+            text += turn("user", "".join(results))
+        elif role == "assistant":
+            text += "".join(turn(role, reply(m, truncate_history_thinking and i < last)) for i, m in run)
+        else:
+            text += "".join(turn(role, content(m)) for _, m in run)
+    if add_generation_prompt:
+        text += "<|im_start|>assistant\n" + ("<think>\n" if enable_thinking else "<think></think>")
+    return text
+
+
+def turn(role: str, text: str) -> str:
+    return f"<|im_start|>{role}\n{text}<|im_end|>\n"
+
+
+def content(message: dict) -> str:
+    """A text, or a list of parts, of which the texts count."""
+    parts = message.get("content") or ""
+    return "".join(part if isinstance(part, str) else part.get("text", "") for part in parts)
+
+
+def reply(message: dict, forget_thinking: bool) -> str:
+    thinking, text = message.get("reasoning_content") or "", content(message)
+    if "</think>" in text:  # as the model wrote it
+        thinking = thinking or text.split("</think>")[0].split("<think>")[-1]
+        text = text.split("</think>")[-1].lstrip("\n")
+    calls = "".join(write_call(call) for call in message.get("tool_calls") or ())
+    words = text + "\n" + calls if text and calls else text + calls
+    if forget_thinking or not thinking.strip():
+        return "<think></think>" + words
+    return "<think>\n" + thinking.strip("\n") + "\n</think>\n" + words
+
+
+def split_reasoning(text: str, enable_thinking: bool = True) -> tuple[str, str]:
+    """(thinking, answer) of what the model wrote; a tool call ends its thinking too."""
+    if not enable_thinking:
+        return "", text
+    end = re.search(r"</think>|(?=<tool_call>)|\Z", text)
+    return text[: end.start()].strip("\n"), text[end.end() :].lstrip("\n")

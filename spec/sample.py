@@ -1,0 +1,118 @@
+"""Chapter 15. Sampling: from the numbers that the model gives every token to one token.
+
+    v   vocabulary          logits [v]   any numbers; only their differences count
+    p   probabilities [v]   seen         ids that stand in the text so far, the prompt included
+
+Logits pass five filters, in this order; in brackets the value with which a filter does nothing:
+
+    (1) repetition_penalty r   a seen token's logit becomes logit / r if it is positive, logit r if it is not
+    (1) temperature T          p = softmax(logits / T); as T falls to 0 the largest takes all: greedy
+    (0) top_k k                only the k likeliest
+    (1) top_p P                only the fewest likeliest that together reach P of what is left
+    (0) min_p m                only those at least m times as likely as the likeliest
+
+Of equal tokens the lower id counts as likelier. Then one uniform number u chooses the first token, in order of
+ids, at which the sum of p exceeds u: the same logits and the same seed give the same token on any machine.
+The log-probabilities shown to users are of the logits before any filter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from spec.arrays import Array
+from spec.config import InputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose a token; by default as the model says, unfiltered."""
+
+    temperature: float | int = 1.0
+    top_k: int = 0
+    top_p: float | int = 1.0
+    min_p: float | int = 0.0
+    repetition_penalty: float | int = 1.0
+
+    def __post_init__(self):
+        for name, allowed, holds in (
+            ("temperature", "0 or more", 0 <= self.temperature < np.inf),
+            ("top_k", "0 (all tokens) or more", self.top_k >= 0),
+            ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
+            ("min_p", "between 0 and 1", 0 <= self.min_p <= 1),
+            ("repetition_penalty", "above 0", 0 < self.repetition_penalty < np.inf),
+        ):
+            if not holds:
+                raise InputError(f"{name} = {getattr(self, name)} is out of range: it has to be {allowed}")
+
+
+def sample(logits: Float[Array, " v"], sampling: Sampling, seen: Sequence[int], generator) -> int:
+    """One token. Greedy choice takes no number from the generator."""
+    if sampling.temperature == 0:
+        return int(np.argmax(penalised(logits, sampling.repetition_penalty, seen)))
+    return draw(probabilities(logits, sampling, seen), generator)
+
+
+def probabilities(logits: Float[Array, " v"], sampling: Sampling, seen: Sequence[int]) -> Float[Array, " v"]:
+    logits = penalised(logits, sampling.repetition_penalty, seen)  # v, float64 from here on
+    if sampling.temperature == 0:
+        return (np.arange(logits.size) == np.argmax(logits)).astype(logits.dtype)
+    logits = likeliest(logits, sampling.top_k)
+    with np.errstate(over="ignore"):  # at a temperature close to 0
+        p = np.exp((logits - logits.max()) / sampling.temperature)
+    p = nucleus(p / p.sum(), sampling.top_p)
+    p = np.where(p >= sampling.min_p * p.max(), p, 0)
+    return p / p.sum()
+
+
+def penalised(logits, penalty: float, seen: Sequence[int]):
+    logits = logits.astype(np.float64)
+    if not logits.max() < np.inf or logits.max() == -np.inf:
+        raise InputError("the logits hold NaN or infinity, or rule out every token: the weights are damaged")
+    if penalty != 1:
+        seen = np.unique(np.asarray(seen, np.int64))  # however often it was seen, a token is penalised once
+        logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+    return logits
+
+
+def likeliest(logits, k: int):
+    """Rule out all but the k largest."""
+    if not 0 < k < logits.size:
+        return logits
+    kth = np.partition(logits, -k)[-k]
+    keep = logits > kth
+    keep[np.flatnonzero(logits == kth)[: k - keep.sum()]] = True
+    return np.where(keep, logits, -np.inf)
+
+
+def nucleus(p, top_p: float):
+    """Rule out what is not needed to reach top_p: a token stays if the likelier ones fall short of it."""
+    if top_p == 1:
+        return p
+    candidates = np.flatnonzero(p >= (1 - top_p) / p.size)  # the others fall short of 1 - top_p all together
+    order = candidates[np.argsort(-p[candidates], kind="stable")]
+    likelier = np.cumsum(p[order]) - p[order]
+    kept = np.zeros_like(p)
+    kept[order] = np.where(likelier < top_p, p[order], 0)
+    return kept
+
+
+def draw(p: Float[Array, " v"], generator: np.random.Generator) -> int:
+    total = np.cumsum(p)
+    return int(np.searchsorted(total, generator.random() * total[-1], side="right"))
+
+
+def log_probs(logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
+    """ln softmax(logits), in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def alternatives(log_p: Float[Array, " v"], n: int) -> list[tuple[int, float]]:
+    """The n likeliest tokens with their log-probabilities, likeliest first."""
+    best = np.flatnonzero(likeliest(log_p, n) > -np.inf) if n else np.array([], int)
+    return [(int(i), float(log_p[i])) for i in best[np.argsort(-log_p[best], kind="stable")]]

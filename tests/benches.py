@@ -1,0 +1,60 @@
+"""The backends under test, each in one precision. A new backend is one more line in `BENCHES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from spec.numerics import wide
+from spec.ops import DEFINITION, REFERENCE, Backend, numpy_backend
+from spec.tensors import placed, table
+
+
+@dataclass(frozen=True, repr=False)
+class Bench(Backend):
+    """A backend that knows in which dtype it computes, so that a test can give it arrays and weigh its errors."""
+
+    dtype: np.dtype
+
+    def __repr__(self) -> str:
+        return f"BENCHES[{self.name!r}]()"
+
+    def _repr_pretty_(self, printer, cycle):
+        printer.text(repr(self))
+
+    def give(self, *arrays: np.ndarray):
+        """Activations, from the host, in the dtype of the computation."""
+        given = [self.array(np.asarray(a).astype(self.dtype)) for a in arrays]
+        return given if len(given) > 1 else given[0]
+
+    def weights(self, cfg, read, block: str = "layers.0") -> dict[str, Any]:
+        """The placed weights of one mixer; `read(name)` is a tensor in the file's dtype."""
+        rows = [row for row in table(cfg) if row.block == block and row.key.startswith("mixer.")]
+        return placed(rows, lambda group: self.place(group, [read(row.name) for row in group.rows]))[block]["mixer"]
+
+    def state(self, kind: str, cfg, batch: int, **values):
+        """An empty state, or one with these values (of S, say) in it."""
+        state = self.new_state(kind, cfg, batch)
+        wider = wide(self.dtype)
+        held = {key: self.array(v.astype(wider if key == "S" else self.dtype)) for key, v in values.items()}
+        return type(state)(**(vars(state) | held)) if held else state
+
+
+def bench(name: str, backend: Backend, dtype) -> Bench:
+    return Bench(**vars(backend) | {"name": name, "dtype": np.dtype(dtype)})
+
+
+def numpy_bench(dtype: str, ops=REFERENCE, word: str = "numpy") -> Bench:
+    return bench(f"{word}-{dtype}", numpy_backend(dtype, ops=ops), dtype)
+
+
+BENCHES: dict[str, Callable[[], Bench]] = {
+    "numpy-float32": partial(numpy_bench, "float32"),
+    "numpy-float64": partial(numpy_bench, "float64"),
+    "definition-float32": partial(numpy_bench, "float32", DEFINITION, "definition"),
+    "definition-float64": partial(numpy_bench, "float64", DEFINITION, "definition"),
+}

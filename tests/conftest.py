@@ -1,0 +1,42 @@
+"""What all tests share: how hard Hypothesis tries, and the backends under test.
+
+`HYPOTHESIS_PROFILE=thorough pytest` draws many more and new cases; the default draws the same few each time.
+A backend joins the laws and the recorded vectors by one line in `tests/benches.py`.
+"""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+settings.register_profile("default", max_examples=10, derandomize=True, database=None, **COMMON)
+settings.register_profile("thorough", max_examples=200, **COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+# Nothing here may import `spec` when pytest starts: its shapes are checked only if it is imported after that.
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        from tests.benches import BENCHES
+
+        metafunc.parametrize("backend", BENCHES, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def backend(request):
+    """One backend in one precision: all of spec.ops.Backend, and `dtype`."""
+    from tests.benches import BENCHES
+
+    return BENCHES[request.param]()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What was measured along the way: the worst of each `record_property("worst ...")`, the sum of all others."""
+    measured = {}
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            measured.setdefault(name, []).append(value)
+    for name, values in measured.items():
+        result = f"{max(values):.2g}" if name.startswith("worst") else f"{sum(values)}"
+        terminalreporter.write_line(f"measured: {name}: {result} (of {len(values)})")

@@ -1,0 +1,158 @@
+"""The command line: what a user types gives what they meant, or one sentence and the right exit code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from refengine.cli import run
+
+REFENGINE = [sys.executable, "-m", "refengine"]
+
+
+def piped(args, data: bytes = b""):
+    """Run a command in a process of its own, with `data` on standard input."""
+    done = subprocess.run([*REFENGINE, *args], input=data, capture_output=True)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def call(*args):
+        code = run([str(arg) for arg in args])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def fails(result, code=1):
+    """One sentence on stderr, nothing on stdout, no traceback."""
+    got, out, err = result
+    assert got == code and out == "" and "Traceback" not in err
+    if code == 1:
+        assert err.count("\n") == 1 and err.startswith("refengine: ")
+    return err
+
+
+def test_generate_prints_the_prompt_and_goes_on(cli):
+    code, out, err = cli("generate", "Once upon a time", "-n", 20, "--seed", 1)
+    assert code == 0 and out.startswith("Once upon a time") and len(out) > 30 and err == ""
+    assert cli("generate", "Once upon a time", "-n", 20, "--seed", 1)[1] == out
+    assert cli("generate", "Once upon a time", "-n", 20, "--seed", 1, "--no-echo")[1] == out[16:]
+
+
+def test_a_prompt_may_come_from_a_file_or_standard_input(cli, tmp_path):
+    (tmp_path / "prompt").write_text("Once upon a time")
+    expected = cli("generate", "Once upon a time", "-n", 8, "-t", 0)[1]
+    assert cli("generate", "--file", tmp_path / "prompt", "-n", 8, "-t", 0)[1] == expected
+    assert piped(["generate", "-n", "8", "-t", "0"], b"Once upon a time")[1] == expected
+
+
+def test_several_prompts_run_side_by_side_and_print_in_order(cli, tmp_path):
+    (tmp_path / "prompts").write_text("Once upon a time\n\nOne day\n")
+    code, out, _ = cli("generate", "--prompts", tmp_path / "prompts", "-n", 6, "-t", 0, "--json")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and sorted(record["prompt"] for record in records) == ["Once upon a time", "One day"]
+    text = cli("generate", "--prompts", tmp_path / "prompts", "-n", 6, "-t", 0)[1]
+    assert text.index("Once upon") < text.index("One day")
+
+
+def test_json_holds_the_text_its_tokens_and_the_statistics(cli):
+    _, out, _ = cli("generate", "Once", "-n", 5, "--json", "--logprobs", 2, "--ignore-eos", "--seed", 4)
+    record = json.loads(out)
+    assert record["prompt"] == "Once" and len(record["token_ids"]) == 5 == len(record["logprobs"])
+    assert record["reason"] == "length" and record["statistics"]["seed"] == 4
+
+
+def test_stats_go_to_stderr_in_one_line(cli):
+    _, out, err = cli("generate", "Once", "-n", 5, "--stats", "--ignore-eos")
+    assert "tokens/s" in err and err.count("\n") == 1 and "tokens/s" not in out
+
+
+def test_logprobs_print_a_line_a_token(cli):
+    _, out, _ = cli("generate", "Once", "-n", 4, "--logprobs", 2, "--ignore-eos")
+    assert len(out.splitlines()) == 4
+
+
+def test_inspect_says_what_a_model_is(cli):
+    code, out, _ = cli("inspect", "tiny")
+    assert code == 0 and all(word in out for word in ("pattern", "routed_expert", "active", "a sequence", "a token"))
+    facts = json.loads(cli("inspect", "tiny", "--json")[1])
+    assert facts["bytes"] == sum(role["bytes"] for role in facts["roles"].values())
+
+
+def test_score_gives_the_perplexity_of_a_text_by_the_model_and_by_its_head(cli, tmp_path):
+    (tmp_path / "text").write_text("Once upon a time, there was a little girl.")
+    code, out, _ = cli("score", tmp_path / "text")
+    assert code == 0 and "perplexity" in out and "prediction head" in out
+    result = json.loads(cli("score", tmp_path / "text", "--json")[1])
+    assert result["model"]["scored"] == result["tokens"] - 1 == result["prediction_head"]["scored"] + 1
+
+
+def test_chat_answers_a_message_and_a_conversation(cli):
+    code, out, _ = cli("chat", "Hi", "-n", 12, "--json", "--no-thinking")
+    assert code == 0 and json.loads(out)["role"] == "assistant"
+    code, out, _ = piped(["chat", "-n", "5", "--json"], b"Hi\nBye\n")
+    assert code == 0 and len(out.splitlines()) == 2
+
+
+@pytest.mark.parametrize("args", [
+    ["generate", "x", "--temperature", "-1"], ["generate", "x", "--top-p", "0"],
+    ["generate", "x", "--min-p", "2"], ["generate", "x", "--max-tokens", "-1"],
+    ["generate", "x", "--threads", "0"], ["generate", "x", "--file", "y"],
+    ["generate", "x", "--top-k", "many"], ["generate", "--colour"], ["degenerate"], ["score"],
+])  # fmt: skip
+def test_a_wrong_command_ends_with_2(cli, args):
+    fails(cli(*args), code=2)
+
+
+def test_help_and_version_are_there(cli):
+    assert cli("--version")[1].startswith("refengine ")
+    for command in ([], ["generate"], ["chat"], ["inspect"], ["score"]):
+        code, out, _ = cli(*command, "--help")
+        assert code == 0 and len(out.splitlines()) < 50
+
+
+@pytest.mark.parametrize("prompt, says", [(b"", "empty"), (b"\xff\xfe", "UTF-8")])
+def test_a_prompt_that_is_empty_or_not_text_is_one_sentence(prompt, says):
+    assert says in fails(piped(["generate"], prompt))
+    assert says in fails(piped(["generate", prompt]))
+
+
+def test_models_that_are_not_there_are_one_sentence(cli, tmp_path):
+    hub = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"
+    assert "hf download" in fails(cli("generate", "x", "--model", hub))
+    fails(cli("generate", "x", "--model", tmp_path))
+    fails(cli("inspect", tmp_path / "nothing"))
+    fails(cli("score", tmp_path / "nothing"))
+    fails(cli("generate", "--file", tmp_path / "nothing"))
+    fails(cli("generate", "x", "--backend", "abacus"))
+
+
+def test_an_error_of_our_own_is_one_sentence_and_its_traceback_is_for_debug(cli, monkeypatch):
+    monkeypatch.setattr("refengine.load", lambda *a, **k: 1 / 0)
+    assert "--debug" in fails(cli("generate", "x"))
+    code, _, err = cli("generate", "x", "--debug")
+    assert code == 1 and "Traceback" in err and "ZeroDivisionError" in err
+
+
+def test_whoever_reads_our_output_may_leave():
+    command = f"{' '.join(REFENGINE)} generate x -n 400 --ignore-eos | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(command, shell=True, executable="/bin/bash", capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_ctrl_c_ends_with_130_and_says_nothing():
+    process = subprocess.Popen([*REFENGINE, "generate", "x", "-n", "100000", "--ignore-eos"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    process.stdout.read(5)
+    time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(20) == 130
+    assert b"Traceback" not in process.stderr.read()

@@ -1,0 +1,70 @@
+"""The experts: two matrices each, relu^2 between them; in the latent width where there is one."""
+
+import numpy as np
+from hypothesis import given
+
+from spec.mixers import MIXERS
+from spec.numerics import tolerance
+from tests.cases import Case, agree, cases
+from tests.test_route import read_off
+from tests.truth import router_margin
+
+MOES = cases("E")
+
+
+def experts_of(backend, case: Case, read=None):
+    """What the routed experts and the shared one make of seeded tokens, through the mixer; and the tokens."""
+    h = case.normal(0, case.batch, case.length, case.cfg.hidden_size)
+    w = backend.weights(case.cfg, read or case.read)
+    return backend.fetch(MIXERS["E"](backend.give(h), w, case.cfg, None, None, backend.ops)[0]), h
+
+
+def size(case: Case) -> int:
+    c = case.cfg
+    return c.hidden_size + c.expert_width + c.num_experts_per_tok * c.moe_intermediate_size + 17
+
+
+@given(case=MOES)
+def test_the_experts_are_what_the_equation_says(backend, case):
+    """Traps 5 and 6: relu^2 and no gate; router and shared expert read h, the routed ones fc1 h; fc2 comes last."""
+    y, h = experts_of(backend, case)
+    w = {key: case.exact(key + ".weight") for key in ("shared_experts.up_proj", "shared_experts.down_proj")}
+    fc1, fc2 = (case.exact(f"fc{i}_latent_proj.weight") if case.moe_latent_size else np.eye(case.hidden_size)
+                for i in (1, 2))  # fmt: skip
+    sure = router_margin(h, case.exact("gate.weight"), case.exact("gate.e_score_correction_bias"), case.cfg)
+    for at in np.argwhere(sure > tolerance(backend.dtype, case.hidden_size)):
+        token = h[tuple(at)]
+        r = 0
+        for e, weight in read_off(case, token).items():
+            up, down = (case.exact(f"experts.{e}.{side}_proj.weight") for side in ("up", "down"))
+            r = r + weight * (down @ np.maximum(up @ (fc1 @ token), 0) ** 2)
+        shared = w["shared_experts.down_proj"] @ np.maximum(w["shared_experts.up_proj"] @ token, 0) ** 2
+        agree(y[tuple(at)], fc2 @ r + shared, backend.dtype, size(case), f"token {tuple(at)}")
+
+
+@given(case=MOES)
+def test_renaming_the_experts_changes_nothing(backend, case):
+    """Experts change places within their group, and groups change places: what was `order[i]` is now called i."""
+    cfg = case.cfg
+    by_group = case.rng(5).permutation(np.arange(cfg.n_routed_experts).reshape(cfg.n_group, -1))
+    order = case.rng(6).permuted(by_group, axis=1).reshape(-1)
+
+    def read(name):
+        head, experts, tail = name.partition(".experts.")
+        if experts:
+            e, matrix = tail.split(".", 1)
+            return case.read(f"{head}.experts.{order[int(e)]}.{matrix}")
+        return case.read(name)[order] if ".gate." in name else case.read(name)
+
+    (y, h), (renamed, _) = experts_of(backend, case), experts_of(backend, case, read)
+    sure = router_margin(h, case.exact("gate.weight"), case.exact("gate.e_score_correction_bias"), cfg)
+    sure = sure > tolerance(backend.dtype, cfg.hidden_size)
+    agree(renamed[sure], y[sure], backend.dtype, size(case))
+
+
+@given(case=cases("-"))
+def test_the_dense_layer_is_one_expert_that_everyone_reads(backend, case):
+    w, h = backend.weights(case.cfg, case.read), case.normal(0, case.batch, case.length, case.hidden_size)
+    y = backend.fetch(MIXERS["-"](backend.give(h), w, case.cfg, None, None, backend.ops)[0])
+    expected = np.maximum(h @ case.exact("up_proj.weight").T, 0) ** 2 @ case.exact("down_proj.weight").T
+    agree(y, expected, backend.dtype, case.hidden_size + case.cfg.intermediate_size)

@@ -1,0 +1,108 @@
+"""The state-space scan: the recurrence, the chunked theorem, and a reading of the equation that is neither."""
+
+import math
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.cases import CUTS, Case, agree, cases, cut
+
+SCANS = cases("M", max_length=40)
+NO_LIMIT = (0.0, math.inf)
+
+
+def drawn(case: Case):
+    """x, dt, B, C, and a state S from before."""
+    c, (b, t) = case.cfg, (case.batch, case.length)
+    h, p, g, n = c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size
+    return (case.normal(0, b, t, h, p), case.normal(1, b, t, h), case.normal(2, b, t, g, n), case.normal(3, b, t, g, n),
+            case.normal(4, b, h, p, n))  # fmt: skip
+
+
+def scan(backend, case: Case, x, dt, B, C, S, n=None, limit=NO_LIMIT, piece=slice(None)):
+    """`S` as the backend keeps it. Returns y on the host, and the next S."""
+    w = backend.weights(case.cfg, case.read)
+    x, dt, B, C = (backend.give(a[:, piece]) for a in (x, dt, B, C))
+    n = None if n is None else backend.array(n)
+    y, S = backend.ops.ssd_scan(x, dt, w["A_log"], B, C, w["D"], w["dt_bias"], S, n, limit, case.cfg.chunk_size)
+    return backend.fetch(y), S
+
+
+def read_off(case: Case, x, dt, B, C, S, limit=NO_LIMIT):
+    """y[t] = sum_{s<=t} exp(sum_{s<r<=t} dt[r] A) dt[s] (C[t].B[s]) x[s]  +  exp(sum_{r<=t} dt[r] A) S C[t]  +  D x[t]"""
+    A, D, bias = -np.exp(case.exact("A_log")), case.exact("D"), case.exact("dt_bias")
+    dt, y, after = np.clip(np.log1p(np.exp(dt + bias)), *limit), np.empty_like(x), np.empty_like(S)
+    for b, h in np.ndindex(x.shape[0], x.shape[2]):
+        g = h // (x.shape[2] // B.shape[2])
+        a = np.cumsum(dt[b, :, h] * A[h])  # l
+        decay = np.tril(np.exp(np.minimum(a[:, None] - a[None, :], 0)))  # t s
+        mixed = decay * (C[b, :, g] @ B[b, :, g].T) * dt[b, :, h]
+        y[b, :, h] = mixed @ x[b, :, h] + np.exp(a)[:, None] * (C[b, :, g] @ S[b, h].T) + D[h] * x[b, :, h]
+        after[b, h] = math.exp(a[-1]) * S[b, h] + (decay[-1] * dt[b, :, h] * x[b, :, h].T) @ B[b, :, g]
+    return y, after
+
+
+def size(case: Case) -> int:
+    """Products in one output: every position, times the state size."""
+    return case.length * case.cfg.ssm_state_size
+
+
+@given(case=SCANS)
+def test_the_scan_is_what_the_equation_says(backend, case):
+    x, dt, B, C, S = drawn(case)
+    y, after = scan(backend, case, x, dt, B, C, backend.state("M", case.cfg, case.batch, S=S).S)
+    expected, expected_after = read_off(case, x, dt, B, C, S)
+    agree(y, expected, backend.dtype, size(case), "y")
+    agree(backend.fetch(after), expected_after, backend.dtype, size(case), "S")
+
+
+@given(case=SCANS, cuts=CUTS)
+def test_a_scan_in_pieces_is_the_scan(backend, case, cuts):
+    """Any pieces, and within each any chunks (the drawn chunk_size divides neither)."""
+    x, dt, B, C, S = drawn(case)
+    expected, expected_after = read_off(case, x, dt, B, C, S)
+    S, pieces = backend.state("M", case.cfg, case.batch, S=S).S, []
+    for piece in cut(case, cuts):
+        y, S = scan(backend, case, x, dt, B, C, S, piece=piece)
+        pieces.append(y)
+    agree(np.concatenate(pieces, axis=1), expected, backend.dtype, size(case), "y")
+    agree(backend.fetch(S), expected_after, backend.dtype, size(case), "S")
+
+
+@given(case=SCANS)
+def test_beyond_the_end_of_a_row_the_state_neither_decays_nor_grows(backend, case):
+    x, dt, B, C, S = drawn(case)
+    n = case.lengths
+    padding = np.arange(case.length) >= n[:, None]
+    garbage = [np.where(padding.reshape(padding.shape + (1,) * (a.ndim - 2)), 1e6, a) for a in (x, dt, B, C)]
+    y, after = scan(backend, case, *garbage, backend.state("M", case.cfg, case.batch, S=S).S, n=n)
+    for row, end in enumerate(n):
+        if end:
+            alone = [a[row : row + 1, :end] for a in (x, dt, B, C)]
+            expected, left = read_off(case, *alone, S[row : row + 1])
+        else:
+            expected, left = x[:0], S[row : row + 1]
+        agree(y[row : row + 1, :end], expected[:, :end] if end else y[row : row + 1, :0], backend.dtype, size(case))
+        agree(backend.fetch(after)[row : row + 1], left, backend.dtype, size(case), f"S of row {row}")
+
+
+@given(case=SCANS, limit=st.sampled_from(((0.01, 0.2), (0.0, 0.05), (0.5, math.inf))))
+def test_dt_is_clamped_to_the_limit_and_to_nothing_else(backend, case, limit):
+    """Trap 1: steps far below `time_step_min` count as they are; a limit in the config is obeyed."""
+    x, dt, B, C, S = drawn(case)
+    for dt_raw, bounds in ((dt, limit), (dt - 12, NO_LIMIT)):
+        y, after = scan(backend, case, x, dt_raw, B, C, backend.state("M", case.cfg, case.batch, S=S).S, limit=bounds)
+        expected, left = read_off(case, x, dt_raw, B, C, S, bounds)
+        agree(y, expected, backend.dtype, size(case), f"y within {bounds}")
+        agree(backend.fetch(after), left, backend.dtype, size(case), f"S within {bounds}")
+
+
+@given(case=cases("M", max_length=60, chunk_size=64))
+def test_a_fast_decay_forgets_and_does_not_overflow(backend, case):
+    """dt A of -1000 a step: exp of the difference of two such sums is 0, never 0 times infinity."""
+    x, dt, B, C, S = drawn(case)
+    y, after = scan(backend, case, x, dt + 200, B, C, backend.state("M", case.cfg, case.batch, S=S).S)
+    expected, left = read_off(case, x, dt + 200, B, C, S)
+    agree(y, expected, backend.dtype, size(case), "y")
+    agree(backend.fetch(after), left, backend.dtype, size(case), "S")

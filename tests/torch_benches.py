@@ -1,0 +1,86 @@
+"""The torch backend under test: each precision, each way of multiplying, and CUDA where there is one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from spec.ops import DEFINITION, numpy_backend
+from tests.benches import Bench, bench
+
+torch = pytest.importorskip("torch", reason="the torch backend needs: pip install 'refengine[torch]'")
+from backends.pytorch import torch_backend  # noqa: E402
+
+EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+TRUTH = bench("definition-float64", numpy_backend(np.float64, ops=DEFINITION), np.float64)
+
+
+@dataclass(frozen=True)
+class Torch:
+    """How to make one: weights in `dtype`, activations in `compute`."""
+
+    name: str
+    dtype: str
+    compute: str | None = None
+    device: str = "cpu"
+    resident: bool = True
+
+    def __call__(self) -> Bench:
+        return built(self)
+
+    @property
+    def eps(self) -> float:
+        """Rounding of the coarsest number on the way: in `dtype` for one row even where activations are wider."""
+        return EPS["float32" if self.dtype == "float16" else self.dtype]
+
+    def near(self, actual, expected, terms: int, what: str = "") -> None:
+        """`actual` is the sum of `terms` products that `expected` is, rounded on the way as this bench rounds."""
+        actual, expected = (np.asarray(a).astype(np.float64) for a in (actual, expected))
+        assert actual.shape == expected.shape, f"{what}: shape {actual.shape} for {expected.shape}"
+        worst = np.abs(actual - expected).max(initial=0) / max(1.0, np.abs(expected).max(initial=0))
+        allowed = 4 * self.eps * max(1, terms) ** 0.5  # spec.numerics.tolerance, which knows no bfloat16
+        assert worst <= allowed, f"{what}: off by {worst:.3g}, where {allowed:.3g} is allowed by {self.name}"
+
+    def rounded(self, a: np.ndarray) -> np.ndarray:
+        """`a` as the weights and inputs of this bench can hold it, in float64."""
+        kind = ml_dtypes.bfloat16 if self.dtype == "bfloat16" else np.dtype(self.dtype)
+        return np.asarray(a).astype(np.float32).astype(kind).astype(np.float64)
+
+
+@lru_cache
+def built(how: Torch) -> Bench:
+    backend = torch_backend(how.dtype, how.device, resident=how.resident, compute=how.compute)
+    active = backend.new_state("M", _SMALLEST, 1).tail.dtype
+    dtype = np.dtype(ml_dtypes.bfloat16) if active == torch.bfloat16 else np.dtype(np.float32)
+    return bench(how.name, backend, dtype)
+
+
+class _SMALLEST:
+    conv_kernel, conv_dim, mamba_num_heads, mamba_head_dim, ssm_state_size = 2, 1, 1, 1, 1
+
+
+cpu = [
+    Torch("torch-float32", "float32"),
+    Torch("torch-float32-mapped", "float32", resident=False),
+    Torch("torch-bfloat16", "bfloat16", "float32"),
+    Torch("torch-bfloat16-units", "bfloat16", "bfloat16"),
+    Torch("torch-float16", "float16"),
+]
+cuda = [
+    Torch("cuda-float32", "float32", device="cuda"),
+    Torch("cuda-bfloat16", "bfloat16", device="cuda"),
+]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
+ALL = [pytest.param(how, id=how.name) for how in cpu] + [
+    pytest.param(how, id=how.name, marks=[pytest.mark.gpu, needs_cuda]) for how in cuda
+]
+EXACT = [p for p in ALL if p.values[0].dtype == "float32"]
+on = partial(pytest.mark.parametrize, "how")
+on_all, on_exact = on(ALL), on(EXACT)
+
+# A line for tests/benches.py: BENCHES |= TORCH puts these under every law of the project.
+TORCH = {how.name: how for how in cpu if how.dtype == "float32"}
