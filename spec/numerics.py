@@ -15,6 +15,7 @@ docs/numerics.md has the measured consequences.
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
@@ -27,12 +28,13 @@ def wide(dtype) -> np.dtype:
 
 
 def tolerance(dtype, terms: int) -> float:
-    """How far a sum of `terms` products, rounded in `dtype`, may lie from the exact one, over its scale.
+    """How far a sum of `terms` products, accumulated in `dtype`, may lie from the exact one.
 
-    Rounding errors of a long sum add up like a random walk, so they grow with the square root of its length;
-    the factor 4 leaves room for the tail of that walk and for a different order of summation.
+    Times the largest value of the result, where that is above 1. Rounding errors of a long sum add up like a
+    random walk, so they grow with the square root of its length; the factor 4 leaves room for the tail of that
+    walk and for a different order of summation.
     """
-    return 4.0 * float(np.finfo(dtype).eps) * max(1.0, terms) ** 0.5
+    return 4.0 * float(ml_dtypes.finfo(dtype).eps) * max(1.0, terms) ** 0.5
 
 
 def softplus(x: Float[Array, "*s"]) -> Float[Array, "*s"]:

@@ -2,9 +2,9 @@
 
 `Ops` is a set of verbs, cut where the published fused kernels cut, so that speed never has to cross a
 seam. A backend is a set of its own functions under the same names. `DEFINITION` binds every verb to its
-clearest form; `REFERENCE` replaces three of them by the theorems of their chapters, and is the NumPy
-backend. Between verbs the model uses only + * slices and .reshape, which every array library has, and
-reads no value on the host.
+clearest form; `REFERENCE` replaces two of them, the scan and the experts, by the theorems of their
+chapters, and is the NumPy backend. Between verbs the model uses only +, indexing and .reshape, which every
+array library has, and reads no value on the host.
 
 Arguments come as data, weights, state, constants; results as the value, then the next state. `n[b]` is the
 number of real positions of each row of the batch, or None when all are.

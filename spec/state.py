@@ -69,6 +69,7 @@ class Cache:
         return self.k[:, :t], self.v[:, :t]
 
     def take(self, rows) -> Cache:
+        rows = np.arange(len(self.length))[rows]  # a slice would give views, and share what is not shared
         length = self.length[rows]
         return replace(self, length=length, k=self.k[rows], v=self.v[rows], written=length.copy())
 

@@ -10,11 +10,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from refengine.checkpoint import Checkpoint
 from refengine.random_model import random_values
 from refengine.write_checkpoint import write
 from spec.arrays import DTYPES
-from spec.config import Config
+from spec.config import Config, InputError
 from spec.tensors import Tensor
 from tests.cases import Case
 
@@ -88,3 +90,12 @@ def rename(path: Path, new_name) -> None:
         return kept, out
 
     alter(path, change)
+
+
+def refusal(model) -> str:
+    """The one sentence with which opening is refused."""
+    with pytest.raises(InputError) as refused:
+        Checkpoint.open(model)
+    sentence = str(refused.value)
+    assert 20 < len(sentence) < 600 and sentence.splitlines() == [sentence]
+    return sentence

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from spec.arrays import split
 from spec.attention import attention
 from spec.conv import causal_conv
-from spec.moe import Routing, largest, mlp, only_best_groups, route
+from spec.moe import Routing, largest, mlp, only_best_groups
 from spec.norm import gated_rms_norm, rms, rms_norm
-from spec.numerics import relu2, sigmoid, silu, softplus
+from spec.numerics import sigmoid, silu, softplus
 from spec.ops import DEFINITION
 
 
@@ -38,8 +37,12 @@ def bad_scan(**wrong):
 def scan_with(change):
     """The right scan of the wrong arguments."""
     names = ("x", "dt", "A_log", "B", "C", "D", "dt_bias", "S", "n", "limit", "chunk")
-    return lambda *args: DEFINITION.ssd_scan(*(dict(zip(names, args, strict=True)) | change(**dict(zip(
-        names, args, strict=True)))).values())  # fmt: skip
+
+    def broken(*args):
+        given = dict(zip(names, args, strict=True))
+        return DEFINITION.ssd_scan(*(given | change(given)).values())
+
+    return broken
 
 
 def conv_with(weight=lambda w: w, tail=lambda t: t, after=lambda t: t, n=lambda n: n):
@@ -108,10 +111,11 @@ def attention_without_scale(q, k, v, cache, n=None):
     return attention(q * np.sqrt(q.shape[-1]).astype(q.dtype), k, v, cache, n)
 
 
-def attention_to_itself_excluded(q, k, v, cache, n=None):
-    """Each position sees only those before its own (the first, itself)."""
-    y, cache = attention(q, k, v, cache, n)
-    return np.concatenate([y[:, :1], y[:, :-1]], axis=1), cache
+def attention_to_the_future_too(q, k, v, cache, n=None):
+    y, after = attention(q, k, v, cache, n)
+    K, V = (np.repeat(a, q.shape[2] // k.shape[2], axis=2) for a in after.upto(int(after.length.max())))
+    scores = np.exp(np.einsum("blhe,bthe->bhlt", q, K) / np.sqrt(q.shape[-1]))
+    return np.einsum("bhlt,bthe->blhe", scores / scores.sum(-1, keepdims=True), V).astype(y.dtype), after
 
 
 def router(*, softmax=False, by_bias=False, normalised=None, scaled=True, guard=1e-20, highest=False, groups=True,
@@ -188,5 +192,3 @@ def moe_layer(*, router_reads_latent=False, shared_reads_latent=False):
 
     return mixer
 
-
-__all__ = ["relu2", "route", "split"]

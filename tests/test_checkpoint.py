@@ -8,14 +8,13 @@ import pytest
 from safetensors import safe_open
 
 from refengine.checkpoint import Checkpoint
-from refengine.random_model import random_values
-from refengine.write_checkpoint import write, write_sparse
-from spec.config import Config, InputError
+from refengine.write_checkpoint import write_sparse
+from spec.config import Config
 from spec.model import Model
 from spec.ops import numpy_backend
 from spec.tensors import table
 from tests import releases
-from tests.checkpoints import CONFIGS, add, alter, alter_json, expected, random_checkpoint, rename
+from tests.checkpoints import CONFIGS, alter, alter_json, expected, random_checkpoint
 
 LAYOUTS = {
     "as released": {},
@@ -120,8 +119,7 @@ def test_opening_takes_no_time(name, shards, tensors, seconds, tmp_path, record_
     assert len(checkpoint.stored) == tensors and len(checkpoint.files) == shards
     assert not checkpoint.read("backbone.layers.0.mixer.A_log").any()
     assert took < seconds
-    size = sum(file.size for file in checkpoint.files) / 1e9
-    record_property("measured", f"{name}, {size:.0f} GB in {tensors} tensors, opens in {took:.2f} s")
+    record_property(f"worst time to open {name}, {tensors} tensors, in seconds", took)
 
 
 def test_opening_takes_no_memory(tmp_path):
@@ -131,64 +129,6 @@ def test_opening_takes_no_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16 * 2**20 and checkpoint.files[0].size > 60e9
-
-
-def test_a_prediction_head_lost_by_a_resave_is_noted(tmp_path):
-    cfg = CONFIGS["head"]
-    random_checkpoint(tmp_path, cfg)
-    rename(tmp_path / "model.safetensors", lambda name: None if name.startswith("mtp.") else name)
-    checkpoint = Checkpoint.open(tmp_path)
-    assert checkpoint.config.mtp_layers == "" and "prediction head" in checkpoint.notes[0]
-    assert all(not name.startswith("mtp.") for name in checkpoint.stored)
-
-
-def test_a_prediction_head_that_is_not_declared_is_noted(tmp_path):
-    random_checkpoint(tmp_path, CONFIGS["head"])
-    alter_json(tmp_path / "config.json", num_nextn_predict_layers=0)
-    checkpoint = Checkpoint.open(tmp_path)
-    assert checkpoint.config.mtp_layers == "" and "mtp tensors" in checkpoint.notes[0]
-
-
-def test_tied_weights_may_be_stored_twice_if_they_are_equal(tmp_path):
-    cfg = CONFIGS["tied"]
-    path = random_checkpoint(tmp_path, cfg) / "model.safetensors"
-    table_ = np.array(Checkpoint.open(tmp_path).read("backbone.embeddings.weight"))
-    before = path.read_bytes()
-    add(path, "lm_head.weight", table_, "BF16")
-    assert "lm_head.weight" not in Checkpoint.open(tmp_path).stored
-    path.write_bytes(before)
-    table_[-1, -1] += 1
-    add(path, "lm_head.weight", table_, "BF16")
-    with pytest.raises(InputError, match="lm_head"):
-        Checkpoint.open(tmp_path)
-
-
-def test_tensors_that_change_nothing_leave_a_note(tmp_path):
-    path = random_checkpoint(tmp_path, CONFIGS["attention"]) / "model.safetensors"
-    add(path, "backbone.layers.0.mixer.rotary_emb.inv_freq", np.ones(5, np.float32), "F32")
-    add(path, "backbone.layers.1.mixer.k_proj.k_scale", np.ones((), np.float32), "F32")
-    (note,) = Checkpoint.open(tmp_path).notes
-    assert "inv_freq' and 1 more" in note
-
-
-def test_several_files_need_no_index_and_strangers_are_noted(tmp_path):
-    cfg = CONFIGS["dense"]
-    random_checkpoint(tmp_path, cfg, shards=3)
-    names = [file.path.name for file in Checkpoint.open(tmp_path).files]
-    (tmp_path / "adapter.safetensors").write_bytes(b"another program's")
-    assert Checkpoint.open(tmp_path).notes == ("adapter.safetensors is not part of the model: not read",)
-    (tmp_path / "adapter.safetensors").unlink()
-    (tmp_path / "model.safetensors.index.json").unlink()
-    assert [file.path.name for file in Checkpoint.open(tmp_path).files] == names and len(names) == 3
-
-
-def test_links_to_files_elsewhere_are_followed(tmp_path):
-    """The download cache of the Hugging Face hub is made of them."""
-    stored = random_checkpoint(tmp_path / "blobs", CONFIGS["mamba"])
-    (tmp_path / "snapshot").mkdir()
-    for path in stored.iterdir():
-        (tmp_path / "snapshot" / path.name).symlink_to(path)
-    assert Checkpoint.open(tmp_path / "snapshot").fingerprint() == Checkpoint.open(stored).fingerprint()
 
 
 def test_the_fingerprint_tells_models_apart(tmp_path):
@@ -230,47 +170,3 @@ def test_release_gives_memory_back(tmp_path):
     full = resident()
     checkpoint.release()
     assert full - before >= 14 and resident() - before <= 2
-
-
-def test_a_failed_write_leaves_nothing_behind(tmp_path):
-    cfg = CONFIGS["latent"]
-    values = random_values(cfg)
-
-    def failing(row):
-        if row.name.startswith("backbone.layers.2."):
-            raise RuntimeError("out of luck")
-        return values(row)
-
-    with pytest.raises(RuntimeError, match="out of luck"):
-        write(tmp_path, cfg, failing, shards=3)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_write_replaces_its_own_files_and_no_others(tmp_path):
-    cfg = CONFIGS["mamba"]
-    random_checkpoint(tmp_path, cfg, seed=1)
-    random_checkpoint(tmp_path, cfg, seed=2)
-    row = table(cfg)[0]
-    assert np.array_equal(Checkpoint.open(tmp_path).read(row.name), expected(row, cfg, seed=2))
-    with pytest.raises(InputError, match=r"holds model\.safetensors"):
-        random_checkpoint(tmp_path, cfg, shards=2)
-    assert np.array_equal(Checkpoint.open(tmp_path).read(row.name), expected(row, cfg, seed=2))
-
-
-def test_values_of_the_wrong_shape_are_not_written(tmp_path):
-    with pytest.raises(ValueError, match=r"embeddings\.weight is"):
-        write(tmp_path, CONFIGS["mamba"], lambda row: np.zeros((2, *row.shape)))
-
-
-def test_random_weights_are_as_in_a_trained_model():
-    cfg = CONFIGS["head"]
-    values = random_values(cfg, seed=3)
-    for row in table(cfg):
-        value = values(row)
-        assert value.shape == row.shape and value.dtype == np.float32 and np.isfinite(value).all(), row.name
-        assert np.array_equal(value, random_values(cfg, seed=3)(row)), "the seed and the name decide"
-        if row.key.endswith("A_log"):
-            assert np.exp(value).min() >= 1 and np.exp(value).max() <= 16
-        if row.key.endswith("dt_bias"):
-            dt = np.logaddexp(0, value)
-            assert dt.min() > 2.9e-4 and dt.max() < 0.31

@@ -82,7 +82,8 @@ def test_logprobs_print_a_line_a_token(cli):
 
 def test_inspect_says_what_a_model_is(cli):
     code, out, _ = cli("inspect", "tiny")
-    assert code == 0 and all(word in out for word in ("pattern", "routed_expert", "active", "a sequence", "a token"))
+    words = ("pattern", "routed_expert", "active", "a sequence", "a token")
+    assert code == 0 and all(word in out for word in words)
     facts = json.loads(cli("inspect", "tiny", "--json")[1])
     assert facts["bytes"] == sum(role["bytes"] for role in facts["roles"].values())
 

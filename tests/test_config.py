@@ -14,6 +14,7 @@ from tests.releases import CONFIGS, DENSE, FILES, NANO
 
 LIST = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 NEW_LIST = LIST | {"M": "linear_attention", "*": "full_attention"}
+NAMES_TO_LETTERS = {name: letter for letter, name in LIST.items()}
 LAYERS = NANO["hybrid_override_pattern"]
 
 

@@ -199,7 +199,7 @@ def recall_accuracy(model, tokenizer, count, stories, seed=7, rows=24):
 
 @torch.no_grad()
 def kept(model, batch):
-    """The mean probability of words that must agree with earlier ones: names and things said again in stories."""
+    """The mean probability of words that must agree with earlier ones: names and things said again."""
     ids, first, weight = (torch.as_tensor(t) for t in batch)
     p = model.lm_head(model.hidden(ids, first))[:, :-1].softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     return float(p[(weight[:, 1:] - skills.KEPT).abs() < 1e-6].mean())
