@@ -21,15 +21,18 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-BUDGET = 2**26  # characters that a template may make of nothing,
+BUDGET = 2**25  # characters that a template may make of nothing,
 PER_CHARACTER = 64  # and of each character that it is given
-STEP = 64  # what a turn of a loop, a call or an item of a list costs, in characters
+STEP = 128  # what a turn of a loop, a call or an item of a list costs, in characters
 SECONDS = 20
-# Numbers that become lengths: no chat template has a use for them.
+# Methods and filters by which a number becomes a length; no chat template has a use for them,
 LENGTHENING = {"center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes", "batch", "slice", "wordwrap"}
-WIDE_COLUMN = re.compile(r"%[^a-zA-Z%]*(\d{4}|\*)|\{[^}]*(\d{4}|\{)")
+# and those that have one, for small numbers.
+WIDE_PERCENT = re.compile(r"%(\([^)]*\))?[^a-zA-Z%]*(\d{4}|\*)")  # "%9999d", "%*d"
+WIDE_COLUMN = {"%": WIDE_PERCENT, "format": WIDE_PERCENT, "{}": re.compile(r"\{[^{}]*(\d{4}|\{)")}
+WIDENING = {"indent", "round", "tojson"}
 # These make at most the product of the two largest of what they are given.
-MULTIPLYING = {"%", "format", "indent", "replace", "tojson", "translate", "xmlattr"}
+MULTIPLYING = {"%", "format", "{}", "indent", "replace", "tojson", "translate", "xmlattr"}
 
 
 class Refused(jinja2.TemplateError):
@@ -53,7 +56,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def allow(self, given: dict) -> None:
         """A fresh budget, for a template that is given these variables."""
-        self.left = BUDGET + PER_CHARACTER * text_size(given)
+        self.left = BUDGET + PER_CHARACTER * text_size(given, limit=2**40)
         self.until = time.monotonic() + SECONDS
 
     def spend(self, characters: int) -> None:
@@ -63,24 +66,25 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def written(self, value):
         """A value that is about to become text."""
-        self.spend(text_size(value))
+        self.spend(text_size(value, self.left))
         return value
 
     def made(self, value):
         """A value that a call or an operator has made."""
         if isinstance(value, int) and value.bit_length() > 4096:
             raise Refused("it makes too large a number")
-        self.spend({str: 1, list: STEP, tuple: STEP}.get(type(value), 0) and len(value))
+        many = isinstance(value, list | tuple)
+        self.spend(STEP * len(value) if many else len(value) if isinstance(value, str) else 0)
         return value
 
     def fits(self, name: str, *values) -> None:
         """Nothing that the operation could make of these values is more than what is left."""
-        *_, a, b = 1, 1, *sorted(map(text_size, values))
+        *_, a, b = 1, 1, *sorted(text_size(value, self.left) for value in values)
         if (a * b if name in MULTIPLYING else b) > self.left:
             raise Refused("it makes too much text")
-        if name in ("format", "%") and WIDE_COLUMN.search(str(values[0])):
+        if name in WIDE_COLUMN and WIDE_COLUMN[name].search(str(values[0]).replace("{{", "")):
             raise Refused("it makes too wide a column")
-        if name in ("indent", "tojson") and any(isinstance(v, int) and v > 1000 for v in values[1:]):
+        if name in WIDENING and any(isinstance(v, int) and v > 1000 for v in values[1:]):
             raise Refused("it makes too wide a column")
 
     def watched(self, name: str, function, *subject):
@@ -93,7 +97,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def join(self, value, d="", attribute=None):
         items = list(value if attribute is None else map(make_attrgetter(self, attribute), value))
-        self.spend(text_size(items) + len(items) * text_size(d))
+        self.spend(text_size(items, self.left) + len(items) * text_size(d, self.left))
         return str(d).join(map(str, items))
 
     # What Jinja calls: before it compiles; for an attribute, `text.format`, any other call, an operator.
@@ -108,7 +112,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def wrap_str_format(self, value):
         wrapped = super().wrap_str_format(value)
-        return wrapped and self.watched("format", wrapped, value.__self__)
+        return wrapped and self.watched("{}", wrapped, value.__self__)
 
     def call(__self, __context, __obj, *args, **kwargs):  # as in Jinja: one of kwargs may be `self`
         subject, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
@@ -122,7 +126,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if operator == "*":
             for what, times in ((left, right), (right, left)):
                 repeats = isinstance(what, str | list | tuple) and isinstance(times, int)
-                if repeats and text_size(what) * times > self.left:
+                if repeats and text_size(what, self.left) * times > self.left:
                     raise Refused("it makes too much text")
         if operator == "%" and isinstance(left, str):
             self.fits("%", left, right)
@@ -177,10 +181,10 @@ class SafeNamespace(Namespace):
         super().__setitem__(name, value)
 
 
-def text_size(value) -> int:
-    """About how many characters a value is when written out; no more than 2^30 are counted."""
+def text_size(value, limit: int) -> int:
+    """About how many characters a value is when written out; counted until they are more than the limit."""
     total, todo = 0, [value]
-    while todo and total < 2**30:
+    while todo and total <= limit:
         value = todo.pop()
         if isinstance(value, str | bytes):
             total += len(value)

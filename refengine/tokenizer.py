@@ -36,7 +36,8 @@ class Tokenizer:
             what = f"{directory / 'tokenizer.json'} has a token with the id {largest}"
             raise InputError(f"{what}, but config.json has a vocabulary of {config.vocab_size}")
         advice = optional_json(directory / "generation_config.json")
-        stop_ids = eos_ids(advice, directory).union(eos_tokens(directory, hf), config.eos_token_id if config else ())
+        stop_ids = eos_ids(advice, directory) | eos_tokens(directory, hf)
+        stop_ids |= set(config.eos_token_id) if config else set()
         return cls(hf, frozenset(stop_ids), recommended(advice, directory))
 
     def encode(
@@ -90,7 +91,7 @@ BYTES_OF = {char: bytes([byte]) for char, byte in BYTE_OF.items()}
 
 
 class Stream:
-    """Tokens in, text out as soon as its characters are whole; the pieces together are what `decode` gives."""
+    """Tokens in, text out as soon as its characters are whole. All together are what `decode` gives."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = False):
         self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from reprlib import repr as shown  # a value of config.json in a sentence: short, whatever it is
+from types import SimpleNamespace
 
 KINDS = "M*E-"
 LETTER_OF = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "moe": "E",
@@ -35,6 +37,7 @@ REQUIRED = {
     "moe_shared_expert_intermediate_size": "E", "routed_scaling_factor": "E",
     "intermediate_size": "-",
 }  # fmt: skip
+REAL = ("layer_norm_epsilon", "routed_scaling_factor")  # the others are integers
 # OPTIONAL: a missing key has this meaning.
 OPTIONAL = {
     "moe_latent_size": None,             # experts work at full width
@@ -141,7 +144,9 @@ class Config:
     @classmethod
     def from_hf(cls, hf: dict) -> Config:
         """Read a parsed `config.json`; InputError names the key that is missing or cannot hold."""
-        return _checked(cls(**_fields_from(hf)))
+        values = _fields_from(hf)
+        _check(SimpleNamespace(**{f.name: f.default for f in fields(cls)} | values))
+        return cls(**{key: float(v) if key in REAL else v for key, v in values.items()})
 
     def to_hf(self) -> dict:
         """The same configuration as a `config.json` that transformers reads too."""
@@ -164,20 +169,20 @@ def _fields_from(hf: dict) -> dict:
     model_type = hf.get("model_type")
     if model_type != "nemotron_h":
         hint = " (per-layer widths are not supported)" if model_type == "nemotron_h_puzzle" else ""
-        raise InputError(f"model_type {model_type!r} is not supported{hint}: refengine runs nemotron_h")
+        raise InputError(f"model_type {shown(model_type)} is not supported{hint}: refengine runs nemotron_h")
     if None is not hf.get("norm_eps") != hf.get("layer_norm_epsilon", hf.get("norm_eps")):
         raise InputError("config.json gives layer_norm_epsilon and norm_eps different values")
     hf = hf | {new: hf[old] for old, new in ALIASES.items() if hf.get(old) is not None}
     hf = {key: value for key, value in hf.items() if value is not None}
     for key, only in FIXED.items():
         if hf.get(key, only) != only:
-            raise InputError(f"{key} = {hf[key]!r} is not supported: nemotron_h models have {only!r}")
+            raise InputError(f"{key} = {shown(hf[key])} is not supported: nemotron_h has {only!r}")
     layers = _letters(hf, ("layers_block_type", "layer_types"), "hybrid_override_pattern")
     if not layers:
         raise InputError("config.json has neither layers_block_type nor hybrid_override_pattern")
     heads = hf.get("num_nextn_predict_layers", 0)
     if heads not in (0, 1):
-        raise InputError(f"num_nextn_predict_layers = {heads!r} is not supported: 0 and 1 are")
+        raise InputError(f"num_nextn_predict_layers = {shown(heads)} is not supported: 0 and 1 are")
     mtp = (_letters(hf, ("mtp_layers_block_type",), "mtp_hybrid_override_pattern") or "*E") if heads else ""
     for key, letters in REQUIRED.items():
         if key not in hf and set(letters) & set(layers + mtp):
@@ -194,12 +199,15 @@ def _fields_from(hf: dict) -> dict:
 def _letters(hf: dict, list_keys: tuple[str, ...], pattern_key: str) -> str:
     for key in list_keys:
         if names := hf.get(key):
-            if bad := [name for name in _listed(names) if name not in LETTER_OF]:
-                raise InputError(f"{key} has the layer kind {bad[0]!r}; known are {', '.join(LETTER_OF)}")
+            if not isinstance(names, list):
+                raise InputError(f"{key} = {shown(names)} is not a list of layer kinds")
+            if bad := [name for name in names if not isinstance(name, str) or name not in LETTER_OF]:
+                known = ", ".join(LETTER_OF)
+                raise InputError(f"{key} has the layer kind {shown(bad[0])}; known are {known}")
             return "".join(LETTER_OF[name] for name in names)
     pattern = hf.get(pattern_key, "")
     if not isinstance(pattern, str) or set(pattern) - set(KINDS):
-        raise InputError(f"{pattern_key} = {pattern!r} has letters other than {' '.join(KINDS)}")
+        raise InputError(f"{pattern_key} = {shown(pattern)} has letters other than {' '.join(KINDS)}")
     return pattern
 
 
@@ -211,12 +219,12 @@ def _number(value) -> float:
     """JSON cannot write infinity: it arrives as a float, a string, or {"__float__": "Infinity"}."""
     try:
         return float(value["__float__"] if isinstance(value, dict) else value)
-    except (TypeError, ValueError, KeyError):
-        raise InputError(f"time_step_limit holds {value!r}, which is not a number") from None
+    except (TypeError, ValueError, KeyError, OverflowError):
+        raise InputError(f"time_step_limit holds {shown(value)}, which is not a number") from None
 
 
-def _checked(c: Config) -> Config:
-    """Values that cannot all hold are refused by name, before any array is made."""
+def _check(c: SimpleNamespace) -> None:
+    """Values that cannot all hold are refused by name, before there is a Config."""
 
     def need(holds, sentence: str):
         if not holds:
@@ -225,27 +233,29 @@ def _checked(c: Config) -> Config:
     def whole(value) -> bool:
         return type(value) is int and 0 < value < 2**31
 
-    need(len(c.layers) <= 4096, f"{len(c.layers)} layers are more than the 4096 this program accepts")
+    count = len(c.layers + c.mtp_layers)
+    need(count <= 4096, f"{count} layers are more than the 4096 this program accepts")
     kinds = set(c.layers + c.mtp_layers)
     for key, letters in REQUIRED.items():
         value = getattr(c, key)
         if not set(letters) & kinds:
             continue
-        if key in ("layer_norm_epsilon", "routed_scaling_factor"):
-            need(_is_number(value) and value > 0, f"{key} = {value!r} is not a positive number")
+        if key in REAL:
+            need(_is_number(value) and value > 0, f"{key} = {shown(value)} is not a positive number")
         else:
-            need(whole(value), f"{key} = {value!r} is not a positive integer")
+            need(whole(value), f"{key} = {shown(value)} is not a positive integer")
     for key in ("n_group", "topk_group", "moe_latent_size"):
         value = getattr(c, key)
-        need(value is None or whole(value), f"{key} = {value!r} is not a positive integer")
+        need(value is None or whole(value), f"{key} = {shown(value)} is not a positive integer")
     for key in ("norm_topk_prob", "tie_word_embeddings"):
-        need(isinstance(getattr(c, key), bool), f"{key} = {getattr(c, key)!r} is neither true nor false")
+        need(isinstance(getattr(c, key), bool), f"{key} = {shown(getattr(c, key))} is neither true nor false")
     for key, ids in (("bos_token_id", (c.bos_token_id,)), ("pad_token_id", (c.pad_token_id,)),
                      ("eos_token_id", c.eos_token_id)):  # fmt: skip
         for value in ids:
-            need(value is None or type(value) is int, f"{key} = {value!r} is not a token id")
+            need(value is None or type(value) is int, f"{key} = {shown(value)} is not a token id")
     limit = c.time_step_limit
-    need(len(limit) == 2 and limit[0] <= limit[1], f"time_step_limit = {list(limit)} is not [low, high]")
+    need(len(limit) == 2 and limit[0] <= limit[1], f"time_step_limit = {shown(limit)} is not [low, high]")
+    need(isinstance(c.dtype, str), f"dtype = {shown(c.dtype)} is not the name of a dtype")
     H, G, A, KV = c.mamba_num_heads, c.n_groups, c.num_attention_heads, c.num_key_value_heads
     E, k, groups = c.n_routed_experts, c.num_experts_per_tok, c.n_group
     if "M" in kinds:
@@ -259,8 +269,7 @@ def _checked(c: Config) -> Config:
         need(groups == 1 or E // groups >= 2, f"n_group = {groups} leaves fewer than two experts a group")
         open_to = c.topk_group * E // groups
         need(k <= open_to, f"num_experts_per_tok = {k} is more than the {open_to} experts it chooses from")
-    return c
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 1e38  # what float32 can hold, and no NaN

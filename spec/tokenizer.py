@@ -15,10 +15,10 @@ found whole before the text is cut. Facts and sources: docs/model.md, "Tokenizer
 from __future__ import annotations
 
 import re
-import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import pairwise
+from unicodedata import category
 
 from spec.config import InputError
 
@@ -28,11 +28,6 @@ from spec.config import InputError
 KIND_OF_CHARACTER = {"\n": "r", "\r": "r", " ": "_", "/": "/", "\t": "s", "\v": "s", "\f": "s", "\x85": "s"}
 KIND_OF_CATEGORY = {"Lu": "U", "Lt": "U", "Ll": "l", "Lm": "o", "Lo": "o", "Zs": "s", "Zl": "s", "Zp": "s",
                     "Mn": "m", "Mc": "m", "Me": "m", "Nd": "d", "Nl": "d", "No": "d"}  # fmt: skip
-
-
-def kind(char: str) -> str:
-    return KIND_OF_CHARACTER.get(char) or KIND_OF_CATEGORY.get(unicodedata.category(char), "p")
-
 
 # CUTS. A tokenizer file states them as a regular expression over characters; here is the same one over kinds.
 TEKKEN = (
@@ -59,15 +54,14 @@ class Tokenizer:
     cuts: re.Pattern
 
     def encode(self, text: str) -> list[int]:
-        longest_first = map(re.escape, sorted(self.specials, key=len, reverse=True))
-        parts = re.split(f"({'|'.join(longest_first)})", text) if self.specials else [text]
-        spelled = ([self.specials[part]] if part in self.specials else self.spell(part) for part in parts)
-        return list(chain.from_iterable(spelled))
+        return [i for part in self.special.split(text) for i in self.spell(part)]
 
-    def spell(self, text: str) -> list[int]:
-        """The ids of a text in which nothing is special."""
-        kinds = "".join(kind(char) for char in text)  # as long as the text, and cut at the same places
-        pieces = (text[cut.start() : cut.end()].encode() for cut in self.cuts.finditer(kinds))
+    def spell(self, part: str) -> list[int]:
+        """The ids of a special token, or of a text without any."""
+        if part in self.specials:
+            return [self.specials[part]]
+        kinds = "".join(KIND_OF_CHARACTER.get(c) or KIND_OF_CATEGORY.get(category(c), "p") for c in part)
+        pieces = (part[cut.start() : cut.end()].encode() for cut in self.cuts.finditer(kinds))
         return [self.ids[token] for piece in pieces for token in self.merge(piece)]
 
     def merge(self, piece: bytes) -> list[bytes]:
@@ -82,6 +76,11 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Bytes that are not UTF-8 (half a character, say) become U+FFFD."""
         return b"".join(self.tokens[i] for i in ids).decode(errors="replace")
+
+    @cached_property
+    def special(self) -> re.Pattern:
+        longest_first = map(re.escape, sorted(self.specials, key=len, reverse=True))
+        return re.compile(f"({'|'.join(longest_first) or '(?!)'})")  # (?!) matches nothing
 
     @cached_property
     def tokens(self) -> dict[int, bytes]:

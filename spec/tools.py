@@ -8,8 +8,8 @@
     </function>
     </tool_call>
 
-A function is described as in all chat interfaces: {"name", "description", "parameters": JSON schema}. The form
-of descriptions and calls is the family's, the sentences around them are each template's. docs/model.md, "Chat".
+Functions are described as in all chat interfaces: {"name", "description", "parameters": JSON schema}. The
+form of tags and calls is the family's, the sentences around them are each template's. docs/model.md, "Chat".
 """
 
 from __future__ import annotations
@@ -96,6 +96,9 @@ def as_value(text: str, declared: str | list):
     if declared == "string":
         return text
     try:
-        return json.loads(text.lower() if text in ("True", "False") else text)
+        return json.loads(AS_IN_JSON.get(text, text))
     except (ValueError, RecursionError):
         return text
+
+
+AS_IN_JSON = {"True": "true", "False": "false", "None": "null"}  # templates write these as Python does

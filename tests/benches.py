@@ -16,7 +16,7 @@ from spec.tensors import placed, table
 
 @dataclass(frozen=True, repr=False)
 class Bench(Backend):
-    """A backend that knows in which dtype it computes, so that a test can give it arrays and weigh its errors."""
+    """A backend that knows its dtype, so that a test can give it arrays and weigh its errors."""
 
     dtype: np.dtype
 
@@ -34,7 +34,8 @@ class Bench(Backend):
     def weights(self, cfg, read, block: str = "layers.0") -> dict[str, Any]:
         """The placed weights of one mixer; `read(name)` is a tensor in the file's dtype."""
         rows = [row for row in table(cfg) if row.block == block and row.key.startswith("mixer.")]
-        return placed(rows, lambda group: self.place(group, [read(row.name) for row in group.rows]))[block]["mixer"]
+        weights = placed(rows, lambda group: self.place(group, [read(row.name) for row in group.rows]))
+        return weights[block]["mixer"]
 
     def state(self, kind: str, cfg, batch: int, **values):
         """An empty state, or one with these values (of S, say) in it."""

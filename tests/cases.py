@@ -1,6 +1,6 @@
-"""Seeded cases. Hypothesis draws the sizes of a model, which shrink; a generator with the drawn seed fills the arrays.
+"""Seeded cases. Hypothesis draws the sizes of a model, which shrink; a seeded generator fills the arrays.
 
-A `Case` is a handful of small numbers, and its repr, which a failing test prints, is all it takes to run it again.
+A `Case` is a handful of small numbers; its repr, which a failing test prints, runs it again.
 Axes that meet in an array are drawn from menus without a common member, so no two can be confused.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import numpy as np
 from hypothesis import strategies as st
@@ -23,8 +24,8 @@ MENUS = {
     "n_groups": (1, 2, 8), "heads_per_group": (1, 3), "mamba_head_dim": (7, 9), "ssm_state_size": (4, 5),
     "conv_kernel": (4, 2, 3), "chunk_size": (11, 1, 2, 16, 64),
     "attention": ((6, 2), (6, 3), (5, 1)), "head_dim": (10, 12),
-    "n_routed_experts": (9, 12), "num_experts_per_tok": (4, 1, 6), "moe_latent_size": (20, None), "n_group": (1, 3),
-    "norm_topk_prob": (True, False),
+    "n_routed_experts": (9, 12), "num_experts_per_tok": (4, 1, 6), "moe_latent_size": (20, None),
+    "n_group": (1, 3), "norm_topk_prob": (True, False),
 }  # fmt: skip
 
 
@@ -56,8 +57,8 @@ class Case:
 
     def __repr__(self) -> str:
         """One line to copy into a test: what differs from the case above."""
-        told = {f.name: getattr(self, f.name) for f in fields(self)}
-        return f"Case({', '.join(f'{f.name}={told[f.name]!r}' for f in fields(self) if told[f.name] != f.default)})"
+        told = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"Case({', '.join(f'{name}={value!r}' for name, value in told)})"
 
     def _repr_pretty_(self, printer, cycle):
         """Hypothesis would print all fields."""
@@ -74,14 +75,15 @@ class Case:
             "num_attention_heads": heads, "num_key_value_heads": kv,
             "moe_intermediate_size": 13, "moe_shared_expert_intermediate_size": 17, "intermediate_size": 31,
             "routed_scaling_factor": 2.5, "topk_group": 2 if self.n_group > 1 else 1,
-            "num_nextn_predict_layers": int(bool(self.mtp_layers)), "mtp_hybrid_override_pattern": self.mtp_layers,
+            "num_nextn_predict_layers": int(bool(self.mtp_layers)),
+            "mtp_hybrid_override_pattern": self.mtp_layers,
         })  # fmt: skip
 
     def rng(self, *what: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *what])
 
     def normal(self, what: int, *shape: int) -> np.ndarray:
-        """Activations of size about 1, the same in float32 and float64; `what` tells the arrays of a case apart."""
+        """Activations of size 1, exact in float32 too; `what` tells the arrays of a case apart."""
         return self.rng(2, what).standard_normal(shape).astype(np.float32).astype(np.float64)
 
     def read(self, name: str) -> np.ndarray:
@@ -144,14 +146,14 @@ def cases(draw, layers: str | st.SearchStrategy = ANY_LAYERS, max_length: int = 
 def cut(case: Case, cuts) -> list[slice]:
     """The positions of a case in consecutive pieces, from any numbers at all."""
     ends = sorted({0, case.length} | {c % case.length for c in cuts})
-    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(ends)]
 
 
 CUTS = st.lists(st.integers(0, 63), max_size=4)
 
 
 def terms(cfg: Config, length: int) -> int:
-    """Products that one logit may be a sum of: the rows of every matrix it passes through, and the positions."""
+    """Products that one logit may be a sum of: a row of every matrix on its way, and the positions."""
     per_row = {}
     for row in table(cfg):
         if row.precision != "small":
@@ -162,7 +164,7 @@ def terms(cfg: Config, length: int) -> int:
 def agree(actual, expected, dtype, terms: int, what: str = "", stretch: float = 1.0) -> float:
     """Both are the same sum of `terms` products of numbers about as large as the largest of `expected`, or 1.
 
-    `stretch` is by how much a division enlarged the rounding of what it divided. Returns the error by that scale.
+    `stretch`: by how much a division enlarged the rounding of what it divided. Returns the relative error.
     """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape} for {expected.shape}"
@@ -171,5 +173,5 @@ def agree(actual, expected, dtype, terms: int, what: str = "", stretch: float = 
     error = np.abs(actual - expected) / max(1.0, np.abs(expected).max())
     worst, allowed = error.max(), tolerance(dtype, terms) * stretch
     where = tuple(int(i) for i in np.unravel_index(error.argmax(), error.shape))
-    assert worst <= allowed, f"{what}: off by {worst:.3g} at {where}, where {allowed:.3g} is allowed ({dtype})"
+    assert worst <= allowed, f"{what}: off by {worst:.3g} at {where}; {dtype} is allowed {allowed:.3g}"
     return float(worst)

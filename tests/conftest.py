@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-settings.register_profile("default", max_examples=10, derandomize=True, database=None, **COMMON)
+settings.register_profile("default", max_examples=12, derandomize=True, database=None, **COMMON)
 settings.register_profile("thorough", max_examples=200, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
@@ -32,7 +32,7 @@ def backend(request):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What was measured along the way: the worst of each `record_property("worst ...")`, the sum of all others."""
+    """What was measured: the worst of each `record_property("worst ...", ...)`, the sum of all others."""
     measured = {}
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:

@@ -1,4 +1,4 @@
-"""Broken verbs, each a likely misreading, for test_teeth.py to plant."""
+"""Broken verbs of the Mamba, the stream and the attention, each a likely misreading, for test_teeth.py."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import numpy as np
 
 from spec.attention import attention
 from spec.conv import causal_conv
-from spec.moe import Routing, largest, mlp, only_best_groups
 from spec.norm import gated_rms_norm, rms, rms_norm
-from spec.numerics import sigmoid, silu, softplus
+from spec.numerics import silu, softplus
 from spec.ops import DEFINITION
 
 
-def scan(x, dt, A_log, B, C, D, dt_bias, S, n, limit, chunk, *, sign=-1, interleaved=False, skip=1, bias_first=True,
-         stepped=True, forgets_every=0):
+def scan(
+    x, dt, A_log, B, C, D, dt_bias, S, n, limit, chunk, *,
+    sign=-1, interleaved=False, skip=1, bias_first=True, stepped=True, forgets_every=0,
+):  # fmt: skip
     """The recurrence, with one thing wrong."""
     h, g = x.shape[2], B.shape[2]
     dt = softplus(dt + dt_bias) if bias_first else softplus(dt) + dt_bias
@@ -25,7 +26,8 @@ def scan(x, dt, A_log, B, C, D, dt_bias, S, n, limit, chunk, *, sign=-1, interle
             S = S * 0
         added = (dt[:, t, :, None] if stepped else 1) * x[:, t]
         with np.errstate(over="ignore", invalid="ignore"):
-            S = np.exp(dt[:, t] * sign * np.exp(A_log))[..., None, None] * S + added[..., None] * B[:, t, of, None]
+            decay = np.exp(dt[:, t] * sign * np.exp(A_log))
+            S = decay[..., None, None] * S + added[..., None] * B[:, t, of, None]
             y[:, t] = (S @ C[:, t, of, :, None])[..., 0] + skip * D[:, None] * x[:, t]
     return y, S
 
@@ -67,7 +69,7 @@ def silu_on_x_only(case):
 
 
 def norm_before_gate(y, z, weight, eps, groups):
-    return gated_rms_norm(y, z * 0 + 50, weight, eps, groups) * silu(z)  # silu(50) = 50: the norm divides it out
+    return gated_rms_norm(y, z * 0 + 50, weight, eps, groups) * silu(z)  # silu(50) = 50 is divided out
 
 
 def norm_over_all(y, z, weight, eps, groups):
@@ -94,8 +96,8 @@ def rotary(q, k, v, cache, n=None):
     def turn(a):
         at = cache.length[:, None, None, None] + np.arange(a.shape[1])[:, None, None]
         angle = at / 10000 ** (np.arange(a.shape[-1] // 2) / (a.shape[-1] // 2))
-        one, two = np.split(a, 2, axis=-1)
-        return np.concatenate([one * np.cos(angle) - two * np.sin(angle), one * np.sin(angle) + two * np.cos(angle)], -1)
+        (one, two), cos, sin = np.split(a, 2, axis=-1), np.cos(angle), np.sin(angle)
+        return np.concatenate([one * cos - two * sin, one * sin + two * cos], axis=-1)
 
     return attention(turn(q).astype(q.dtype), turn(k).astype(k.dtype), v, cache, n)
 
@@ -118,77 +120,5 @@ def attention_to_the_future_too(q, k, v, cache, n=None):
     return np.einsum("bhlt,bthe->blhe", scores / scores.sum(-1, keepdims=True), V).astype(y.dtype), after
 
 
-def router(*, softmax=False, by_bias=False, normalised=None, scaled=True, guard=1e-20, highest=False, groups=True,
-           mask=-np.inf, only_one=False):
-    """The router, with one thing wrong."""
-
-    def broken(h, gate, bias, cfg):
-        logits = h @ gate.T
-        s = np.exp(logits - logits.max(-1, keepdims=True)) if softmax else sigmoid(logits)
-        s = s / s.sum(-1, keepdims=True) if softmax else s
-        c = s + bias
-        if cfg.n_group > 1 and groups:
-            c = only_best_groups(c, cfg.n_group, cfg.topk_group) if not only_one else best_of_one(c, cfg)
-            c = np.where(np.isinf(c), mask, c)
-        expert = largest(c, cfg.num_experts_per_tok)
-        if highest:
-            expert = c.shape[-1] - 1 - largest(c[..., ::-1], cfg.num_experts_per_tok)
-        w = np.take_along_axis(c if by_bias else s, expert, axis=-1)
-        if cfg.norm_topk_prob if normalised is None else normalised:
-            with np.errstate(invalid="ignore"):
-                w = w / (w.sum(-1, keepdims=True) + guard)
-        return Routing(expert, (w * (cfg.routed_scaling_factor if scaled else 1)).astype(h.dtype))
-
-    return broken
-
-
-def best_of_one(c, cfg):
-    """A group scores its one best expert, not the sum of its two best."""
-    by_group = c.reshape(*c.shape[:-1], cfg.n_group, -1)
-    kept = np.zeros(by_group.shape[:-1], bool)
-    np.put_along_axis(kept, largest(by_group.max(-1), cfg.topk_group), True, axis=-1)
-    return np.where(kept[..., None], by_group, -np.inf).reshape(c.shape)
-
-
-def gated_mlp(h, up, down):
-    u = h @ up.T
-    return (silu(u) * u) @ down.T
-
-
-def relu_mlp(h, up, down):
-    return np.maximum(h @ up.T, 0) @ down.T
-
-
-def experts_of(expert_mlp):
-    """The definition of the experts, around another expert."""
-
-    def experts(u, matrices, routing):
-        y = np.zeros_like(u)
-        for at in np.ndindex(routing.expert.shape):
-            y[at[:-1]] += routing.weight[at] * expert_mlp(u[at[:-1]], *matrices[routing.expert[at]])
-        return y
-
-    return experts
-
-
-def experts_weighed_before(u, matrices, routing):
-    y = np.zeros_like(u)
-    for at in np.ndindex(routing.expert.shape):
-        y[at[:-1]] += mlp(routing.weight[at] * u[at[:-1]], *matrices[routing.expert[at]])
-    return y
-
-
-def moe_layer(*, router_reads_latent=False, shared_reads_latent=False):
-    """The mixer of the experts, with someone reading what went through the latent instead of the full width."""
-
-    def mixer(h, w, cfg, state, n, ops):
-        u = ops.linear(h, w["fc1_latent_proj.weight"])
-        through = ops.linear(u, w["fc2_latent_proj.weight"])
-        routing = ops.route(through if router_reads_latent else h, w["gate.weight"],
-                            w["gate.e_score_correction_bias"], cfg)  # fmt: skip
-        shared = ops.mlp(through if shared_reads_latent else h, w["shared_experts.up_proj.weight"],
-                         w["shared_experts.down_proj.weight"])  # fmt: skip
-        return ops.linear(ops.experts(u, w["experts"], routing), w["fc2_latent_proj.weight"]) + shared, state
-
-    return mixer
-
+def attention_that_keeps_padding(q, k, v, cache, n=None):
+    return attention(q, k, v, cache)

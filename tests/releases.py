@@ -1,4 +1,4 @@
-"""The configurations of the released models, as far as they were published (docs/model.md, "Configurations")."""
+"""The configurations of the released models, as they were published (docs/model.md, "Configurations")."""
 
 from spec.config import Config
 
@@ -9,11 +9,13 @@ NANO = {
     "num_key_value_heads": 2, "head_dim": 128, "attention_bias": False, "attention_dropout": 0.0,
     "hidden_dropout": 0.0, "mamba_num_heads": 64, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8,
     "conv_kernel": 4, "chunk_size": 128, "expand": 2, "mamba_hidden_act": "silu", "use_conv_bias": True,
-    "mamba_proj_bias": False, "use_bias": False, "mamba_ssm_cache_dtype": "float32", "residual_in_fp32": False,
+    "mamba_proj_bias": False, "use_bias": False, "mamba_ssm_cache_dtype": "float32",
+    "residual_in_fp32": False,
     "n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 1,
     "moe_shared_expert_intermediate_size": 3712, "moe_intermediate_size": 1856, "intermediate_size": 1856,
-    "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "mlp_hidden_act": "relu2",
-    "mlp_bias": False, "layer_norm_epsilon": 1e-5, "norm_eps": 1e-5, "initializer_range": 0.02,
+    "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+    "mlp_hidden_act": "relu2", "mlp_bias": False, "layer_norm_epsilon": 1e-5, "norm_eps": 1e-5,
+    "initializer_range": 0.02,
     "time_step_min": 0.001, "time_step_max": 0.1, "time_step_floor": 1e-4, "rope_theta": 10000,
     "partial_rotary_factor": 1.0, "sliding_window": None, "max_position_embeddings": 262144,
     "num_logits_to_keep": 1, "rescale_prenorm_residual": True, "use_mamba_kernels": True, "use_cache": True,
@@ -26,10 +28,11 @@ SUPER = NANO | {
     "moe_intermediate_size": 2688, "intermediate_size": 2688, "moe_shared_expert_intermediate_size": 5376,
     "moe_latent_size": 1024, "routed_scaling_factor": 5.0, "num_nextn_predict_layers": 1,
     "mtp_hybrid_override_pattern": "*E", "num_hidden_layers": 88,
-    "hybrid_override_pattern": "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
+    "hybrid_override_pattern":
+        "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
 }  # fmt: skip
 NAMES = {"M": "mamba", "E": "moe", "*": "attention"}
-ULTRA_LAYERS = "MEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+ULTRA_LAYERS = "MEMEME" + 4 * ("M*E" + 2 * "ME" + "M*E" + 3 * "ME" + "M*E" + 3 * "ME") + "ME"
 
 
 def listed(config: dict, layers: str) -> dict:
@@ -45,7 +48,9 @@ ULTRA = listed(SUPER, ULTRA_LAYERS) | {
     "hidden_size": 8192, "num_attention_heads": 64, "mamba_num_heads": 256, "moe_intermediate_size": 5120,
     "intermediate_size": 5120, "moe_shared_expert_intermediate_size": 10240, "moe_latent_size": 2048,
 }  # fmt: skip
-LIGHTNING = listed(NANO, NANO["hybrid_override_pattern"]) | {"moe_latent_size": None, "max_position_embeddings": 1048576}
+LIGHTNING = listed(NANO, NANO["hybrid_override_pattern"]) | {
+    "moe_latent_size": None, "max_position_embeddings": 1048576,
+}  # fmt: skip
 FILES = {"nano": NANO, "super": SUPER, "ultra": ULTRA, "lightning": LIGHTNING}
 CONFIGS = {name: Config.from_hf(file) for name, file in FILES.items()}
 
@@ -55,8 +60,8 @@ def dense(layers, hidden, heads, head_dim, state, ffn, q, chunk=128) -> Config:
     own = {key: value for key, value in NANO.items() if "expert" not in key and "moe" not in key}
     return Config.from_hf(own | {
         "hybrid_override_pattern": layers, "hidden_size": hidden, "mamba_num_heads": heads,
-        "mamba_head_dim": head_dim, "ssm_state_size": state, "intermediate_size": ffn, "num_attention_heads": q,
-        "num_key_value_heads": 8, "chunk_size": chunk,
+        "mamba_head_dim": head_dim, "ssm_state_size": state, "intermediate_size": ffn,
+        "num_attention_heads": q, "num_key_value_heads": 8, "chunk_size": chunk,
     })  # fmt: skip
 
 

@@ -16,14 +16,17 @@ CHOSEN_BY_THE_USER = {"torch", "cupy", "mpi4py", "gguf", "transformers"}
 FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]
 
 
+def is_for_types_only(node) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+
+
 def imports(path: Path, at_import_time: bool = False):
     """Names of the modules a file imports: all of them, or those it cannot be imported without."""
     tree = ast.parse(path.read_text())
     nodes = list(ast.walk(tree))
     if at_import_time:
-        inside = {id(n) for f in nodes if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)}
-        inside |= {id(n) for f in nodes if isinstance(f, ast.If) and "TYPE_CHECKING" in ast.dump(f.test)
-                   for n in ast.walk(f)}  # fmt: skip
+        later = [node for node in nodes if isinstance(node, ast.FunctionDef) or is_for_types_only(node)]
+        inside = {id(inner) for node in later for inner in ast.walk(node)}
         nodes = [node for node in nodes if id(node) not in inside]
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -35,7 +38,11 @@ def imports(path: Path, at_import_time: bool = False):
             yield from (named if node.module in ORDER else [node.module])
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def each(files):
+    return pytest.mark.parametrize("path", files, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+@each(FILES)
 def test_imports_run_one_way(path):
     package = path.relative_to(ROOT).parts[0]
     later = ORDER[ORDER.index(package) + 1 :]
@@ -44,10 +51,10 @@ def test_imports_run_one_way(path):
         assert top not in later, f"{package} may not know of {name}"
         assert top not in {"tests", "tools"}, f"{name} is not shipped"
         if package == "spec":
-            assert top == "spec" or top in SPEC_MAY or top in sys.stdlib_module_names, f"spec may not import {name}"
+            assert top in {"spec"} | SPEC_MAY | sys.stdlib_module_names, f"spec may not import {name}"
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if "backends" not in p.parts], ids=lambda p: str(p.relative_to(ROOT)))
+@each([path for path in FILES if "backends" not in path.parts])
 def test_what_the_user_may_choose_is_imported_only_when_chosen(path):
     found = {name.split(".")[0] for name in imports(path, at_import_time=True)}
     assert not found & CHOSEN_BY_THE_USER
@@ -61,7 +68,8 @@ def test_importing_refengine_brings_no_heavy_library():
 
 
 def test_every_file_of_the_book_is_a_chapter():
-    assert sorted(CHAPTERS) == sorted(path.stem for path in (ROOT / "spec").glob("*.py") if path.stem != "__init__")
+    files = {path.stem for path in (ROOT / "spec").glob("*.py")} - {"__init__"}
+    assert sorted(CHAPTERS) == sorted(files)
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)

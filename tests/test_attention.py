@@ -10,9 +10,8 @@ ATTENTIONS = cases("*")
 
 def drawn(case: Case):
     """q, k, v"""
-    c, at = case.cfg, (case.batch, case.length)
-    return [case.normal(i, *at, count, c.head_dim)
-            for i, count in enumerate((c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads))]  # fmt: skip
+    at, e, (heads, kv) = (case.batch, case.length), case.head_dim, case.attention
+    return [case.normal(i, *at, count, e) for i, count in enumerate((heads, kv, kv))]
 
 
 def attend(backend, q, k, v, cache, n=None):
@@ -22,7 +21,7 @@ def attend(backend, q, k, v, cache, n=None):
 
 
 def read_off(q, k, v):
-    """One query at a time: it meets the keys up to its own, of the key/value head that it and its neighbours share."""
+    """One query at a time: it meets the keys up to its own, of the head that it and its neighbours share."""
     y = np.empty_like(q)
     for b, i, h in np.ndindex(q.shape[:3]):
         kv = h // (q.shape[2] // k.shape[2])

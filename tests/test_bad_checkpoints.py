@@ -104,10 +104,3 @@ def test_an_embedded_model_goes_before_a_directory_of_its_name(tmp_path, monkeyp
         assert locate("tiny").parent.name == "models"
     except InputError as error:
         assert "models" in str(error)
-
-
-def test_good_checkpoints_are_good(model, sharded):
-    for directory in (model, sharded):
-        assert Checkpoint.open(directory).config == CONFIGS["latent"]
-    header, data = parts(model / "model.safetensors")
-    assert join(header, data)[-len(data) :] == data

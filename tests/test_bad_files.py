@@ -1,4 +1,4 @@
-"""A safetensors file that is damaged or lies is refused in one sentence, which names it and says what to do."""
+"""A safetensors file that is damaged or lies is refused in one sentence, which says what to do."""
 
 import json
 import struct

@@ -56,7 +56,8 @@ def test_scales_of_packed_weights_are_not_ignored(name, weights):
     assert "is quantized (NVFP4, FP8 or another packed format): not supported yet" in refusal(weights.parent)
 
 
-def test_a_quantized_model_is_refused_by_its_configuration(model):
+def test_a_quantized_model_is_refused_by_its_configuration(weights):
+    model = weights.parent
     (model / "hf_quant_config.json").write_text("{}")
     assert "is quantized" in refusal(model)
     (model / "hf_quant_config.json").unlink()

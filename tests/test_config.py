@@ -1,4 +1,4 @@
-"""Every spelling of a config.json is read as one configuration, and every key of a release has a stated meaning."""
+"""Every spelling of a config.json is one configuration; every key of a release has a stated meaning."""
 
 import json
 import math
@@ -14,7 +14,6 @@ from tests.releases import CONFIGS, DENSE, FILES, NANO
 
 LIST = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 NEW_LIST = LIST | {"M": "linear_attention", "*": "full_attention"}
-NAMES_TO_LETTERS = {name: letter for letter, name in LIST.items()}
 LAYERS = NANO["hybrid_override_pattern"]
 
 
@@ -41,7 +40,8 @@ def test_nano_says_what_it_is():
 
 def test_the_sizes_of_a_release_are_as_published():
     """Of Super and Ultra: inner width, conv channels, rows of in_proj, rows of q and of k."""
-    for name, sizes in (("super", (8192, 10240, 18560, 4096, 256)), ("ultra", (16384, 18432, 35072, 8192, 256))):
+    published = {"super": (8192, 10240, 18560, 4096, 256), "ultra": (16384, 18432, 35072, 8192, 256)}
+    for name, sizes in published.items():
         c = CONFIGS[name]
         assert (c.mamba_inner, c.conv_dim, sum(c.in_proj_widths), *c.qkv_widths[:2]) == sizes
         assert c.mtp_layers == "*E"
@@ -76,8 +76,9 @@ def test_the_number_of_layers_is_that_of_the_list(stale):
 
 @pytest.mark.parametrize(
     ("old", "new", "value"),
-    [("mamba_n_groups", "n_groups", 4), ("mamba_d_conv", "conv_kernel", 3), ("mamba_chunk_size", "chunk_size", 256),
-     ("mamba_dt_limit", "time_step_limit", [0.0, 0.5]), ("num_local_experts", "n_routed_experts", 64)],
+    [("mamba_n_groups", "n_groups", 4), ("mamba_d_conv", "conv_kernel", 3),
+     ("mamba_chunk_size", "chunk_size", 256), ("mamba_dt_limit", "time_step_limit", [0.0, 0.5]),
+     ("num_local_experts", "n_routed_experts", 64)],
 )  # fmt: skip
 def test_an_older_spelling_wins(old, new, value):
     expected = tuple(value) if isinstance(value, list) else value
@@ -92,7 +93,8 @@ def test_an_older_spelling_of_what_is_ignored_is_ignored():
 
 @pytest.mark.parametrize("only", ["layer_norm_epsilon", "norm_eps"])
 def test_either_key_gives_the_epsilon(only):
-    assert nano(without={"layer_norm_epsilon", "norm_eps"} - {only}, **{only: 1e-6}).layer_norm_epsilon == 1e-6
+    other = {"layer_norm_epsilon", "norm_eps"} - {only}
+    assert nano(without=other, **{only: 1e-6}).layer_norm_epsilon == 1e-6
 
 
 @pytest.mark.parametrize("high", [math.inf, "Infinity", "inf", {"__float__": "Infinity"}])

@@ -15,7 +15,7 @@ def conv(backend, case: Case, x, tail, n=None):
 
 
 def read_off(case: Case, x, tail):
-    """y[t] = silu(bias + sum_j w[j] x[t-K+1+j]): w[K-1] meets the current token, `tail` is the past before x."""
+    """y[t] = silu(bias + sum_j w[j] x[t-K+1+j]): w[K-1] meets the current token; before x comes `tail`."""
     w, bias, K = case.exact("conv1d.weight"), case.exact("conv1d.bias"), case.cfg.conv_kernel
     past = np.concatenate([tail, x], axis=1)
     y = np.empty_like(x)
@@ -37,7 +37,7 @@ def test_the_last_tap_meets_the_current_token_and_silu_follows(backend, case):
     y, after = conv(backend, case, x, backend.give(tail))
     expected, left = read_off(case, x, tail)
     agree(backend.fetch(y), expected, backend.dtype, case.cfg.conv_kernel, "y")
-    assert np.array_equal(backend.fetch(after), left), "the tail is rows of x, before the activation, unchanged"
+    assert np.array_equal(backend.fetch(after), left), "the tail is rows of x, before the activation"
 
 
 @given(case=CONVS, cuts=CUTS)
@@ -59,7 +59,8 @@ def test_the_tail_of_a_row_ends_where_the_row_does(backend, case):
     n = case.lengths
     x[np.arange(case.length) >= n[:, None]] = 1e6
     y, after = conv(backend, case, x, backend.give(tail), n)
+    y, after = backend.fetch(y), backend.fetch(after)
     for row, end in enumerate(n):
         expected, left = read_off(case, x[row : row + 1, :end], tail[row : row + 1])
-        agree(backend.fetch(y)[row, :end], expected[0], backend.dtype, case.cfg.conv_kernel, f"y of row {row}")
-        assert np.array_equal(backend.fetch(after)[row], left[0]), f"the tail of row {row} holds padding"
+        agree(y[row, :end], expected[0], backend.dtype, case.cfg.conv_kernel, f"y of row {row}")
+        assert np.array_equal(after[row], left[0]), f"the tail of row {row} holds padding"

@@ -6,14 +6,14 @@ from hypothesis import given
 from spec.mixers import MIXERS
 from spec.numerics import tolerance
 from tests.cases import Case, agree, cases
-from tests.test_route import read_off
+from tests.test_route import read_off as route
 from tests.truth import router_margin
 
 MOES = cases("E")
 
 
 def experts_of(backend, case: Case, read=None):
-    """What the routed experts and the shared one make of seeded tokens, through the mixer; and the tokens."""
+    """What the mixer makes of seeded tokens, and the tokens."""
     h = case.normal(0, case.batch, case.length, case.cfg.hidden_size)
     w = backend.weights(case.cfg, read or case.read)
     return backend.fetch(MIXERS["E"](backend.give(h), w, case.cfg, None, None, backend.ops)[0]), h
@@ -24,27 +24,31 @@ def size(case: Case) -> int:
     return c.hidden_size + c.expert_width + c.num_experts_per_tok * c.moe_intermediate_size + 17
 
 
+def read_off(case: Case, h, block: str = "layers.0"):
+    """Of one token: router and shared expert read h, the routed ones fc1 h (or h); fc2 comes last."""
+
+    def w(key):
+        return case.exact(key + ".weight", block)
+
+    u, r = w("fc1_latent_proj") @ h if case.moe_latent_size else h, 0
+    for e, weight in route(case, h, block).items():
+        r = r + weight * (w(f"experts.{e}.down_proj") @ np.maximum(w(f"experts.{e}.up_proj") @ u, 0) ** 2)
+    r = w("fc2_latent_proj") @ r if case.moe_latent_size else r
+    return r + w("shared_experts.down_proj") @ np.maximum(w("shared_experts.up_proj") @ h, 0) ** 2
+
+
 @given(case=MOES)
 def test_the_experts_are_what_the_equation_says(backend, case):
-    """Traps 5 and 6: relu^2 and no gate; router and shared expert read h, the routed ones fc1 h; fc2 comes last."""
+    """Traps 5 and 6: relu^2 and no gate; who reads the latent, and who the full width."""
     y, h = experts_of(backend, case)
-    w = {key: case.exact(key + ".weight") for key in ("shared_experts.up_proj", "shared_experts.down_proj")}
-    fc1, fc2 = (case.exact(f"fc{i}_latent_proj.weight") if case.moe_latent_size else np.eye(case.hidden_size)
-                for i in (1, 2))  # fmt: skip
     sure = router_margin(h, case.exact("gate.weight"), case.exact("gate.e_score_correction_bias"), case.cfg)
-    for at in np.argwhere(sure > tolerance(backend.dtype, case.hidden_size)):
-        token = h[tuple(at)]
-        r = 0
-        for e, weight in read_off(case, token).items():
-            up, down = (case.exact(f"experts.{e}.{side}_proj.weight") for side in ("up", "down"))
-            r = r + weight * (down @ np.maximum(up @ (fc1 @ token), 0) ** 2)
-        shared = w["shared_experts.down_proj"] @ np.maximum(w["shared_experts.up_proj"] @ token, 0) ** 2
-        agree(y[tuple(at)], fc2 @ r + shared, backend.dtype, size(case), f"token {tuple(at)}")
+    for b, t in np.argwhere(sure > tolerance(backend.dtype, case.hidden_size)):
+        agree(y[b, t], read_off(case, h[b, t]), backend.dtype, size(case), f"row {b}, position {t}")
 
 
 @given(case=MOES)
 def test_renaming_the_experts_changes_nothing(backend, case):
-    """Experts change places within their group, and groups change places: what was `order[i]` is now called i."""
+    """Experts change places in their group, and groups change places: what was `order[i]` is now called i."""
     cfg = case.cfg
     by_group = case.rng(5).permutation(np.arange(cfg.n_routed_experts).reshape(cfg.n_group, -1))
     order = case.rng(6).permuted(by_group, axis=1).reshape(-1)

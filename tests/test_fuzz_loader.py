@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def edited(raw: bytes, edits, start: int = 0) -> bytes:
 
 def changed(value, changes):
     """A JSON value after a few changes, each at one of its inner places."""
-    value = json.loads(json.dumps(value))
+    value, changes = deepcopy((value, changes))
     for kind, where, new in changes:
         inner = places(value)
         if not inner:
@@ -89,15 +90,14 @@ def changed(value, changes):
 
 
 def places(value) -> list[tuple]:
-    """Every (holder, key) below a JSON value; a swap may have made it hold itself, so not too deep."""
-    found, todo = [], [(value, 0)]
+    """Every (holder, key) below a JSON value."""
+    found, todo = [], [value]
     while todo:
-        holder, depth = todo.pop()
-        if not isinstance(holder, dict | list):
-            continue
-        keys = list(holder) if isinstance(holder, dict) else range(len(holder))
-        found += [(holder, key) for key in keys]
-        todo += [(holder[key], depth + 1) for key in keys if depth < 5]
+        holder = todo.pop()
+        if isinstance(holder, dict | list):
+            keys = list(holder) if isinstance(holder, dict) else range(len(holder))
+            found += [(holder, key) for key in keys]
+            todo += [holder[key] for key in keys]
     return found
 
 

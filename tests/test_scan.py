@@ -1,4 +1,4 @@
-"""The state-space scan: the recurrence, the chunked theorem, and a reading of the equation that is neither."""
+"""The scan: the recurrence, the chunked theorem, and a reading of the equation that is neither."""
 
 import math
 
@@ -16,8 +16,8 @@ def drawn(case: Case):
     """x, dt, B, C, and a state S from before."""
     c, (b, t) = case.cfg, (case.batch, case.length)
     h, p, g, n = c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size
-    return (case.normal(0, b, t, h, p), case.normal(1, b, t, h), case.normal(2, b, t, g, n), case.normal(3, b, t, g, n),
-            case.normal(4, b, h, p, n))  # fmt: skip
+    shapes = (b, t, h, p), (b, t, h), (b, t, g, n), (b, t, g, n), (b, h, p, n)
+    return [case.normal(i, *shape) for i, shape in enumerate(shapes)]
 
 
 def scan(backend, case: Case, x, dt, B, C, S, n=None, limit=NO_LIMIT, piece=slice(None)):
@@ -25,12 +25,16 @@ def scan(backend, case: Case, x, dt, B, C, S, n=None, limit=NO_LIMIT, piece=slic
     w = backend.weights(case.cfg, case.read)
     x, dt, B, C = (backend.give(a[:, piece]) for a in (x, dt, B, C))
     n = None if n is None else backend.array(n)
-    y, S = backend.ops.ssd_scan(x, dt, w["A_log"], B, C, w["D"], w["dt_bias"], S, n, limit, case.cfg.chunk_size)
+    A, D, bias = w["A_log"], w["D"], w["dt_bias"]
+    y, S = backend.ops.ssd_scan(x, dt, A, B, C, D, bias, S, n, limit, case.cfg.chunk_size)
     return backend.fetch(y), S
 
 
 def read_off(case: Case, x, dt, B, C, S, limit=NO_LIMIT):
-    """y[t] = sum_{s<=t} exp(sum_{s<r<=t} dt[r] A) dt[s] (C[t].B[s]) x[s]  +  exp(sum_{r<=t} dt[r] A) S C[t]  +  D x[t]"""
+    """y[t] = sum_{s<=t} exp(a[t] - a[s]) dt[s] (C[t].B[s]) x[s]  +  exp(a[t]) S C[t]  +  D x[t],
+
+    where a[t] is the sum of dt A up to t.
+    """
     A, D, bias = -np.exp(case.exact("A_log")), case.exact("D"), case.exact("dt_bias")
     dt, y, after = np.clip(np.log1p(np.exp(dt + bias)), *limit), np.empty_like(x), np.empty_like(S)
     for b, h in np.ndindex(x.shape[0], x.shape[2]):
@@ -77,14 +81,14 @@ def test_beyond_the_end_of_a_row_the_state_neither_decays_nor_grows(backend, cas
     padding = np.arange(case.length) >= n[:, None]
     garbage = [np.where(padding.reshape(padding.shape + (1,) * (a.ndim - 2)), 1e6, a) for a in (x, dt, B, C)]
     y, after = scan(backend, case, *garbage, backend.state("M", case.cfg, case.batch, S=S).S, n=n)
+    after = backend.fetch(after)
     for row, end in enumerate(n):
+        left = S[row]
         if end:
             alone = [a[row : row + 1, :end] for a in (x, dt, B, C)]
-            expected, left = read_off(case, *alone, S[row : row + 1])
-        else:
-            expected, left = x[:0], S[row : row + 1]
-        agree(y[row : row + 1, :end], expected[:, :end] if end else y[row : row + 1, :0], backend.dtype, size(case))
-        agree(backend.fetch(after)[row : row + 1], left, backend.dtype, size(case), f"S of row {row}")
+            expected, (left,) = read_off(case, *alone, S[row : row + 1])
+            agree(y[row, :end], expected[0], backend.dtype, size(case), f"y of row {row}")
+        agree(after[row], left, backend.dtype, size(case), f"S of row {row}")
 
 
 @given(case=SCANS, limit=st.sampled_from(((0.01, 0.2), (0.0, 0.05), (0.5, math.inf))))
@@ -92,7 +96,8 @@ def test_dt_is_clamped_to_the_limit_and_to_nothing_else(backend, case, limit):
     """Trap 1: steps far below `time_step_min` count as they are; a limit in the config is obeyed."""
     x, dt, B, C, S = drawn(case)
     for dt_raw, bounds in ((dt, limit), (dt - 12, NO_LIMIT)):
-        y, after = scan(backend, case, x, dt_raw, B, C, backend.state("M", case.cfg, case.batch, S=S).S, limit=bounds)
+        before = backend.state("M", case.cfg, case.batch, S=S).S
+        y, after = scan(backend, case, x, dt_raw, B, C, before, limit=bounds)
         expected, left = read_off(case, x, dt_raw, B, C, S, bounds)
         agree(y, expected, backend.dtype, size(case), f"y within {bounds}")
         agree(backend.fetch(after), left, backend.dtype, size(case), f"S within {bounds}")

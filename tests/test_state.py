@@ -1,7 +1,6 @@
 """States as slots: sequences join, leave, change places and fork, and none of them notices the others."""
 
 import numpy as np
-import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -10,7 +9,7 @@ from spec.state import new_state
 from tests.cases import Case, agree, cases, terms
 from tests.truth import model, truth_of
 
-MOVES = st.lists(st.sampled_from(("read", "leave", "join", "fork", "swap", "overwrite")), min_size=1, max_size=8)
+MOVES = ("read", "leave", "join", "fork", "swap", "overwrite")
 
 
 class Table:
@@ -26,10 +25,11 @@ class Table:
     def read(self, at_least: int = 0):
         """Every sequence reads between 0 and 3 tokens more; what stands beyond them is garbage."""
         slots = len(self.read_so_far)
-        n, ids = self.rng.integers(at_least, 4, slots), self.rng.integers(0, self.case.cfg.vocab_size, (slots, 3))
+        n = self.rng.integers(at_least, 4, slots)
+        ids = self.rng.integers(0, self.case.cfg.vocab_size, (slots, 3))
         give = self.backend.array
         h, self.states = self.model.blocks(self.model.embed(give(ids)), self.states, give(n))
-        self.read_so_far = [was + new[:k].tolist() for was, new, k in zip(self.read_so_far, ids, n, strict=True)]
+        self.read_so_far = [self.read_so_far[i] + ids[i, : n[i]].tolist() for i in range(slots)]
         return self.backend.fetch(self.model.head(h)), n
 
     def choose(self, count: int) -> np.ndarray:
@@ -63,15 +63,17 @@ class Table:
         self.forks.append((state.fork(self.states), self.read_so_far))
 
 
-@given(case=cases(max_length=1), moves=MOVES)
+@given(case=cases(max_length=1), moves=st.lists(st.sampled_from(MOVES), min_size=1, max_size=8))
 @example(case=Case(layers="M*", batch=2), moves=["read", "fork", "read", "fork", "swap", "read"])
 def test_whoever_joins_leaves_or_forks_every_sequence_reads_as_if_alone(backend, case, moves):
     table = Table(backend, case)
     for move in moves:
         getattr(table, move)()
-    for states, so_far in [(table.states, table.read_so_far), *table.forks]:
-        table.states, table.read_so_far = states, so_far
+    everyone = [(table.states, table.read_so_far), *table.forks]
+    for i in [*range(len(everyone)), *range(len(everyone))]:  # each goes on, and again after all others have
+        table.states, table.read_so_far = everyone[i]
         logits, n = table.read(at_least=1)
+        everyone[i] = table.states, table.read_so_far
         for row, ids in enumerate(table.read_so_far):
             true, size = truth_of(case, np.array([ids])), terms(case.cfg, len(ids))
             if true.sure(backend.dtype, size) == len(ids):
@@ -92,7 +94,6 @@ def test_a_forked_cache_shares_its_memory_until_one_of_them_goes_on(case, slots)
     assert np.array_equal(cache.upto(3)[0], k)
 
 
-@pytest.mark.xfail(strict=True, reason="Cache.take of a slice is a view that appends into its origin's buffer")
 @given(case=cases("M*", max_length=1), slots=st.integers(2, 4))
 def test_taking_a_run_of_slots_is_taking_each_of_them(case, slots):
     """`rows` may be a slice: what was taken goes on without writing where the others are."""

@@ -1,4 +1,4 @@
-"""Every recorded answer of an independent implementation is ours too, in every backend, without installing it."""
+"""Every recorded answer of an independent implementation is ours too, in every backend, and without it."""
 
 import numpy as np
 import pytest

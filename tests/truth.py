@@ -1,10 +1,10 @@
 """What a case's answer is: the spec's definition in float64, one sequence at a time, in one call.
 
-Rounding alone does not say how far a right answer may lie from it; the truth also tells two things it met on the way.
-  margin    Two experts whose scores differ by less than rounding may be chosen either way, and one flipped expert is
-            not rounding: from its first such token on, a sequence is set apart.
-  stretch   The gated norm divides by the size of its group. Where a gate closes on all of a group (of 7 channels here,
-            of 512 or more in the released models), that division stretches the rounding of what came before.
+Rounding alone does not say how far a right answer may lie from it; the truth also tells two things it met.
+  margin    Two experts whose scores differ by less than rounding may be chosen either way, and one flipped
+            expert is not rounding: from its first such token on, a sequence is set apart.
+  stretch   The gated norm divides by the size of its group. Where a gate closes on all of a group (of 7
+            channels here, of 512 or more in the released models), that stretches the rounding before it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def truth_of(case: Case, ids: np.ndarray) -> Truth:
     ops, margins, stretches = watched(DEFINITION, ids.shape[1])
     m = Model.build(case.cfg, case.read, numpy_backend(np.float64, ops=ops))
     if not ids.size:
-        return Truth(np.zeros((0, case.cfg.vocab_size)), m.embed(ids)[0], m.embed(ids), m.new_states(1), margins[0], 1)
+        nothing = m.embed(ids)[0]
+        return Truth(m.head(nothing), nothing, nothing[None], m.new_states(1), margins[0], 1.0)
     stream = []
     h, states = m.blocks(m.embed(ids), m.new_states(1), tap=lambda i, x: stream.append(x[0]))
     return Truth(m.head(h)[0], h[0], np.array(stream), states, np.min(margins, axis=0), max(stretches))
@@ -93,12 +94,18 @@ def lead(c, k):
     return c[..., k - 1] - c[..., k] if k < c.shape[-1] else np.full(c.shape[:-1], np.inf)
 
 
-def agree_with_truth(case: Case, row: int, logits, dtype, n: int | None = None, at: slice = slice(None)) -> None:
-    """`logits` [l v] of one sequence, or of the positions `at` of it, are the truth, up to a tie in the router."""
-    true, size = truth(case, row, n), terms(case.cfg, case.length)
+def counted(tied: bool) -> bool:
+    """Whether a comparison is cut short; `pytest --hypothesis-show-statistics` says how often that happened."""
+    if tied and hypothesis.currently_in_test_context():
+        hypothesis.event("a router tie: set apart")
+    return tied
+
+
+def agree_with_truth(case: Case, row: int, logits, dtype, at: slice = slice(None)) -> None:
+    """`logits` [l v] of one sequence, or of its positions `at`, are the truth, up to a tie in the router."""
+    true, size = truth(case, row), terms(case.cfg, case.length)
     sure = true.sure(dtype, size)
-    if sure < len(true.margin) and hypothesis.currently_in_test_context():
-        hypothesis.event("a router tie: compared up to it")
+    counted(sure < len(true.margin))
     positions = np.arange(len(true.logits))[at]
     keep = positions < sure
     expected = true.logits[positions[keep]]
@@ -108,17 +115,17 @@ def agree_with_truth(case: Case, row: int, logits, dtype, n: int | None = None, 
 def same_states(case: Case, row: int, states: list, backend, n: int | None = None) -> None:
     """What is remembered of one sequence is what reading it alone leaves behind."""
     true, size = truth(case, row, n), terms(case.cfg, case.length)
-    if true.sure(backend.dtype, size) < len(true.margin):
+    if counted(true.sure(backend.dtype, size) < len(true.margin)):
         return
     for i, (state, expected) in enumerate(zip(states, true.states, strict=True)):
         pairs = []
         if isinstance(state, Recurrent):
             pairs = [("tail", backend.fetch(state.tail)[row], expected.tail[0]),
                      ("S", backend.fetch(state.S)[row], expected.S[0])]  # fmt: skip
-        elif isinstance(state, Cache):  # a backend's own cache is opaque, and judged by the tokens that follow
+        elif isinstance(state, Cache):  # a backend's own is opaque, and judged by the tokens that follow
             t = int(expected.length[0])
             assert state.length[row] == t, f"length {state.length[row]} of layer {i}, not {t}"
-            pairs = [(name, mine[row], theirs[0])
-                     for name, mine, theirs in zip("kv", state.upto(t), expected.upto(t), strict=True)]  # fmt: skip
+            (k, v), (true_k, true_v) = state.upto(t), expected.upto(t)
+            pairs = [("k", k[row], true_k[0]), ("v", v[row], true_v[0])]
         for name, mine, theirs in pairs:
             agree(mine, theirs, backend.dtype, size, f"{name} of layer {i}, row {row}", true.stretch)

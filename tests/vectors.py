@@ -1,7 +1,7 @@
 """Recorded vectors: what they hold, and how a backend replays them. Written only by tools/record_vectors.py.
 
-A file is vectors/<op or layer>/<case>.npz: `config` (JSON text), `in.*`, `out.*`, and the weights under their names
-in a checkpoint. The line of manifest.toml says where it came from and why it exists.
+A file is vectors/<op or layer>/<case>.npz: `config` (JSON text), `in.*`, `out.*`, and the weights under their
+names in a checkpoint. The line of manifest.toml says where it came from and why it exists.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Vector:
         return {row.name: row for row in table(self.cfg)}
 
     def read(self, name: str) -> np.ndarray:
-        """A weight in the dtype of a released file, in which the recorded values are exact; 0 if it was not needed."""
+        """A weight in the dtype of a released file, where the recorded values are exact; 0 if not needed."""
         row = self.rows[name]
         return self.arrays.get(name, np.zeros(row.shape)).astype(DTYPES[row.dtype])
 
@@ -48,13 +48,15 @@ class Vector:
 
 
 def replay(vector: Vector, backend) -> float:
-    """The worst error of what the backend answers; AssertionError where it is more than rounding of float32."""
+    """The worst error of what the backend answers; AssertionError if it is more than float32 rounding."""
     given, expected = vector.part("in"), vector.part("out")
     answers = REPLAY[vector.kind](vector, backend, given)
     assert answers.keys() == expected.keys()
     length = next(iter(given.values())).shape[1]
     size = terms(vector.cfg, length)
-    return max(agree(answers[key], expected[key], np.float32, size, f"{vector.name}, {key}") for key in expected)
+    return max(
+        agree(answers[key], a, np.float32, size, f"{vector.name}, {key}") for key, a in expected.items()
+    )
 
 
 def whole(vector, backend, given):
@@ -88,8 +90,8 @@ def ssd_scan(vector, backend, given):
 
 
 def causal_conv(vector, backend, given):
-    w, tail = backend.weights(vector.cfg, vector.read), backend.give(given["tail"])
-    y, tail = backend.ops.causal_conv(backend.give(given["x"]), w["conv1d.weight"], w["conv1d.bias"], tail, None)
+    w, (x, tail) = backend.weights(vector.cfg, vector.read), backend.give(given["x"], given["tail"])
+    y, tail = backend.ops.causal_conv(x, w["conv1d.weight"], w["conv1d.bias"], tail, None)
     return {"y": backend.fetch(y), "tail": backend.fetch(tail)}
 
 
@@ -103,8 +105,9 @@ def route(vector, backend, given):
     """As a row of weights over all experts, most of them 0: the order among the chosen has no meaning."""
     w, h = backend.weights(vector.cfg, vector.read), backend.give(given["h"])
     routing = backend.ops.route(h, w["gate.weight"], w["gate.e_score_correction_bias"], vector.cfg)
-    expert, weight = (backend.fetch(a).reshape(*given["h"].shape[:2], -1) for a in (routing.expert, routing.weight))
-    rows = np.zeros((*given["h"].shape[:2], vector.cfg.n_routed_experts))
+    at = given["h"].shape[:2]
+    expert, weight = (backend.fetch(a).reshape(*at, -1) for a in (routing.expert, routing.weight))
+    rows = np.zeros((*at, vector.cfg.n_routed_experts))
     np.put_along_axis(rows, expert.astype(np.int64), weight, axis=-1)
     return {"weights": rows}
 

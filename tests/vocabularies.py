@@ -1,4 +1,4 @@
-"""The two vocabularies that tokenizer tests run on: the embedded model's, and the real one of 131,072 tokens."""
+"""The vocabularies that tokenizer tests run on: the embedded model's, and the real one of 131,072 tokens."""
 
 import functools
 import importlib.util

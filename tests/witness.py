@@ -1,7 +1,7 @@
 """The independent witness: transformers' `nemotron_h`, reading the same arrays as the spec.
 
-It leaves the prediction head out, and up to 5.23 clamps dt at `time_step_min` where several tokens are read at once
-(trap 1, docs/model.md); `theirs` takes that clamp away unless asked to leave it.
+It leaves the prediction head out, and up to 5.23 clamps dt at `time_step_min` where several tokens are read
+at once (trap 1, docs/model.md); `theirs` takes that clamp away unless asked to leave it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def theirs(cfg: Config, read, clamp: bool = False) -> NemotronHForCausalLM:
 
 
 def state_dict(cfg: Config, read) -> dict[str, torch.Tensor]:
-    """The table under their names: `model.` for `backbone.`, the experts of a layer stacked, no prediction head."""
+    """The table under their names: `model.` for `backbone.`, experts stacked, no prediction head."""
     out, stacks = {}, {}
     for row in table(cfg):
         name, value = row.name.replace("backbone.", "model."), widen(read(row.name), np.float32)

@@ -138,19 +138,37 @@ def read_checkpoint(directory, tokenizer=None):
 
 
 class Pairs:
-    """The first stage's rows: `count` (name, thing) pairs, then the names again, each with its thing."""
+    """Rows of symbols, the densest practice of recall; `weight` marks what can be known.
+
+    A third of the rows: `count` (name, thing) pairs, then the names again, each with its thing. A third: such
+    pairs of any symbols. A third: random words, among them one or two names, each after its own verbs.
+    """
+
+    VERBS = "said asked cried thought whispered shouted called and but for when with hugged".split()  # noqa: SIM905
 
     def __init__(self, tokenizer, seed, length=64):
         self.rng, self.length, self.count = np.random.default_rng(seed), length, 2
-        self.keys = np.array([tokenizer.token_to_id("Ġ" + w) for w in words.NAMES])
-        self.values = np.array([tokenizer.token_to_id("Ġ" + w) for w in words.THINGS])
+
+        def ids(some):
+            found = [tokenizer.token_to_id("Ġ" + w) for w in some]
+            return np.array([i for i in found if i is not None])
+
+        self.keys, self.values, self.verbs = ids(words.NAMES), ids(words.THINGS), ids(self.VERBS)
+        self.symbols = ids(sorted({w for some in words.SLOTS.values() for w in some}))
+        self.fillers = np.array([i for t, i in sorted(tokenizer.get_vocab().items()) if t.startswith("Ġ")])
 
     def batch(self, rows):
         ids = np.zeros((rows, self.length), np.int64)
         weight = np.zeros((rows, self.length), np.float32)
         for r in range(rows):
-            keys = self.rng.permutation(self.keys)[: self.count]
-            values = self.rng.permutation(self.values)[: self.count]
+            kind = r % 3
+            if kind == 2:
+                self._talk(ids[r], weight[r])
+                continue
+            if kind == 0:
+                keys, values = (self.rng.permutation(s)[: self.count] for s in (self.keys, self.values))
+            else:
+                keys, values = self.rng.permutation(self.symbols)[: 2 * self.count].reshape(2, -1)
             asked = [self.rng.permutation(self.count) for _ in range(self.length // (2 * self.count))]
             order = np.concatenate([np.arange(self.count), *asked])[: self.length // 2]
             ids[r, 0::2], ids[r, 1::2] = keys[order], values[order]
@@ -158,6 +176,20 @@ class Pairs:
         first = np.zeros((rows, self.length), bool)
         first[:, 0] = True
         return ids, first, weight
+
+    def _talk(self, ids, weight):
+        """Fill one row: fillers, and now and then a verb with the name that belongs to it."""
+        ids[:] = self.rng.choice(self.fillers, self.length)
+        names = self.rng.permutation(self.keys)[: self.rng.integers(1, 3)]
+        verbs = self.rng.permutation(self.verbs)
+        at, seen = int(self.rng.integers(0, 4)), set()
+        while at + 1 < self.length:
+            k = int(self.rng.integers(len(verbs)))
+            name = names[k % len(names)]
+            ids[at], ids[at + 1] = verbs[k], name
+            weight[at + 1] = float(name in seen and (len(names) == 1 or (k, name) in seen))
+            seen |= {name, (k, name)}
+            at += int(self.rng.integers(2, 6))
 
 
 class Mixed:
@@ -382,13 +414,22 @@ class Trainer:
         self.export()
 
     def skills(self, end):
-        source = Mixed(self.tokenizer, self.args.seed + 1, self.args.length)
+        source = Mixed(self.tokenizer, self.args.seed + 1 + self.step, self.args.length)
+        checked, dense = self.step, Pairs(self.tokenizer, self.args.seed + 3 + self.step)
         while time.perf_counter() < end:
+            if self.step % 3 == 1:  # the first stage's rows go on, so that nothing of it is lost
+                dense.count = random.choice((2, 4, 8))
+                main, _, _ = self.learn(dense.batch(self.args.batch // 64), 0.7)
+                if self.step % 30 == 2:
+                    self.say(dense=main)
             main, mtp, load = self.learn(source.batch(self.args.batch // self.args.length), 0.7)
             if self.step % 20 == 0:
                 self.say(loss=main, mtp=mtp, load=load)
-            if self.step % 100 == 0 and self.evaluate() >= 0.95:
-                break
+            if self.step - checked >= 100:
+                checked = self.step
+                self.save()
+                if self.evaluate() >= 0.95:
+                    break
         self.stage, self.age = "world", 0
         self.save()
         self.export()
@@ -434,6 +475,7 @@ def main():
     args.stage = args.stage or ("world" if args.init else "pairs")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+    random.seed(args.seed)
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
     path = work / "tokenizer.json"

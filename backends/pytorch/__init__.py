@@ -19,6 +19,7 @@ import torch
 
 from backends.pytorch import native
 from backends.pytorch.attention import Cache, attention
+from backends.pytorch.decode import with_loops
 from backends.pytorch.experts import Experts, route
 from backends.pytorch.layers import causal_conv, gated_rms_norm, rms_norm
 from backends.pytorch.products import Products, activations
@@ -59,13 +60,13 @@ def torch_backend(
     host = Host(where)
     ops = Ops(
         embed=products.embed, linear=products.linear, linear_pair=products.linear_pair, rms_norm=rms_norm,
-        causal_conv=causal_conv, ssd_scan=partial(ssd_scan, native=loops), gated_rms_norm=gated_rms_norm, attention=attention, route=route,
+        causal_conv=causal_conv, ssd_scan=ssd_scan, gated_rms_norm=gated_rms_norm, attention=attention, route=route,
         announce=lambda routing: None, experts=experts, mlp=products.mlp, logits=products.logits,
         all_reduce=lambda x: x,
     )  # fmt: skip
     return Backend(
         name="torch",
-        ops=ops,
+        ops=with_loops(ops, loops) if loops else ops,
         place=partial(place, dtype=weights, device=where, resident=resident),
         new_state=partial(new_state, dtype=active, device=where),
         array=host.array,

@@ -79,20 +79,26 @@ class Experts:
         return y.to(u.dtype).view(u.shape)
 
     def listed(self, tokens, experts: Listed, expert, weight, k):
+        matrices, count = experts.matrices, len(experts.matrices)
+        if len(expert) <= FEW * min(count, len(expert)) and self.products.loops(tokens, matrices[0][0]):
+            return self.compiled(tokens.contiguous(), experts, expert.contiguous(), weight.contiguous(), k)
         order = expert.argsort(stable=True)
-        token, weight, counts = order // k, weight[order], expert.bincount(minlength=len(experts.up))
-        hit = counts.nonzero()[:, 0]
-        counts = counts[hit]
-        if len(token) <= FEW * len(hit) and self.products.loops(tokens, experts.matrices[0][0]):
-            begin, width = torch.nn.functional.pad(counts.cumsum(0), (1, 0)), len(experts.matrices[0][0])
-            up, down = experts.up[hit], experts.down[hit]
-            return self.products.native.experts(tokens.contiguous(), up, down, width, begin, token, weight)
-        y, start = torch.zeros(tokens.shape), 0  # float32
-        for i, count in zip(hit.tolist(), counts.tolist(), strict=True):
-            rows = token[start : start + count]
-            out = self.products.mlp(tokens[rows], *experts.matrices[i])
-            y.index_add_(0, rows, out.float().mul_(weight[start : start + count]))  # no token twice
-            start += count
+        token, weight, start = order // k, weight[order], 0
+        y = torch.zeros(tokens.shape)  # float32
+        for i, hits in enumerate(expert.bincount(minlength=count).tolist()):
+            if hits:
+                rows = token[start : start + hits]
+                out = self.products.mlp(tokens[rows], *matrices[i])
+                y.index_add_(0, rows, out.float().mul_(weight[start : start + hits]))  # no token twice
+                start += hits
+        return y
+
+    def compiled(self, tokens, experts: Listed, expert, weight, k):
+        (width, n), y = experts.matrices[0][0].shape, torch.empty_like(tokens)
+        self.products.native.experts(
+            experts.up.data_ptr(), experts.down.data_ptr(), len(experts.up), expert.data_ptr(), weight.data_ptr(),
+            len(tokens), k, n, width, tokens.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
         return y
 
 

@@ -20,21 +20,25 @@ import torch
 
 SOURCE = Path(__file__).parent / "kernels" / "decode.cpp"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fPIC", "-fopenmp")
-P, I = ctypes.c_void_p, ctypes.c_int64
+P, I, F, N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 SIGNATURES = {
-    "linear": (P, I, I, P, I, P, ctypes.c_int),
-    "experts": (I, P, P, P, P, P, I, I, P, I, P, P, ctypes.c_int),
-    "scan_step": (P, P, P, P, P, P, P, I, I, I, I, ctypes.c_int),
+    "linear": (P, I, I, P, I, P, N),
+    "experts": (P, P, I, P, P, I, I, I, I, P, P, N),
+    "scan_step": (P, P, P, I, P, I, P, P, I, P, I, P, P, P, F, F, P, I, I, I, I, I, N),
+    "conv_step": (P, I, P, P, P, P, P, P, I, I, I, N),
+    "rms_norm": (P, P, P, F, P, P, I, I),
+    "gated_rms_norm": (P, P, I, P, F, P, I, I, I),
+    "choose": (P, P, I, I, I, N, F, P, P),
 }
 
 
 @lru_cache(maxsize=1)
-def load() -> Native | None:
+def load() -> ctypes.CDLL | None:
     """The compiled loops, or None."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     try:
         built = compiler and library(compiler)
-        return built and Native(declared(ctypes.CDLL(str(built))))
+        return built and declared(ctypes.CDLL(str(built)))
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -74,36 +78,3 @@ def declared(built: ctypes.CDLL) -> ctypes.CDLL:
         function = getattr(built, name)
         function.argtypes, function.restype = arguments, None
     return built
-
-
-class Native:
-    """The loops with tensors as arguments: float32 and contiguous, but for the bfloat16 weights."""
-
-    def __init__(self, built: ctypes.CDLL):
-        self.built = built
-
-    def linear(self, x, weight):
-        """x [r i], weight [o i] -> [r o]"""
-        y = torch.empty(len(x), len(weight))
-        self.built.linear(
-            weight.data_ptr(), len(weight), weight.shape[1], x.data_ptr(), len(x), y.data_ptr(), torch.get_num_threads()
-        )
-        return y
-
-    def experts(self, u, up, down, width: int, begin, token, weight):
-        """u [t x]; addresses of the matrices [e] of the experts hit; their hits begin[e] .. begin[e + 1] -> [t x]"""
-        y, inner = torch.zeros_like(u), torch.empty(len(token), width)
-        pointers = (a.data_ptr() for a in (up, down, begin, token, weight))
-        self.built.experts(
-            len(up), *pointers, u.shape[1], width, u.data_ptr(), len(u), inner.data_ptr(), y.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
-        return y
-
-    def scan_step(self, S, decay, u, B, C):
-        """S b h p n, decay b h, u b h p, B and C b g n -> y b h p, the next S"""
-        b, h, p, n = S.shape
-        y, after = torch.empty_like(u), torch.empty_like(S)
-        pointers = (a.data_ptr() for a in (S, after, decay, u, B, C, y))
-        self.built.scan_step(*pointers, b * h, p, n, h // B.shape[1], torch.get_num_threads())
-        return y, after

@@ -64,7 +64,7 @@ class Products:
         if weight.dtype == x.dtype:
             return self.few(x, weight) if x.dtype == torch.float32 and 1 < rows <= 8 else F.linear(x, weight)
         if rows <= FEW and self.loops(x, weight):
-            return self.native.linear(x.reshape(rows, -1).contiguous(), weight).view(*x.shape[:-1], -1)
+            return self.few_rows(x.contiguous(), weight, rows)
         if rows == 1 and self.narrow(weight):
             return F.linear(x.to(weight.dtype), weight).to(x.dtype)
         return self.widened(x.reshape(rows, -1), weight).view(*x.shape[:-1], -1)
@@ -77,6 +77,12 @@ class Products:
     def narrow(self, weight) -> bool:
         """Whether a single row may be multiplied in the weight's own dtype."""
         return not self.exact and weight.dtype == torch.bfloat16 and not weight.is_cuda
+
+    def few_rows(self, x, weight, rows: int):
+        """x [.. i] float32, weight [o i] bfloat16, in the compiled loops."""
+        (o, i), y = weight.shape, x.new_empty(*x.shape[:-1], len(weight))
+        self.native.linear(weight.data_ptr(), o, i, x.data_ptr(), rows, y.data_ptr(), torch.get_num_threads())
+        return y
 
     def few(self, x, weight):
         """A product of few rows, in the order of operands that is faster for them."""

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 
-def ssd_scan(x, dt, A_log, B, C, D, dt_bias, S, n=None, limit=(0.0, math.inf), chunk: int = 128, native=None):
-    """Returns (y b l h p, the state after the last real position of each row). `native`: compiled loops, or None."""
+def ssd_scan(x, dt, A_log, B, C, D, dt_bias, S, n=None, limit=(0.0, math.inf), chunk: int = 128):
+    """Returns (y b l h p, the state after the last real position of each row)."""
     dt = F.softplus(dt.float() + dt_bias, threshold=1e9)  # b l h
     if tuple(limit) != (0.0, math.inf):
         dt = dt.clamp(*limit)
@@ -23,24 +23,17 @@ def ssd_scan(x, dt, A_log, B, C, D, dt_bias, S, n=None, limit=(0.0, math.inf), c
         real = torch.arange(x.shape[1], device=x.device) < n[:, None]
         dt = dt * real[..., None]
     A = -torch.exp(A_log)  # h
-    if x.shape[1] == 1:
-        y, S = one_position(x.float(), dt, A, B.float(), C.float(), D, S, native)
-    else:
-        y, S = chunks(x.float(), dt, A, B.float(), C.float(), D, S, chunk)
+    scan = one_position if x.shape[1] == 1 else chunks
+    y, S = scan(x.float(), dt, A, B.float(), C.float(), D, S, chunk)
     return y.to(x.dtype), S
 
 
-def one_position(x, dt, A, B, C, D, S, native):
+def one_position(x, dt, A, B, C, D, S, chunk):
     """The recurrence: S <- exp(dt A) S + dt x B',  y = S C + D x."""
     b, _, h, p = x.shape
     g, n = B.shape[2:]
     r = h // g * p  # rows of S that share B and C
     x, dt = x[:, 0], dt[:, 0]  # b h p   b h
-    if native:
-        y, S = native.scan_step(
-            S.contiguous(), torch.exp(dt * A), dt[..., None] * x, B[:, 0].contiguous(), C[:, 0].contiguous()
-        )
-        return torch.addcmul(y, D[:, None], x)[:, None], S
     S = S * torch.exp(dt * A)[..., None, None]  # b h p n, a new array: the old state stays good for its forks
     rows = S.view(b * g, r, n)
     rows.baddbmm_((dt[..., None] * x).reshape(b * g, r, 1), B.reshape(b * g, 1, n))

@@ -160,7 +160,7 @@ def lines(rng):
     every = [t for _, step in plot.steps for paraphrase in step for t in paraphrase if t.roles]
     dense = sorted(every, key=lambda t: len(t.text.split()) / len(re.findall(r"[{<]", t.text)))[:16]
     opening = rng.choice([p for p in shared_steps()["opening"] if _fits(p, set(values))])
-    told = [t.tell(values, rng) for t in opening] + [t.tell(values, rng) for t in rng.sample(dense, len(dense))]
+    told = [t.tell(values, rng) for t in (*opening, *rng.sample(dense, len(dense)))]
     return Story(plot.name, values, " ".join(told), ())
 
 

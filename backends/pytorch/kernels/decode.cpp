@@ -5,6 +5,7 @@
 // the odd positions of every sixteen apart (`spread`). Vectors are GCC's own, so the same text serves AVX2, AVX-512 and
 // NEON. Compiled on first use by backends/pytorch/native.py; every function has a slower equivalent in PyTorch.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -91,7 +92,7 @@ static void products(const uint16_t* w, i64 n, const float* const* x, i64 rows, 
     }
 }
 
-static const i64 STRIP = 24;  // outputs that one thread takes at a time
+static const i64 STRIP = 24;  // outputs that one thread takes at a time (handed out as threads come: another process may hold one up)
 
 extern "C" {
 
@@ -100,61 +101,144 @@ void linear(const uint16_t* w, i64 outs, i64 n, const float* x, i64 rows, float*
     std::vector<const float*> row(rows);
     x = spread_rows(x, rows, n);
     for (i64 r = 0; r < rows; r++) row[r] = x + r * n;
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
     for (i64 s = 0; s < (outs + STRIP - 1) / STRIP; s++)
         products(w, n, row.data(), rows, s * STRIP, std::min(outs, (s + 1) * STRIP),
                  [&](i64 r, i64 o, float v) { y[r * outs + o] = v; });
 }
 
-// y[t] += weight[j] relu(u[t] up')^2 down', for the hits j of all experts: hit j sends row token[j] to the expert
-// whose hits are begin[e] .. begin[e+1]-1; `inner` has room for width values a hit. y begins at 0.
-void experts(i64 count, const uint16_t* const* up, const uint16_t* const* down, const i64* begin, const i64* token,
-             const float* weight, i64 n, i64 width, const float* u, i64 tokens, float* inner, float* y, int threads) {
+// y[t] = sum over the k experts of token t of  weight relu(u[t] up')^2 down'.  Hits are sorted by expert, so that a matrix
+// is read once; a thread owns some outputs and adds to them in one order.
+void experts(const uint16_t* const* up, const uint16_t* const* down, i64 count, const i64* expert, const float* weight,
+             i64 tokens, i64 k, i64 n, i64 width, const float* u, float* y, int threads) {
+    std::vector<i64> begin(count + 1, 0), hit, at(tokens * k);
+    for (i64 j = 0; j < tokens * k; j++) begin[expert[j] + 1]++;
+    for (i64 e = 0; e < count; e++) {
+        if (begin[e + 1]) hit.push_back(e);
+        begin[e + 1] += begin[e];
+    }
+    std::vector<i64> next(begin);
+    for (i64 j = 0; j < tokens * k; j++) at[next[expert[j]]++] = j;
+    std::vector<float> inner(tokens * k * width);
     u = spread_rows(u, tokens, n);
-    i64 most = 0;
-    for (i64 e = 0; e < count; e++) most = std::max(most, begin[e + 1] - begin[e]);
+    std::fill(y, y + tokens * n, 0.f);
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<const float*> row(most);
+        std::vector<const float*> row(tokens);
         i64 strips = (width + STRIP - 1) / STRIP;
-#pragma omp for schedule(static)
-        for (i64 s = 0; s < count * strips; s++) {
-            i64 e = s / strips, first = s % strips * STRIP;
-            i64 b = begin[e], rows = begin[e + 1] - b;
-            for (i64 r = 0; r < rows; r++) row[r] = u + token[b + r] * n;
+#pragma omp for schedule(dynamic, 4)
+        for (i64 s = 0; s < (i64)hit.size() * strips; s++) {
+            i64 e = hit[s / strips], first = s % strips * STRIP, b = begin[e], rows = begin[e + 1] - b;
+            for (i64 r = 0; r < rows; r++) row[r] = u + at[b + r] / k * n;
             products(up[e], n, row.data(), rows, first, std::min(width, first + STRIP), [&](i64 r, i64 o, float v) {
                 v = v > 0 ? v : 0;
                 inner[(b + r) * width + spread(o, width)] = v * v;
             });
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (i64 s = 0; s < (n + STRIP - 1) / STRIP; s++)
-            for (i64 e = 0; e < count; e++) {  // a thread owns its outputs: sums have one order
+            for (i64 e : hit) {
                 i64 b = begin[e], rows = begin[e + 1] - b;
-                for (i64 r = 0; r < rows; r++) row[r] = inner + (b + r) * width;
+                for (i64 r = 0; r < rows; r++) row[r] = inner.data() + (b + r) * width;
                 products(down[e], width, row.data(), rows, s * STRIP, std::min(n, (s + 1) * STRIP),
-                         [&](i64 r, i64 o, float v) { y[token[b + r] * n + o] += weight[b + r] * v; });
+                         [&](i64 r, i64 o, float v) { y[at[b + r] / k * n + o] += weight[at[b + r]] * v; });
             }
     }
 }
 
-// One step of the recurrence for `heads` heads (all sequences): next = decay S + u B',  y = next C.
-void scan_step(const float* S, float* next, const float* decay, const float* u, const float* B, const float* C, float* y,
-               i64 heads, i64 p, i64 n, i64 shared, int threads) {
+// One position of the recurrence for b sequences:  next = exp(dt A) S + dt x B',  y = next C + D x.  `real`: null, or
+// whether each sequence has this position. x, dt, B, C are rows of wider arrays, `*_step` apart.
+void scan_step(const float* S, float* next, const float* x, i64 x_step, const float* dt, i64 dt_step, const float* A_log,
+               const float* B, i64 B_step, const float* C, i64 C_step, const float* D, const float* bias,
+               const i64* real, float low, float high, float* y, i64 b, i64 h, i64 p, i64 n, i64 g, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (i64 h = 0; h < heads; h++) {
-        const float *b = B + h / shared * n, *c = C + h / shared * n, d = decay[h];
-        for (i64 i = h * p; i < (h + 1) * p; i++) {
-            const float *from = S + i * n, a = u[i];
-            float *to = next + i * n, total = 0;
+    for (i64 s = 0; s < b * h; s++) {
+        i64 at = s / h, head = s % h, group = head / (h / g);
+        const float *bs = B + at * B_step + group * n, *cs = C + at * C_step + group * n;
+        float raw = dt[at * dt_step + head] + bias[head];
+        float step = raw > 20 ? raw : log1pf(expf(raw));
+        step = real && !real[at] ? 0 : std::min(std::max(step, low), high);
+        float decay = expf(-step * expf(A_log[head]));
+        for (i64 i = 0; i < p; i++) {
+            const float *from = S + (s * p + i) * n, v = x[at * x_step + head * p + i], a = step * v;
+            float *to = next + (s * p + i) * n, total = 0;
 #pragma omp simd reduction(+ : total)
-            for (i64 k = 0; k < n; k++) {
-                float v = d * from[k] + a * b[k];
-                to[k] = v;
-                total += v * c[k];
+            for (i64 j = 0; j < n; j++) {
+                float w = decay * from[j] + a * bs[j];
+                to[j] = w;
+                total += w * cs[j];
             }
-            y[i] = total;
+            y[s * p + i] = total + D[head] * v;
         }
+    }
+}
+
+// One position of the causal convolution, w [k][c]:  y = silu(bias + sum_j w[j] window[j]), and the next tail.
+void conv_step(const float* x, i64 x_step, const float* w, const float* bias, const float* tail, const i64* real, float* y,
+               float* next, i64 b, i64 c, i64 k, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (b > 1)
+    for (i64 s = 0; s < b; s++) {
+        const float *row = x + s * x_step, *old = tail + s * (k - 1) * c;
+        float *out = y + s * c, *kept = next + s * (k - 1) * c;
+        for (i64 i = 0; i < c; i++) out[i] = bias[i] + w[(k - 1) * c + i] * row[i];
+        for (i64 j = 0; j < k - 1; j++)
+            for (i64 i = 0; i < c; i++) out[i] += w[j * c + i] * old[j * c + i];
+        for (i64 i = 0; i < c; i++) out[i] /= 1 + expf(-out[i]);
+        if (real && !real[s]) {
+            memcpy(kept, old, (k - 1) * c * sizeof(float));
+        } else {
+            memcpy(kept, old + c, (k - 2) * c * sizeof(float));
+            memcpy(kept + (k - 2) * c, row, c * sizeof(float));
+        }
+    }
+}
+
+// total = x + delta (delta may be null),  y = total / rms(total) w
+void rms_norm(const float* x, const float* delta, const float* w, float eps, float* y, float* total, i64 rows, i64 d) {
+    for (i64 r = 0; r < rows; r++, x += d, y += d) {
+        const float* t = x;
+        if (delta) {
+            for (i64 i = 0; i < d; i++) total[i] = x[i] + delta[i];
+            t = total, delta += d, total += d;
+        }
+        float squares = 0;
+        for (i64 i = 0; i < d; i++) squares += t[i] * t[i];
+        float scale = 1 / sqrtf(squares / d + eps);
+        for (i64 i = 0; i < d; i++) y[i] = t[i] * scale * w[i];
+    }
+}
+
+// out = y silu(z), each group over its rms, times w
+void gated_rms_norm(const float* y, const float* z, i64 z_step, const float* w, float eps, float* out, i64 rows, i64 groups,
+                    i64 c) {
+    for (i64 r = 0; r < rows; r++)
+        for (i64 g = 0; g < groups; g++) {
+            const float *v = y + (r * groups + g) * c, *gate = z + r * z_step + g * c, *scales = w + g * c;
+            float *to = out + (r * groups + g) * c, squares = 0;
+            for (i64 i = 0; i < c; i++) to[i] = v[i] * gate[i] / (1 + expf(-gate[i]));
+            for (i64 i = 0; i < c; i++) squares += to[i] * to[i];
+            float scale = 1 / sqrtf(squares / c + eps);
+            for (i64 i = 0; i < c; i++) to[i] *= scale * scales[i];
+        }
+}
+
+// The k best of logits' sigmoid + bias for each row, best first, the lower index on a tie; weights from the sigmoid alone.
+void choose(const float* logits, const float* bias, i64 rows, i64 count, i64 k, int normalise, float factor, i64* expert,
+            float* weight) {
+    std::vector<float> score(count), c(count);
+    for (i64 r = 0; r < rows; r++, logits += count, expert += k, weight += k) {
+        float total = 0;
+        for (i64 e = 0; e < count; e++) {
+            score[e] = 1 / (1 + expf(-logits[e]));
+            c[e] = score[e] + bias[e];
+        }
+        for (i64 j = 0; j < k; j++) {
+            i64 best = 0;
+            for (i64 e = 1; e < count; e++)
+                if (c[e] > c[best]) best = e;
+            expert[j] = best, weight[j] = score[best], total += score[best], c[best] = -3e38f;
+        }
+        for (i64 j = 0; j < k; j++) weight[j] *= normalise ? factor / (total + 1e-20f) : factor;
     }
 }
 }

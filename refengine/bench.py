@@ -1,0 +1,136 @@
+"""How fast a model runs here, and what share that is of what the machine can do.
+
+    prefill  tokens/s for prompts of several lengths; their products over the measured peak of matrix products
+    decode   tokens/s for several batches and contexts; the bytes a step must read over the measured read bandwidth
+
+A context is filled with random keys and values, so that a long one takes no longer to prepare than to store.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from statistics import median
+
+import numpy as np
+
+from refengine.engine import PREFILL
+from refengine.report import peak_memory
+from spec.config import Config
+from spec.model import Model
+from spec.tensors import active_parameters, table
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def seconds(work: Callable, repeat: int) -> float:
+    """The median of `repeat` runs, after one that is not counted."""
+    work()
+    times = []
+    for _ in range(repeat):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return median(times)
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes a second that `threads` threads read from memory together, the best of five."""
+    parts = [np.ones(2**24, np.int64) for _ in range(threads)]  # 128 MB each
+    with ThreadPoolExecutor(threads) as pool:
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            list(pool.map(np.max, parts))
+            times.append(time.perf_counter() - began)
+    return sum(part.nbytes for part in parts) / min(times)
+
+
+def matrix_peak(model: Model, size: int = 2048) -> float:
+    """Operations a second in a large product of the backend: 512 rows and a square matrix, as `linear` does it."""
+    from types import SimpleNamespace
+
+    from spec.arrays import DTYPES
+    from spec.tensors import Group
+
+    rng, here = np.random.default_rng(0), model.backend
+    values = rng.standard_normal((size, size), np.float32).astype(DTYPES["BF16"])
+    group = Group("", False, "bench", [SimpleNamespace(precision="matrix")])
+    weight = here.place(group, [values])
+    table = here.place(group, [rng.standard_normal((512, size), np.float32).astype(DTYPES["BF16"])])
+    x = here.ops.embed(here.array(np.arange(512)[None]), table)
+    return 2 * 512 * size**2 / seconds(lambda: here.fetch(here.ops.linear(x, weight)[:, -1:, -1:]), 5)
+
+
+def bytes_a_step(cfg: Config, width: int, batch: int, context: int) -> float:
+    """What one decoding step reads at least: weights that some token meets, S, keys and values."""
+    total = 0.0
+    for row in table(cfg):
+        if row.role == "routed_expert":  # the share of experts that `batch` tokens meet, if they choose evenly
+            total += row.size * width * (1 - (1 - cfg.num_experts_per_tok / cfg.n_routed_experts) ** batch)
+        elif row.block.startswith("layers.") or row.role == "lm_head" or (row.role, cfg.tie_word_embeddings) == (
+            "embedding", True
+        ):  # fmt: skip
+            total += row.size * width
+    S = 4 * cfg.mamba_num_heads * cfg.mamba_head_dim * cfg.ssm_state_size
+    kv = 2 * cfg.num_key_value_heads * cfg.head_dim * width * context
+    return total + batch * (S * cfg.layers.count("M") + kv * cfg.layers.count("*"))
+
+
+def prefill(model: Model, ids: np.ndarray) -> list:
+    """Read sequences [b l] as the engine does, up to the logits of the last position."""
+    states, here, chunk = model.new_states(len(ids)), model.backend, max(1, model.cfg.chunk_size)
+    step = max(1, PREFILL // chunk) * chunk
+    for start in range(0, ids.shape[1], step):
+        h, states = model.blocks(model.embed(here.array(ids[:, start : start + step])), states)
+    here.fetch(model.head(h[:, -1:]))
+    return states
+
+
+def with_context(model: Model, batch: int, context: int) -> list:
+    """States of sequences that have read `context` positions of noise."""
+    states, here, cfg = prefill(model, np.zeros((batch, 1), np.int64)), model.backend, model.cfg
+    rng, known = np.random.default_rng(0), 1
+    while known < context:
+        more = min(4096, context - known)
+        noise = rng.standard_normal((batch, more, cfg.num_key_value_heads, cfg.head_dim), np.float32)
+        states = [s.append(here.array(noise), here.array(noise)) if hasattr(s, "append") else s for s in states]
+        known += more
+    return states
+
+
+def decode_seconds(model: Model, batch: int, context: int, steps: int) -> float:
+    """The median time of one step."""
+    states, here, times = with_context(model, batch, context), model.backend, []
+    rng = np.random.default_rng(1)
+    for _ in range(steps + 2):
+        began = time.perf_counter()
+        ids = rng.integers(0, model.cfg.vocab_size, (batch, 1))
+        h, states = model.blocks(model.embed(here.array(ids)), states)
+        here.fetch(model.head(h))
+        times.append(time.perf_counter() - began)
+    return median(times[2:])
+
+
+def bench(
+    model: Model, dtype: str, threads: int, prompts: list[int], batches: list[int], contexts: list[int],
+    repeat: int = 3, steps: int = 16, vendor: dict | None = None,
+) -> Iterator[dict]:  # fmt: skip
+    """A row for each measurement. `vendor`: bandwidth and matrix peak of a device that is not this machine's memory."""
+    cfg, width = model.cfg, BYTES[dtype]
+    machine = vendor or {"bandwidth": read_bandwidth(threads), "matrix_peak": matrix_peak(model)}
+    yield {"what": "machine", **machine, "threads": threads}
+    rng = np.random.default_rng(0)
+    for length in prompts:
+        ids = rng.integers(0, cfg.vocab_size, (1, length))
+        took = seconds(lambda ids=ids: prefill(model, ids), repeat)
+        share = 2 * active_parameters(cfg) * length / took / machine["matrix_peak"]
+        yield {"what": "prefill", "batch": 1, "tokens": length, "tokens_per_second": length / took, "share": share,
+               "peak_memory": peak_memory()}  # fmt: skip
+    for context in contexts:
+        for batch in batches:
+            took = decode_seconds(model, batch, context, steps)
+            share = bytes_a_step(cfg, width, batch, context) / took / machine["bandwidth"]
+            yield {"what": "decode", "batch": batch, "tokens": context, "tokens_per_second": batch / took,
+                   "milliseconds": 1e3 * took, "share": share, "peak_memory": peak_memory()}  # fmt: skip

@@ -1,0 +1,75 @@
+"""refengine bench: how fast does a model run here?"""
+
+from __future__ import annotations
+
+import json
+import os
+
+import click
+
+from refengine.cli import options
+from spec.config import InputError
+
+
+class Numbers(click.ParamType):
+    """Whole numbers with commas between them."""
+
+    name = "N,N"
+
+    def convert(self, value, param, ctx):
+        try:
+            numbers = [int(part) for part in value.split(",")] if isinstance(value, str) else value
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers, such as 1,8", param, ctx)
+        if not all(n >= 1 for n in numbers):
+            self.fail("every number must be at least 1", param, ctx)
+        return numbers
+
+
+@click.command()
+@options.engine
+@click.option("--prompt", "prompts", type=Numbers(), default="512", show_default=True, help="Lengths of prompts.")
+@click.option("--batch", "batches", type=Numbers(), default="1,8", show_default=True, help="Sequences side by side.")
+@click.option("--context", "contexts", type=Numbers(), default="64", show_default=True, help="Tokens before decoding.")
+@click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Prefills; the median counts.")
+@click.option("--steps", type=click.IntRange(1), default=16, show_default=True, help="Decoded tokens; likewise.")
+@options.as_json
+@options.debug
+def bench(model, backend, dtype, device, threads, prompts, batches, contexts, repeat, steps, as_json):
+    """Tokens per second, and the share of this machine's matrix peak (prefill) and read bandwidth (decode)."""
+    from threadpoolctl import threadpool_limits
+
+    from refengine import backend as backends
+    from refengine.bench import bench
+    from refengine.checkpoint import Checkpoint
+    from refengine.report import bytes_text
+    from spec.model import Model
+
+    checkpoint = Checkpoint.open(model)
+    cfg = checkpoint.config
+    longest = max(prompts + contexts)
+    if longest > cfg.max_position_embeddings:
+        raise InputError(f"{longest} tokens are more than the model's context of {cfg.max_position_embeddings}")
+    chosen = backends.make(backend, cfg, dtype, device)
+    threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with threadpool_limits(threads):
+        built = Model.build(cfg, checkpoint.read, chosen)
+        rows = bench(built, dtype, threads, prompts, batches, contexts, repeat, steps)
+        if as_json:
+            for row in rows:
+                click.echo(json.dumps(row))
+            return
+        machine = next(rows)
+        click.echo(
+            f"{backend}, {dtype}, {device}, {threads} threads: reads {machine['bandwidth'] / 1e9:.1f} GB/s, "
+            f"multiplies {machine['matrix_peak'] / 1e9:.0f} GFLOP/s\n"
+        )
+        click.echo("| | batch | tokens before | tokens/s | ms a step | share of the machine | peak memory |")
+        click.echo("|---|---|---|---|---|---|---|")
+        for row in rows:
+            before = f"{row['tokens']}" if row["what"] == "decode" else f"prompt of {row['tokens']}"
+            step = f"{row['milliseconds']:.1f}" if "milliseconds" in row else ""
+            click.echo(
+                f"| {row['what']} | {row['batch']} | {before} | {row['tokens_per_second']:.1f} | {step} | "
+                f"{row['share']:.0%} | {bytes_text(row['peak_memory'])} |"
+            )
