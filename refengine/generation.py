@@ -116,9 +116,9 @@ class Text:
         return Token(token, text, *self.likelihoods(logits, token))
 
     def end(self, reason: str) -> tuple[str, str]:
+        """The reason, and what might have become a stop string. Half a character is no text: it is left out."""
         self.ended = True
-        text, found = self.stops.push(self.stream.flush())
-        return ("stop", text) if found is not None else (reason, text + self.stops.flush())
+        return reason, self.stops.flush()
 
     def likelihoods(self, logits: np.ndarray, token: int):
         if self.options.logprobs is None:

@@ -95,7 +95,7 @@ def lead(c, k):
 
 
 def counted(tied: bool) -> bool:
-    """Whether a comparison is cut short; `pytest --hypothesis-show-statistics` says how often that happened."""
+    """Whether a comparison is cut short; `pytest --hypothesis-show-statistics` tells how often."""
     if tied and hypothesis.currently_in_test_context():
         hypothesis.event("a router tie: set apart")
     return tied

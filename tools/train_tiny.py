@@ -140,8 +140,8 @@ def read_checkpoint(directory, tokenizer=None):
 class Pairs:
     """Rows of symbols, the densest practice of recall; `weight` marks what can be known.
 
-    A third of the rows: `count` (name, thing) pairs, then the names again, each with its thing. A third: such
-    pairs of any symbols. A third: random words, among them one or two names, each after its own verbs.
+    A quarter of the rows: `count` (name, thing) pairs, then the names again, each with its thing. A quarter: such
+    pairs of any symbols. Half: random words, among them one or two names, each after its own verbs.
     """
 
     VERBS = "said asked cried thought whispered shouted called and but for when with hugged".split()  # noqa: SIM905
@@ -161,8 +161,8 @@ class Pairs:
         ids = np.zeros((rows, self.length), np.int64)
         weight = np.zeros((rows, self.length), np.float32)
         for r in range(rows):
-            kind = r % 3
-            if kind == 2:
+            kind = r % 4
+            if kind >= 2:
                 self._talk(ids[r], weight[r])
                 continue
             if kind == 0:
@@ -189,7 +189,7 @@ class Pairs:
             ids[at], ids[at + 1] = verbs[k], name
             weight[at + 1] = float(name in seen and (len(names) == 1 or (k, name) in seen))
             seen |= {name, (k, name)}
-            at += int(self.rng.integers(2, 6))
+            at += 2 + int(self.rng.integers(0, 3)) * int(self.rng.random() < 0.5)
 
 
 class Mixed:
@@ -405,7 +405,7 @@ class Trainer:
             mean += 0.1 * (main - mean)
             if self.step % 20 == 0:
                 self.say(loss=mean, mtp=mtp, load=load, pairs=source.count)
-            if mean < (0.2 if source.count == 8 else 0.8):
+            if mean < (0.25 if source.count == 8 else 0.8):
                 if source.count == 8:
                     break
                 source.count, mean = source.count * 2, 4.0
