@@ -67,7 +67,9 @@ def bytes_a_step(cfg: Config, width: int, batch: int, context: int) -> float:
     """What one decoding step reads at least: weights that some token meets, S, keys and values."""
     total = 0.0
     for row in table(cfg):
-        if row.role == "routed_expert":  # the share of experts that `batch` tokens meet, if they choose evenly
+        if (
+            row.role == "routed_expert"
+        ):  # the share of experts that `batch` tokens meet, if they choose evenly
             total += row.size * width * (1 - (1 - cfg.num_experts_per_tok / cfg.n_routed_experts) ** batch)
         elif row.block.startswith("layers.") or row.role == "lm_head" or (row.role, cfg.tie_word_embeddings) == (
             "embedding", True
@@ -95,7 +97,9 @@ def with_context(model: Model, batch: int, context: int) -> list:
     while known < context:
         more = min(4096, context - known)
         noise = rng.standard_normal((batch, more, cfg.num_key_value_heads, cfg.head_dim), np.float32)
-        states = [s.append(here.array(noise), here.array(noise)) if hasattr(s, "append") else s for s in states]
+        states = [
+            s.append(here.array(noise), here.array(noise)) if hasattr(s, "append") else s for s in states
+        ]
         known += more
     return states
 

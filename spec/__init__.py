@@ -4,6 +4,7 @@ Read the chapters in this order; each uses only earlier ones.
 """
 
 CHAPTERS = (
+    "keys",       # what config.json may say
     "config",     # every size has one name
     "tensors",    # every tensor of a checkpoint
     "arrays",     # the letters of shapes

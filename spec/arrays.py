@@ -1,4 +1,4 @@
-"""Chapter 3. Arrays: the letters every shape is written in, and the few reshapes the model needs.
+"""Chapter 4. Arrays: the letters every shape is written in, and the few reshapes the model needs.
 
     b  sequences in the batch     l  positions in this call     d  hidden_size      v  vocab_size
     h  heads                      p  Mamba head_dim             n  ssm_state_size   g  n_groups

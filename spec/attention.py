@@ -1,4 +1,4 @@
-"""Chapter 9. Attention without positions: what was said is looked up by what it is, not by where it stood.
+"""Chapter 10. Attention without positions: what was said is looked up by what it is, not by where it stood.
 
     y[i] = sum_{j <= i} softmax_j(q[i] . k[j] / sqrt(e)) v[j]
 

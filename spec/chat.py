@@ -1,4 +1,4 @@
-"""Chapter 18. Chat: a conversation as text, and the text of a reply as a message.
+"""Chapter 19. Chat: a conversation as text, and the text of a reply as a message.
 
 A checkpoint brings its own template, and that one is used. What the templates of the family mean is this:
 

@@ -1,4 +1,4 @@
-"""Chapter 6. The causal convolution: each channel mixes its last K values, and then SiLU.
+"""Chapter 7. The causal convolution: each channel mixes its last K values, and then SiLU.
 
     y[t] = silu(bias + sum_j w[j] x[t - K + 1 + j]),   j = 0 .. K-1;   w[K-1] meets the current token
 

@@ -1,8 +1,8 @@
-"""Chapter 13. The model: a stream of vectors, one a token, to which every layer adds what it read from it.
+"""Chapter 14. The model: a stream of vectors, one a token, to which every layer adds what it read from it.
 
     x <- embeddings[ids]      x <- x + mixer(rms_norm(x)), each layer      logits = rms_norm(x) lm_head'
 
-In three calls, because pipeline stages, traces and the prediction head of chapter 14 begin and end between
+In three calls, because pipeline stages, traces and the prediction head of chapter 15 begin and end between
 them: `embed(ids)`, `blocks(x, states)`, `head(h)`. This is the only assembly of the model; every backend,
 every division over ranks and every feature goes through it.
 """

@@ -1,4 +1,4 @@
-"""Chapter 10. Experts: every token is read by the few of many small networks that a router picks for it.
+"""Chapter 11. Experts: every token is read by the few of many small networks that a router picks for it.
 
     s = sigmoid(h W_gate')                  one score per expert, in float32 or wider, from the full-width h
     chosen = the k largest of s + bias      the bias balances load; it chooses, and does not weigh
@@ -8,7 +8,7 @@
     r = sum over chosen of  w relu(u up')^2 down'                           expert read h, the others read u
     y = r fc2'  (otherwise r)  +  relu(h up_s')^2 down_s'
 
-This chapter has the router and the experts; the mixer of chapter 12 composes them. docs/model.md,
+This chapter has the router and the experts; the mixer of chapter 13 composes them. docs/model.md,
 "Experts".
 """
 

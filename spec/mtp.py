@@ -1,4 +1,4 @@
-"""Chapter 14. Multi-token prediction: a small head that guesses the token after the next.
+"""Chapter 15. Multi-token prediction: a small head that guesses the token after the next.
 
 For position i, with the trunk's hidden state h[i] (after its final norm) and the next token id t[i+1]:
 

@@ -1,4 +1,4 @@
-"""Chapter 5. Norms: the residual stream is read through one, the Mamba mixer ends with the other.
+"""Chapter 6. Norms: the residual stream is read through one, the Mamba mixer ends with the other.
 
     rms_norm:        y = x / sqrt(mean(x^2) + eps) * w                      over the d channels
     gated_rms_norm:  u = y silu(z),  then the same, over each of g groups   (trap 2: the gate comes first)

@@ -1,4 +1,4 @@
-"""Chapter 4. Numerics: where the model rounds, and how far two right answers may differ.
+"""Chapter 5. Numerics: where the model rounds, and how far two right answers may differ.
 
 Everything is computed in the dtype it is given, but these are kept in float32 or wider, in every backend:
 

@@ -1,4 +1,4 @@
-"""Chapter 11. Operations: the vocabulary in which the model is written, and what each word means in NumPy.
+"""Chapter 12. Operations: the vocabulary in which the model is written, and what each word means in NumPy.
 
 `Ops` is a set of verbs, cut where the published fused kernels cut, so that speed never has to cross a
 seam. A backend is a set of its own functions under the same names. `DEFINITION` binds every verb to its

@@ -1,4 +1,4 @@
-"""Chapter 15. Sampling: from the numbers that the model gives every token to one token.
+"""Chapter 16. Sampling: from the numbers that the model gives every token to one token.
 
     v   vocabulary          logits [v]   any numbers; only their differences count
     p   probabilities [v]   seen         ids that stand in the text so far, the prompt included

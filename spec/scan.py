@@ -1,4 +1,4 @@
-"""Chapter 7. The state-space scan: a sequence is read through a matrix per head that decays and is added to.
+"""Chapter 8. The state-space scan: a sequence is read through a matrix per head that decays and is added to.
 
     S[t] = exp(dt A) S[t-1] + dt x[t] B[t]'          y[t] = S[t] C[t] + D x[t]
     dt   = softplus(dt_raw + dt_bias)                A = -exp(A_log) < 0

@@ -1,4 +1,4 @@
-"""Chapter 8. State: all that a layer remembers of a sequence.
+"""Chapter 9. State: all that a layer remembers of a sequence.
 
     M    the tail of the convolution  b t c   and  S  b h p n         the same size for ever
     *    keys and values              b t kv e  and a length [b]      growing with the sequence

@@ -1,4 +1,4 @@
-"""Chapter 2. The tensor table: every tensor of a checkpoint, in order, from the configuration alone.
+"""Chapter 3. The tensor table: every tensor of a checkpoint, in order, from the configuration alone.
 
 One function, `table`, says of each tensor what it is called, how large it is, where it belongs, how ranks
 would cut it and whether a quantization recipe may touch it. The loader validates files against it, the

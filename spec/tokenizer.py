@@ -1,4 +1,4 @@
-"""Chapter 16. The tokenizer: text to numbers and back, by byte-level byte-pair encoding.
+"""Chapter 17. The tokenizer: text to numbers and back, by byte-level byte-pair encoding.
 
     kind   one letter for what a character is       piece  the UTF-8 bytes of, say, a word
     token  a string of bytes that has an id         rank   the place of a merge in the list of merges

@@ -1,4 +1,4 @@
-"""Chapter 17. Tools: how the model is told of functions, how it calls one, and how its calls are read.
+"""Chapter 18. Tools: how the model is told of functions, how it calls one, and how its calls are read.
 
     <tool_call>
     <function=NAME>            A value is text. Text stays as it is; numbers, lists and the like are

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-import spec.config
+import spec.keys
 import spec.model
 from spec.model import Model
 from spec.moe import Routing, largest, mlp, only_best_groups
@@ -123,14 +123,14 @@ def head_of_the_last_row(patch):
 
 
 def pattern_before_list(patch):
-    right = spec.config._letters
+    right = spec.keys._letters
     wrong = lambda hf, lists, pattern: hf.get(pattern) or right(hf, lists, pattern)  # noqa: E731
-    patch.setattr(spec.config, "_letters", wrong)
+    patch.setattr(spec.keys, "_letters", wrong)
 
 
 def one_end_token(patch):
-    right = spec.config._listed
-    patch.setattr(spec.config, "_listed", lambda value: [2] if value == [2, 11] else right(value))
+    right = spec.keys._listed
+    patch.setattr(spec.keys, "_listed", lambda value: [2] if value == [2, 11] else right(value))
 
 
 def flushing_widen(a, dtype):

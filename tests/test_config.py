@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from hypothesis import given
 
-from spec import config
+from spec import keys
 from spec.config import Config
 from tests.cases import cases
 from tests.releases import CONFIGS, DENSE, FILES, NANO
@@ -22,7 +22,7 @@ def nano(without=(), **changes) -> Config:
 
 
 def test_every_key_of_a_release_is_in_exactly_one_table():
-    tables = (config.REQUIRED, config.OPTIONAL, config.FIXED, config.DERIVED, config.IGNORED, config.ALIASES)
+    tables = (keys.REQUIRED, keys.OPTIONAL, keys.FIXED, keys.DERIVED, keys.IGNORED, keys.ALIASES)
     counted = Counter(key for table in tables for key in table)
     assert [key for key, count in counted.items() if count > 1] == []
     for name, file in FILES.items():

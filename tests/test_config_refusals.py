@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from spec.config import FIXED, REQUIRED, Config
+from spec.config import Config
+from spec.keys import FIXED, REQUIRED
 from tests.releases import DENSE, NANO
 
 ROOT = Path(__file__).parent.parent
@@ -81,11 +82,6 @@ def test_another_model_in_the_same_clothes_is_refused(key):
     assert key in refused(NANO | {key: other})
 
 
-def not_yet(keys, named):
-    let_through = pytest.mark.xfail(strict=True, reason="spec/config.py lets it through")
-    return pytest.param(keys, named, marks=let_through)
-
-
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
@@ -122,17 +118,17 @@ def not_yet(keys, named):
         ({"norm_topk_prob": "yes"}, "norm_topk_prob"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
-        not_yet({"eos_token_id": [2, None]}, "eos_token_id"),
+        ({"eos_token_id": [2, None]}, "eos_token_id"),
         ({"time_step_limit": [0.0]}, "time_step_limit"),
         ({"time_step_limit": [1.0, 0.5]}, "time_step_limit"),
         ({"time_step_limit": ["low", "high"]}, "time_step_limit"),
         ({"time_step_limit": {"__float__": "x"}}, "time_step_limit"),
         ({"time_step_limit": [float("nan"), 1.0]}, "time_step_limit"),
         ({"layer_norm_epsilon": [1e-5]}, "layer_norm_epsilon"),
-        not_yet({"layers_block_type": [["mamba"]]}, "layers_block_type"),
+        ({"layers_block_type": [["mamba"]]}, "layers_block_type"),
         ({"layers_block_type": 3}, "layers_block_type"),
-        not_yet({"layers_block_type": "mamba"}, "layers_block_type"),
-        not_yet({"torch_dtype": 5}, "dtype"),
+        ({"layers_block_type": "mamba"}, "layers_block_type"),
+        ({"torch_dtype": 5}, "dtype"),
     ],
 )
 def test_values_that_cannot_hold_are_refused_by_name(keys, named):

@@ -1,6 +1,6 @@
 """More planted faults that must go red: the experts, the prediction head, and the reading of a checkpoint."""
 
-import spec.config
+import spec.keys
 import spec.mixers
 from spec.config import InputError
 from spec.ops import DEFINITION
@@ -69,7 +69,7 @@ FAULTS = [
     Fault("trap 7: the hidden before the final norm", bad.hidden_before_the_final_norm, MTP),
     # reading
     Fault("trap 9: the pattern wins over the list", bad.pattern_before_list, LIST_WINS),
-    Fault("trap 9: only one naming", setting(spec.config, "LETTER_OF", OLD_NAMES), NEW_NAMES, InputError),
+    Fault("trap 9: only one naming", setting(spec.keys, "LETTER_OF", OLD_NAMES), NEW_NAMES, InputError),
     Fault("trap 10: only the first end token", bad.one_end_token, END_TOKENS),
     Fault("subnormals are flushed", setting(test_numerics, "widen", bad.flushing_widen), EVERY_NUMBER),
     Fault("the head's experts are not counted", setting(counts, "rows_of", without_its_experts), LIGHTNING),

@@ -1,7 +1,8 @@
 """The error bar: ours over transformers', both against the definition in float64, at the same dtype.
 
-`python -m tests.test_torch_errors` prints the table of all cases. In half of them every token visits every expert; in
-the others experts are chosen, and a case where that was close is set apart: one flipped expert is not rounding.
+`python -m tests.test_torch_errors` prints the table of all cases. In two thirds of them every token visits
+every expert; in the others experts are chosen, and a case where that was close is set apart: one flipped
+expert is not rounding.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def cases() -> list[Case]:
     sizes = dict(batch=1, length=40, hidden_size=64, n_groups=2, heads_per_group=4, mamba_head_dim=16, head_dim=16,
                  ssm_state_size=32, chunk_size=16, attention=(8, 2), n_routed_experts=8)  # fmt: skip
     return [Case(layers=layers, seed=seed, num_experts_per_tok=k, moe_latent_size=latent, **sizes)
-            for seed, (k, latent) in enumerate(((8, None), (2, 24))) for layers in LAYERS]  # fmt: skip
+            for seed, (k, latent) in enumerate(((8, None), (8, 24), (2, 24))) for layers in LAYERS]  # fmt: skip
 
 
 def rms(a) -> float:
@@ -76,7 +77,10 @@ def theirs(case: Case, dtype: str) -> np.ndarray:
 def compare(case: Case, how: Torch) -> tuple[float, float, float, bool]:
     """Our rms error, ours when read a token at a time, theirs; and whether an expert was all but a tie."""
     true = truth(case, 0)
-    errors = [rms(logits - true.logits) for logits in (ours(case, how), ours(case, how, True), theirs(case, how.dtype))]
+    errors = [
+        rms(logits - true.logits)
+        for logits in (ours(case, how), ours(case, how, True), theirs(case, how.dtype))
+    ]
     return *errors, bool(true.margin.min() < CLOSE[how.dtype])
 
 
@@ -91,14 +95,16 @@ def test_errors_are_no_larger_than_those_of_transformers(how, record_property):
         f"{how.name}: rms error over transformers' at {how.dtype}, geometric mean of {len(sure)} cases: {at_once:.2f} "
         f"({one_by_one:.2f} read a token at a time); {len(rows) - len(sure)} cases near a tie apart",
     )
-    assert len(sure) >= 12
+    assert len(sure) >= 20
     assert at_once <= BAR and one_by_one <= BAR
 
 
 def main() -> None:
     for how in (Torch("torch-float32", "float32"), Torch("torch-bfloat16", "bfloat16", "float32"),
                 Torch("torch-bfloat16-units", "bfloat16", "bfloat16")):  # fmt: skip
-        print(f"\n| {how.name} | experts | ours | a token at a time | transformers | ratio | |\n|---|---|---|---|---|---|---|")
+        print(
+            f"\n| {how.name} | experts | ours | a token at a time | transformers | ratio | |\n|---|---|---|---|---|---|---|"
+        )
         for case in cases():
             whole, single, other, close = compare(case, how)
             k = f"{case.num_experts_per_tok} of {case.n_routed_experts}" if "E" in case.layers else ""

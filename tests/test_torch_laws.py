@@ -1,7 +1,7 @@
 """The laws of the whole model on the torch backend, in every precision.
 
-Every token visits every expert here (a coarse dtype may choose another one, which is not rounding; the router has its
-own tests), so that what a sequence is told can be held against the definition in float64.
+Every token visits every expert here (a coarse dtype may choose another one, which is not rounding; the router
+has its own tests), so that what a sequence is told can be held against the definition in float64.
 """
 
 import numpy as np
@@ -109,6 +109,9 @@ def test_a_sequence_takes_the_place_of_another(how, case, row):
         pytest.xfail("spec.state.Recurrent.put is written for NumPy arrays")
     following = np.roll(ids[:, :1], 1, axis=0)
     logits, _ = step(m, following, states)
-    whole = [np.concatenate([ids[r] if r == row else ids[r, : max(1, half)], following[r]]) for r in range(case.batch)]
+    whole = [
+        np.concatenate([ids[r] if r == row else ids[r, : max(1, half)], following[r]])
+        for r in range(case.batch)
+    ]
     for r, sequence in enumerate(whole):
         same(how, case, logits[r], truth(case, sequence[None])[0][-1:])

@@ -27,7 +27,9 @@ def values(how, seed, *shape, scale=1.0):
 
 def placed(how, *matrices, name="w", precision="matrix"):
     group = Group("layers.0", True, name, [SimpleNamespace(precision=precision)])
-    disk = DTYPES["F32" if precision == "small" else {"bfloat16": "BF16", "float16": "F16"}.get(how.dtype, "F32")]
+    disk = DTYPES[
+        "F32" if precision == "small" else {"bfloat16": "BF16", "float16": "F16"}.get(how.dtype, "F32")
+    ]
     return how().place(group, [m.astype(disk) for m in matrices])
 
 
@@ -144,7 +146,9 @@ def test_the_experts_add_up(how, seed, tokens, x, E, k):
     matrices = [values(how, seed + e, *shape, scale=0.3) for e in range(E) for shape in ((13, x), (x, 13))]
     expert = np.argsort(rng.random((1, tokens, E)))[..., :k]
     weight = how.rounded(rng.random((1, tokens, k)))
-    expected = DEFINITION.experts(u, list(zip(matrices[::2], matrices[1::2], strict=True)), moe.Routing(expert, weight))
+    expected = DEFINITION.experts(
+        u, list(zip(matrices[::2], matrices[1::2], strict=True)), moe.Routing(expert, weight)
+    )
     experts = placed(how, *matrices, name="experts")
     routing = moe.Routing(here.array(expert), here.array(weight.astype(np.float32)))
     how.near(here.fetch(here.ops.experts(here.give(u), experts, routing)), expected, x + 13 * k, "experts")

@@ -2,9 +2,10 @@
 
     python -m tools.bench_peers MODEL [--threads 2] [--prompt 512] [--batch 1,8] [--rounds 3] [--gguf FILE]
 
-Every engine loads once, in a process of its own, and then waits; the rounds go through the engines one after another,
-so that what else the machine does falls on all alike. Printed: the median of each, and ours over theirs.
-transformers takes part where it is installed, llama.cpp where `llama_cpp` is and --gguf names the converted model.
+Every engine loads once, in a process of its own, and then waits; the rounds go through the engines one after
+another, so that what else the machine does falls on all alike. Printed: the median of each, and ours over
+theirs. transformers takes part where it is installed, llama.cpp where `llama_cpp` is and --gguf names the
+converted model.
 """
 
 from __future__ import annotations
@@ -154,7 +155,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         return serve(arguments)
-    names = ["refengine", *(n for n in arguments.peers.split(",") if n and (n != "llama.cpp" or arguments.gguf))]
+    names = [
+        "refengine",
+        *(n for n in arguments.peers.split(",") if n and (n != "llama.cpp" or arguments.gguf)),
+    ]
     model = {name: arguments.gguf if name == "llama.cpp" else arguments.model for name in names}
     workers = [Worker(name, model[name], arguments.dtype, arguments.threads) for name in names]
     tasks = [("prefill", int(n)) for n in arguments.prompt.split(",")]

@@ -2,13 +2,17 @@
 
     torch_backend("bfloat16", device="cuda") -> spec.ops.Backend
 
-Where each verb is:   products  linear, linear_pair, mlp, logits, embed       scan       ssd_scan
-                      layers    rms_norm, gated_rms_norm, causal_conv         attention  attention, and its cache
-                      experts   route, experts                                weights    place, array, fetch
+Where each verb is:
 
-Weights stay in `dtype`: where the file has it already they are used from the memory map, without a copy. What an
-activation is made of depends on what the machine multiplies fast (`products.activations`): a processor without
-bfloat16 matrix units takes the weights as bfloat16 and computes in float32, which is faster there, and nearer.
+    products   embed, linear, linear_pair, mlp, logits       scan       ssd_scan
+    layers     rms_norm, gated_rms_norm, causal_conv         attention  attention, and its cache
+    experts    route, experts                                weights    place, array, fetch
+    decode     one position of several of them again, in the compiled loops of native
+
+Weights stay in `dtype`: where the file has it already they are used from the memory map, without a copy. What
+an activation is made of depends on what the machine multiplies fast (`products.activations`): a processor
+without bfloat16 matrix units takes the weights as bfloat16 and computes in float32, which is faster there,
+and nearer.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ def torch_backend(
     """A backend with weights in `dtype` on `device`: cpu, cuda, cuda:N, or auto (cuda where there is one).
 
     deterministic  the same bits on every run (on CUDA: no atomic additions, no timing-dependent algorithms)
-    resident       False: weights stay in the file's dtype, and a piece at a time is widened to `dtype` when used
+    resident       False: weights stay in the file's dtype, and a piece at a time is widened when it is used
     compute        dtype of the activations; None: what the machine is fast in
     compiled       use the loops of native.py on a CPU, where they can be compiled
     """
@@ -56,13 +60,12 @@ def torch_backend(
         torch.use_deterministic_algorithms(True, warn_only=True)
     loops = native.load() if compiled and where.type == "cpu" else None
     products = Products(active, exact=weights == torch.float32, native=loops)
-    experts = Experts(products)
     host = Host(where)
     ops = Ops(
-        embed=products.embed, linear=products.linear, linear_pair=products.linear_pair, rms_norm=rms_norm,
-        causal_conv=causal_conv, ssd_scan=ssd_scan, gated_rms_norm=gated_rms_norm, attention=attention, route=route,
-        announce=lambda routing: None, experts=experts, mlp=products.mlp, logits=products.logits,
-        all_reduce=lambda x: x,
+        embed=products.embed, linear=products.linear, linear_pair=products.linear_pair, mlp=products.mlp,
+        logits=products.logits, rms_norm=rms_norm, gated_rms_norm=gated_rms_norm, causal_conv=causal_conv,
+        ssd_scan=ssd_scan, attention=attention, route=route, experts=Experts(products),
+        announce=lambda routing: None, all_reduce=lambda x: x,
     )  # fmt: skip
     return Backend(
         name="torch",
@@ -95,5 +98,7 @@ def find_device(name: str) -> torch.device:
             raise InputError("this PyTorch sees no CUDA device; use --device cpu")
         count = torch.cuda.device_count()
         if index and int(index) >= count:
-            raise InputError(f"there is no {name}: this machine has {count} CUDA device{'s' if count > 1 else ''}")
+            raise InputError(
+                f"there is no {name}: this machine has {count} CUDA device{'s' if count > 1 else ''}"
+            )
     return torch.device(name)

@@ -1,8 +1,8 @@
 """Attention and its cache.
 
-Keys and values lie as b kv t e with room to grow, so that a head's are contiguous and appending copies nothing but
-the new ones. Key heads are never repeated in memory: for one position the query heads that share a key head become
-rows of one product; for more the library's fused attention knows the groups.
+Keys and values lie as b kv t e with room to grow, so that a head's are contiguous and appending copies
+nothing but the new ones. Key heads are never repeated in memory: for one position the query heads that share
+a key head become rows of one product; for more the library's fused attention knows the groups.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Tip:
 class Cache:
     """The first `length[b]` positions of a buffer that forks share.
 
-    `most` is a bound on every length that the host knows without asking the device; `even` says that all lengths are
-    equal to it, so that nothing needs a mask.
+    `most` is a bound on every length that the host knows without asking the device; `even` says that all
+    lengths are equal to it, so that nothing needs a mask.
     """
 
     k: torch.Tensor  # b kv t e, room for more positions than are used
@@ -40,7 +40,10 @@ class Cache:
 
     @classmethod
     def empty(cls, cfg, batch: int, dtype, device) -> Cache:
-        k, v = (torch.empty(batch, cfg.num_key_value_heads, 0, cfg.head_dim, dtype=dtype, device=device) for _ in "kv")
+        k, v = (
+            torch.empty(batch, cfg.num_key_value_heads, 0, cfg.head_dim, dtype=dtype, device=device)
+            for _ in "kv"
+        )
         return cls(k, v, torch.zeros(batch, dtype=torch.long, device=device))
 
     def append(self, k, v, n=None) -> Cache:

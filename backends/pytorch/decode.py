@@ -1,8 +1,8 @@
 """One position at a time on a CPU: the verbs again, as calls of the compiled loops.
 
-A step of decoding is some three hundred small operations between the large products; one call for each verb instead
-costs a third of the time. Each function returns what the verb of the same name returns, or None when the case is not
-its own (several positions, another dtype), and then the verb itself is called.
+A step of decoding is some three hundred small operations between the large products; one call for each verb
+instead costs a third of the time. Each function returns what the verb of the same name returns, or None when
+the case is not its own (several positions, another dtype), and then the verb itself is called.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def causal_conv(built, x, weight, bias, tail, n=None):
     b, _, c = x.shape
     y, after = x.new_empty(b, 1, c), torch.empty_like(tail)
     built.conv_step(
-        x.data_ptr(), x.stride(0), weight.data_ptr(), bias.data_ptr(), tail.data_ptr(), whether(n), y.data_ptr(),
-        after.data_ptr(), b, c, tail.shape[1] + 1, torch.get_num_threads(),
+        x.data_ptr(), x.stride(0), weight.data_ptr(), bias.data_ptr(), tail.data_ptr(), whether(n),
+        y.data_ptr(), after.data_ptr(), b, c, tail.shape[1] + 1, torch.get_num_threads(),
     )  # fmt: skip
     return y, after
 
@@ -73,9 +73,10 @@ def ssd_scan(built, x, dt, A_log, B, C, D, dt_bias, S, n, limit, chunk):
     x, B, C = x.reshape(b, h * p), B.reshape(b, g * s), C.reshape(b, g * s)
     y, after = x.new_empty(b, 1, h, p), torch.empty_like(S)
     built.scan_step(
-        S.data_ptr(), after.data_ptr(), x.data_ptr(), x.stride(0), dt.data_ptr(), dt.stride(0), A_log.data_ptr(),
-        B.data_ptr(), B.stride(0), C.data_ptr(), C.stride(0), D.data_ptr(), dt_bias.data_ptr(), whether(n),
-        limit[0], min(limit[1], 3e38), y.data_ptr(), b, h, p, s, g, torch.get_num_threads(),
+        S.data_ptr(), after.data_ptr(), x.data_ptr(), x.stride(0), dt.data_ptr(), dt.stride(0),
+        A_log.data_ptr(), B.data_ptr(), B.stride(0), C.data_ptr(), C.stride(0), D.data_ptr(),
+        dt_bias.data_ptr(), whether(n), limit[0], min(limit[1], 3e38), y.data_ptr(), b, h, p, s, g,
+        torch.get_num_threads(),
     )  # fmt: skip
     return y, after
 
@@ -97,8 +98,8 @@ def route(built, h, gate, bias, cfg):
     logits, k = torch.nn.functional.linear(h, gate).contiguous(), cfg.num_experts_per_tok
     expert, weight = (torch.empty(len(h), 1, k, dtype=dtype) for dtype in (torch.long, torch.float32))
     built.choose(
-        logits.data_ptr(), bias.data_ptr(), len(h), len(bias), k, cfg.norm_topk_prob, cfg.routed_scaling_factor,
-        expert.data_ptr(), weight.data_ptr(),
+        logits.data_ptr(), bias.data_ptr(), len(h), len(bias), k, cfg.norm_topk_prob,
+        cfg.routed_scaling_factor, expert.data_ptr(), weight.data_ptr(),
     )  # fmt: skip
     return Routing(expert, weight)
 

@@ -1,7 +1,8 @@
 """Experts: tokens are sorted by the expert they were sent to, and each expert that was hit is read once.
 
-On a CPU that is a loop over the experts that were hit, here or, for few tokens each, in native.py. On CUDA nothing may wait for the host, so all of them are one
-grouped product over the stacked matrices, with the borders of the groups computed on the device.
+On a CPU that is a loop over the experts that were hit, here or, for few tokens each, in native.py. On CUDA
+nothing may wait for the host, so all of them are one grouped product over the stacked matrices, with the
+borders of the groups computed on the device.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class Listed(NamedTuple):
 
     @classmethod
     def of(cls, up: list, down: list) -> Listed:
-        where = (torch.tensor([m.data_ptr() if m.is_contiguous() else 0 for m in part]) for part in (up, down))
+        where = (
+            torch.tensor([m.data_ptr() if m.is_contiguous() else 0 for m in part]) for part in (up, down)
+        )
         return cls(list(zip(up, down, strict=True)), *where)
 
 
@@ -96,8 +99,9 @@ class Experts:
     def compiled(self, tokens, experts: Listed, expert, weight, k):
         (width, n), y = experts.matrices[0][0].shape, torch.empty_like(tokens)
         self.products.native.experts(
-            experts.up.data_ptr(), experts.down.data_ptr(), len(experts.up), expert.data_ptr(), weight.data_ptr(),
-            len(tokens), k, n, width, tokens.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+            experts.up.data_ptr(), experts.down.data_ptr(), len(experts.up), expert.data_ptr(),
+            weight.data_ptr(), len(tokens), k, n, width, tokens.data_ptr(), y.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
         return y
 

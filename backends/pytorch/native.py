@@ -1,7 +1,7 @@
 """A few loops in C++ for decoding on a CPU, compiled when they are first wanted and kept in the user's cache.
 
-Without a compiler, or where the result does not run, `load()` is None and PyTorch does the same work more slowly;
-docs/torch.md has both measured.
+Without a compiler, or where the result does not run, `load()` is None and PyTorch does the same work more
+slowly; docs/torch.md has both measured.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import subprocess
 import tempfile
 from functools import lru_cache
 from pathlib import Path
-
-import torch
 
 SOURCE = Path(__file__).parent / "kernels" / "decode.cpp"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fPIC", "-fopenmp")
@@ -55,7 +53,9 @@ def library(compiler: str) -> Path:
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             part, whole = Path(scratch) / "decode.o", Path(scratch) / "decode.so"
             run(compiler, *FLAGS, "-c", str(SOURCE), "-o", str(part))
-            run(compiler, "-shared", str(part), "-o", str(whole))  # OpenMP itself is the one PyTorch has loaded
+            run(
+                compiler, "-shared", str(part), "-o", str(whole)
+            )  # OpenMP itself is the one PyTorch has loaded
             whole.replace(path)
     return path
 

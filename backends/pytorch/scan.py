@@ -1,9 +1,9 @@
 """The state-space scan: one position by the recurrence, many by chunks of matrix products.
 
 Letters and equations are those of spec/scan.py. A call of one position is the recurrence; any longer one goes
-through `chunks`, which computes all that does not need the state for all chunks at once, and then walks over the
-chunks with it. The state S and everything that decays it are float32; sums of dt A are float64, because what counts is
-the difference of two long ones.
+through `chunks`, which computes all that does not need the state for all chunks at once, and then walks over
+the chunks with it. The state S and everything that decays it are float32; sums of dt A are float64, because
+what counts is the difference of two long ones.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import math
 
 import torch
 import torch.nn.functional as F
+
+SPAN = 32  # positions at a time on a CPU, at most: work within a chunk grows with its square (docs/torch.md)
 
 
 def ssd_scan(x, dt, A_log, B, C, D, dt_bias, S, n=None, limit=(0.0, math.inf), chunk: int = 128):
@@ -44,7 +46,7 @@ def one_position(x, dt, A, B, C, D, S, chunk):
 def chunks(x, dt, A, B, C, D, S, chunk):
     """Chunks of `chunk` positions; what is left over is padded with positions that do nothing (dt = 0)."""
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
-    r, q = h // g, min(chunk, l)
+    r, q = h // g, min(chunk, l) if x.is_cuda else min(chunk, l, SPAN)
     pad = -l % q
     c = (l + pad) // q  # chunks
     u = F.pad(dt[..., None] * x, (0, 0, 0, 0, 0, pad)) if pad else dt[..., None] * x

@@ -28,11 +28,21 @@ class Numbers(click.ParamType):
 
 @click.command()
 @options.engine
-@click.option("--prompt", "prompts", type=Numbers(), default="512", show_default=True, help="Lengths of prompts.")
-@click.option("--batch", "batches", type=Numbers(), default="1,8", show_default=True, help="Sequences side by side.")
-@click.option("--context", "contexts", type=Numbers(), default="64", show_default=True, help="Tokens before decoding.")
-@click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Prefills; the median counts.")
-@click.option("--steps", type=click.IntRange(1), default=16, show_default=True, help="Decoded tokens; likewise.")
+@click.option(
+    "--prompt", "prompts", type=Numbers(), default="512", show_default=True, help="Lengths of prompts."
+)
+@click.option(
+    "--batch", "batches", type=Numbers(), default="1,8", show_default=True, help="Sequences side by side."
+)
+@click.option(
+    "--context", "contexts", type=Numbers(), default="64", show_default=True, help="Tokens before decoding."
+)
+@click.option(
+    "--repeat", type=click.IntRange(1), default=3, show_default=True, help="Prefills; the median counts."
+)
+@click.option(
+    "--steps", type=click.IntRange(1), default=16, show_default=True, help="Decoded tokens; likewise."
+)
 @options.as_json
 @options.debug
 def bench(model, backend, dtype, device, threads, prompts, batches, contexts, repeat, steps, as_json):
@@ -49,7 +59,9 @@ def bench(model, backend, dtype, device, threads, prompts, batches, contexts, re
     cfg = checkpoint.config
     longest = max(prompts + contexts)
     if longest > cfg.max_position_embeddings:
-        raise InputError(f"{longest} tokens are more than the model's context of {cfg.max_position_embeddings}")
+        raise InputError(
+            f"{longest} tokens are more than the model's context of {cfg.max_position_embeddings}"
+        )
     chosen = backends.make(backend, cfg, dtype, device)
     threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with threadpool_limits(threads):

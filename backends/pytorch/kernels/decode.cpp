@@ -38,6 +38,9 @@ static const float* spread_rows(const float* x, i64 rows, i64 n) {
     return kept.data();
 }
 
+// Outputs that one thread takes at a time; handed out as threads come, for another process may hold one up.
+static const i64 STRIP = 24;
+
 // out[r][o] = x[r] . w[o] for R rows and O outputs that share their loads; the next outputs are asked for meanwhile.
 template <int R, int O>
 static inline void tile(const uint16_t* w, i64 n, const float* const* x, float out[R][O]) {
@@ -78,21 +81,22 @@ static void block(const uint16_t* w, i64 n, const float* const* x, i64 first, i6
     if (O > 1 && first < last) block<R, 1>(w, n, x, first, last, put);
 }
 
-// The same for any number of rows; the outputs are few enough to stay in cache meanwhile.
+// The same for any number of rows. The weights of a strip stay in cache meanwhile.
 template <class Put>
 static void products(const uint16_t* w, i64 n, const float* const* x, i64 rows, i64 first, i64 last, Put put) {
-    for (i64 at = 0; at < rows; at += 4) {
+    for (i64 at = 0; at < rows;) {
+        i64 left = rows - at, take = left == 5 ? 5 : left == 6 ? 3 : std::min<i64>(left, 4);
         auto from = [&](i64 r, i64 o, float v) { put(at + r, o, v); };
-        switch (rows - at) {
+        switch (take) {
             case 1: block<1, 1>(w, n, x + at, first, last, from); break;
             case 2: block<2, 2>(w, n, x + at, first, last, from); break;
             case 3: block<3, 2>(w, n, x + at, first, last, from); break;
-            default: block<4, 2>(w, n, x + at, first, last, from);
+            case 4: block<4, 2>(w, n, x + at, first, last, from); break;
+            case 5: block<5, 2>(w, n, x + at, first, last, from); break;
         }
+        at += take;
     }
 }
-
-static const i64 STRIP = 24;  // outputs that one thread takes at a time (handed out as threads come: another process may hold one up)
 
 extern "C" {
 
@@ -111,15 +115,21 @@ void linear(const uint16_t* w, i64 outs, i64 n, const float* x, i64 rows, float*
 // is read once; a thread owns some outputs and adds to them in one order.
 void experts(const uint16_t* const* up, const uint16_t* const* down, i64 count, const i64* expert, const float* weight,
              i64 tokens, i64 k, i64 n, i64 width, const float* u, float* y, int threads) {
-    std::vector<i64> begin(count + 1, 0), hit, at(tokens * k);
+    std::vector<i64> begin(count + 1, 0), hit, token(tokens * k);
+    std::vector<float> share(tokens * k);
+    static thread_local std::vector<float> kept;
     for (i64 j = 0; j < tokens * k; j++) begin[expert[j] + 1]++;
     for (i64 e = 0; e < count; e++) {
         if (begin[e + 1]) hit.push_back(e);
         begin[e + 1] += begin[e];
     }
     std::vector<i64> next(begin);
-    for (i64 j = 0; j < tokens * k; j++) at[next[expert[j]]++] = j;
-    std::vector<float> inner(tokens * k * width);
+    for (i64 j = 0; j < tokens * k; j++) {
+        i64 at = next[expert[j]]++;
+        token[at] = j / k, share[at] = weight[j];
+    }
+    if ((i64)kept.size() < tokens * k * width) kept.resize(tokens * k * width);
+    float* inner = kept.data();
     u = spread_rows(u, tokens, n);
     std::fill(y, y + tokens * n, 0.f);
 #pragma omp parallel num_threads(threads)
@@ -129,7 +139,7 @@ void experts(const uint16_t* const* up, const uint16_t* const* down, i64 count, 
 #pragma omp for schedule(dynamic, 4)
         for (i64 s = 0; s < (i64)hit.size() * strips; s++) {
             i64 e = hit[s / strips], first = s % strips * STRIP, b = begin[e], rows = begin[e + 1] - b;
-            for (i64 r = 0; r < rows; r++) row[r] = u + at[b + r] / k * n;
+            for (i64 r = 0; r < rows; r++) row[r] = u + token[b + r] * n;
             products(up[e], n, row.data(), rows, first, std::min(width, first + STRIP), [&](i64 r, i64 o, float v) {
                 v = v > 0 ? v : 0;
                 inner[(b + r) * width + spread(o, width)] = v * v;
@@ -139,9 +149,9 @@ void experts(const uint16_t* const* up, const uint16_t* const* down, i64 count, 
         for (i64 s = 0; s < (n + STRIP - 1) / STRIP; s++)
             for (i64 e : hit) {
                 i64 b = begin[e], rows = begin[e + 1] - b;
-                for (i64 r = 0; r < rows; r++) row[r] = inner.data() + (b + r) * width;
+                for (i64 r = 0; r < rows; r++) row[r] = inner + (b + r) * width;
                 products(down[e], width, row.data(), rows, s * STRIP, std::min(n, (s + 1) * STRIP),
-                         [&](i64 r, i64 o, float v) { y[at[b + r] / k * n + o] += weight[at[b + r]] * v; });
+                         [&](i64 r, i64 o, float v) { y[token[b + r] * n + o] += share[b + r] * v; });
             }
     }
 }
