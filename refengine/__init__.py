@@ -6,7 +6,7 @@
         print(event.text, end="")
 """
 
-from refengine.engine import Engine, End, Token, load
+from refengine.engine import End, Engine, Token, load
 from spec.config import InputError
 
 __version__ = "0.1.0"

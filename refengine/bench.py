@@ -1,7 +1,7 @@
 """How fast a model runs here, and what share that is of what the machine can do.
 
     prefill  tokens/s for prompts of several lengths; their products over the measured peak of matrix products
-    decode   tokens/s for several batches and contexts; the bytes a step must read over the measured read bandwidth
+    decode   tokens/s for several batches and contexts; the bytes a step must read over the read bandwidth
 
 A context is filled with random keys and values, so that a long one takes no longer to prepare than to store.
 """
@@ -48,7 +48,7 @@ def read_bandwidth(threads: int) -> float:
 
 
 def matrix_peak(model: Model, size: int = 2048) -> float:
-    """Operations a second in a large product of the backend: 512 rows and a square matrix, as `linear` does it."""
+    """Operations a second in the backend's product of 512 rows and a square matrix."""
     from types import SimpleNamespace
 
     from spec.arrays import DTYPES
@@ -65,15 +65,13 @@ def matrix_peak(model: Model, size: int = 2048) -> float:
 
 def bytes_a_step(cfg: Config, width: int, batch: int, context: int) -> float:
     """What one decoding step reads at least: weights that some token meets, S, keys and values."""
-    total = 0.0
+    total, head = 0.0, "embedding" if cfg.tie_word_embeddings else "lm_head"
     for row in table(cfg):
         if (
             row.role == "routed_expert"
         ):  # the share of experts that `batch` tokens meet, if they choose evenly
             total += row.size * width * (1 - (1 - cfg.num_experts_per_tok / cfg.n_routed_experts) ** batch)
-        elif row.block.startswith("layers.") or row.role == "lm_head" or (row.role, cfg.tie_word_embeddings) == (
-            "embedding", True
-        ):  # fmt: skip
+        elif row.block.startswith("layers.") or row.role == head:
             total += row.size * width
     S = 4 * cfg.mamba_num_heads * cfg.mamba_head_dim * cfg.ssm_state_size
     kv = 2 * cfg.num_key_value_heads * cfg.head_dim * width * context
@@ -119,22 +117,26 @@ def decode_seconds(model: Model, batch: int, context: int, steps: int) -> float:
 
 def bench(
     model: Model, dtype: str, threads: int, prompts: list[int], batches: list[int], contexts: list[int],
-    repeat: int = 3, steps: int = 16, vendor: dict | None = None,
+    repeat: int = 3, steps: int = 16, host: bool = True,
 ) -> Iterator[dict]:  # fmt: skip
-    """A row for each measurement. `vendor`: bandwidth and matrix peak of a device that is not this machine's memory."""
-    cfg, width = model.cfg, BYTES[dtype]
-    machine = vendor or {"bandwidth": read_bandwidth(threads), "matrix_peak": matrix_peak(model)}
-    yield {"what": "machine", **machine, "threads": threads}
+    """A row for the machine, then one a measurement. Not on the `host`: no shares of the machine."""
+    cfg = model.cfg
+    peak, bandwidth = (matrix_peak(model), read_bandwidth(threads)) if host else (None, None)
+    yield {"what": "machine", "threads": threads, "bandwidth": bandwidth, "matrix_peak": peak}
     rng = np.random.default_rng(0)
     for length in prompts:
         ids = rng.integers(0, cfg.vocab_size, (1, length))
         took = seconds(lambda ids=ids: prefill(model, ids), repeat)
-        share = 2 * active_parameters(cfg) * length / took / machine["matrix_peak"]
-        yield {"what": "prefill", "batch": 1, "tokens": length, "tokens_per_second": length / took, "share": share,
-               "peak_memory": peak_memory()}  # fmt: skip
+        yield {
+            "what": "prefill", "batch": 1, "tokens": length, "tokens_per_second": length / took,
+            "share": host and 2 * active_parameters(cfg) * length / took / peak, "peak_memory": peak_memory(),
+        }  # fmt: skip
     for context in contexts:
         for batch in batches:
             took = decode_seconds(model, batch, context, steps)
-            share = bytes_a_step(cfg, width, batch, context) / took / machine["bandwidth"]
-            yield {"what": "decode", "batch": batch, "tokens": context, "tokens_per_second": batch / took,
-                   "milliseconds": 1e3 * took, "share": share, "peak_memory": peak_memory()}  # fmt: skip
+            need = bytes_a_step(cfg, BYTES[dtype], batch, context)
+            yield {
+                "what": "decode", "batch": batch, "tokens": context, "tokens_per_second": batch / took,
+                "milliseconds": 1e3 * took, "share": host and need / took / bandwidth,
+                "peak_memory": peak_memory(),
+            }  # fmt: skip

@@ -116,7 +116,7 @@ class Text:
         return Token(token, text, *self.likelihoods(logits, token))
 
     def end(self, reason: str) -> tuple[str, str]:
-        """The reason, and what might have become a stop string. Half a character is no text: it is left out."""
+        """The reason, and what might have become a stop string. Half a character is not text: left out."""
         self.ended = True
         return reason, self.stops.flush()
 

@@ -1,7 +1,7 @@
 """Chapter 2. The configuration: every size in the model has one name, the one it has in `config.json`.
 
-A `Config` is made once, at the door, and is never changed; whatever depends on a size takes it from here. What
-the sizes have to satisfy together is checked before there is one, so that no later chapter need ask.
+A `Config` is made once, at the door, and is never changed; whatever depends on a size takes it from here.
+What the sizes have to satisfy together is checked before there is one, so that no later chapter need ask.
 Facts and sources: docs/model.md, "Configuration".
 """
 

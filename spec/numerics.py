@@ -31,8 +31,8 @@ def tolerance(dtype, terms: int) -> float:
     """How far a sum of `terms` products, accumulated in `dtype`, may lie from the exact one.
 
     Times the largest value of the result, where that is above 1. Rounding errors of a long sum add up like a
-    random walk, so they grow with the square root of its length; the factor 4 leaves room for the tail of that
-    walk and for a different order of summation.
+    random walk, so they grow with the square root of its length; the factor 4 leaves room for the tail of
+    that walk and for a different order of summation.
     """
     return 4.0 * float(ml_dtypes.finfo(dtype).eps) * max(1.0, terms) ** 0.5
 

@@ -98,9 +98,11 @@ def sound(ops):
     return {}
 
 
-FAULTS = [norm_before_gate, dt_clamped, one_norm_over_all_groups, convolution_turned_around, tail_after_the_activation,
-          state_not_carried, state_in_bfloat16, without_the_skip, kv_heads_interleaved, bias_weighs,
-          relu_not_squared, weights_not_scaled]  # fmt: skip
+FAULTS = [
+    norm_before_gate, dt_clamped, one_norm_over_all_groups, convolution_turned_around,
+    tail_after_the_activation, state_not_carried, state_in_bfloat16, without_the_skip, kv_heads_interleaved,
+    bias_weighs, relu_not_squared, weights_not_scaled,
+]  # fmt: skip
 
 
 def agrees(fault) -> bool:

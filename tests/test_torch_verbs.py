@@ -116,7 +116,8 @@ def n_here(here, n):
 @on_all
 @given(
     seed=SEED, b=st.integers(1, 3), l=st.integers(1, 70), g=st.integers(1, 3), r=st.integers(1, 3),
-    chunk=st.sampled_from((1, 2, 11, 16, 64)), ragged=st.booleans(), limit=st.sampled_from(((0, math.inf), (0.1, 1.0))),
+    chunk=st.sampled_from((1, 2, 11, 16, 64)), ragged=st.booleans(),
+    limit=st.sampled_from(((0.0, math.inf), (0.1, 1.0))),
 )  # fmt: skip
 def test_the_scan_in_chunks_is_the_recurrence(how, seed, b, l, g, r, chunk, ragged, limit):
     here, (h, p, s), n = how(), (g * r, 5, 7), lengths(seed, b, l) if ragged else None
@@ -127,9 +128,9 @@ def test_the_scan_in_chunks_is_the_recurrence(how, seed, b, l, g, r, chunk, ragg
     here_S = here.array(S.astype(np.float32))
     y, after = here.ops.ssd_scan(
         *here.give(x, dt), small(how, A_log), *here.give(B, C), small(how, D), small(how, bias), here_S,
-        n_here(here, n), tuple(map(float, limit)), chunk,
+        n_here(here, n), limit, chunk,
     )  # fmt: skip
-    expected = DEFINITION.ssd_scan(x, dt, A_log, B, C, D, bias, S, n, tuple(map(float, limit)), chunk)
+    expected = DEFINITION.ssd_scan(x, dt, A_log, B, C, D, bias, S, n, limit, chunk)
     assert here.fetch(after).dtype == np.float32
     how.near(here.fetch(after), expected[1], l + s, "S")
     for row in range(b):

@@ -38,12 +38,13 @@ class Torch:
         """Rounding of the coarsest number on the way.
 
         float16 is only how weights are kept. So is bfloat16 where activations are float32, but without the
-        compiled loops a single row is multiplied in the weights' own dtype.""" exact = self.dtype ==
-        "float16" or (self.compute == "float32" and self.compiled and native.load()) return EPS["float32" if
-        exact else self.dtype]
+        compiled loops a single row is multiplied in the weights' own dtype.
+        """
+        exact = self.dtype == "float16" or (self.compute == "float32" and self.compiled and native.load())
+        return EPS["float32" if exact else self.dtype]
 
     def near(self, actual, expected, terms: int, what: str = "") -> None:
-        """`actual` is the sum of `terms` products that `expected` is, rounded on the way as this bench rounds."""
+        """`actual` is the sum of `terms` products that `expected` is, up to the rounding of this bench."""
         actual, expected = (np.asarray(a).astype(np.float64) for a in (actual, expected))
         assert actual.shape == expected.shape, f"{what}: shape {actual.shape} for {expected.shape}"
         worst = np.abs(actual - expected).max(initial=0) / max(1.0, np.abs(expected).max(initial=0))

@@ -24,7 +24,8 @@ CONTEXT = 64  # tokens before decoding
 
 
 def ours(model: str, dtype: str, threads: int):
-    """work(task, size) -> seconds: "prefill" of `size` tokens, or the median step of "decode" with `size` sequences."""
+    """work(task, size, steps) -> seconds: a "prefill" of `size` tokens, or the median step of "decode" with
+    `size` sequences."""
     import torch
 
     from backends.pytorch import torch_backend

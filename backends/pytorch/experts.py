@@ -34,7 +34,7 @@ def route(h, gate, bias, cfg) -> Routing:
 
 
 def largest(c, k: int):
-    """Indices of the k largest, best first; equal ones in order of index. (topk promises no order of equals.)"""
+    """Indices of the k largest, best first; equal ones in order of index (topk promises no order)."""
     return torch.sort(c, dim=-1, descending=True, stable=True).indices[..., :k]
 
 

@@ -1,4 +1,4 @@
-"""Norms and the causal convolution: sums over channels and over a few positions, in float32 whatever comes in."""
+"""Norms and the causal convolution: sums over channels and over a few positions, always in float32."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ A product of equal dtypes is the library's. Where activations are wider than the
 processor without bfloat16 units) there are three ways, and each reads a weight once:
 
     few rows     the loops of native.py, which widen in registers
-    one row      without them, the library's matrix-vector product in the weight's dtype, which sums in float32
+    one row      without them, the library's product in the weight's dtype, which sums in float32
     more rows    a piece of the weight that stays in cache is widened, multiplied, and forgotten
 
 docs/torch.md has the measurements behind both, and behind `activations`.
@@ -99,7 +99,7 @@ class Products:
         return y
 
     def buffer(self, like, row: int):
-        """Room for a piece, kept between calls: asking the system for fresh pages costs more than the product."""
+        """Room for a piece, kept between calls: fresh pages from the system cost more than the product."""
         key, size = (like.device, like.dtype), max(PIECE, row)
         if key not in self.scratch or self.scratch[key].numel() < size:
             self.scratch[key] = like.new_empty(size)

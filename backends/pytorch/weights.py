@@ -1,4 +1,4 @@
-"""Weights and arrays: from the host's memory map to tensors, without a copy wherever the dtype and the device allow."""
+"""Weights and arrays: from the host's memory map to tensors, without a copy wherever that can be."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def tensor(a: np.ndarray) -> torch.Tensor:
-    """The same memory as a tensor. (NumPy has no bfloat16 that torch knows: it goes over as 16-bit integers.)"""
+    """The same memory as a tensor. (A bfloat16 goes over as a 16-bit integer, which both libraries know.)"""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")  # weights are only read
         if a.dtype == BF16:

@@ -46,11 +46,11 @@ class Numbers(click.ParamType):
 @options.as_json
 @options.debug
 def bench(model, backend, dtype, device, threads, prompts, batches, contexts, repeat, steps, as_json):
-    """Tokens per second, and the share of this machine's matrix peak (prefill) and read bandwidth (decode)."""
+    """Tokens per second, and the share of the machine: matrix peak (prefill), read bandwidth (decode)."""
     from threadpoolctl import threadpool_limits
 
     from refengine import backend as backends
-    from refengine.bench import bench
+    from refengine.bench import bench as measured
     from refengine.checkpoint import Checkpoint
     from refengine.report import bytes_text
     from spec.model import Model
@@ -63,25 +63,30 @@ def bench(model, backend, dtype, device, threads, prompts, batches, contexts, re
             f"{longest} tokens are more than the model's context of {cfg.max_position_embeddings}"
         )
     chosen = backends.make(backend, cfg, dtype, device)
-    threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = threads or len(os.sched_getaffinity(0))
     with threadpool_limits(threads):
         built = Model.build(cfg, checkpoint.read, chosen)
-        rows = bench(built, dtype, threads, prompts, batches, contexts, repeat, steps)
+        rows = measured(built, dtype, threads, prompts, batches, contexts, repeat, steps, device == "cpu")
         if as_json:
             for row in rows:
                 click.echo(json.dumps(row))
             return
         machine = next(rows)
-        click.echo(
-            f"{backend}, {dtype}, {device}, {threads} threads: reads {machine['bandwidth'] / 1e9:.1f} GB/s, "
-            f"multiplies {machine['matrix_peak'] / 1e9:.0f} GFLOP/s\n"
-        )
+        click.echo(f"{backend}, {dtype}, {device}, {threads} threads{speeds(machine)}\n")
         click.echo("| | batch | tokens before | tokens/s | ms a step | share of the machine | peak memory |")
         click.echo("|---|---|---|---|---|---|---|")
         for row in rows:
             before = f"{row['tokens']}" if row["what"] == "decode" else f"prompt of {row['tokens']}"
             step = f"{row['milliseconds']:.1f}" if "milliseconds" in row else ""
+            share = f"{row['share']:.0%}" if row["share"] else ""
             click.echo(
                 f"| {row['what']} | {row['batch']} | {before} | {row['tokens_per_second']:.1f} | {step} | "
-                f"{row['share']:.0%} | {bytes_text(row['peak_memory'])} |"
+                f"{share} | {bytes_text(row['peak_memory'])} |"
             )
+
+
+def speeds(machine: dict) -> str:
+    if not machine["bandwidth"]:
+        return ""
+    read, multiply = machine["bandwidth"] / 1e9, machine["matrix_peak"] / 1e9
+    return f"; the machine reads {read:.1f} GB/s and multiplies {multiply:.0f} GFLOP/s"
