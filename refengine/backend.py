@@ -1,4 +1,4 @@
-"""Which backend computes: a name becomes a `spec.ops.Backend`, imported only when it is chosen."""
+"""Which backend computes: a name becomes a `spec.ops.Backend`, and is imported only when it is chosen."""
 
 from __future__ import annotations
 
@@ -10,26 +10,37 @@ from spec.config import Config, InputError
 from spec.ops import Backend, numpy_backend
 from spec.tensors import parameters, table
 
-BACKENDS = ("numpy",)
+NAMES = ("numpy", "torch")
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def make(name: str, cfg: Config, dtype: str = "float32", device: str = "cpu") -> Backend:
+def make(
+    name: str, cfg: Config, dtype: str = "float32", device: str = "cpu", threads: int | None = None
+) -> Backend:
     """The backend called `name`, computing in `dtype` on `device`; InputError says what there is instead."""
-    if name not in BACKENDS:
-        raise InputError(f"backend {name!r} is not in this version; there is {', '.join(BACKENDS)}")
-    if dtype not in ("float32", "float64"):
-        raise InputError(f"the numpy backend computes in float32 or float64, not in {dtype}")
-    if device not in ("cpu", "auto"):
-        raise InputError(f"the numpy backend runs on the cpu, not on {device!r}")
-    return numpy_backend(np.dtype(dtype), resident=fits(cfg, np.dtype(dtype)))
+    if name == "numpy":
+        if dtype not in ("float32", "float64"):
+            raise InputError(f"the numpy backend computes in float32 or float64, not in {dtype}")
+        if device not in ("cpu", "auto"):
+            raise InputError(f"the numpy backend runs on the cpu, not on {device!r}")
+        return numpy_backend(np.dtype(dtype), resident=fits(cfg, dtype))
+    if name == "torch":
+        try:
+            from backends.pytorch import torch_backend
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise InputError("the torch backend needs PyTorch: pip install 'refengine[torch]'") from None
+        return torch_backend(dtype, device, threads, resident=fits(cfg, dtype))
+    raise InputError(f"there is no backend {name!r}; there is {', '.join(NAMES)}")
 
 
-def fits(cfg: Config, dtype: np.dtype) -> bool:
+def fits(cfg: Config, dtype: str) -> bool:
     """Whether all weights, widened to `dtype`, take at most half of the memory that is free now.
 
     If not, they stay in the file's dtype in the memory map, and one matrix or expert at a time is widened.
     """
-    return parameters(table(cfg)) * dtype.itemsize <= available_memory() / 2
+    return parameters(table(cfg)) * BYTES.get(dtype, 4) <= available_memory() / 2
 
 
 def available_memory() -> int:

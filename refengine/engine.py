@@ -53,7 +53,7 @@ def load(
         threadpool_limits(threads)
     checkpoint = Checkpoint.open(model)
     cfg = checkpoint.config
-    chosen = backends.make(backend, cfg, dtype, device)
+    chosen = backends.make(backend, cfg, dtype, device, threads)
     with progress("loading", len(table(cfg)), "tensor") as bar:
 
         def read(name: str) -> np.ndarray:

@@ -160,7 +160,7 @@ def test_an_option_that_does_not_exist_is_named(engine):
 
 
 @pytest.mark.parametrize("choice, says", [
-    ({"backend": "abacus"}, "there is numpy"), ({"dtype": "int8"}, "float32 or float64"),
+    ({"backend": "abacus"}, "there is numpy, torch"), ({"dtype": "int8"}, "float32 or float64"),
     ({"device": "cuda"}, "runs on the cpu"), ({"threads": 0}, "less than 1"),
 ])  # fmt: skip
 def test_a_choice_there_is_not_is_refused_in_one_sentence(choice, says):

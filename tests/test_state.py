@@ -56,6 +56,7 @@ class Table:
         """A sequence goes on in the slot of another."""
         source, target = self.choose(1), self.choose(1)
         self.states = state.put(self.states, target, state.take(self.states, source))
+        self.read_so_far = list(self.read_so_far)  # a fork may hold the old one
         self.read_so_far[target[0]] = self.read_so_far[source[0]]
 
     def fork(self):

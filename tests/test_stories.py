@@ -28,7 +28,7 @@ def test_the_world_is_as_wide_as_promised(told):
 def test_every_story_is_read_back_as_it_was_meant(told):
     for story in told:
         report = check(story.text)
-        assert report.consistent, report.why
+        assert report.coherent, report.why
         assert report.plot == story.plot
         assert all(story.values[k] == v for k, v in report.values.items())
 
@@ -165,3 +165,10 @@ def test_keys_and_values_are_single_tokens():
     tokenizer = tokenizers.Tokenizer.from_file(str(SHIPPED / "tokenizer.json"))
     for word in [*words.NAMES, *words.THINGS, *skills.COPY_WORDS, *words.NUMBERS]:
         assert len(tokenizer.encode(" " + word, add_special_tokens=False).ids) == 1, word
+
+
+def test_the_longest_copied_run_is_found():
+    from tools.eval_tiny import longest_runs
+
+    corpus = ["the cat sat on the mat", "a dog ran off"]
+    assert longest_runs(["one cat sat on a hat", "a dog ran", "fish", "mat a dog"], corpus) == [3, 3, 0, 2]

@@ -5,7 +5,6 @@ has its own tests), so that what a sequence is told can be held against the defi
 """
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -103,10 +102,7 @@ def test_a_sequence_takes_the_place_of_another(how, case, row):
     row %= case.batch
     _, states = step(m, ids[:, : max(1, half)], m.new_states(case.batch))
     _, newcomer = step(m, ids[row : row + 1], m.new_states(1))
-    try:
-        states = spec_state.put(states, [row], newcomer)
-    except AttributeError:  # the spec's own Recurrent copies with NumPy's copy()
-        pytest.xfail("spec.state.Recurrent.put is written for NumPy arrays")
+    states = spec_state.put(states, [row], newcomer)
     following = np.roll(ids[:, :1], 1, axis=0)
     logits, _ = step(m, following, states)
     whole = [

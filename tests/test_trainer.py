@@ -1,6 +1,7 @@
 """Laws of the training tool: its module is the spec's model, and packing, exporting and resuming change
 nothing."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,26 @@ def test_one_batch_can_be_learned(small):
         opt.zero_grad()
         (main + mtp).backward()
         opt.step()
-        seen.append((float(main), float(mtp)))
+        seen.append((float(main.detach()), float(mtp.detach())))
     assert seen[-1][0] < 0.8 * seen[0][0] and seen[-1][1] < 0.8 * seen[0][1]
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_stopping_and_resuming_goes_on_where_it_was(small, tmp_path):
+    """The weights, their average, both optimizers and the counters come back; the next step is the same."""
+    tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(str(SHIPPED / "tokenizer.json"))
+    args = Namespace(work=str(tmp_path), average=0.9, stage="pairs", init=None, seed=0)
+    torch.manual_seed(4)
+    ids, first = torch.randint(18, 96, (2, 32)), torch.zeros(2, 32, dtype=torch.bool)
+    first[:, 0] = True
+    batch = ids, first, torch.ones(2, 32)
+    one = train_tiny.Trainer(TinyModel(small.cfg), tokenizer, args)
+    for _ in range(3):
+        one.learn(batch, 0.5)
+    one.save()
+    two = train_tiny.Trainer(TinyModel(small.cfg), tokenizer, args)
+    assert two.resume() and (two.step, two.age, two.tokens) == (3, 3, 192)
+    for trainer in (one, two):
+        trainer.learn(batch, 0.5)
+    ours, theirs = one.average.values, two.average.values
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from spec.arrays import DTYPES
 from spec.ops import DEFINITION, numpy_backend
+from spec.tensors import Group
 from tests.benches import Bench, bench
 
 torch = pytest.importorskip("torch", reason="the torch backend needs: pip install 'refengine[torch]'")
@@ -93,3 +96,24 @@ on_all, on_exact = on(ALL), on(EXACT)
 
 # A line for tests/benches.py: BENCHES |= TORCH puts these under every law of the project.
 TORCH = {how.name: how for how in cpu if how.dtype == "float32"}
+
+
+def values(how, seed, *shape, scale=1.0):
+    """Random values that both sides can hold exactly."""
+    return how.rounded(scale * np.random.default_rng([seed, *shape]).standard_normal(shape))
+
+
+def placed(how, *matrices, name="w", precision="matrix"):
+    group = Group("layers.0", True, name, [SimpleNamespace(precision=precision)])
+    disk = DTYPES[
+        "F32" if precision == "small" else {"bfloat16": "BF16", "float16": "F16"}.get(how.dtype, "F32")
+    ]
+    return how().place(group, [m.astype(disk) for m in matrices])
+
+
+def small(how, a):
+    return placed(how, a, precision="small")
+
+
+def lengths(seed, b, l):
+    return np.random.default_rng(seed).integers(0, l + 1, b)

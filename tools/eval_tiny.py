@@ -1,24 +1,25 @@
 """Every number of the embedded model's card, from the shipped files, through the project's own engine:
 
-    python -m tools.eval_tiny                 (prints the card's figures; --json FILE also writes them down)
+    python -m tools.eval_tiny                 (--card FILE also writes them into the card)
 
 Greedy answers are compared word for word; stories are sampled as `generate` samples them by default.
 """
 
 import argparse
-import json
 import random
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
-from spec.sample import log_probs
 
 import refengine
 from spec import mtp
+from spec.sample import log_probs
 from tools.stories import chat, check, skills, tell, words
 
 TRAINING_SEED, HELD_OUT_SEED = 2, 90_001
+MARKS = "<!-- figures -->", "<!-- end of figures -->"
 
 
 def text_of(pieces):
@@ -56,6 +57,7 @@ class Figures:
                 "stories sampled": count,
                 "every sentence parses": sum(r.parsed for r in reports) / count,
                 "names and objects consistent": sum(r.consistent for r in reports) / count,
+                "... and all of one plot": sum(r.coherent for r in reports) / count,
                 "words of a story, mean": float(np.mean([len(t.split()) for t in told])),
                 "longest run of words in 20000 training stories, median": float(np.median(longest)),
                 "longest run of words in 20000 training stories, max": max(longest),
@@ -231,45 +233,60 @@ def longest_runs(texts, corpus):
     return best
 
 
-def measure(model):
-    """All figures, in the order of the card; a story to show, and what was wrong with those that failed."""
+def measure(model, say):
+    """Tell all figures to `say`, in the order of the card; return the sampled stories and their faults."""
     figures = Figures(refengine.load(model))
-    out = figures.losses()
-    found, told, wrong, _ = figures.stories()
-    out |= found
+    say(figures.losses())
+    found, told, wrong = figures.stories()
+    say(found)
     for count in (4, 8):
         for stories in (0, 1):
-            share, length = figures.recall(count, stories)
-            out[f"recall, {count} facts, {stories} stories between"] = share
+            share, _ = figures.recall(count, stories)
+            say({f"recall, {count} facts, {stories} stories between": share})
     for stories in (2, 4, 8, 16, 32):
         share, length = figures.recall(4, stories, cases=16)
-        out[f"recall, 4 facts, {stories} stories between (about {length} tokens)"] = share
-    out |= figures.small_skills()
-    out |= figures.chats()
-    out |= figures.drafting()
-    out |= figures.expert_load(told[:40])
-    return out, told, wrong
+        say({f"recall, 4 facts, {stories} stories between (about {length} tokens)": share})
+    say(figures.small_skills())
+    say(figures.chats())
+    say(figures.drafting())
+    say(figures.expert_load(told[:40]))
+    return told, wrong
+
+
+def write_card(path, figures):
+    """Put the figures between the markers of the card."""
+    before, rest = Path(path).read_text().split(MARKS[0])
+    rows = [
+        "| figure | measured |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in figures.items()),
+    ]
+    Path(path).write_text(
+        before + MARKS[0] + "\n" + "\n".join(rows) + "\n" + MARKS[1] + rest.split(MARKS[1])[1]
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--card", help="also write the figures into this model card, between its markers")
     parser.add_argument("--stories", help="also write the sampled stories to this file")
     args = parser.parse_args()
-    begun = time.perf_counter()
-    out, told, wrong = measure(args.model)
-    for name, value in out.items():
-        print(f"{name:70s} {value:.3f}" if isinstance(value, float) else f"{name:70s} {value}")
-    print(f"{'seconds':70s} {time.perf_counter() - begun:.0f}")
+    begun, out = time.perf_counter(), {}
+
+    def say(found):
+        for name, value in found.items():
+            out[name] = f"{value:.3f}" if isinstance(value, float) else str(value)
+            print(f"{name:76s} {out[name]}", flush=True)
+
+    told, wrong = measure(args.model, say)
+    say({"seconds this took": round(time.perf_counter() - begun)})
     for why in wrong[:10]:
         print("failed:", why)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(out, file, indent=2)
+    if args.card:
+        write_card(args.card, out)
     if args.stories:
-        with open(args.stories, "w") as file:
-            file.write("\n\n----\n\n".join(told))
+        Path(args.stories).write_text("\n\n----\n\n".join(told))
 
 
 if __name__ == "__main__":

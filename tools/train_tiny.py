@@ -140,7 +140,7 @@ def read_checkpoint(directory, tokenizer=None):
 class Pairs:
     """Rows of symbols, the densest practice of recall; `weight` marks what can be known.
 
-    A quarter of the rows: `count` (name, thing) pairs, then the names again, each with its thing. A quarter: such
+    A quarter of the rows: `count` (name, thing) pairs, then the names again, each with its thing. A quarter:
     pairs of any symbols. Half: random words, among them one or two names, each after its own verbs.
     """
 
@@ -319,6 +319,7 @@ class Trainer:
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "age": self.age,
         }
         path = Path(self.args.work) / "last.pt"
         torch.save(state, path.with_suffix(".part"))
@@ -333,9 +334,8 @@ class Trainer:
         self.average.values, self.average.seen = state["average"], state["seen"]
         self.muon.load_state_dict(state["muon"])
         self.adam.load_state_dict(state["adam"])
-        self.stage, self.step, self.tokens, self.seconds = (
-            state[k] for k in ("stage", "step", "tokens", "seconds")
-        )
+        for name in ("stage", "step", "tokens", "seconds", "age"):
+            setattr(self, name, state[name])
         return True
 
     def record(self):
@@ -436,13 +436,12 @@ class Trainer:
 
     def world(self, end):
         source = Mixed(self.tokenizer, self.args.seed + 2 + self.step, self.args.length)
-        begun, saved, age = time.perf_counter(), time.perf_counter(), 0
+        begun = saved = time.perf_counter()
         while time.perf_counter() < end:
             done = (time.perf_counter() - begun) / (end - begun)
-            source.share = max(0.0, 0.8 - age / self.args.ramp) if self.ramping else 0.0
+            source.share = max(0.0, 0.8 - self.age / self.args.ramp) if self.ramping else 0.0
             rate = self.args.rate * (1 - 0.95 * done)
             main, mtp, load = self.learn(source.batch(self.args.batch // self.args.length), rate)
-            age += 1
             if self.step % 20 == 0:
                 self.say(loss=main, mtp=mtp, load=load, rate=rate)
             if time.perf_counter() - saved > 60 * self.args.save_every:
@@ -465,12 +464,9 @@ def main():
         "--rate", type=float, default=0.5, help="learning rate of the last stage, in units of 0.02"
     )
     parser.add_argument("--ramp", type=int, default=300, help="steps over which skills give way to the world")
-    parser.add_argument("--average", type=float, default=0.995)
+    parser.add_argument("--average", type=float, default=0.99)
     parser.add_argument("--save-every", type=float, default=4.0, help="minutes between checkpoints")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the Mamba mixers (a minute at the start)"
-    )
     args = parser.parse_args()
     args.stage = args.stage or ("world" if args.init else "pairs")
     torch.set_num_threads(args.threads)
@@ -491,10 +487,6 @@ def main():
     trainer = Trainer(model, tokenizer, args)
     if trainer.resume():
         print("resumed at step", trainer.step, flush=True)
-    if args.compile:
-        for layer in model.layers:
-            if layer.letter == "M":
-                layer.mixer.compile()
     trainer.run()
 
 

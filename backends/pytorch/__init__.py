@@ -39,6 +39,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def torch_backend(
     dtype: str = "float32",
     device: str = "cpu",
+    threads: int | None = None,
     deterministic: bool = False,
     resident: bool = True,
     compute: str | None = None,
@@ -46,6 +47,7 @@ def torch_backend(
 ) -> Backend:
     """A backend with weights in `dtype` on `device`: cpu, cuda, cuda:N, or auto (cuda where there is one).
 
+    threads        of the processor that products may use, in this process; None: as PyTorch is set
     deterministic  the same bits on every run (on CUDA: no atomic additions, no timing-dependent algorithms)
     resident       False: weights stay in the file's dtype, and a piece at a time is widened when it is used
     compute        dtype of the activations; None: what the machine is fast in
@@ -54,6 +56,8 @@ def torch_backend(
     if dtype not in DTYPES:
         raise InputError(f"the torch backend computes in {', '.join(DTYPES)}, not in {dtype}")
     where = find_device(device)
+    if threads:
+        torch.set_num_threads(threads)
     weights = DTYPES[dtype]
     active = DTYPES[compute] if compute else activations(weights, where)
     if deterministic and where.type == "cuda":

@@ -16,8 +16,11 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-SOURCE = Path(__file__).parent / "kernels" / "decode.cpp"
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fPIC", "-fopenmp")
+SOURCES = [Path(__file__).parent / "kernels" / name for name in ("products.cpp", "steps.cpp")]
+FLAGS = (  # as fast as the order of sums is free, but with infinities and exact divisions
+    "-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
+    "-fno-signed-zeros", "-fassociative-math",
+)  # fmt: skip
 P, I, F, N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 SIGNATURES = {
     "linear": (P, I, I, P, I, P, N),
@@ -42,8 +45,8 @@ def load() -> ctypes.CDLL | None:
 
 
 def library(compiler: str) -> Path:
-    """The shared object for this source, compiler and processor; compiled if it is not there yet."""
-    digest = hashlib.sha256(SOURCE.read_bytes())
+    """The shared object for these sources, compiler and processor; compiled if it is not there yet."""
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES))
     for part in (compiler, *FLAGS, processor()):
         digest.update(part.encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refengine"
@@ -51,11 +54,15 @@ def library(compiler: str) -> Path:
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            part, whole = Path(scratch) / "decode.o", Path(scratch) / "decode.so"
-            run(compiler, *FLAGS, "-c", str(SOURCE), "-o", str(part))
+            parts, whole = (
+                [Path(scratch) / f"{source.stem}.o" for source in SOURCES],
+                Path(scratch) / "decode.so",
+            )
+            for source, part in zip(SOURCES, parts, strict=True):
+                run(compiler, *FLAGS, "-c", str(source), "-o", str(part))
             run(
-                compiler, "-shared", str(part), "-o", str(whole)
-            )  # OpenMP itself is the one PyTorch has loaded
+                compiler, "-shared", *map(str, parts), "-o", str(whole)
+            )  # OpenMP is the one PyTorch has loaded
             whole.replace(path)
     return path
 

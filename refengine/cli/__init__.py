@@ -13,7 +13,7 @@ import traceback
 
 import click
 
-COMMANDS = ("generate", "chat", "inspect", "score")
+COMMANDS = ("generate", "chat", "inspect", "score", "bench")
 
 
 class Commands(click.Group):

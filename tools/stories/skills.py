@@ -12,14 +12,17 @@ import re
 from . import words
 from .world import lines, tell
 
-FORM, SEEN, STORY, KEPT, PRONOUN = 0.2, 0.02, 0.6, 1.8, 1.0
+FORM, SEEN, STORY, BEGIN, PRONOUN, KEPT = 0.2, 0.02, 0.6, 1.0, 1.0, 1.8
 _PRONOUNS = {w for pair in words.PRONOUNS.values() for w in pair}
 COPY_WORDS = words.THINGS + words.PETS + words.WILD + words.PLACES + words.COLORS
 
 
 def weigh(story):
-    """A story in pieces; what must agree with an earlier word (a name said again, a pronoun) counts more."""
-    pieces, said = [], set()
+    """A story in pieces; what must agree with what came before counts more.
+
+    That is a name or thing said again, a pronoun, and how a sentence begins (it chooses what happens next).
+    """
+    pieces, said, since = [], set(), 0
     for part in re.split(r"(?<=\w)(?=\W)|(?<=\W)(?=\w)", story.text):
         weight = STORY
         if part in story.values.values():
@@ -27,6 +30,9 @@ def weigh(story):
             said.add(part)
         elif part.lower() in _PRONOUNS:
             weight = PRONOUN
+        elif since < 6:
+            weight = BEGIN
+        since = 0 if re.search(r"[.!?]", part) else since + 1
         pieces.append((part, weight))
     return pieces
 
@@ -138,4 +144,4 @@ def story(rng):
 
 def cast_lines(rng):
     """Sentences about one cast: who is who must be kept from the first line on."""
-    return [("Lines: ", FORM), *((t, FORM if w == STORY else w) for t, w in weigh(lines(rng)))]
+    return [("Lines: ", FORM), *((t, FORM if w in (STORY, BEGIN) else w) for t, w in weigh(lines(rng)))]

@@ -37,12 +37,18 @@ class Story:
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found: `parsed` says every sentence is ours, `consistent` that one cast fits all."""
+    """What `check` found, each more than the one before.
+
+    parsed: every sentence is one of ours, from an opening to an ending. consistent: one cast (names, things,
+    places, pronouns) fits them all, and nobody turns up just once, unless the plot has it so. coherent: the
+    sentences also belong to one plot.
+    """
 
     parsed: bool
-    consistent: bool
+    consistent: bool = False
+    coherent: bool = False
     plot: str = ""
-    values: dict = None
+    values: dict | None = None
     why: str = ""
 
 
@@ -201,37 +207,41 @@ def parse(text):
 
 
 def check(text):
-    """Read a story back: does one cast explain it all, from an opening to an ending, inside one plot?"""
+    """Read a story back: is every sentence ours, does one cast explain them all, are they of one plot?"""
     read = parse(text)
     for sentence, hits in read:
         if not hits:
-            return Report(False, False, why="not one of our sentences: " + sentence)
+            return Report(False, why="not one of our sentences: " + sentence)
     if not read or not any(h[0] in _openings() for h in read[0][1]):
-        return Report(True, False, why="it does not begin with an opening")
+        return Report(False, why="it does not begin with an opening")
     if not any(h[0] in _endings() for h in read[-1][1]):
-        return Report(True, False, why="it does not end with an ending")
-    used = [n for n in plots() if all(any(h[0].plot in ("", n) for h in hits) for _, hits in read)]
-    why = "its sentences come from different plots"
-    for name in used:
-        if not any(h[0].plot == name for _, hits in read for h in hits):
-            continue
-        states = [{}]
-        for sentence, hits in read:
-            hits = [h for h in hits if h[0].plot in ("", name)]
-            grown = {}
-            for state in states:
-                for _, values, sexes in hits:
-                    merged = unify(state, values, sexes)
-                    if merged is not None and _allowed(merged, plots()[name].slots):
-                        grown[tuple(sorted(merged.items()))] = merged
-            states = list(grown.values())[:64]
-            if not states:
-                why = "names or objects disagree: " + sentence
-                break
-        if states:
-            return Report(True, True, name, {k: v for k, v in states[0].items() if len(k) == 1})
-    return Report(True, False, why=why)
+        return Report(False, why="it does not end with an ending")
+    values, why = _one_cast(read)
+    if values is None:
+        return Report(True, why=why)
+    for name, plot in plots().items():
+        own = [(s, [h for h in hits if h[0].plot in ("", name)]) for s, hits in read]
+        if all(hits for _, hits in own) and any(h[0].plot for _, hits in own for h in hits):
+            narrow, _ = _one_cast(own)
+            if narrow is not None and all(v in plot.slots[k] for k, v in narrow.items() if k in plot.slots):
+                return Report(True, True, True, name, narrow)
+    once = [n for n in words.NAMES if len(re.findall(rf"\b{n}\b", text)) == 1]
+    if once:
+        return Report(True, why=f"{once[0]} turns up only once")
+    return Report(True, True, False, values=values, why="its sentences come from different plots")
 
 
-def _allowed(values, slots):
-    return all(v in slots[k] for k, v in values.items() if k in slots)
+def _one_cast(read):
+    """Slot values that explain every sentence, and ''; or None, and the sentence at which that fails."""
+    states = [{}]
+    for sentence, hits in read:
+        grown = {}
+        for state in states:
+            for _, values, sexes in hits:
+                merged = unify(state, values, sexes)
+                if merged is not None:
+                    grown[tuple(sorted(merged.items()))] = merged
+        states = list(grown.values())[:64]
+        if not states:
+            return None, "names or objects disagree: " + sentence
+    return {k: v for k, v in states[0].items() if len(k) == 1}, ""

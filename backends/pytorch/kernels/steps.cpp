@@ -1,0 +1,116 @@
+// One position of the smaller verbs on a CPU, all float32: a call each instead of ten. Compiled on first use by
+// native.py; the verbs of layers.py, scan.py and experts.py say the same in PyTorch.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+typedef int64_t i64;
+
+extern "C" {
+
+// One position of the recurrence for b sequences:  next = exp(dt A) S + dt x B',  y = next C + D x.  `real`:
+// null, or whether each sequence has this position. x, dt, B, C are rows of wider arrays, `*_step` apart.
+void scan_step(const float* S, float* next, const float* x, i64 x_step, const float* dt, i64 dt_step,
+        const float* A_log,
+               const float* B, i64 B_step, const float* C, i64 C_step, const float* D, const float* bias,
+               const i64* real, float low, float high, float* y, i64 b, i64 h, i64 p, i64 n, i64 g,
+                       int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (i64 s = 0; s < b * h; s++) {
+        i64 at = s / h, head = s % h, group = head / (h / g);
+        const float *bs = B + at * B_step + group * n, *cs = C + at * C_step + group * n;
+        float raw = dt[at * dt_step + head] + bias[head];
+        float step = raw > 20 ? raw : log1pf(expf(raw));
+        step = real && !real[at] ? 0 : std::min(std::max(step, low), high);
+        float decay = expf(-step * expf(A_log[head]));
+        for (i64 i = 0; i < p; i++) {
+            const float *from = S + (s * p + i) * n, v = x[at * x_step + head * p + i], a = step * v;
+            float *to = next + (s * p + i) * n, total = 0;
+#pragma omp simd reduction(+ : total)
+            for (i64 j = 0; j < n; j++) {
+                float w = decay * from[j] + a * bs[j];
+                to[j] = w;
+                total += w * cs[j];
+            }
+            y[s * p + i] = total + D[head] * v;
+        }
+    }
+}
+
+// One position of the causal convolution, w [k][c]:  y = silu(bias + sum_j w[j] window[j]), and the next
+// tail.
+void conv_step(const float* x, i64 x_step, const float* w, const float* bias, const float* tail,
+        const i64* real, float* y,
+               float* next, i64 b, i64 c, i64 k, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (b > 1)
+    for (i64 s = 0; s < b; s++) {
+        const float *row = x + s * x_step, *old = tail + s * (k - 1) * c;
+        float *out = y + s * c, *kept = next + s * (k - 1) * c;
+        for (i64 i = 0; i < c; i++) out[i] = bias[i] + w[(k - 1) * c + i] * row[i];
+        for (i64 j = 0; j < k - 1; j++)
+            for (i64 i = 0; i < c; i++) out[i] += w[j * c + i] * old[j * c + i];
+        for (i64 i = 0; i < c; i++) out[i] /= 1 + expf(-out[i]);
+        if (real && !real[s]) {
+            memcpy(kept, old, (k - 1) * c * sizeof(float));
+        } else {
+            memcpy(kept, old + c, (k - 2) * c * sizeof(float));
+            memcpy(kept + (k - 2) * c, row, c * sizeof(float));
+        }
+    }
+}
+
+// total = x + delta (delta may be null),  y = total / rms(total) w
+void rms_norm(const float* x, const float* delta, const float* w, float eps, float* y, float* total,
+        i64 rows, i64 d) {
+    for (i64 r = 0; r < rows; r++, x += d, y += d) {
+        const float* t = x;
+        if (delta) {
+            for (i64 i = 0; i < d; i++) total[i] = x[i] + delta[i];
+            t = total, delta += d, total += d;
+        }
+        float squares = 0;
+        for (i64 i = 0; i < d; i++) squares += t[i] * t[i];
+        float scale = 1 / sqrtf(squares / d + eps);
+        for (i64 i = 0; i < d; i++) y[i] = t[i] * scale * w[i];
+    }
+}
+
+// out = y silu(z), each group over its rms, times w
+void gated_rms_norm(const float* y, const float* z, i64 z_step, const float* w, float eps, float* out,
+        i64 rows, i64 groups,
+                    i64 c) {
+    for (i64 r = 0; r < rows; r++)
+        for (i64 g = 0; g < groups; g++) {
+            const float *v = y + (r * groups + g) * c, *gate = z + r * z_step + g * c, *scales = w + g * c;
+            float *to = out + (r * groups + g) * c, squares = 0;
+            for (i64 i = 0; i < c; i++) to[i] = v[i] * gate[i] / (1 + expf(-gate[i]));
+            for (i64 i = 0; i < c; i++) squares += to[i] * to[i];
+            float scale = 1 / sqrtf(squares / c + eps);
+            for (i64 i = 0; i < c; i++) to[i] *= scale * scales[i];
+        }
+}
+
+// The k best of logits' sigmoid + bias for each row, best first, the lower index on a tie; weights from the
+// sigmoid alone.
+void choose(const float* logits, const float* bias, i64 rows, i64 count, i64 k, int normalise, float factor,
+        i64* expert,
+            float* weight) {
+    std::vector<float> score(count), c(count);
+    for (i64 r = 0; r < rows; r++, logits += count, expert += k, weight += k) {
+        float total = 0;
+        for (i64 e = 0; e < count; e++) {
+            score[e] = 1 / (1 + expf(-logits[e]));
+            c[e] = score[e] + bias[e];
+        }
+        for (i64 j = 0; j < k; j++) {
+            i64 best = 0;
+            for (i64 e = 1; e < count; e++)
+                if (c[e] > c[best]) best = e;
+            expert[j] = best, weight[j] = score[best], total += score[best], c[best] = -3e38f;
+        }
+        for (i64 j = 0; j < k; j++) weight[j] *= normalise ? factor / (total + 1e-20f) : factor;
+    }
+}
+}
