@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -53,9 +54,18 @@ def numpy_bench(dtype: str, ops=REFERENCE, word: str = "numpy") -> Bench:
     return bench(f"{word}-{dtype}", numpy_backend(dtype, ops=ops), dtype)
 
 
+def torch_bench(name: str) -> Bench:
+    from tests.torch_benches import TORCH  # which imports this file
+
+    return TORCH[name]()
+
+
 BENCHES: dict[str, Callable[[], Bench]] = {
     "numpy-float32": partial(numpy_bench, "float32"),
     "numpy-float64": partial(numpy_bench, "float64"),
     "definition-float32": partial(numpy_bench, "float32", DEFINITION, "definition"),
     "definition-float64": partial(numpy_bench, "float64", DEFINITION, "definition"),
 }
+if find_spec("torch"):
+    for name in ("torch-float32", "torch-float32-plain"):
+        BENCHES[name] = partial(torch_bench, name)

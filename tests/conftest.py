@@ -15,6 +15,17 @@ settings.register_profile("thorough", max_examples=200, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_each():
+    """Several test processes whose threads spin would stand in each other's way."""
+    from threadpoolctl import threadpool_limits
+
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # for the processes that tests start
+        os.environ.setdefault(name, "1")
+    with threadpool_limits(1):
+        yield
+
+
 # Nothing here may import `spec` when pytest starts: its shapes are checked only if it is imported after that.
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:

@@ -62,8 +62,8 @@ def bench(model, backend, dtype, device, threads, prompts, batches, contexts, re
         raise InputError(
             f"{longest} tokens are more than the model's context of {cfg.max_position_embeddings}"
         )
-    chosen = backends.make(backend, cfg, dtype, device)
     threads = threads or len(os.sched_getaffinity(0))
+    chosen = backends.make(backend, cfg, dtype, device, threads)
     with threadpool_limits(threads):
         built = Model.build(cfg, checkpoint.read, chosen)
         rows = measured(built, dtype, threads, prompts, batches, contexts, repeat, steps, device == "cpu")

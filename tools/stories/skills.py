@@ -12,7 +12,7 @@ import re
 from . import words
 from .world import lines, tell
 
-FORM, SEEN, STORY, BEGIN, PRONOUN, KEPT = 0.2, 0.02, 0.6, 1.0, 1.0, 1.8
+FORM, SEEN, STORY, BEGIN, PRONOUN, OTHER, KEPT = 0.2, 0.02, 0.6, 1.0, 1.6, 1.7, 1.8
 _PRONOUNS = {w for pair in words.PRONOUNS.values() for w in pair}
 COPY_WORDS = words.THINGS + words.PETS + words.WILD + words.PLACES + words.COLORS
 
@@ -20,13 +20,14 @@ COPY_WORDS = words.THINGS + words.PETS + words.WILD + words.PLACES + words.COLOR
 def weigh(story):
     """A story in pieces; what must agree with what came before counts more.
 
-    That is a name or thing said again, a pronoun, and how a sentence begins (it chooses what happens next).
+    That is a name or thing said again, a friend's name (it is not the hero's), a pronoun, and how a sentence begins
+    (it chooses what happens next).
     """
     pieces, said, since = [], set(), 0
     for part in re.split(r"(?<=\w)(?=\W)|(?<=\W)(?=\w)", story.text):
         weight = STORY
         if part in story.values.values():
-            weight = KEPT if part in said else STORY
+            weight = KEPT if part in said else OTHER if part == story.values.get("F") else STORY
             said.add(part)
         elif part.lower() in _PRONOUNS:
             weight = PRONOUN
