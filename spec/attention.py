@@ -24,22 +24,47 @@ def attention(
     cache: Cache,
     n: Int[Array, " b"] | None = None,
 ) -> tuple[Float[Array, "b l h e"], Cache]:
-    """Append k and v to the cache, then attend from each position to all up to its own."""
-    b, length, h, e = q.shape
-    kv = k.shape[2]
-    position = cache.length[:, None] + np.arange(length)  # b l
+    """The definition: append k and v to the cache, then attend from each position to all up to its own."""
+    position = cache.length[:, None] + np.arange(q.shape[1])  # b l
     cache = cache.append(k, v, n)
-    K, V = cache.upto(int(position.max()) + 1)  # b t kv e
-    visible = np.arange(K.shape[1]) <= position[..., None]  # b l t
-    # the r query heads that share a key head are rows of one matrix product: no key is repeated in memory
+    return attend(q, position, *cache.upto(int(position.max()) + 1)), cache
+
+
+def attention_in_blocks(
+    q: Float[Array, "b l h e"],
+    k: Float[Array, "b l kv e"],
+    v: Float[Array, "b l kv e"],
+    cache: Cache,
+    n: Int[Array, " b"] | None = None,
+    block: int = 64,
+) -> tuple[Float[Array, "b l h e"], Cache]:
+    """The theorem: the same, a block of positions at a time, none of which looks at keys beyond the block."""
+    position = cache.length[:, None] + np.arange(q.shape[1])  # b l
+    cache = cache.append(k, v, n)
+    y = np.empty_like(q)
+    for start in range(0, q.shape[1], block):
+        rows = slice(start, start + block)
+        y[:, rows] = attend(q[:, rows], position[:, rows], *cache.upto(int(position[:, rows].max()) + 1))
+    return y, cache
+
+
+def attend(
+    q: Float[Array, "b l h e"],
+    position: Int[Array, "b l"],
+    K: Float[Array, "b t kv e"],
+    V: Float[Array, "b t kv e"],
+) -> Float[Array, "b l h e"]:
+    """softmax(q K' / sqrt(e)) V, where the query at `position` sees the keys at 0 .. position."""
+    (b, length, h, e), (t, kv) = q.shape, K.shape[1:3]
     r, dtype = h // kv, wide(q.dtype)
-    rows = q.reshape(b, length, kv, r, e).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, e)  # b kv (r l) e
+    # the r query heads that share a key head are rows of one matrix product: no key is repeated in memory
+    rows = q.reshape(b, length, kv, r, e).transpose(0, 2, 3, 1, 4).reshape(b, kv, r * length, e)
     scores = (rows @ K.transpose(0, 2, 3, 1)).astype(dtype, copy=False) / np.sqrt(e).astype(dtype)
-    scores = scores.reshape(b, kv, r, length, -1)  # b kv r l t
-    if length > 1 or not visible.all():
+    scores = scores.reshape(b, kv, r, length, t)
+    visible = np.arange(t) <= position[..., None]  # b l t
+    if not visible.all():
         scores = np.where(visible[:, None, None], scores, -np.inf)
     p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    p /= p.sum(axis=-1, keepdims=True)
-    p = p.reshape(b, kv, r * length, -1).astype(v.dtype, copy=False)
+    p = (p / p.sum(axis=-1, keepdims=True)).reshape(b, kv, r * length, t).astype(V.dtype, copy=False)
     y = (p @ V.transpose(0, 2, 1, 3)).reshape(b, kv, r, length, e)
-    return y.transpose(0, 3, 1, 2, 4).reshape(b, length, h, e), cache
+    return y.transpose(0, 3, 1, 2, 4).reshape(b, length, h, e)

@@ -2,9 +2,9 @@
 
 `Ops` is a set of verbs, cut where the published fused kernels cut, so that speed never has to cross a
 seam. A backend is a set of its own functions under the same names. `DEFINITION` binds every verb to its
-clearest form; `REFERENCE` replaces two of them, the scan and the experts, by the theorems of their
-chapters, and is the NumPy backend. Between verbs the model uses only +, indexing and .reshape, which every
-array library has, and reads no value on the host.
+clearest form; `REFERENCE` replaces three of them, the scan, the attention and the experts, by the theorems
+of their chapters, and is the NumPy backend. Between verbs the model uses only +, indexing and .reshape,
+which every array library has, and reads no value on the host.
 
 Arguments come as data, weights, state, constants; results as the value, then the next state. `n[b]` is the
 number of real positions of each row of the batch, or None when all are.
@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 
 from spec import moe
 from spec.arrays import Array, widen
-from spec.attention import attention
+from spec.attention import attention, attention_in_blocks
 from spec.config import Config
 from spec.conv import causal_conv
 from spec.norm import gated_rms_norm, rms_norm
@@ -97,7 +97,9 @@ DEFINITION = Ops(
     ssd_scan=recurrence, gated_rms_norm=gated_rms_norm, attention=attention, route=moe.route,
     announce=lambda routing: None, experts=moe.experts, mlp=moe.mlp, logits=logits, all_reduce=lambda x: x,
 )  # fmt: skip
-REFERENCE = replace(DEFINITION, ssd_scan=ssd_scan_chunked, experts=moe.experts_grouped)
+REFERENCE = replace(
+    DEFINITION, ssd_scan=ssd_scan_chunked, attention=attention_in_blocks, experts=moe.experts_grouped
+)
 
 
 def place(group: Group, values: list[Array], dtype, resident: bool) -> Any:

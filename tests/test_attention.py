@@ -2,7 +2,10 @@
 
 import numpy as np
 from hypothesis import given
+from hypothesis import strategies as st
 
+from spec.attention import attention, attention_in_blocks
+from spec.ops import numpy_backend
 from tests.cases import CUTS, Case, agree, cases, cut
 
 ATTENTIONS = cases("*")
@@ -59,6 +62,18 @@ def test_rows_of_different_lengths_do_not_see_padding(backend, case, cuts):
         for row, count in enumerate(real):
             at = slice(piece.start, piece.start + count)
             agree(y[row, :count], expected[row, at], backend.dtype, size(case), f"row {row}")
+
+
+@given(case=ATTENTIONS, block=st.integers(1, 9), cuts=CUTS)
+def test_attention_in_blocks_is_attention(case, block, cuts):
+    arrays, n = drawn(case), case.lengths
+    one, other = (numpy_backend(np.float64).new_state("*", case.cfg, case.batch) for _ in range(2))
+    for piece in cut(case, cuts):
+        here = [a[:, piece] for a in arrays]
+        real = np.clip(n - piece.start, 0, here[0].shape[1])
+        y, one = attention(*here, one, real)
+        z, other = attention_in_blocks(*here, other, real, block=block)
+        agree(z, y, np.float64, size(case))
 
 
 @given(case=ATTENTIONS)

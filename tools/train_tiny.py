@@ -356,7 +356,7 @@ class Trainer:
             "python": platform.python_version(),
         }
         runs = [*self.before, run]
-        return {**{key: sum(r[key] for r in runs) for key in ("tokens", "minutes")}, "runs": runs}
+        return {**{key: round(sum(r[key] for r in runs), 1) for key in ("tokens", "minutes")}, "runs": runs}
 
     def export(self):
         model = TinyModel(self.model.cfg)

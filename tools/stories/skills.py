@@ -20,8 +20,8 @@ COPY_WORDS = words.THINGS + words.PETS + words.WILD + words.PLACES + words.COLOR
 def weigh(story):
     """A story in pieces; what must agree with what came before counts more.
 
-    That is a name or thing said again, a friend's name (it is not the hero's), a pronoun, and how a sentence begins
-    (it chooses what happens next).
+    That is a name or thing said again, a friend's name (it is not the hero's), a pronoun, and how a sentence
+    begins (it chooses what happens next).
     """
     pieces, said, since = [], set(), 0
     for part in re.split(r"(?<=\w)(?=\W)|(?<=\W)(?=\w)", story.text):
