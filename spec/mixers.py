@@ -26,7 +26,7 @@ def mamba2(h, w, cfg, state, n, ops):  # b l d -> b l d
     # GATE
     y = ops.gated_rms_norm(merge(y), z, w["norm.weight"], cfg.layer_norm_epsilon, cfg.n_groups)  # b l (h p)
     # RETURN
-    return ops.all_reduce(ops.linear(y, w["out_proj.weight"])), replace(state, tail=tail, S=S)
+    return ops.all_reduce(ops.linear(y, w["out_proj.weight"]), "M"), replace(state, tail=tail, S=S)
 
 
 def attention(h, w, cfg, state, n, ops):  # b l d -> b l d
@@ -37,7 +37,7 @@ def attention(h, w, cfg, state, n, ops):  # b l d -> b l d
     # ATTEND
     y, state = ops.attention(q, k, v, state, n)  # b l h e
     # RETURN
-    return ops.all_reduce(ops.linear(merge(y), w["o_proj.weight"])), state
+    return ops.all_reduce(ops.linear(merge(y), w["o_proj.weight"]), "*"), state
 
 
 def experts(h, w, cfg, state, n, ops):  # b l d -> b l d
@@ -51,11 +51,11 @@ def experts(h, w, cfg, state, n, ops):  # b l d -> b l d
     r = ops.experts(u, w["experts"], routing)  # b l x
     r = ops.linear(r, w["fc2_latent_proj.weight"]) if cfg.moe_latent_size else r  # b l d
     # RETURN
-    return ops.all_reduce(r + shared), state
+    return ops.all_reduce(r + shared, "E"), state
 
 
 def mlp(h, w, cfg, state, n, ops):  # b l d -> b l d
-    return ops.all_reduce(ops.mlp(h, w["up_proj.weight"], w["down_proj.weight"])), state
+    return ops.all_reduce(ops.mlp(h, w["up_proj.weight"], w["down_proj.weight"]), "-"), state
 
 
 MIXERS = {"M": mamba2, "*": attention, "E": experts, "-": mlp}

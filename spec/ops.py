@@ -49,7 +49,7 @@ class Ops:
     experts: Callable  # (u [b l x], experts, routing) -> [b l x]
     mlp: Callable  # (h [b l d], up [f d], down [d f]) -> [b l d]
     logits: Callable  # (h [.. d], lm_head [v d]) -> [.. v], float32 or wider
-    all_reduce: Callable  # (x) -> the sum over all ranks that hold a share of it
+    all_reduce: Callable  # (x, layer letter) -> the sum over the ranks that share such layers
 
     def __iter__(self):
         return iter((f.name, getattr(self, f.name)) for f in fields(self))
@@ -95,7 +95,7 @@ def recurrence(x, dt, A_log, B, C, D, dt_bias, S, n, limit, chunk):
 DEFINITION = Ops(
     embed=embed, linear=linear, linear_pair=linear_pair, rms_norm=rms_norm, causal_conv=causal_conv,
     ssd_scan=recurrence, gated_rms_norm=gated_rms_norm, attention=attention, route=moe.route,
-    announce=lambda routing: None, experts=moe.experts, mlp=moe.mlp, logits=logits, all_reduce=lambda x: x,
+    announce=lambda routing: None, experts=moe.experts, mlp=moe.mlp, logits=logits, all_reduce=lambda x, kind: x,
 )  # fmt: skip
 REFERENCE = replace(
     DEFINITION, ssd_scan=ssd_scan_chunked, attention=attention_in_blocks, experts=moe.experts_grouped

@@ -104,7 +104,7 @@ def save(tokenizer, directory):
         "eos_token_id": [2, 11],
         "pad_token_id": 0,
         "do_sample": True,
-        "temperature": 0.7,
+        "temperature": 0.5,
         "top_p": 0.95,
     }
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

@@ -69,7 +69,7 @@ def torch_backend(
         embed=products.embed, linear=products.linear, linear_pair=products.linear_pair, mlp=products.mlp,
         logits=products.logits, rms_norm=rms_norm, gated_rms_norm=gated_rms_norm, causal_conv=causal_conv,
         ssd_scan=ssd_scan, attention=attention, route=route, experts=Experts(products),
-        announce=lambda routing: None, all_reduce=lambda x: x,
+        announce=lambda routing: None, all_reduce=lambda x, kind: x,
     )  # fmt: skip
     return Backend(
         name="torch",
