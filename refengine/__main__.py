@@ -1,5 +1,10 @@
 """python -m refengine"""
 
-from refengine.cli import main
+import os
 
-main()
+try:
+    from refengine.cli import main
+
+    main()
+except KeyboardInterrupt:  # before there was anyone to say it to
+    os._exit(130)

@@ -25,7 +25,7 @@ def anatomy(checkpoint: Checkpoint) -> dict:
         part["parameters"] += row.size
         part["bytes"] += checkpoint.bytes_of(row)
     head = parameters(row for row in rows if row.block.startswith("mtp."))
-    outer = parameters(row for row in rows if row.role == "lm_head")
+    outer = cfg.vocab_size * cfg.hidden_size  # whether or not the embedding serves as lm_head
     return {
         "path": str(checkpoint.directory),
         "pattern": cfg.layers,

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +34,8 @@ class Checkpoint:
 
     directory: Path
     config: Config
-    files: tuple[SafetensorsFile, ...]
-    stored: dict[str, Stored]
+    files: tuple[SafetensorsFile, ...] = field(repr=False)
+    stored: dict[str, Stored] = field(repr=False)
     notes: tuple[str, ...]
 
     @classmethod

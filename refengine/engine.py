@@ -10,6 +10,7 @@ The model itself is spec/model.py on whichever backend was chosen; this file onl
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from refengine.tokenizer import Tokenizer
 from spec import mtp
 from spec.config import Config, InputError
 from spec.model import Model
-from spec.sample import log_probs
+from spec.sample import checked, log_probs
 from spec.tensors import table
 
 PREFILL = 512  # positions in one call, at most; cut at whole chunks of the model
@@ -79,7 +80,7 @@ class Engine:
     """A loaded model; `model` is the spec's own `Model`, for whoever wants to look inside."""
 
     checkpoint: Checkpoint
-    model: Model
+    model: Model = field(repr=False)
     load_seconds: float
 
     @property
@@ -112,26 +113,30 @@ class Engine:
         return self._batches(rows, checked)
 
     def _batches(self, rows: list[list[int]], options: Options):
+        alike = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding where lengths are alike
         for start in range(0, len(rows), BATCH):
-            for i, event in run(self, rows[start : start + BATCH], options, first=start):
-                yield start + i, event
+            part = alike[start : start + BATCH]
+            for i, event in run(self, [rows[i] for i in part], options, [options.seed + i for i in part]):
+                yield part[i], event
 
     def ids(self, prompt, **chat) -> list[int]:
         """Token ids of a prompt, checked: some, within the vocabulary and within the context."""
+        if isinstance(prompt, bytes):
+            raise InputError("the prompt is bytes: decode it to text first")
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
         elif len(prompt) and isinstance(prompt[0], dict):
             text = self.chat_template.render(prompt, **chat)
             ids = self.tokenizer.encode(text, add_special_tokens=False)
         else:
-            ids = [int(token) for token in prompt]
+            ids = [_whole(token) for token in prompt]
         if not ids:
             raise InputError("the prompt is empty")
         if wrong := [token for token in ids if not 0 <= token < self.config.vocab_size]:
             raise InputError(f"token id {wrong[0]} is not in the vocabulary of {self.config.vocab_size}")
         if len(ids) > self.config.max_position_embeddings:
             raise InputError(
-                f"the prompt has {len(ids)} tokens, and the model's context is "
+                f"the text has {len(ids)} tokens, and the model's context is "
                 f"{self.config.max_position_embeddings}"
             )
         return ids
@@ -176,7 +181,7 @@ class Engine:
     def read(self, rows: list[list[int]]) -> Iterator[tuple[int, np.ndarray, object, list]]:
         """Read sequences in calls of whole chunks: (start, n [b], h [b l d], states) of each call."""
         here, chunk = self.model.backend, max(1, self.config.chunk_size)
-        step = max(1, PREFILL // chunk) * chunk
+        step = PREFILL if chunk > PREFILL else PREFILL // chunk * chunk
         lengths = np.array([len(row) for row in rows])
         ids = np.array([row + [0] * (lengths.max() - len(row)) for row in rows])
         states = self.model.new_states(len(rows))
@@ -197,7 +202,14 @@ def progress(what: str, total: int, unit: str) -> tqdm:
     return tqdm(total=total, desc=what, unit=unit, disable=None, delay=1, leave=False)
 
 
+def _whole(token) -> int:
+    try:
+        return operator.index(token)
+    except TypeError:
+        raise InputError(f"the prompt is neither text nor token ids: it holds {token!r}") from None
+
+
 def _chosen(logits: np.ndarray, ids: list[int]) -> list[float]:
     """The log-probability of each id, by the row of logits that came before it."""
-    rows = log_probs(logits[: len(ids)])
+    rows = log_probs(checked(logits[: len(ids)])) if ids else []
     return [float(row[token]) for row, token in zip(rows, ids, strict=True)]

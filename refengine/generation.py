@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -63,15 +63,19 @@ class Options:
         names = set(Sampling.__dataclass_fields__)
         advice = {k: v for k, v in advice.items() if k in names}
         options = cls(**(advice | {k: v for k, v in given.items() if v is not None}))
+        for name in ("max_tokens", "logprobs", "seed", "top_k"):
+            value = getattr(options, name)
+            if value is not None and (type(value) is not int or value < 0):
+                raise InputError(f"{name} = {value!r} is not a whole number from 0 on")
+        for name in names:
+            if type(getattr(options, name)) not in (int, float, type(None)):
+                raise InputError(f"{name} = {getattr(options, name)!r} is not a number")
         options.sampling  # noqa: B018  (its ranges are checked here, before any work)
-        for name in ("max_tokens", "logprobs"):
-            if (getattr(options, name) or 0) < 0:
-                raise InputError(f"{name} = {getattr(options, name)} is negative")
-        stop = (options.stop,) if isinstance(options.stop, str) else tuple(options.stop)
-        if not all(stop):
-            raise InputError("a stop string is empty")
+        stop = (options.stop,) if isinstance(options.stop, str) else options.stop
+        if not isinstance(stop, (list, tuple)) or not all(isinstance(text, str) and text for text in stop):
+            raise InputError("stop is not a list of strings that say something")
         seed = secrets.randbits(32) if options.seed is None else options.seed
-        return replace(options, stop=stop, seed=seed)
+        return replace(options, stop=tuple(stop), seed=seed)
 
     @property
     def sampling(self) -> Sampling:
@@ -90,7 +94,6 @@ class Text:
     room: int  # how many tokens may follow the prompt
     drawn: int = 0
     ended: bool = False
-    pieces: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         self.sampling = self.options.sampling
@@ -98,25 +101,23 @@ class Text:
         self.stream = self.tokenizer.stream(skip_special_tokens=False)
         self.stops = StopStrings(self.options.stop)
 
-    def step(self, logits: np.ndarray) -> Token | tuple[str, str]:
-        """Draw from logits [v]: a Token, or (reason, last text) at the end."""
+    def step(self, logits: np.ndarray) -> list[Token | tuple[str, str]]:
+        """Draw from logits [v]: a Token, and at the end (reason, what was held back)."""
         if self.drawn >= self.options.max_tokens:
-            return self.end("length")
+            return [self.end("length")]
         if self.drawn >= self.room:
-            return self.end("context")
+            return [self.end("context")]
         token = sample(logits, self.sampling, self.ids, self.generator)
         if token in self.tokenizer.stop_ids and not self.options.ignore_eos:
-            return self.end("eos")
+            return [self.end("eos")]
         self.ids.append(token)
         self.drawn += 1
         text, found = self.stops.push(self.stream.push(token))
-        if found is not None:
-            self.ended = True
-            return "stop", text
-        return Token(token, text, *self.likelihoods(logits, token))
+        new = Token(token, text, *self.likelihoods(logits, token))
+        return [new] if found is None else [new, self.end("stop")]
 
     def end(self, reason: str) -> tuple[str, str]:
-        """The reason, and what might have become a stop string. Half a character is not text: left out."""
+        """What might have become a stop string is text after all. Half a character is not: left out."""
         self.ended = True
         return reason, self.stops.flush()
 
@@ -128,13 +129,13 @@ class Text:
 
 
 def run(
-    engine, prompts: list[list[int]], options: Options, first: int = 0
+    engine, prompts: list[list[int]], options: Options, seeds: list[int]
 ) -> Iterator[tuple[int, Token | End]]:
-    """(index, event) of all prompts until each has ended; text i has seed + first + i."""
+    """(index, event) of all prompts until each has ended."""
     context = engine.config.max_position_embeddings
     texts = [
-        Text(engine.tokenizer, options, list(ids), options.seed + first + i, context - len(ids))
-        for i, ids in enumerate(prompts)
+        Text(engine.tokenizer, options, list(ids), seed, context - len(ids))
+        for ids, seed in zip(prompts, seeds, strict=True)
     ]
     began = time.perf_counter()
     logits, states = engine.prefill(prompts)
@@ -142,10 +143,10 @@ def run(
     active = list(range(len(texts)))
     while True:
         for row, i in enumerate(active):
-            event = texts[i].step(logits[row])
-            if not isinstance(event, Token):
-                event = End(*event, statistics(engine, prompts[i], texts[i], began, decoding))
-            yield i, event
+            for event in texts[i].step(logits[row]):
+                if not isinstance(event, Token):
+                    event = End(*event, statistics(engine, prompts[i], texts[i], began, decoding))
+                yield i, event
         staying = [row for row, i in enumerate(active) if not texts[i].ended]
         if not staying:
             return

@@ -16,6 +16,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 def locate(model: str | Path) -> Path:
     """The directory of `model`. An embedded model goes before a directory of its name: that is `./tiny`."""
     name = os.fspath(model)
+    if not name:
+        raise InputError("the name of the model is empty")
     embedded = sorted(path.name for path in EMBEDDED.iterdir())
     path = EMBEDDED / name if name in embedded else Path(name)
     try:

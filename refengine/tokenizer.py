@@ -180,6 +180,8 @@ def recommended(advice: dict, directory: Path) -> dict:
     """The sampling options of generation_config.json, checked."""
     path = directory / "generation_config.json"
     options = {name: advice[name] for name in Sampling.__dataclass_fields__ if advice.get(name) is not None}
+    if type(options.get("top_k", 0)) is not int:
+        raise InputError(f"{path}: top_k = {shown(options['top_k'])} is not a whole number")
     if wrong := [name for name, value in options.items() if type(value) not in (int, float)]:
         raise InputError(f"{path}: {wrong[0]} = {shown(options[wrong[0]])} is not a number")
     if advice.get("do_sample") is False:

@@ -23,4 +23,7 @@ CHAPTERS = (
     "tokenizer",  # from text to numbers and back
     "tools",      # functions that a model may call
     "chat",       # from a conversation to text
+    "layout",     # how several ranks can share a model
+    "shard",      # what each of them holds
+    "ranks",      # what they say to each other
 )  # fmt: skip

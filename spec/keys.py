@@ -3,6 +3,7 @@
     required   by some kind of layer: its absence is an error, for no default describes a release
     optional   its absence has one stated meaning
     fixed      the family has one value; another would be another model
+    spellings  of the list of layers: several, with one meaning
     derived    counted from other keys, even where it stands and is stale
     ignored    for training or for another program
 
@@ -57,10 +58,13 @@ FIXED = {
     "use_bias": False, "mamba_proj_bias": False, "use_conv_bias": True, "sliding_window": None,
     "n_shared_experts": 1,
 }  # fmt: skip
-# DERIVED from other keys, even when present and stale.
-DERIVED = {"num_hidden_layers", "layers_block_type", "layer_types", "hybrid_override_pattern",
-           "num_nextn_predict_layers", "mtp_layers_block_type", "mtp_hybrid_override_pattern"}  # fmt: skip
+# SPELLINGS of the layers, and of the layers of the prediction head; a list decides over a pattern.
+SPELLINGS = {"layers_block_type", "layer_types", "hybrid_override_pattern",
+             "num_nextn_predict_layers", "mtp_layers_block_type", "mtp_hybrid_override_pattern"}  # fmt: skip
+# DERIVED from other keys, even where it stands and is stale.
+DERIVED = {"num_hidden_layers"}
 # IGNORED: for training, initialisation, or another program; they do not change what the model computes.
+# (A key that stands in no table here is ignored too; a test holds every key of a release against them.)
 IGNORED = {
     "expand", "rope_theta", "partial_rotary_factor", "attention_dropout", "hidden_dropout",
     "initializer_range", "time_step_min", "time_step_max", "time_step_floor", "rescale_prenorm_residual",
@@ -68,7 +72,7 @@ IGNORED = {
     "moe_shared_expert_overlap", "output_router_logits", "auto_map", "architectures",
     "transformers_version", "model_type",
 }  # fmt: skip
-# Older spellings; where both are present the older one wins, as it does in transformers.
+# ALIASES: older spellings. Where both are present the older one wins, as it does in transformers.
 ALIASES = {
     "mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel", "mamba_expand": "expand",
     "mamba_dt_min": "time_step_min", "mamba_dt_max": "time_step_max",
@@ -86,7 +90,8 @@ def read(hf: dict) -> dict:
     if model_type != "nemotron_h":
         hint = " (per-layer widths are not supported)" if model_type == "nemotron_h_puzzle" else ""
         raise InputError(f"model_type {shown(model_type)} is not supported{hint}: refengine runs nemotron_h")
-    if None is not hf.get("norm_eps") != hf.get("layer_norm_epsilon", hf.get("norm_eps")):
+    eps, also = hf.get("norm_eps"), hf.get("layer_norm_epsilon")
+    if eps is not None and also is not None and eps != also:
         raise InputError("config.json gives layer_norm_epsilon and norm_eps different values")
     hf = hf | {new: hf[old] for old, new in ALIASES.items() if hf.get(old) is not None}
     hf = {key: value for key, value in hf.items() if value is not None}

@@ -1,8 +1,8 @@
 """Chapter 13. Mixers: the four kinds of layer, each a paragraph in the vocabulary of chapter 12.
 
 Every mixer has one signature, (h, w, cfg, state, n, ops) -> (what it adds to the residual stream, next
-state): h is the normalised stream, b l d; w the layer's weights by name; n the real positions of each row.
-Each ends with the one sum over tensor-parallel ranks that it needs.
+state): h is the normalised stream, b l d; w the layer's weights by name; n the number of real positions of
+each row. Each ends with the one sum over tensor-parallel ranks that it needs.
 """
 
 from __future__ import annotations

@@ -2,11 +2,14 @@
 
     s = sigmoid(h W_gate')                  one score per expert, in float32 or wider, from the full-width h
     chosen = the k largest of s + bias      the bias balances load; it chooses, and does not weigh
-    w = s[chosen] / sum(s[chosen]) * scale
+    w = s[chosen] / sum(s[chosen]) * scale (without the division where norm_topk_prob is false)
 
-    u = h fc1'  (LatentMoE; otherwise u = h)                                trap 6: the router and the shared
-    r = sum over chosen of  w relu(u up')^2 down'                           expert read h, the others read u
-    y = r fc2'  (otherwise r)  +  relu(h up_s')^2 down_s'
+    u = h fc1'                              the latent of LatentMoE; in a plain MoE u = h and y has no fc2
+    r = sum over chosen of  w relu(u up')^2 down'
+    y = r fc2'  +  relu(h up_s')^2 down_s'
+
+Trap 6: the router and the shared expert read h at full width; only the routed experts read u. Where there are
+groups of experts (`n_group`), all but the best `topk_group` of them are out of the choice.
 
 This chapter has the router and the experts; the mixer of chapter 13 composes them. docs/model.md,
 "Experts".

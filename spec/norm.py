@@ -20,7 +20,8 @@ def rms_norm(
 ) -> tuple[Float[Array, "*b d"], Float[Array, "*b d"]]:
     """Add what the last mixer wrote (`delta`) to the residual stream `x`, and read it normalised.
 
-    Returns (normalised, x + delta). The addition is part of the verb as it is of fused kernels.
+    Returns (normalised, x + delta). The addition belongs to the verb because
+    fused kernels do both at once.
     """
     x = x if delta is None else x + delta
     u = x.astype(wide(x.dtype), copy=False)
@@ -28,14 +29,18 @@ def rms_norm(
 
 
 def gated_rms_norm(
-    y: Float[Array, "b l c"], z: Float[Array, "b l c"], weight: Float[Array, " c"], eps: float, groups: int
-) -> Float[Array, "b l c"]:
-    """Gate `y` by `z`, then normalise each group of c / groups channels by itself."""
+    y: Float[Array, "b l c"], z: Float[Array, "b l c"], weight: Float[Array, " c"], eps: float, groups: int,
+    mean=lambda squares: squares,
+) -> Float[Array, "b l c"]:  # fmt: skip
+    """Gate `y` by `z`, then normalise each group of c / groups channels by itself.
+
+    Where c is only a part of a group, `mean` turns the mean of squares here into the group's (chapter 22).
+    """
     dtype = wide(y.dtype)
     u = heads(y.astype(dtype, copy=False) * silu(z.astype(dtype, copy=False)), groups)  # b l g c/g
-    return (merge(u / rms(u, eps)) * weight).astype(y.dtype, copy=False)  # b l c
+    return (merge(u / rms(u, eps, mean)) * weight).astype(y.dtype, copy=False)  # b l c
 
 
-def rms(u, eps):
+def rms(u, eps, mean=lambda squares: squares):
     """sqrt(mean(u^2) + eps) over the last axis, which stays with length 1."""
-    return np.sqrt(np.einsum("...d,...d->...", u, u)[..., None] / u.shape[-1] + eps)
+    return np.sqrt(mean(np.einsum("...d,...d->...", u, u)[..., None] / u.shape[-1]) + eps)

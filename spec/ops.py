@@ -95,7 +95,8 @@ def recurrence(x, dt, A_log, B, C, D, dt_bias, S, n, limit, chunk):
 DEFINITION = Ops(
     embed=embed, linear=linear, linear_pair=linear_pair, rms_norm=rms_norm, causal_conv=causal_conv,
     ssd_scan=recurrence, gated_rms_norm=gated_rms_norm, attention=attention, route=moe.route,
-    announce=lambda routing: None, experts=moe.experts, mlp=moe.mlp, logits=logits, all_reduce=lambda x, kind: x,
+    announce=lambda routing: None, experts=moe.experts, mlp=moe.mlp, logits=logits,
+    all_reduce=lambda x, kind: x,
 )  # fmt: skip
 REFERENCE = replace(
     DEFINITION, ssd_scan=ssd_scan_chunked, attention=attention_in_blocks, experts=moe.experts_grouped

@@ -26,11 +26,12 @@ from jaxtyping import Float
 
 from spec.arrays import Array
 from spec.config import InputError
+from spec.keys import shown
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose a token; by default as the model says, unfiltered."""
+    """How to choose a token; the defaults filter nothing."""
 
     temperature: float | int = 1.0
     top_k: int = 0
@@ -40,14 +41,15 @@ class Sampling:
 
     def __post_init__(self):
         for name, allowed, holds in (
-            ("temperature", "0 or more", 0 <= self.temperature < np.inf),
-            ("top_k", "0 (all tokens) or more", self.top_k >= 0),
-            ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
-            ("min_p", "between 0 and 1", 0 <= self.min_p <= 1),
-            ("repetition_penalty", "above 0", 0 < self.repetition_penalty < np.inf),
+            ("temperature", "a number from 0 on", lambda t: 0 <= t < 1e30),
+            ("top_k", "a whole number from 0 (all tokens) on", lambda k: k >= 0 and k == int(k)),
+            ("top_p", "above 0 and at most 1", lambda p: 0 < p <= 1),
+            ("min_p", "between 0 and 1", lambda p: 0 <= p <= 1),
+            ("repetition_penalty", "a number above 0", lambda r: 0 < r < 1e30),
         ):
-            if not holds:
-                raise InputError(f"{name} = {getattr(self, name)} is out of range: it has to be {allowed}")
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not holds(value):
+                raise InputError(f"{name} = {shown(value)} is out of range: it has to be {allowed}")
 
 
 def sample(logits: Float[Array, " v"], sampling: Sampling, seen: Sequence[int], generator) -> int:
@@ -61,7 +63,7 @@ def probabilities(logits: Float[Array, " v"], sampling: Sampling, seen: Sequence
     logits = penalised(logits, sampling.repetition_penalty, seen)  # v, float64 from here on
     if sampling.temperature == 0:
         return (np.arange(logits.size) == np.argmax(logits)).astype(logits.dtype)
-    logits = likeliest(logits, sampling.top_k)
+    logits = only_likeliest(logits, int(sampling.top_k))
     with np.errstate(over="ignore"):  # at a temperature close to 0
         p = np.exp((logits - logits.max()) / sampling.temperature)
     p = nucleus(p / p.sum(), sampling.top_p)
@@ -69,17 +71,23 @@ def probabilities(logits: Float[Array, " v"], sampling: Sampling, seen: Sequence
     return p / p.sum()
 
 
-def penalised(logits, penalty: float, seen: Sequence[int]):
-    logits = logits.astype(np.float64)
-    if not logits.max() < np.inf or logits.max() == -np.inf:
+def checked(logits):
+    """The logits, if they can be chosen from."""
+    largest = logits.max(axis=-1)
+    if not (np.all(largest < np.inf) and np.all(largest > -np.inf)):
         raise InputError("the logits hold NaN or infinity, or rule out every token: the weights are damaged")
+    return logits
+
+
+def penalised(logits, penalty: float, seen: Sequence[int]):
+    logits = checked(logits).astype(np.float64)
     if penalty != 1:
         seen = np.unique(np.asarray(seen, np.int64))  # however often it was seen, a token is penalised once
         logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
     return logits
 
 
-def likeliest(logits, k: int):
+def only_likeliest(logits, k: int):
     """Rule out all but the k largest."""
     if not 0 < k < logits.size:
         return logits
@@ -114,5 +122,5 @@ def log_probs(logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
 
 def alternatives(log_p: Float[Array, " v"], n: int) -> list[tuple[int, float]]:
     """The n likeliest tokens with their log-probabilities, likeliest first."""
-    best = np.flatnonzero(likeliest(log_p, n) > -np.inf) if n else np.array([], int)
+    best = np.flatnonzero(only_likeliest(log_p, n) > -np.inf) if n else np.array([], int)
     return [(int(i), float(log_p[i])) for i in best[np.argsort(-log_p[best], kind="stable")]]

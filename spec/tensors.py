@@ -1,8 +1,8 @@
 """Chapter 3. The tensor table: every tensor of a checkpoint, in order, from the configuration alone.
 
 One function, `table`, says of each tensor what it is called, how large it is, where it belongs, how ranks
-would cut it and whether a quantization recipe may touch it. The loader validates files against it, the
-planner counts with it, and the test checkpoints are written from it. Its totals are the published ones
+would cut it and whether a quantization recipe may touch it. The loader validates files against it,
+`inspect` counts with it, and test checkpoints are written from it. Its totals are the published ones
 (docs/model.md, "Parameters").
 """
 
@@ -25,8 +25,9 @@ class Tensor(NamedTuple):
     role       what it is counted as: embedding, lm_head, norm, mamba, conv, ssm, attention, router,
                routed_expert, shared_expert, latent, mlp, mtp_proj
     group      tensors with the same (block, group) are placed together: q|k|v, the experts of a layer
-    cut        across tensor-parallel ranks: whole, rows, columns, z|x|B|C|dt, x|B|C, heads, inner, q_heads,
-               kv_heads, experts, vocab
+    cut        across ranks (chapter 21): whole, rows, columns, z|x|B|C|dt, x|B|C, heads, inner,
+               inner_columns, q_heads, q_columns, kv_heads, expert_rows, expert_columns, shared_rows,
+               shared_columns, vocab
     precision  matrix (a recipe may quantize it), table (embedding and head), or small (never quantized)
     """
 
@@ -86,14 +87,14 @@ def _mamba(c: Config):
     for key in ("A_log", "D", "dt_bias"):
         yield key, heads, "ssm", "heads", "small"
     yield "norm.weight", (inner,), "norm", "inner", "small"
-    yield "out_proj.weight", (d, inner), "mamba", "columns", "matrix"
+    yield "out_proj.weight", (d, inner), "mamba", "inner_columns", "matrix"
 
 
 def _attention(c: Config):
     d, (q, k, v) = c.hidden_size, c.qkv_widths
     for key, width, cut in (("q_proj", q, "q_heads"), ("k_proj", k, "kv_heads"), ("v_proj", v, "kv_heads")):
         yield f"{key}.weight", (width, d), "attention", cut, "matrix", "qkv_proj"
-    yield "o_proj.weight", (d, q), "attention", "columns", "matrix"
+    yield "o_proj.weight", (d, q), "attention", "q_columns", "matrix"
 
 
 def _experts(c: Config):
@@ -103,12 +104,12 @@ def _experts(c: Config):
     if c.moe_latent_size:
         yield "fc1_latent_proj.weight", (x, d), "latent", "whole", "matrix"
     for e in range(c.n_routed_experts):
-        yield f"experts.{e}.up_proj.weight", (i, x), "routed_expert", "experts", "matrix", "experts"
-        yield f"experts.{e}.down_proj.weight", (x, i), "routed_expert", "experts", "matrix", "experts"
+        yield f"experts.{e}.up_proj.weight", (i, x), "routed_expert", "expert_rows", "matrix", "experts"
+        yield f"experts.{e}.down_proj.weight", (x, i), "routed_expert", "expert_columns", "matrix", "experts"
     if c.moe_latent_size:
         yield "fc2_latent_proj.weight", (d, x), "latent", "whole", "matrix"
-    yield "shared_experts.up_proj.weight", (s, d), "shared_expert", "rows", "matrix"
-    yield "shared_experts.down_proj.weight", (d, s), "shared_expert", "columns", "matrix"
+    yield "shared_experts.up_proj.weight", (s, d), "shared_expert", "shared_rows", "matrix"
+    yield "shared_experts.down_proj.weight", (d, s), "shared_expert", "shared_columns", "matrix"
 
 
 def _mlp(c: Config):

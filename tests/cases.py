@@ -58,7 +58,7 @@ class Case:
     def __repr__(self) -> str:
         """One line to copy into a test: what differs from the case above."""
         told = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
-        return f"Case({', '.join(f'{name}={value!r}' for name, value in told)})"
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in told)})"
 
     def _repr_pretty_(self, printer, cycle):
         """Hypothesis would print all fields."""

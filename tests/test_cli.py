@@ -63,6 +63,23 @@ def test_several_prompts_run_side_by_side_and_print_in_order(cli, tmp_path):
     assert text.index("Once upon") < text.index("One day")
 
 
+def test_only_line_ends_end_a_line_of_prompts(cli, tmp_path):
+    (tmp_path / "prompts").write_text("Once upon\u2028a time\r\nOne\x0cday\n")
+    _, out, _ = cli("generate", "--prompts", tmp_path / "prompts", "-n", 1, "--json")
+    prompts = {json.loads(line)["prompt"] for line in out.strip().split("\n")}
+    assert prompts == {"Once upon\u2028a time", "One\x0cday"}
+
+
+def test_json_is_json_that_everyone_reads(cli, tmp_path):
+    def no_constant(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    (tmp_path / "text").write_text("Once upon a time")
+    for command in (["inspect", "tiny"], ["score", tmp_path / "text"], ["generate", "x", "-n", 1]):
+        _, out, _ = cli(*command, "--json")
+        json.loads(out, parse_constant=no_constant)
+
+
 def test_json_holds_the_text_its_tokens_and_the_statistics(cli):
     _, out, _ = cli("generate", "Once", "-n", 5, "--json", "--logprobs", 2, "--ignore-eos", "--seed", 4)
     record = json.loads(out)
@@ -103,11 +120,25 @@ def test_chat_answers_a_message_and_a_conversation(cli):
     assert code == 0 and len(out.splitlines()) == 2
 
 
+def test_a_piped_chat_answers_a_line_before_it_reads_the_next():
+    process = subprocess.Popen([*REFENGINE, "chat", "-n", "3", "--json"],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    for line in (b"Hi\n", b"Bye\n"):
+        process.stdin.write(line)
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["role"] == "assistant"
+    process.stdin.close()
+    assert process.wait(20) == 0
+
+
 @pytest.mark.parametrize("args", [
     ["generate", "x", "--temperature", "-1"], ["generate", "x", "--top-p", "0"],
     ["generate", "x", "--min-p", "2"], ["generate", "x", "--max-tokens", "-1"],
     ["generate", "x", "--threads", "0"], ["generate", "x", "--file", "y"],
     ["generate", "x", "--top-k", "many"], ["generate", "--colour"], ["degenerate"], ["score"],
+    ["generate", "x", "--temperature", "nan"], ["generate", "x", "--repetition-penalty", "inf"],
+    ["generate", "x", "--stop", ""], ["generate", "x", "--backend", "abacus"],
+    ["generate", "x", "--dtype", "int3"],
 ])  # fmt: skip
 def test_a_wrong_command_ends_with_2(cli, args):
     fails(cli(*args), code=2)
@@ -133,7 +164,6 @@ def test_models_that_are_not_there_are_one_sentence(cli, tmp_path):
     fails(cli("inspect", tmp_path / "nothing"))
     fails(cli("score", tmp_path / "nothing"))
     fails(cli("generate", "--file", tmp_path / "nothing"))
-    fails(cli("generate", "x", "--backend", "abacus"))
 
 
 def test_an_error_of_our_own_is_one_sentence_and_its_traceback_is_for_debug(cli, monkeypatch):
@@ -141,6 +171,14 @@ def test_an_error_of_our_own_is_one_sentence_and_its_traceback_is_for_debug(cli,
     assert "--debug" in fails(cli("generate", "x"))
     code, _, err = cli("generate", "x", "--debug")
     assert code == 1 and "Traceback" in err and "ZeroDivisionError" in err
+
+
+def test_closed_streams_are_no_traceback():
+    for command in ("generate Once -n 3 >&-", "chat Hi -n 3 >&-"):
+        done = subprocess.run(f"{' '.join(REFENGINE)} {command}", shell=True, capture_output=True)
+        assert (done.returncode, done.stderr.count(b"Traceback")) == (0, 0)
+    done = subprocess.run(f"{' '.join(REFENGINE)} generate <&-", shell=True, capture_output=True)
+    fails((done.returncode, done.stdout.decode(), done.stderr.decode()))
 
 
 def test_whoever_reads_our_output_may_leave():

@@ -82,7 +82,7 @@ def test_text_ends_before_a_stop_string_wherever_token_borders_lie(engine):
     for start in range(5, 25, 3):
         stop = whole[start : start + 4]
         events = list(engine.generate(PROMPT, stop=[stop], **options))
-        assert events[-1].reason == "stop"
+        assert events[-1].reason == "stop" and events[-1].statistics["new_tokens"] == len(events) - 1
         assert text_of(events) == whole[: whole.index(stop)]
 
 
@@ -137,8 +137,26 @@ def test_weights_left_in_the_file_mean_what_widened_ones_mean(engine, monkeypatc
     close(lazy.logits(range(20, 60)), engine.logits(range(20, 60)), engine)
 
 
+def test_weights_that_are_damaged_are_refused_by_whoever_would_use_their_numbers(engine):
+    broken = replace(engine, model=replace(engine.model, weights=dict(engine.model.weights)))
+    outer = dict(engine.model.weights[""])
+    outer["lm_head.weight"] = np.full_like(outer["lm_head.weight"], np.nan)
+    broken.model.weights[""] = outer
+    with pytest.raises(InputError, match="damaged"):
+        broken.score("Once upon a time")
+    with pytest.raises(InputError, match="damaged"):
+        list(broken.generate("Once upon a time"))
+
+
+def test_a_huge_chunk_size_does_not_make_calls_huge(engine):
+    model = replace(engine.model, cfg=replace(engine.config, chunk_size=10**9))
+    lengths = [h.shape[1] for _, _, h, _ in replace(engine, model=model).read([[5] * 1300])]
+    assert max(lengths) == 512
+
+
 @pytest.mark.parametrize("prompt, says", [
     ("", "empty"), ([], "empty"), ([10**6], "not in the vocabulary"), ([-1], "not in the vocabulary"),
+    ([1.7, 2.2], "token ids"), (b"abc", "bytes"),
 ])  # fmt: skip
 def test_a_prompt_that_cannot_be_read_is_refused_before_any_work(engine, prompt, says):
     with pytest.raises(InputError, match=says):
@@ -147,7 +165,9 @@ def test_a_prompt_that_cannot_be_read_is_refused_before_any_work(engine, prompt,
 
 @pytest.mark.parametrize("options", [
     {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"min_p": 2.0}, {"max_tokens": -1},
-    {"repetition_penalty": 0.0}, {"stop": [""]}, {"logprobs": -1},
+    {"repetition_penalty": 0.0}, {"stop": [""]}, {"logprobs": -1}, {"seed": -1}, {"seed": 1.5},
+    {"top_k": 2.5}, {"stop": 5}, {"max_tokens": "3"}, {"max_tokens": 2.5}, {"temperature": "x"},
+    {"temperature": float("nan")},
 ])  # fmt: skip
 def test_an_option_out_of_its_range_is_refused_before_any_work(engine, options):
     with pytest.raises(InputError):

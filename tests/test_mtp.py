@@ -49,7 +49,7 @@ def read_off(case: Case, row: int):
     v = v + np.array([experts(case, token, second) for token in h])
     gate, bias = w(f"{second}.mixer.gate"), case.exact("gate.e_score_correction_bias", second)
     o = norm(v, w(f"{second}.final_layernorm"))
-    return o @ w("lm_head").T, router_margin(h, gate, bias, case.cfg)
+    return o @ w("backbone.embeddings" if case.tied else "lm_head").T, router_margin(h, gate, bias, case.cfg)
 
 
 @given(case=HEADS, cuts=CUTS)

@@ -225,7 +225,7 @@ def longest_runs(texts, corpus):
     best = [0] * len(texts)
     for length in range(1, max(len(row) for row in rows[1:]) + 1):
         known = np.unique(hashes[0])
-        hit = [bool(np.isin(h, known).any()) for h in hashes[1:]]
+        hit = [bool((known[np.searchsorted(known[:-1], h)] == h).any()) for h in hashes[1:]]
         best = [length if h else b for b, h in zip(best, hit, strict=True)]
         if not any(hit):
             break

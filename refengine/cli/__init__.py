@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 
 import click
 
@@ -45,7 +46,10 @@ def main(args: list[str] | None = None) -> None:
     """Run a command, and leave with its exit code."""
     args = sys.argv[1:] if args is None else args
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")
+        if stream is not None:  # it may have been closed
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    if "--debug" not in args:
+        warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, about numbers that we then refuse
     sys.exit(run(args))
 
 
@@ -53,7 +57,8 @@ def run(args: list[str]) -> int:
     try:
         with cli.make_context("refengine", list(args)) as context:
             cli.invoke(context)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return 0
     except click.exceptions.Exit as done:
         return done.exit_code

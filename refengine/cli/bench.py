@@ -26,7 +26,7 @@ class Numbers(click.ParamType):
         return numbers
 
 
-@click.command()
+@click.command(short_help="How fast a model runs here.")
 @options.engine
 @click.option(
     "--prompt", "prompts", type=Numbers(), default="512", show_default=True, help="Lengths of prompts."

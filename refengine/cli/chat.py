@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import sys
 
 import click
 
@@ -12,7 +12,7 @@ from refengine.cli.generate import summary
 from spec.config import InputError
 
 
-@click.command()
+@click.command(short_help="Talk, through the chat template.")
 @click.argument("message", required=False)
 @click.option("--system", metavar="TEXT", help="What the assistant is told before everything else.")
 @click.option("--thinking/--no-thinking", default=True, help="Think before answering.  [default: thinking]")
@@ -27,38 +27,53 @@ def chat(message, system, thinking, stats, as_json, model, backend, dtype, devic
     engine = refengine.load(model, backend=backend, dtype=dtype, device=device, threads=threads)
     opening = [{"role": "system", "content": options.checked_text(system, "--system")}] if system else []
     history = list(opening)
-    for line in turns(message):
+    someone_types = message is None and options.standard_input().isatty()
+    for line in [message] if message is not None else typed() if someone_types else piped():
         if line == "/new":
             history = list(opening)
             continue
-        history.append({"role": "user", "content": line})
-        events = engine.generate(history, chat={"enable_thinking": thinking}, **sampling)
-        reply = answer(events, thinking, as_json)
+        try:
+            asked = [*history, {"role": "user", "content": options.checked_text(line, "the message")}]
+            if not line:
+                raise InputError("the message is empty")
+            events = engine.generate(asked, chat={"enable_thinking": thinking}, **sampling)
+            reply = answer(events, thinking, as_json)
+        except InputError as error:
+            if not someone_types:
+                raise
+            click.echo(f"refengine: {error}; /new forgets what was said", err=True)
+            continue
         said = {"content": reply["content"], "reasoning_content": reply["reasoning"]}
-        history.append({"role": "assistant"} | said)
+        history = [*asked, {"role": "assistant"} | said]
         if as_json:
             click.echo(json.dumps({"role": "assistant"} | reply, ensure_ascii=False))
-        elif stats:
-            click.echo(summary(reply["statistics"]), err=True)
+        else:
+            if reply["reason"] in ("length", "context"):
+                count = reply["statistics"]["new_tokens"]
+                click.echo(f"(cut at {count} tokens: {reply['reason']})", err=True)
+            if stats:
+                click.echo(summary(reply["statistics"]), err=True)
 
 
-def turns(message: str | None):
-    """The user's turns: the one given, or the lines of standard input."""
-    if message is not None:
-        if not message:
-            raise InputError("the message is empty")
-        yield options.checked_text(message, "the message")
-    elif sys.stdin.isatty():
-        while True:
-            try:
-                line = input("> ").strip()
-            except EOFError:
-                click.echo()
-                return
-            if line:
-                yield line
-    else:
-        yield from filter(None, (line.strip() for line in options.text_of("-").splitlines()))
+def typed():
+    """What a person types, a line a turn, until Ctrl-D."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (arrow keys and history)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            click.echo()
+            return
+        if line:
+            yield line
+
+
+def piped():
+    """The lines of standard input, each as soon as it is there."""
+    for line in options.standard_input():
+        if line := options.decoded(line, "standard input").strip():
+            yield line
 
 
 def answer(events, thinking: bool, quiet: bool) -> dict:
@@ -66,9 +81,8 @@ def answer(events, thinking: bool, quiet: bool) -> dict:
     text, end = "", None
     for event in events:
         if not quiet:
-            dim = thinking and "</think>" not in text and sys.stdout.isatty()
-            click.echo(click.style(event.text, dim=True) if dim and event.text else event.text, nl=False)
-            sys.stdout.flush()
+            dim = thinking and "</think>" not in text  # click leaves the style out where nobody looks
+            options.say(click.style(event.text, dim=True) if dim and event.text else event.text)
         text += event.text
         end = event
     if not quiet:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import click
 
@@ -11,9 +10,10 @@ from refengine.cli import options
 from spec.config import InputError
 
 
-@click.command()
+@click.command(short_help="Go on from a prompt.")
 @click.argument("prompt", required=False)
-@click.option("--file", "-f", "file", metavar="FILE", help="Read the prompt from a file; - is stdin.")
+@click.option("--file", "-f", "file", metavar="FILE",
+              help="The prompt is in a file, less its last line end; - is stdin.")  # fmt: skip
 @click.option("--prompts", metavar="FILE", help="One prompt a line; all run side by side.")
 @click.option("--echo/--no-echo", default=True, help="Print the prompt before the text.  [default: echo]")
 @click.option("--logprobs", type=click.IntRange(0), metavar="N",
@@ -45,36 +45,44 @@ def asked(prompt: str | None, file: str | None, prompts: str | None) -> list[str
     if sum(source is not None for source in (prompt, file, prompts)) > 1:
         raise click.UsageError("give one of PROMPT, --file and --prompts")
     if prompts is not None:
-        texts = [line for line in options.text_of(prompts).splitlines() if line.strip()]
+        lines = (line.removesuffix("\r") for line in options.text_of(prompts).split("\n"))
+        texts = [line for line in lines if line.strip()]
         if not texts:
             raise InputError(f"{prompts} holds no prompt")
         return texts
     if prompt is None and file is None:
-        if sys.stdin.isatty():
+        if options.standard_input().isatty():
             raise click.UsageError("give a PROMPT, --file or --prompts, or pipe a text in")
         file = "-"
-    text = options.checked_text(prompt) if prompt is not None else options.text_of(file)
+    text = options.checked_text(prompt) if prompt is not None else without_line_end(options.text_of(file))
     if not text:
         raise InputError("the prompt is empty")
     return [text]
 
 
+def without_line_end(text: str) -> str:
+    """A file ends with a line end that was not meant as part of the prompt."""
+    return text.removesuffix("\n").removesuffix("\r")
+
+
 def as_text(texts: list[str], events, echo: bool) -> list[dict]:
-    """Stream one text; of several, print each when it is done, in order."""
-    several = len(texts) > 1
-    written = [text if echo else "" for text in texts]
+    """Stream the first text that is not done; the others wait for their turn, so all print in order."""
+    waiting = [text if echo else "" for text in texts]
     done: dict[int, dict] = {}
-    if not several:
-        click.echo(written[0], nl=False)
+    turn = 0
+    options.say(waiting[turn])
+    waiting[turn] = ""
     for i, event in events:
-        if several:
-            written[i] += event.text
-        else:
-            click.echo(event.text, nl=False)
-            sys.stdout.flush()
+        waiting[i] += event.text
         if hasattr(event, "statistics"):
             done[i] = event.statistics
-    click.echo("\n\n".join(written) if several else "")
+        while turn < len(texts):
+            options.say(waiting[turn])
+            waiting[turn] = ""
+            if turn not in done:
+                break
+            turn += 1
+            options.say("\n\n" if turn < len(texts) else "\n")
     return [done[i] for i in range(len(texts))]
 
 

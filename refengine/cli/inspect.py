@@ -9,7 +9,7 @@ import click
 from refengine.cli import options
 
 
-@click.command()
+@click.command(short_help="Say what a model is.")
 @click.argument("model", default="tiny")
 @options.as_json
 @options.debug

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 from pathlib import Path
 
 import click
 
+from refengine.backend import BYTES, NAMES
 from spec.config import InputError
 
 
@@ -19,6 +22,25 @@ def together(*decorators):
     return decorate
 
 
+class Finite(click.FloatRange):
+    """A number in a range, which infinity and NaN are not."""
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+def some_text(ctx, param, values):
+    try:
+        if not all(checked_text(value) for value in values):
+            raise click.BadParameter("a stop string is empty.")
+    except InputError as error:
+        raise click.BadParameter(f"{error}.") from None
+    return values
+
+
 debug = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object a line.")
 
@@ -27,25 +49,30 @@ model = click.option("--model", "-m", default="tiny", show_default=True, metavar
 
 engine = together(
     model,
-    click.option("--backend", default="numpy", show_default=True, metavar="NAME", help="What computes."),
-    click.option("--dtype", default="float32", show_default=True, metavar="TYPE", help="In which numbers."),
+    click.option("--backend", type=click.Choice(NAMES), default="numpy", show_default=True,
+                 help="What computes."),
+    click.option("--dtype", type=click.Choice(tuple(BYTES)), default="float32", show_default=True,
+                 help="In which numbers."),
     click.option("--device", default="cpu", show_default=True, metavar="NAME", help="Where it computes."),
     click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of the matrix products."),
-)
+)  # fmt: skip
 
 sampling = together(
     click.option("--max-tokens", "-n", type=click.IntRange(0), default=256, show_default=True, metavar="N",
-                 help="Most new tokens."),
-    click.option("--temperature", "-t", type=click.FloatRange(0), metavar="T", help="0: the likeliest."),
+                 help="At most this many new tokens."),
+    click.option("--temperature", "-t", type=Finite(0), metavar="T",
+                 help="0: the likeliest. [default of this and the next: what the checkpoint recommends]"),
     click.option("--top-k", type=click.IntRange(0), metavar="K", help="Only the K likeliest; 0: all."),
-    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), metavar="P",
+    click.option("--top-p", type=Finite(0, 1, min_open=True), metavar="P",
                  help="Only the likeliest that reach P together."),
-    click.option("--min-p", type=click.FloatRange(0, 1), metavar="P",
+    click.option("--min-p", type=Finite(0, 1), metavar="P",
                  help="Only those at least P times as likely as the likeliest."),
-    click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), metavar="R",
-                 help="Above 1: rather not what has been said."),
-    click.option("--seed", type=click.IntRange(0, 2**63), metavar="N", help="The same seed, the same text."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End before this text (repeatable)."),
+    click.option("--repetition-penalty", type=Finite(0, min_open=True), metavar="R",
+                 help="Above 1: discourage repetition."),
+    click.option("--seed", type=click.IntRange(0, 2**63), metavar="N",
+                 help="The same seed, the same text; prompt i has N + i."),
+    click.option("--stop", multiple=True, metavar="TEXT", callback=some_text,
+                 help="End before this text (repeatable)."),
     click.option("--ignore-eos", is_flag=True, help="Go on after end tokens."),
     click.option("--stats", is_flag=True, help="Speed and memory, on stderr."),
 )  # fmt: skip
@@ -55,9 +82,19 @@ def text_of(path: str) -> str:
     """The text of a file, or of standard input for "-"; InputError when it is not UTF-8."""
     name = "standard input" if path == "-" else path
     try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        data = standard_input().read() if path == "-" else Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}") from None
+    return decoded(data, name)
+
+
+def standard_input():
+    if sys.stdin is None:
+        raise InputError("standard input is closed")
+    return sys.stdin.buffer
+
+
+def decoded(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -65,9 +102,12 @@ def text_of(path: str) -> str:
 
 
 def checked_text(text: str, name: str = "the prompt") -> str:
-    """A command-line argument that is Unicode; InputError when its bytes were not UTF-8."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(f"{name} is not UTF-8 text") from None
-    return text
+    """A command-line argument as the text that its bytes spell, whatever the locale made of them."""
+    return decoded(os.fsencode(text), name)
+
+
+def say(text: str, **how) -> None:
+    """Print, now, without a line end."""
+    click.echo(text, nl=False, **how)
+    if sys.stdout is not None:
+        sys.stdout.flush()

@@ -11,7 +11,7 @@ from refengine.cli import options
 from spec.config import InputError
 
 
-@click.command()
+@click.command(short_help="How likely a text is.")
 @click.argument("file")
 @click.option("--tokens", is_flag=True, help="A line a token, too.")
 @options.as_json
@@ -57,5 +57,5 @@ def figures(logprobs: list[float]) -> dict:
         "log_likelihood": sum(logprobs),
         "scored": len(logprobs),
         "nats_per_token": mean,
-        "perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "perplexity": math.exp(min(mean, 700.0)),  # e^700 is nearly the largest number there is
     }

@@ -1,0 +1,78 @@
+"""Chapter 20. Layouts: in which ways several ranks can share a model.
+
+    tp  cuts every layer: heads, groups, widths, the vocabulary
+    ep  gives away whole experts, and cuts the shared one, which tp x ep ranks share
+    pp  cuts the list of layers into stages
+
+Heads are cut evenly, and whole groups of heads stay together, or whole ranks share a group. Other widths are
+cut into parts that need not be equal. What cannot be cut is refused by name. docs/ranks.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from spec.config import Config, InputError
+
+
+@dataclass(frozen=True)
+class Layout:
+    tp: int = 1
+    ep: int = 1
+    pp: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.ep * self.pp
+
+
+def plan(cfg: Config, tp: int = 1, ep: int = 1, pp: int = 1) -> Layout:
+    """The layout, if the model can be cut so; else InputError names the obstacle and the nearest way out."""
+    chosen: dict[str, int] = {}
+    for name, value in {"tp": tp, "ep": ep, "pp": pp}.items():
+        if why := next(obstacles(cfg, **chosen, **{name: value}), ""):
+            free = (v for v in range(1, 4097) if not any(obstacles(cfg, **chosen, **{name: v})))
+            nearest = min(free, key=lambda v: abs(v - value))
+            raise InputError(f"{name} = {value} is not possible: {why}; the nearest that is: {nearest}")
+        chosen[name] = value
+    return Layout(**chosen)
+
+
+def obstacles(c: Config, tp: int = 1, ep: int = 1, pp: int = 1) -> Iterator[str]:
+    """What stands against a layout, a sentence each."""
+    if min(tp, ep, pp) < 1:
+        yield "it is not a positive number"
+        return
+    kinds, count = c.layers + c.mtp_layers, len(c.layers)
+    for kind, heads, groups in (
+        ("M", "mamba_num_heads", "n_groups"), ("*", "num_attention_heads", "num_key_value_heads")
+    ):  # fmt: skip
+        many, few = getattr(c, heads), getattr(c, groups)
+        if kind in kinds and many % tp:
+            yield f"{heads} = {many} is not a multiple of {tp}"
+        if kind in kinds and few % tp and tp % few:
+            yield f"{groups} = {few} is neither a multiple nor a divisor of {tp}"
+    if ep > 1 and c.n_routed_experts < ep:
+        yield f"n_routed_experts = {c.n_routed_experts} is less than {ep}"
+    for there, key, parts in (
+        (True, "vocab_size", tp), (c.mtp_layers, "hidden_size", tp), ("-" in kinds, "intermediate_size", tp),
+        ("E" in kinds, "moe_intermediate_size", tp),
+        ("E" in kinds, "moe_shared_expert_intermediate_size", tp * ep),
+    ):  # fmt: skip
+        width = getattr(c, key)
+        if there and width // unit(width) < parts:
+            yield f"{key} = {width} has not {parts} parts" + " of 16 or more" * (unit(width) > 1)
+    if pp > count:
+        yield f"there are {count} layers for {pp} stages"
+
+
+def span(size: int, parts: int, i: int, unit: int = 1) -> range:
+    """Part i of `size`, in whole units; of fewer units than parts, the one that several parts share."""
+    start, stop = (size // unit * j // parts * unit for j in (i, i + 1))
+    return range(start, min(size, max(start + unit, stop)))
+
+
+def unit(width: int) -> int:
+    """Packed weights come in blocks of 16: a width of such blocks is cut between them."""
+    return 16 if width % 16 == 0 else 1

@@ -1,0 +1,119 @@
+"""Chapter 21. Shards: which part of a model each of several ranks holds.
+
+    rank = t + tp (e + ep stage),   t = 0 .. tp - 1,   e = 0 .. ep - 1,   stage = 0 .. pp - 1
+
+A segment is cut by itself: a rank's rows of `in_proj` are its part of z, of x, of B, of C and of dt, never a
+run of rows across them. What only few can hold is held by several: a key/value head, or B and C of a group,
+when tp exceeds their number. ep repeats all but the experts. What the ranks say to each other is the next
+chapter. docs/ranks.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from spec.arrays import DTYPES, Array
+from spec.config import Config
+from spec.layout import Layout, span, unit
+from spec.tensors import Tensor, table
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank of a layout."""
+
+    layout: Layout
+    rank: int
+
+    @property
+    def at(self) -> tuple[int, int, int]:
+        """t, e, stage"""
+        tp, ep = self.layout.tp, self.layout.ep
+        return self.rank % tp, self.rank // tp % ep, self.rank // (tp * ep)
+
+    def peers(self, count: int) -> tuple[int, ...]:
+        """The block of `count` ranks that this one is in: tp, a stage, or those who share a group."""
+        first = self.rank - self.rank % count
+        return tuple(range(first, first + count))
+
+    def layers(self, cfg: Config) -> tuple[int, int]:
+        """The first of this stage's layers, and the first after them."""
+        mine = span(len(cfg.layers), self.layout.pp, self.at[2])
+        return mine.start, mine.stop
+
+    def experts(self, cfg: Config) -> range:
+        return span(cfg.n_routed_experts, self.layout.ep, self.at[1])
+
+    def local(self, cfg: Config) -> Config:
+        """The configuration that the mixers see: heads and groups of this rank, but all experts."""
+        keys = ("mamba_num_heads", "n_groups", "num_attention_heads", "num_key_value_heads")
+        tp, t = self.layout.tp, self.at[0]
+        return replace(cfg, **{key: len(span(getattr(cfg, key), tp, t)) for key in keys})
+
+
+# CUTS of the tensor table: the axis, and the segments along it, each of which is cut by itself.
+CUTS = {
+    "z|x|B|C|dt": (0, "x x B B dt"), "x|B|C": (0, "x B B"), "heads": (0, "dt"), "inner": (0, "x"),
+    "inner_columns": (1, "x"), "q_heads": (0, "q"), "q_columns": (1, "q"), "kv_heads": (0, "kv"),
+    "rows": (0, "tp"), "columns": (1, "tp"), "expert_rows": (0, "tp"), "expert_columns": (1, "tp"),
+    "shared_rows": (0, "tp x ep"), "shared_columns": (1, "tp x ep"), "vocab": (0, "tp"),
+    "whole": (0, "whole"),
+}  # fmt: skip
+
+
+def held(row: Tensor, cfg: Config, shard: Shard) -> tuple[int, list[range]]:
+    """The axis, and the ranges along it, that this rank holds of a tensor of `rows`."""
+    axis, segments = CUTS[row.cut]
+    length, (t, e, _), tp, ep = row.shape[axis], shard.at, shard.layout.tp, shard.layout.ep
+    match segments:
+        case "whole":
+            return axis, [range(length)]
+        case "tp":
+            return axis, [span(length, tp, t, unit(length))]
+        case "tp x ep":
+            return axis, [span(length, tp * ep, t + tp * e, unit(length))]
+    heads_of = {"x": (cfg.mamba_num_heads, cfg.mamba_head_dim), "B": (cfg.n_groups, cfg.ssm_state_size),
+                "dt": (cfg.mamba_num_heads, 1), "q": (cfg.num_attention_heads, cfg.head_dim),
+                "kv": (cfg.num_key_value_heads, cfg.head_dim)}  # fmt: skip
+    ranges, start = [], 0
+    for heads, width in map(heads_of.get, segments.split()):
+        mine = span(heads, tp, t)
+        ranges.append(range(start + mine.start * width, start + mine.stop * width))
+        start += heads * width
+    return axis, ranges
+
+
+def rows(cfg: Config, shard: Shard) -> list[Tensor]:
+    """The tensors of which this rank holds something: its layers, its experts; the head on the last stage."""
+    first, last = shard.layers(cfg)
+    ends = last == len(cfg.layers)
+    looks_up = first == 0 or (ends and (cfg.tie_word_embeddings or cfg.mtp_layers))
+
+    def mine(row: Tensor) -> bool:
+        if row.role == "embedding":
+            return bool(looks_up)
+        if row.role == "routed_expert" and int(row.key.split(".")[2]) not in shard.experts(cfg):
+            return False
+        return first <= row.layer < last if row.block.startswith("layers.") else ends
+
+    return list(filter(mine, table(cfg)))
+
+
+def cut(row: Tensor, value: Array, cfg: Config, shard: Shard) -> Array:
+    """What this rank holds of a tensor of `rows`: a view, where that is one range."""
+    axis, ranges = held(row, cfg, shard)
+    pieces = [value[(slice(None),) * axis + (slice(part.start, part.stop),)] for part in ranges]
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis)
+
+
+def held_bytes(cfg: Config, shard: Shard) -> Counter[str]:
+    """How many bytes of the checkpoint this rank holds, by role."""
+    total = Counter()
+    for row in rows(cfg, shard):
+        axis, ranges = held(row, cfg, shard)
+        share = row.size // row.shape[axis] * sum(map(len, ranges))
+        total[row.role] += share * DTYPES[row.dtype].itemsize
+    return total
