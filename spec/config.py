@@ -94,8 +94,8 @@ class Config:
         out = {f.name: getattr(self, f.name) for f in fields(self)}
         letters, mtp = out.pop("layers"), out.pop("mtp_layers")
         out = {k: v for k, v in out.items() if set(REQUIRED.get(k, KINDS)) & set(letters + mtp)}
-        if math.isinf(self.time_step_limit[1]):  # which JSON cannot write
-            out["time_step_limit"] = [self.time_step_limit[0], {"__float__": "Infinity"}]
+        if self.time_step_limit == (0.0, math.inf):  # JSON cannot write it, and its absence means it
+            del out["time_step_limit"]
         out |= {"model_type": "nemotron_h", "architectures": ["NemotronHForCausalLM"],
                 "num_hidden_layers": len(letters), "hybrid_override_pattern": letters,
                 "layers_block_type": [NAME_OF[k] for k in letters],

@@ -51,22 +51,17 @@ class Figures:
         told = [begun + t for t in self.complete([begun] * count, max_tokens=400, seed=1)]
         reports = [check(t) for t in told]
         longest = longest_runs(told, training_stories(20_000))
-        whole = [t for t, r in zip(told, reports, strict=True) if r.consistent]
-        return (
-            {
-                "stories sampled": count,
-                "every sentence parses": sum(r.parsed for r in reports) / count,
-                "names and objects consistent": sum(r.consistent for r in reports) / count,
-                "... and all of one plot": sum(r.coherent for r in reports) / count,
-                "words of a story, mean": float(np.mean([len(t.split()) for t in told])),
-                "longest run of words in 20000 training stories, median": float(np.median(longest)),
-                "longest run of words in 20000 training stories, max": max(longest),
-                "different plots among them": len({r.plot for r in reports if r.plot}),
-            },
-            told,
-            [r.why for r in reports if r.why],
-            whole,
-        )
+        found = {
+            "stories sampled": count,
+            "every sentence parses": sum(r.parsed for r in reports) / count,
+            "names and objects consistent": sum(r.consistent for r in reports) / count,
+            "... and all of one plot": sum(r.coherent for r in reports) / count,
+            "words of a story, mean": float(np.mean([len(t.split()) for t in told])),
+            "longest run of words in 20000 training stories, median": float(np.median(longest)),
+            "longest run of words in 20000 training stories, max": max(longest),
+            "different plots among them": len({r.plot for r in reports if r.plot}),
+        }
+        return found, told, [r.why for r in reports if r.why]
 
     def recall(self, count, stories, cases=40):
         """Name to thing: one question after `count` facts and `stories` stories."""
