@@ -3,10 +3,12 @@
     b  sequences in the batch     l  positions in this call     d  hidden_size      v  vocab_size
     h  heads                      p  Mamba head_dim             n  ssm_state_size   g  n_groups
     e  attention head_dim         c  conv channels              t  positions remembered
+    kv key/value heads            r  heads that share one       q i j  positions in a chunk
+    E  experts                    k  experts of a token         x  width an expert reads
 
 An activation is `b l d`. A decode step is `l = 1`; a prompt is any `l`, cut into calls as one likes. Rows
 of a batch may be of different lengths: `n[b]` says how many of the `l` positions of each row are real
-(None: all).
+(None: all). As an argument `n` is always these lengths; as an axis, always the state.
 """
 
 from __future__ import annotations

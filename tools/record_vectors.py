@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 import transformers
@@ -211,5 +212,11 @@ def main(check: bool) -> int:
     return int(check and bool(changed))
 
 
+@click.command(help=__doc__.split("\n\n")[0])
+@click.option("--check", is_flag=True, help="Write nothing; fail if something would change.")
+def command(check: bool):
+    sys.exit(main(check=check))
+
+
 if __name__ == "__main__":
-    sys.exit(main(check="--check" in sys.argv[1:]))
+    command()
