@@ -1,7 +1,7 @@
 """Chapter 20. Layouts: in which ways several ranks can share a model.
 
     tp  cuts every layer: heads, groups, widths, the vocabulary
-    ep  gives away whole experts, and cuts the shared one, which tp x ep ranks share
+    ep  gives away whole routed experts, and the rows of a batch where there are several
     pp  cuts the list of layers into stages
 
 Heads are cut evenly, and whole groups of heads stay together, or whole ranks share a group. Other widths are
@@ -58,7 +58,7 @@ def obstacles(c: Config, tp: int = 1, ep: int = 1, pp: int = 1) -> Iterator[str]
     for there, key, parts in (
         (True, "vocab_size", tp), (c.mtp_layers, "hidden_size", tp), ("-" in kinds, "intermediate_size", tp),
         ("E" in kinds, "moe_intermediate_size", tp),
-        ("E" in kinds, "moe_shared_expert_intermediate_size", tp * ep),
+        ("E" in kinds, "moe_shared_expert_intermediate_size", tp),
     ):  # fmt: skip
         width = getattr(c, key)
         if there and width // unit(width) < parts:

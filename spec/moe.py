@@ -68,24 +68,31 @@ def mlp(h: Float[Array, "*b d"], up: Array, down: Array) -> Float[Array, "*b d"]
     return relu2(h @ widen(up, h.dtype).T) @ widen(down, h.dtype).T
 
 
-def experts(u: Float[Array, "*b x"], matrices: Sequence, routing: Routing) -> Float[Array, "*b x"]:
-    """The definition: token by token. `matrices[i]` is (up [i x], down [x i]) of expert i."""
+def experts(
+    u: Float[Array, "*b x"], matrices: Sequence, routing: Routing, first: int = 0
+) -> Float[Array, "*b x"]:
+    """The definition: token by token. `matrices[i]` is (up [i x], down [x i]) of expert first + i.
+
+    An expert that is not among them adds nothing: it is on another rank (chapter 22).
+    """
     y = np.zeros_like(u)
     for at in np.ndindex(routing.expert.shape):
-        up, down = matrices[routing.expert[at]]
-        y[at[:-1]] += (routing.weight[at] * mlp(u[at[:-1]], up, down)).astype(u.dtype)
+        i = routing.expert[at] - first
+        if 0 <= i < len(matrices):
+            y[at[:-1]] += (routing.weight[at] * mlp(u[at[:-1]], *matrices[i])).astype(u.dtype)
     return y
 
 
-def experts_grouped(u: Float[Array, "*b x"], matrices: Sequence, routing: Routing) -> Float[Array, "*b x"]:
+def experts_grouped(
+    u: Float[Array, "*b x"], matrices: Sequence, routing: Routing, first: int = 0
+) -> Float[Array, "*b x"]:
     """The theorem: the same sum with the tokens sorted by expert, so that each expert is read once."""
     k = routing.expert.shape[-1]
-    tokens, chosen = u.reshape(-1, u.shape[-1]), routing.expert.reshape(-1)
+    tokens, chosen = u.reshape(-1, u.shape[-1]), routing.expert.reshape(-1) - first
     weight = routing.weight.reshape(-1, 1).astype(u.dtype, copy=False)
     order = np.argsort(chosen, kind="stable")
     y = np.zeros_like(tokens)
     for rows in np.split(order, np.flatnonzero(np.diff(chosen[order])) + 1):
-        if len(rows):
-            up, down = matrices[chosen[rows[0]]]
-            y[rows // k] += weight[rows] * mlp(tokens[rows // k], up, down)  # no token twice
+        if len(rows) and 0 <= (i := chosen[rows[0]]) < len(matrices):
+            y[rows // k] += weight[rows] * mlp(tokens[rows // k], *matrices[i])  # no token twice
     return y.reshape(u.shape)

@@ -46,7 +46,7 @@ class Ops:
     attention: Callable  # (q [b l h e], k [b l kv e], v [b l kv e], cache, n) -> y [b l h e], cache
     route: Callable  # (h [b l d], gate [E d], bias [E], cfg) -> routing
     announce: Callable  # (routing) -> None: these experts will be wanted soon
-    experts: Callable  # (u [b l x], experts, routing) -> [b l x]
+    experts: Callable  # (u [b l x], experts, routing, first=0) -> [b l x]: experts first, first + 1, ...
     mlp: Callable  # (h [b l d], up [f d], down [d f]) -> [b l d]
     logits: Callable  # (h [.. d], lm_head [v d]) -> [.. v], float32 or wider
     all_reduce: Callable  # (x, layer letter) -> the sum over the ranks that share such layers

@@ -2,19 +2,23 @@
 
     g(h up') down' = g(h up_1') down_1' + g(h up_2') down_2' + ...         g: each channel by itself
 
-A rank reads the whole of h and computes its share of the width in the middle (heads, groups, channels,
-experts), so what it writes is one term of a sum, and one sum over ranks ends the mixer. Whatever stands
-between that share and the sum is linear and may as well come before it: `out_proj`, the weights of the
-experts, `fc2_latent_proj`. Other words are few:
+A rank reads the whole of h and computes its share of the width in the middle (heads, groups, channels), so
+what it writes is one term of a sum, and one sum over the ranks of tp ends the mixer. Whatever stands between
+that share and the sum is linear and may as well come before it: `out_proj`, `fc2_latent_proj`. Routed experts
+are a sum already, and the ranks of ep have some of its terms each: they add them up in the latent width, which
+is up to four times narrower than the stream. Other words are few:
 
     a norm group on several ranks    the sum of their means of squares, one number a token
     embedding                        a sum: a rank has some rows of the table, and zeros for other tokens
     logits, eh_proj                  the ranks' parts end to end
     a stage                          hands the stream to the next
 
+On one row the ranks of ep repeat what is not an expert. Several rows they can split: then each asks the others
+for their tokens' latents, and hands the sums back.
+
 To the mixers a rank is a smaller model: a smaller Config, smaller weights, and verbs that know of the others.
-The router is whole on every rank, and all must choose alike, so a sum has to have the same bits on each of
-its ranks. docs/ranks.md.
+The router is whole on every rank, and all that share a token must choose alike for it, so a sum has to have
+the same bits on each of its ranks. docs/ranks.md.
 """
 
 from __future__ import annotations
@@ -29,7 +33,6 @@ import numpy as np
 from spec.config import Config
 from spec.layout import span, unit
 from spec.model import Model
-from spec.moe import Routing
 from spec.ops import Backend
 from spec.shard import Shard, cut, rows
 from spec.tensors import Group, placed
@@ -37,12 +40,16 @@ from spec.tensors import Group, placed
 
 @runtime_checkable
 class Comm(Protocol):
-    """What connects ranks. Arrays are the backend's; `peers` are all the ranks that make the same call."""
+    """What connects ranks. Arrays are the backend's; `peers` are all the ranks that make the same call.
+
+    `sizes` are the lengths, along the axis that is cut, of what each of the peers has or gets.
+    """
 
     def sum(self, x: Any, peers: tuple[int, ...]) -> Any: ...  # each peer gets the same bits
-    def gather(self, x: Any, peers: tuple[int, ...]) -> Any: ...  # end to end, along the last axis
+    def gather(self, x: Any, peers: tuple[int, ...], sizes: list[int], axis: int) -> Any: ...  # end to end
+    def scatter(self, x: Any, peers: tuple[int, ...], sizes: list[int]) -> Any: ...  # its rows of the sum
     def send(self, x: Any, to: int) -> None: ...
-    def receive(self, source: int) -> Any: ...
+    def receive(self, source: int, like: Any) -> Any: ...  # in the library and on the device of `like`
 
 
 def part(cfg: Config, read: Callable[[str], np.ndarray], backend: Backend, shard: Shard, comm: Comm) -> Model:
@@ -54,41 +61,52 @@ def part(cfg: Config, read: Callable[[str], np.ndarray], backend: Backend, shard
     return Model(shard.local(cfg), placed(rows(cfg, shard), place), sharded(backend, cfg, shard, comm))
 
 
-def sharded(backend: Backend, cfg: Config, shard: Shard, comm: Comm) -> Backend:
-    """The same backend, with verbs that know of the other ranks."""
-    ops, (t, _, _), tp, ep = backend.ops, shard.at, shard.layout.tp, shard.layout.ep
-    verbs = {}
+def sharded(
+    backend: Backend, cfg: Config, shard: Shard, comm: Comm, split: list[int] | None = None
+) -> Backend:
+    """The same backend, with verbs that know of the other ranks.
+
+    split: how many rows of the batch each rank of ep has; None: all of them have all rows.
+    """
+    ops, (t, _, _), tp = backend.ops, shard.at, shard.layout.tp
+    peers, others, verbs = shard.peers(tp), shard.across, {}
     if tp > 1:
-        peers, vocabulary = shard.peers(tp), span(cfg.vocab_size, tp, t, unit(cfg.vocab_size))
+        mine, vocabulary = span(cfg.vocab_size, tp, t, unit(cfg.vocab_size)), sizes(cfg.vocab_size, tp)
+        widths = sizes(cfg.hidden_size, tp)
 
         def embed(ids, table):
-            mine = (ids >= vocabulary.start) & (ids < vocabulary.stop)
-            return comm.sum(ops.embed((ids - vocabulary.start) * mine, table) * mine[..., None], peers)
+            here = (ids >= mine.start) & (ids < mine.stop)
+            return comm.sum(ops.embed((ids - mine.start) * here, table) * here[..., None], peers)
 
-        verbs["embed"] = embed
-        verbs["logits"] = lambda h, lm_head: comm.gather(ops.logits(h, lm_head), peers)
-        verbs["linear_pair"] = lambda x, y, weight: comm.gather(ops.linear_pair(x, y, weight), peers)
+        def logits(h, lm_head):
+            return comm.gather(ops.logits(h, lm_head), peers, vocabulary, -1)
+
+        def linear_pair(x, y, weight):
+            return comm.gather(ops.linear_pair(x, y, weight), peers, widths, -1)
+
+        verbs |= {"embed": embed, "logits": logits, "linear_pair": linear_pair}
+        verbs["all_reduce"] = lambda x, kind: comm.sum(x, peers)
     if tp > cfg.n_groups > 0:
         of_group = shard.peers(tp // cfg.n_groups)
         verbs["gated_rms_norm"] = partial(
             ops.gated_rms_norm, mean=lambda squares: comm.sum(squares, of_group) / len(of_group)
         )
-    if ep > 1:
-        first, last = shard.experts(cfg).start, shard.experts(cfg).stop
+    if len(others) > 1:
+        first = shard.experts(cfg).start
 
-        def experts(u, matrices, routing):  # the choice is among all; those of other ranks have no width here
-            up, down = matrices[0]
-            mine = (routing.expert >= first) & (routing.expert < last)
-            expert = np.where(mine, routing.expert - first, len(matrices))
-            return ops.experts(u, [*matrices, (up[:0], down[:, :0])], Routing(expert, routing.weight))
+        def experts(u, matrices, routing):
+            if split is None:
+                return comm.sum(ops.experts(u, matrices, routing, first), others)
+            u, *routes = (comm.gather(x, others, split, 0) for x in (u, *routing))
+            return comm.scatter(ops.experts(u, matrices, type(routing)(*routes), first), others, split)
 
         verbs["experts"] = experts
+    return replace(backend, ops=replace(ops, **verbs))
 
-    def all_reduce(x, kind: str):
-        peers = shard.peers(tp * ep if kind == "E" else tp)
-        return comm.sum(x, peers) if len(peers) > 1 else x
 
-    return replace(backend, ops=replace(ops, all_reduce=all_reduce, **verbs))
+def sizes(width: int, parts: int) -> list[int]:
+    """How the parts of a width differ, where they do."""
+    return [len(span(width, parts, i, unit(width))) for i in range(parts)]
 
 
 def new_states(model: Model, shard: Shard, batch: int) -> list:
@@ -100,7 +118,7 @@ def new_states(model: Model, shard: Shard, batch: int) -> list:
 def step(model: Model, shard: Shard, comm: Comm, ids, states: list, n=None):
     """This stage's part of a call: ids b l -> the stream b l d, which on the last stage `head` reads."""
     (first, last), stage = shard.layers(model.cfg), shard.layout.tp * shard.layout.ep
-    x = model.embed(ids) if first == 0 else comm.receive(shard.rank - stage)
+    x = model.embed(ids) if first == 0 else comm.receive(shard.rank - stage, ids)
     x, states = model.blocks(x, states, n, first, last)
     if last < len(model.cfg.layers):
         comm.send(x, shard.rank + stage)

@@ -4,7 +4,7 @@
 
 A segment is cut by itself: a rank's rows of `in_proj` are its part of z, of x, of B, of C and of dt, never a
 run of rows across them. What only few can hold is held by several: a key/value head, or B and C of a group,
-when tp exceeds their number. ep repeats all but the experts. What the ranks say to each other is the next
+when tp exceeds their number. ep repeats all but the routed experts. What the ranks say to each other is the next
 chapter. docs/ranks.md.
 """
 
@@ -39,6 +39,12 @@ class Shard:
         first = self.rank - self.rank % count
         return tuple(range(first, first + count))
 
+    @property
+    def across(self) -> tuple[int, ...]:
+        """The ranks of ep that differ from this one in nothing but their experts."""
+        (t, _, stage), tp, ep = self.at, self.layout.tp, self.layout.ep
+        return tuple(t + tp * (e + ep * stage) for e in range(ep))
+
     def layers(self, cfg: Config) -> tuple[int, int]:
         """The first of this stage's layers, and the first after them."""
         mine = span(len(cfg.layers), self.layout.pp, self.at[2])
@@ -59,22 +65,19 @@ CUTS = {
     "z|x|B|C|dt": (0, "x x B B dt"), "x|B|C": (0, "x B B"), "heads": (0, "dt"), "inner": (0, "x"),
     "inner_columns": (1, "x"), "q_heads": (0, "q"), "q_columns": (1, "q"), "kv_heads": (0, "kv"),
     "rows": (0, "tp"), "columns": (1, "tp"), "expert_rows": (0, "tp"), "expert_columns": (1, "tp"),
-    "shared_rows": (0, "tp x ep"), "shared_columns": (1, "tp x ep"), "vocab": (0, "tp"),
-    "whole": (0, "whole"),
+    "shared_rows": (0, "tp"), "shared_columns": (1, "tp"), "vocab": (0, "tp"), "whole": (0, "whole"),
 }  # fmt: skip
 
 
 def held(row: Tensor, cfg: Config, shard: Shard) -> tuple[int, list[range]]:
     """The axis, and the ranges along it, that this rank holds of a tensor of `rows`."""
     axis, segments = CUTS[row.cut]
-    length, (t, e, _), tp, ep = row.shape[axis], shard.at, shard.layout.tp, shard.layout.ep
+    length, t, tp = row.shape[axis], shard.at[0], shard.layout.tp
     match segments:
         case "whole":
             return axis, [range(length)]
         case "tp":
             return axis, [span(length, tp, t, unit(length))]
-        case "tp x ep":
-            return axis, [span(length, tp * ep, t + tp * e, unit(length))]
     heads_of = {"x": (cfg.mamba_num_heads, cfg.mamba_head_dim), "B": (cfg.n_groups, cfg.ssm_state_size),
                 "dt": (cfg.mamba_num_heads, 1), "q": (cfg.num_attention_heads, cfg.head_dim),
                 "kv": (cfg.num_key_value_heads, cfg.head_dim)}  # fmt: skip

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from spec import mtp
 from spec.config import Config
-from spec.layout import Layout
+from spec.layout import Layout, span
 from spec.ops import numpy_backend
-from spec.ranks import new_states, part, step
+from spec.ranks import new_states, part, sharded, step
 from spec.shard import Shard
 from tests.cases import Case, cases, cut
-from tests.ranks import on_each
+from tests.ranks import overheard
 from tests.truth import agree_with_truth
 
 EIGHT = range(1, 9)
@@ -60,29 +60,39 @@ def cuttable(draw, layout: Layout, **fixed) -> Cuttable:
     return Cuttable(**{f.name: getattr(case, f.name) for f in fields(case)}, widths=widths)
 
 
-def by_ranks(case: Case, layout: Layout, cuts=(), n=None, watch=None) -> tuple[list, list]:
-    """Logits of each piece, from every rank of the last stage; and those of its prediction head."""
+def by_ranks(case: Case, layout: Layout, cuts=(), n=None, watch=None, split=False) -> tuple[list, list]:
+    """Logits of each piece, from every rank of the last stage; and those of its prediction head.
+
+    split: the ranks of ep have their own rows of the batch.
+    """
     case.read("backbone.norm_f.weight")  # so that one thread makes the checkpoint
     next_ids = np.roll(case.ids, -1, axis=1)
 
     def rank(comm):
         shard = Shard(layout, comm.rank)
         model, pieces, guesses = part(case.cfg, case.read, EXACT, shard, comm), [], []
-        states, head_states = new_states(model, shard, case.batch), mtp.new_states(model, case.batch)
+        mine = slice(None)
+        if split:
+            spans = [span(case.batch, layout.ep, e) for e in range(layout.ep)]
+            mine = slice(spans[shard.at[1]].start, spans[shard.at[1]].stop)
+            own = sharded(EXACT, case.cfg, shard, comm, list(map(len, spans)))
+            model = replace(model, backend=own)
+        batch = len(case.ids[mine])
+        states, head_states = new_states(model, shard, batch), mtp.new_states(model, batch)
         for piece in cut(case, cuts):
-            ids = case.ids[:, piece]
-            real = None if n is None else np.clip(n - piece.start, 0, ids.shape[1])
+            ids = case.ids[mine, piece]
+            real = None if n is None else np.clip(n[mine] - piece.start, 0, ids.shape[1])
             x, states = step(model, shard, comm, ids, states, real)
             if shard.at[2] == layout.pp - 1:
                 pieces.append(model.head(x))
             if case.mtp_layers and pieces:
-                o, head_states = mtp.predict(model, x, next_ids[:, piece], head_states, real)
+                o, head_states = mtp.predict(model, x, next_ids[mine, piece], head_states, real)
                 guesses.append(model.head(o))
         if watch:
             watch(shard, comm.said)
         return pieces and np.concatenate(pieces, axis=1), guesses and np.concatenate(guesses, axis=1)
 
-    last = on_each(layout.ranks, rank)[-layout.tp * layout.ep :]
+    last = overheard(layout.ranks, rank)[-layout.tp * layout.ep :]
     return [logits for logits, _ in last], [guesses for _, guesses in last]
 
 
@@ -93,3 +103,12 @@ def sums_to_the_whole(case: Case, layout: Layout, cuts=(), n=None) -> None:
     for row in range(case.batch):
         real = case.length if n is None else n[row]
         agree_with_truth(case, row, logits[0][row, :real], np.dtype(np.float64), at=slice(real))
+
+
+def split_rows_are_the_whole(case: Case, layout: Layout, cuts=(), n=None) -> None:
+    """Each rank of ep has some rows of the batch; end to end they are all."""
+    logits, _ = by_ranks(case, layout, cuts, n, split=True)
+    logits = np.concatenate(logits[:: layout.tp])
+    for row in range(case.batch):
+        real = case.length if n is None else n[row]
+        agree_with_truth(case, row, logits[row, :real], np.dtype(np.float64), at=slice(real))

@@ -1,5 +1,7 @@
 """Shards sum to the whole: every layout of up to eight ranks computes what one rank would."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,9 @@ from hypothesis import strategies as st
 from spec.layout import Layout
 from spec.numerics import tolerance
 from tests.cases import CUTS, agree, terms
-from tests.layouts import LAYOUTS, Cuttable, by_ranks, cuttable, spelled, sums_to_the_whole
+from tests.layouts import (
+    LAYOUTS, Cuttable, by_ranks, cuttable, spelled, split_rows_are_the_whole, sums_to_the_whole,
+)  # fmt: skip
 from tests.test_mtp import read_off
 from tests.truth import counted, truth
 
@@ -24,6 +28,15 @@ def test_shards_sum_to_the_whole(layout, data, cuts, ragged):
     """All kinds of layer, in one call or several, rows of one length or of several."""
     case = data.draw(cuttable(layout))
     sums_to_the_whole(case, layout, cuts, case.lengths if ragged else None)
+
+
+@pytest.mark.parametrize("layout", [of for of in LAYOUTS if of.ep > 1], ids=spelled)
+@A_FEW
+@given(data=st.data(), cuts=CUTS, ragged=st.booleans())
+def test_ranks_that_split_the_rows_compute_the_whole(layout, data, cuts, ragged):
+    case = data.draw(cuttable(layout))
+    case = replace(case, batch=layout.ep + data.draw(st.integers(0, 2)))
+    split_rows_are_the_whole(case, layout, cuts, case.lengths if ragged else None)
 
 
 @given(layout=LAYOUT, case=LAYOUT.flatmap(lambda of: cuttable(of, mtp_layers="*E")), cuts=CUTS)
@@ -48,17 +61,17 @@ def traffic(case, layout) -> dict:
     return said
 
 
-STREAM, GROUP = ("sum", 4, 26), ("sum", 2, 1)
+STREAM, LATENT, GROUP = ("sum", 4, 26), ("sum", 4, 20), ("sum", 2, 1)
 SAID = [
     ("M", Layout(2), [("sum", 2, 26)]), ("M", Layout(4), [GROUP, STREAM]), ("M", Layout(1, 4), []),
     ("*", Layout(4), [STREAM]), ("*", Layout(1, 4), []), ("-", Layout(4), [STREAM]), ("-", Layout(1, 4), []),
-    ("E", Layout(4), [STREAM]), ("E", Layout(1, 4), [STREAM]), ("E", Layout(2, 2), [STREAM]),
+    ("E", Layout(4), [STREAM]), ("E", Layout(1, 4), [LATENT]), ("E", Layout(2, 2), [("sum", 2, 20), ("sum", 2, 26)]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "layout", "expected"), SAID)
 def test_a_layer_says_what_docs_ranks_says(kind, layout, expected):
-    """One sum of hidden_size values a token; where a norm group spans ranks, one more of one value."""
+    """One sum of hidden_size values a token, of the latent width over ep; one value more for a norm group."""
     case = Cuttable(layers=kind, batch=1, length=1, heads_per_group=4, attention=(8, 2))
     for rank, words in traffic(case, layout).items():
         words = [(verb, len(peers), values) for verb, peers, values in words]

@@ -38,7 +38,7 @@ def copies(row, cfg, layout: Layout) -> np.ndarray:
             return np.array([tp * ep])
         case "kv_heads":
             return np.array([ep * max(1, tp // cfg.num_key_value_heads)])
-        case "expert_rows" | "expert_columns" | "shared_rows" | "shared_columns":
+        case "expert_rows" | "expert_columns":
             return np.array([1])
         case "x|B|C":
             return np.concatenate(conv)
@@ -103,16 +103,13 @@ NANO, SUPER, ULTRA, SMALL = CONFIGS["nano"], CONFIGS["super"], CONFIGS["ultra"],
 DENSE, THREE = Case(layers="M-").cfg, Case(layers="*", attention=(6, 3)).cfg
 GROUPS, NARROW = Case(n_groups=3, heads_per_group=2).cfg, Cuttable(layers="-", widths=(13, 17, 2, 61)).cfg
 BLOCKS, MUTE = (Cuttable(layers="E", widths=widths).cfg for widths in ((32, 80, 2, 61), (96, 80, 2, 2)))
-SHARED = "moe_shared_expert_intermediate_size"
 REFUSED = [
     (NANO, {"tp": 3}, "mamba_num_heads = 64 is not a multiple of 3", 2),
     (NANO, {"tp": 0}, "it is not a positive number", 1),
     (NANO, {"tp": 10**12}, "mamba_num_heads = 64 is not a multiple of 1000000000000", 32),
     (NANO, {"ep": 129}, "n_routed_experts = 128 is less than 129", 128),
-    (NANO, {"tp": 8, "ep": 32}, f"{SHARED} = 3712 has not 256 parts of 16 or more", 29),
     (NANO, {"pp": 53}, "there are 52 layers for 53 stages", 52),
     (SMALL, {"tp": 4}, "mamba_num_heads = 6 is not a multiple of 4", 2),
-    (SMALL, {"tp": 2, "ep": 9}, f"{SHARED} = 17 has not 18 parts", 8),
     (DENSE, {"ep": 2}, "n_routed_experts = 0 is less than 2", 1),
     (GROUPS, {"tp": 2}, "n_groups = 3 is neither a multiple nor a divisor of 2", 1),
     (THREE, {"tp": 2}, "num_key_value_heads = 3 is neither a multiple nor a divisor of 2", 1),
@@ -146,8 +143,8 @@ def test_the_bytes_of_all_ranks_are_those_of_the_file_and_of_what_is_repeated():
     for shard in shards(Layout(4, 2)):
         total += held_bytes(cfg, shard)
     inner, d = cfg.mamba_inner, cfg.hidden_size
-    once = {"routed_expert": 1, "shared_expert": 1, "router": 8}
-    twice = dict.fromkeys(("embedding", "lm_head", "mamba", "conv", "ssm"), 2)
+    once = {"routed_expert": 1, "router": 8}
+    twice = dict.fromkeys(("embedding", "lm_head", "mamba", "conv", "ssm", "shared_expert"), 2)
     other = {"norm": (2 * inner + 8 * 4 * d) / (inner + 4 * d),  # four of them are whole
              "attention": 2 * (68 + 4) / 68}  # heads: 32 q, 32 o, 2 k, 2 v  # fmt: skip
     assert {role: total[role] / whole[role] for role in whole} == pytest.approx(once | twice | other)

@@ -1,14 +1,16 @@
 """Faults planted in the cuts and in what ranks say: each makes a law of test_ranks.py go red."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
+from refengine.comm import Ranks
 from spec import ranks, shard
 from spec.layout import Layout
 from spec.moe import Routing
 from spec.shard import CUTS, Shard
-from tests.layouts import Cuttable, sums_to_the_whole
+from tests.layouts import Cuttable, split_rows_are_the_whole, sums_to_the_whole
 from tests.teeth import Fault, each
 
 CASE = Cuttable(layers="M*E-M", batch=2, length=5, n_groups=2, heads_per_group=4, attention=(8, 2))
@@ -17,6 +19,10 @@ TWO, FOUR, EIGHT, EXPERTS, STAGES = Layout(2), Layout(4), Layout(4, 2), Layout(1
 
 def law(layout, case=CASE):
     return lambda backend: sums_to_the_whole(case, layout, cuts=(2,))
+
+
+def split_law(layout, case=CASE):
+    return lambda backend: split_rows_are_the_whole(case, layout, cuts=(2,))
 
 
 def cut_as(**other):
@@ -31,8 +37,8 @@ def verbs(change):
     """change(ops before, ops of this rank, cfg, shard, comm) -> verbs that are wrong."""
     right = ranks.sharded
 
-    def sharded(backend, cfg, here, comm):
-        made = right(backend, cfg, here, comm)
+    def sharded(backend, cfg, here, comm, split=None):
+        made = right(backend, cfg, here, comm, split)
         return replace(made, ops=replace(made.ops, **change(backend.ops, made.ops, cfg, here, comm)))
 
     return lambda patch: patch.setattr(ranks, "sharded", sharded)
@@ -52,7 +58,8 @@ def sum_over(count):
 
 def answers_for_all_experts(plain, ops, cfg, here, comm):
     def experts(u, matrices, routing):
-        return plain.experts(u, matrices, Routing(routing.expert % len(matrices), routing.weight))
+        here_all = Routing(routing.expert % len(matrices), routing.weight)
+        return comm.sum(plain.experts(u, matrices, here_all), here.across)
 
     return {"experts": experts}
 
@@ -80,13 +87,42 @@ def logits_from_the_right(plain, ops, cfg, here, comm):
     return {"logits": logits}
 
 
-def sums_before_fc2(plain, ops, cfg, here, comm):
-    """In the latent width, and then once more with the shared expert."""
+def keeps_its_experts_to_itself(plain, ops, cfg, here, comm):
+    return {"experts": partial(plain.experts, first=here.experts(cfg).start)}
+
+
+def sums_experts_twice(plain, ops, cfg, here, comm):
+    """In the latent width, and then again over everyone."""
 
     def experts(u, matrices, routing):
         return comm.sum(ops.experts(u, matrices, routing), here.peers(here.layout.tp * here.layout.ep))
 
     return {"experts": experts}
+
+
+def counts_experts_from_nought(plain, ops, cfg, here, comm):
+    def experts(u, matrices, routing):
+        return comm.sum(plain.experts(u, matrices, routing), here.across)
+
+    return {"experts": experts}
+
+
+def hands_back_rows_of_others(patch):
+    right = Ranks.scatter
+    patch.setattr(
+        Ranks, "scatter", lambda self, x, peers, sizes: right(self, np.roll(x, 1, axis=0), peers, sizes)
+    )
+
+
+def asks_with_its_own_choice(patch):
+    """The latents of all rows, but the experts that this rank's rows chose."""
+    right = Ranks.gather
+
+    def gather(self, x, peers, sizes, axis):
+        whole = right(self, x, peers, sizes, axis)
+        return whole if axis or x.dtype.kind == "f" else np.resize(x, whole.shape)
+
+    patch.setattr(Ranks, "gather", gather)
 
 
 def shares_in_turn(patch):
@@ -117,12 +153,13 @@ FAULTS = [
     Fault("norm statistics of a rank, where a group spans two",
           lambda patch: patch.setattr(ranks, "partial", lambda verb, mean: verb), law(FOUR)),
     Fault("what several ranks share is shared in turn", shares_in_turn, law(FOUR)),
-    Fault("every rank of ep has the whole shared expert",
-          cut_as(shared_rows=(0, "tp"), shared_columns=(1, "tp")), law(EXPERTS)),
-    Fault("experts are summed over tp only", sum_over(lambda kind, tp, ep: tp), law(EIGHT)),
+    Fault("a rank of ep keeps its experts to itself", verbs(keeps_its_experts_to_itself), law(EIGHT)),
     Fault("what ep repeats is summed too", sum_over(lambda kind, tp, ep: tp * ep), law(EXPERTS)),
     Fault("attention is not summed", sum_over(lambda kind, tp, ep: 1 if kind == "*" else tp), law(TWO)),
-    Fault("a sum before fc2, and one after", verbs(sums_before_fc2), law(EXPERTS)),
+    Fault("a sum of experts, and one more", verbs(sums_experts_twice), law(EXPERTS)),
+    Fault("every rank counts experts from nought", verbs(counts_experts_from_nought), law(EXPERTS)),
+    Fault("rows are handed back to another rank", hands_back_rows_of_others, split_law(EXPERTS)),
+    Fault("rows of others go to one's own choice of experts", asks_with_its_own_choice, split_law(EXPERTS)),
     Fault("a rank answers for experts of others", verbs(answers_for_all_experts), law(EXPERTS)),
     Fault("weights are normalised among one's own experts", verbs(weighs_its_own_experts_only), law(EXPERTS)),
     Fault("tokens of other ranks are looked up too", verbs(looks_up_tokens_of_others), law(TWO)),
