@@ -15,15 +15,24 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def make(
-    name: str, cfg: Config, dtype: str = "float32", device: str = "cpu", threads: int | None = None
+    name: str,
+    cfg: Config,
+    dtype: str = "float32",
+    device: str = "cpu",
+    threads: int | None = None,
+    deterministic: bool = False,
+    share: float = 1.0,
 ) -> Backend:
-    """The backend called `name`, computing in `dtype` on `device`; InputError says what there is instead."""
+    """The backend called `name`, computing in `dtype` on `device`; InputError says what there is instead.
+
+    share: how much of the weights this machine is to hold, of all there are.
+    """
     if name == "numpy":
         if dtype not in ("float32", "float64"):
             raise InputError(f"the numpy backend computes in float32 or float64, not in {dtype}")
         if device not in ("cpu", "auto"):
             raise InputError(f"the numpy backend runs on the cpu, not on {device!r}")
-        return numpy_backend(np.dtype(dtype), resident=fits(cfg, dtype))
+        return numpy_backend(np.dtype(dtype), resident=fits(cfg, dtype, share))
     if name == "torch":
         try:
             from backends.pytorch import torch_backend
@@ -31,16 +40,21 @@ def make(
             if error.name != "torch":
                 raise
             raise InputError("the torch backend needs PyTorch: pip install 'refengine[torch]'") from None
-        return torch_backend(dtype, device, threads, resident=fits(cfg, dtype))
+        return torch_backend(dtype, device, threads, deterministic, resident=fits(cfg, dtype, share))
     raise InputError(f"there is no backend {name!r}; there is {', '.join(NAMES)}")
 
 
-def fits(cfg: Config, dtype: str) -> bool:
-    """Whether all weights, widened to `dtype`, take at most half of the memory that is free now.
+def fits(cfg: Config, dtype: str, share: float = 1.0) -> bool:
+    """Whether the weights, widened to `dtype`, take at most half of the memory that is free now.
 
     If not, they stay in the file's dtype in the memory map, and one matrix or expert at a time is widened.
     """
-    return parameters(table(cfg)) * BYTES.get(dtype, 4) <= available_memory() / 2
+    return share * parameters(table(cfg)) * BYTES.get(dtype, 4) <= available_memory() / 2
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_memory() -> int:

@@ -21,11 +21,12 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from refengine import backend as backends
+from refengine import generation
 from refengine.chat import ChatTemplate
 from refengine.checkpoint import Checkpoint
-from refengine.generation import End, Options, Token, run
+from refengine.generation import Draw, End, Options, Text, Token
 from refengine.tokenizer import Tokenizer
-from spec import mtp
+from spec import mtp, state
 from spec.config import Config, InputError
 from spec.model import Model
 from spec.sample import checked, log_probs
@@ -41,20 +42,19 @@ def load(
     dtype: str = "float32",
     device: str = "cpu",
     threads: int | None = None,
+    deterministic: bool = False,
 ) -> Engine:
     """Open a checkpoint: a directory in the Hugging Face layout, or "tiny", the model inside this package.
 
-    `threads` limits the threads of matrix products in this process. InputError says in one sentence what is
-    wrong with the files or with the choice.
+    `threads` limits the threads of matrix products in this process; `deterministic` asks for the same bits on
+    every run, where a device would not give them. InputError says in one sentence what is wrong with the
+    files or with the choice. For several ranks see refengine.ranks.
     """
     began = time.perf_counter()
-    if threads is not None:
-        if threads < 1:
-            raise InputError(f"threads = {threads} is less than 1")
-        threadpool_limits(threads)
+    limit_threads(threads)
     checkpoint = Checkpoint.open(model)
     cfg = checkpoint.config
-    chosen = backends.make(backend, cfg, dtype, device, threads)
+    chosen = backends.make(backend, cfg, dtype, device, threads, deterministic)
     with progress("loading", len(table(cfg)), "tensor") as bar:
 
         def read(name: str) -> np.ndarray:
@@ -64,6 +64,13 @@ def load(
         built = Model.build(cfg, read, chosen)
     checkpoint.release()  # what was widened is not needed in the file's form too
     return Engine(checkpoint, built, time.perf_counter() - began)
+
+
+def limit_threads(threads: int | None) -> None:
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"threads = {threads} is less than 1")
+        threadpool_limits(threads)
 
 
 @dataclass(frozen=True)
@@ -109,14 +116,15 @@ class Engine:
     ) -> Iterator[tuple[int, Token | End]]:
         """(index, event) for several prompts; text i is the one `generate` gives with seed + i."""
         checked = Options.of(options, self.tokenizer.generation)
-        rows = [self.ids(prompt, **(chat or {})) for prompt in prompts]
-        return self._batches(rows, checked)
+        return self.run([self.ids(prompt, **(chat or {})) for prompt in prompts], checked)
 
-    def _batches(self, rows: list[list[int]], options: Options):
+    def run(self, rows: list[list[int]], options: Options) -> Iterator[tuple[int, Token | End]]:
+        """(index, event) of prompts that are token ids."""
         alike = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding where lengths are alike
         for start in range(0, len(rows), BATCH):
             part = alike[start : start + BATCH]
-            for i, event in run(self, [rows[i] for i in part], options, [options.seed + i for i in part]):
+            seeds = [options.seed + i for i in part]
+            for i, event in generation.run(self, [rows[i] for i in part], options, seeds):
                 yield part[i], event
 
     def ids(self, prompt, **chat) -> list[int]:
@@ -143,7 +151,7 @@ class Engine:
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Teacher-forced logits [tokens, vocabulary], float32 or wider; row i is for the token after i."""
-        return np.concatenate([self._logits(h)[0] for _, _, h, _ in self.read([self.ids(token_ids)])])
+        return np.concatenate([self.head(h)[0] for _, _, h, _ in self.read([self.ids(token_ids)])])
 
     def score(self, prompt) -> Scores:
         """How likely each token of a text is, given those before it."""
@@ -152,54 +160,77 @@ class Engine:
         head = mtp.new_states(self.model, 1)
         for start, _, h, _ in self.read([ids]):
             following = ids[start + 1 : start + 1 + h.shape[1]]
-            scores.trunk.extend(_chosen(self._logits(h)[0], following))
+            scores.trunk.extend(_chosen(self.head(h)[0], following))
             if self.config.mtp_layers and following:
                 after = self.model.backend.array(np.array([following]))
                 o, head = mtp.predict(self.model, h[:, : len(following)], after, head)
-                scores.head.extend(_chosen(self._logits(o)[0], ids[start + 2 : start + 2 + len(following)]))
+                scores.head.extend(_chosen(self.head(o)[0], ids[start + 2 : start + 2 + len(following)]))
         return scores
 
-    def prefill(self, rows: list[list[int]]) -> tuple[np.ndarray, list]:
-        """Read prompts from their beginning: logits [b, v] after each one's last token, and the states."""
+    def prefill(self, rows: list[list[int]], width: int = 0) -> tuple[np.ndarray, list]:
+        """Read prompts from their beginning: logits [b, v] after each one's last token, and the states.
+
+        They are padded to the longest of them, or to `width` if that is more.
+        """
         lengths = np.array([len(row) for row in rows])
         logits = np.empty((len(rows), self.config.vocab_size), np.float32)
         with progress("prompt", lengths.sum(), "token") as bar:
-            for start, n, h, states in self.read(rows):  # noqa: B007  (the last states are returned)
+            for start, n, h, states in self.read(rows, width):  # noqa: B007  (the last states are returned)
                 ending = (n > 0) & (start + n == lengths)
                 if ending.any():
-                    last = self.model.head(h, np.maximum(n - 1, 0))
-                    logits[ending] = self.model.backend.fetch(last)[ending]
+                    logits[ending] = self.head(h, np.maximum(n - 1, 0))[ending]
                 bar.update(int(n.sum()))
         return logits, states
 
     def decode(self, ids: list[int], states: list) -> tuple[np.ndarray, list]:
         """One more token for each sequence: logits [b, v], states."""
-        x = self.model.embed(self.model.backend.array(np.array(ids)[:, None]))
-        h, states = self.model.blocks(x, states)
-        return self._logits(h)[:, 0], states
+        h, states = self.step(np.array(ids)[:, None], states)
+        return self.head(h)[:, 0], states
 
-    def read(self, rows: list[list[int]]) -> Iterator[tuple[int, np.ndarray, object, list]]:
+    def draw(self, texts: list[Text], logits: np.ndarray) -> list[Draw | None]:
+        """What follows each of some texts, by its row of the logits; None where nothing may follow."""
+        return [text.draw(row) for text, row in zip(texts, logits, strict=True)]
+
+    def take(self, states: list, rows: list[int]) -> list:
+        """The states of some sequences of a batch."""
+        return state.take(states, rows)
+
+    def step(self, ids: np.ndarray, states: list, n: np.ndarray | None = None) -> tuple[object, list]:
+        """One call of the model: ids [b l], of which n [b] are real -> h [b l d], states."""
+        here = self.model.backend
+        x = self.model.embed(here.array(ids))
+        return self.model.blocks(x, states, None if n is None else here.array(n))
+
+    def read(self, rows: list[list[int]], width: int = 0) -> Iterator[tuple[int, np.ndarray, object, list]]:
         """Read sequences in calls of whole chunks: (start, n [b], h [b l d], states) of each call."""
-        here, chunk = self.model.backend, max(1, self.config.chunk_size)
+        chunk = max(1, self.config.chunk_size)
         step = PREFILL if chunk > PREFILL else PREFILL // chunk * chunk
         lengths = np.array([len(row) for row in rows])
-        ids = np.array([row + [0] * (lengths.max() - len(row)) for row in rows])
-        states = self.model.new_states(len(rows))
+        width = max(width, lengths.max())
+        ids = np.array([row + [0] * (width - len(row)) for row in rows])
+        states = self.new_states(len(rows))
         for start in range(0, ids.shape[1], step):
             part = ids[:, start : start + step]
             n = np.clip(lengths - start, 0, part.shape[1])
             all_real = (n == part.shape[1]).all()
-            x = self.model.embed(here.array(part))
-            h, states = self.model.blocks(x, states, None if all_real else here.array(n))
+            h, states = self.step(part, states, None if all_real else n)
             yield start, n, h, states
 
-    def _logits(self, h) -> np.ndarray:
-        return self.model.backend.fetch(self.model.head(h))
+    def close(self) -> None:
+        """Nothing more will be asked: ranks that follow may end."""
+
+    def new_states(self, batch: int) -> list:
+        """What the layers remember before the first token."""
+        return self.model.new_states(batch)
+
+    def head(self, h, rows: np.ndarray | None = None) -> np.ndarray:
+        """Logits on the host: b l v, or of one position of each sequence b v."""
+        return self.model.backend.fetch(self.model.head(h, rows))
 
 
-def progress(what: str, total: int, unit: str) -> tqdm:
+def progress(what: str, total: int, unit: str, silent: bool = False) -> tqdm:
     """A bar on stderr for work that takes more than a second; nothing where nobody watches."""
-    return tqdm(total=total, desc=what, unit=unit, disable=None, delay=1, leave=False)
+    return tqdm(total=total, desc=what, unit=unit, disable=silent or None, delay=1, leave=False)
 
 
 def _whole(token) -> int:

@@ -15,7 +15,6 @@ import numpy as np
 
 from refengine.report import peak_memory
 from refengine.tokenizer import StopStrings, Tokenizer
-from spec import state
 from spec.config import InputError
 from spec.sample import Sampling, alternatives, log_probs, sample
 
@@ -28,6 +27,15 @@ class Token:
     text: str
     logprob: float | None = None  # with the option `logprobs`: ln p of the token before any sampling filter
     top: tuple[tuple[int, float], ...] = ()  # with `logprobs` = n: the n likeliest tokens and theirs
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A token that was drawn from logits; see Token for what the others are."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,19 +109,30 @@ class Text:
         self.stream = self.tokenizer.stream(skip_special_tokens=False)
         self.stops = StopStrings(self.options.stop)
 
-    def step(self, logits: np.ndarray) -> list[Token | tuple[str, str]]:
-        """Draw from logits [v]: a Token, and at the end (reason, what was held back)."""
+    @property
+    def full(self) -> str:
+        """Why nothing may follow, or an empty string."""
         if self.drawn >= self.options.max_tokens:
-            return [self.end("length")]
-        if self.drawn >= self.room:
-            return [self.end("context")]
+            return "length"
+        return "context" if self.drawn >= self.room else ""
+
+    def draw(self, logits: np.ndarray) -> Draw | None:
+        """The next token, by logits [v], if one may follow."""
+        if self.full:
+            return None
         token = sample(logits, self.sampling, self.ids, self.generator)
-        if token in self.tokenizer.stop_ids and not self.options.ignore_eos:
+        return Draw(token, *self.likelihoods(logits, token))
+
+    def step(self, draw: Draw | None) -> list[Token | tuple[str, str]]:
+        """Take what was drawn: a Token, and at the end (reason, what was held back)."""
+        if draw is None:
+            return [self.end(self.full)]
+        if draw.id in self.tokenizer.stop_ids and not self.options.ignore_eos:
             return [self.end("eos")]
-        self.ids.append(token)
+        self.ids.append(draw.id)
         self.drawn += 1
-        text, found = self.stops.push(self.stream.push(token))
-        new = Token(token, text, *self.likelihoods(logits, token))
+        text, found = self.stops.push(self.stream.push(draw.id))
+        new = Token(draw.id, text, draw.logprob, draw.top)
         return [new] if found is None else [new, self.end("stop")]
 
     def end(self, reason: str) -> tuple[str, str]:
@@ -142,8 +161,8 @@ def run(
     decoding = time.perf_counter()
     active = list(range(len(texts)))
     while True:
-        for row, i in enumerate(active):
-            for event in texts[i].step(logits[row]):
+        for i, draw in zip(active, engine.draw([texts[i] for i in active], logits), strict=True):
+            for event in texts[i].step(draw):
                 if not isinstance(event, Token):
                     event = End(*event, statistics(engine, prompts[i], texts[i], began, decoding))
                 yield i, event
@@ -151,7 +170,7 @@ def run(
         if not staying:
             return
         if len(staying) < len(active):
-            states, active = state.take(states, staying), [active[row] for row in staying]
+            states, active = engine.take(states, staying), [active[row] for row in staying]
         logits, states = engine.decode([texts[i].ids[-1] for i in active], states)
 
 

@@ -4,17 +4,17 @@
 
 A rank reads the whole of h and computes its share of the width in the middle (heads, groups, channels), so
 what it writes is one term of a sum, and one sum over the ranks of tp ends the mixer. Whatever stands between
-that share and the sum is linear and may as well come before it: `out_proj`, `fc2_latent_proj`. Routed experts
-are a sum already, and the ranks of ep have some of its terms each: they add them up in the latent width, which
-is up to four times narrower than the stream. Other words are few:
+that share and the sum is linear and may as well come before it: `out_proj`, `fc2_latent_proj`. Routed
+experts are a sum already, and the ranks of ep have some of its terms each: they add them up in the latent
+width, which is up to four times narrower than the stream. Other words are few:
 
     a norm group on several ranks    the sum of their means of squares, one number a token
     embedding                        a sum: a rank has some rows of the table, and zeros for other tokens
     logits, eh_proj                  the ranks' parts end to end
     a stage                          hands the stream to the next
 
-On one row the ranks of ep repeat what is not an expert. Several rows they can split: then each asks the others
-for their tokens' latents, and hands the sums back.
+On one row the ranks of ep repeat what is not an expert. Several rows they can split: then each asks the
+others for their tokens' latents, and hands the sums back.
 
 To the mixers a rank is a smaller model: a smaller Config, smaller weights, and verbs that know of the others.
 The router is whole on every rank, and all that share a token must choose alike for it, so a sum has to have

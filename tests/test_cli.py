@@ -25,7 +25,7 @@ def cli(capsys, monkeypatch):
     """Run a command in this process: (exit code, stdout, stderr)."""
 
     def call(*args):
-        code = run([str(arg) for arg in args])
+        code, _ = run([str(arg) for arg in args])
         return code, *capsys.readouterr()
 
     return call

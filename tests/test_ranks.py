@@ -11,7 +11,13 @@ from spec.layout import Layout
 from spec.numerics import tolerance
 from tests.cases import CUTS, agree, terms
 from tests.layouts import (
-    LAYOUTS, Cuttable, by_ranks, cuttable, spelled, split_rows_are_the_whole, sums_to_the_whole,
+    LAYOUTS,
+    Cuttable,
+    by_ranks,
+    cuttable,
+    spelled,
+    split_rows_are_the_whole,
+    sums_to_the_whole,
 )  # fmt: skip
 from tests.test_mtp import read_off
 from tests.truth import counted, truth
@@ -65,7 +71,8 @@ STREAM, LATENT, GROUP = ("sum", 4, 26), ("sum", 4, 20), ("sum", 2, 1)
 SAID = [
     ("M", Layout(2), [("sum", 2, 26)]), ("M", Layout(4), [GROUP, STREAM]), ("M", Layout(1, 4), []),
     ("*", Layout(4), [STREAM]), ("*", Layout(1, 4), []), ("-", Layout(4), [STREAM]), ("-", Layout(1, 4), []),
-    ("E", Layout(4), [STREAM]), ("E", Layout(1, 4), [LATENT]), ("E", Layout(2, 2), [("sum", 2, 20), ("sum", 2, 26)]),
+    ("E", Layout(4), [STREAM]), ("E", Layout(1, 4), [LATENT]),
+    ("E", Layout(2, 2), [("sum", 2, 20), ("sum", 2, 26)]),
 ]  # fmt: skip
 
 

@@ -14,6 +14,8 @@ import warnings
 
 import click
 
+from refengine.place import place
+
 COMMANDS = ("generate", "chat", "inspect", "score", "bench")
 
 
@@ -50,31 +52,40 @@ def main(args: list[str] | None = None) -> None:
             stream.reconfigure(encoding="utf-8", errors="replace")
     if "--debug" not in args:
         warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, about numbers that we then refuse
-    sys.exit(run(args))
+    code, why = run(args)
+    if place().count > 1:
+        from refengine.comm.launch import leave
+
+        leave(code, why)
+    sys.exit(code)
 
 
-def run(args: list[str]) -> int:
+def run(args: list[str]) -> tuple[int, str]:
+    """The exit code, and for other ranks a sentence why it is not 0."""
     try:
         with cli.make_context("refengine", list(args)) as context:
             cli.invoke(context)
         if sys.stdout is not None:
             sys.stdout.flush()
-        return 0
+        return 0, ""
     except click.exceptions.Exit as done:
-        return done.exit_code
+        return done.exit_code, ""
     except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        if place().rank == 0:  # every rank has the same command line
+            error.show()
+        return error.exit_code, error.format_message()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush is quiet too
-        return 0
+        return 0, ""
     except KeyboardInterrupt:
-        return 130
+        return 130, "interrupted"
     except Exception as error:
         if "--debug" in args:
             traceback.print_exc()
-        click.echo(f"refengine: {sentence(error)}", err=True)
-        return 1
+        here = place()
+        name = f"refengine, rank {here.rank}" if here.count > 1 else "refengine"
+        click.echo(f"{name}: {sentence(error)}", err=True)
+        return 1, sentence(error)
 
 
 def sentence(error: Exception) -> str:

@@ -9,6 +9,7 @@ import click
 
 from refengine.cli import options
 from refengine.cli.generate import summary
+from refengine.comm import RankError
 from spec.config import InputError
 
 
@@ -19,12 +20,15 @@ from spec.config import InputError
 @options.sampling
 @options.as_json
 @options.engine
+@options.ranks
 @options.debug
-def chat(message, system, thinking, stats, as_json, model, backend, dtype, device, threads, **sampling):
+def chat(message, system, thinking, stats, as_json, **others):
     """Answer MESSAGE; without it, talk: a line is a turn, /new forgets, Ctrl-D ends."""
-    import refengine
-
-    engine = refengine.load(model, backend=backend, dtype=dtype, device=device, threads=threads)
+    how, sampling = options.parted(others)
+    engine = options.load(**how)
+    if options.follows():
+        engine.follow()
+        return
     opening = [{"role": "system", "content": options.checked_text(system, "--system")}] if system else []
     history = list(opening)
     someone_types = message is None and options.standard_input().isatty()
@@ -39,7 +43,7 @@ def chat(message, system, thinking, stats, as_json, model, backend, dtype, devic
             events = engine.generate(asked, chat={"enable_thinking": thinking}, **sampling)
             reply = answer(events, thinking, as_json)
         except InputError as error:
-            if not someone_types:
+            if not someone_types or isinstance(error, RankError):
                 raise
             click.echo(f"refengine: {error}; /new forgets what was said", err=True)
             continue
@@ -53,6 +57,7 @@ def chat(message, system, thinking, stats, as_json, model, backend, dtype, devic
                 click.echo(f"(cut at {count} tokens: {reply['reason']})", err=True)
             if stats:
                 click.echo(summary(reply["statistics"]), err=True)
+    engine.close()
 
 
 def typed():

@@ -21,13 +21,16 @@ from spec.config import InputError
 @options.sampling
 @options.as_json
 @options.engine
+@options.ranks
 @options.debug
-def generate(prompt, file, prompts, echo, stats, as_json, model, backend, dtype, device, threads, **sampling):
+def generate(prompt, file, prompts, echo, stats, as_json, **others):
     """Go on from PROMPT (or a file, or standard input), as text that streams."""
-    import refengine
-
+    how, sampling = options.parted(others)
+    if options.follows():
+        options.load(**how).follow()
+        return
     texts = asked(prompt, file, prompts)
-    engine = refengine.load(model, backend=backend, dtype=dtype, device=device, threads=threads)
+    engine = options.load(**how)
     events = engine.generate_batch(texts, **sampling)
     if as_json:
         statistics = as_objects(engine, texts, events)
@@ -38,6 +41,7 @@ def generate(prompt, file, prompts, echo, stats, as_json, model, backend, dtype,
     if stats:
         for line in statistics:
             click.echo(summary(line), err=True)
+    engine.close()
 
 
 def asked(prompt: str | None, file: str | None, prompts: str | None) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from refengine.backend import BYTES, NAMES
+from refengine.place import place
 from spec.config import InputError
 
 
@@ -55,7 +56,41 @@ engine = together(
                  help="In which numbers."),
     click.option("--device", default="cpu", show_default=True, metavar="NAME", help="Where it computes."),
     click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of the matrix products."),
+    click.option("--deterministic", is_flag=True,
+                 help="The same bits on every run, also where a device is faster without."),
 )  # fmt: skip
+
+ranks = together(
+    click.option("--tp", type=click.IntRange(1), default=1, metavar="N",
+                 help="Ranks that share each layer, under mpiexec or torchrun."),
+    click.option("--ep", type=click.IntRange(1), default=1, metavar="N",
+                 help="Times as many, that share the experts."),
+    click.option("--pp", type=click.IntRange(1), default=1, metavar="N", help="Times as many: stages."),
+    click.option("--patience", type=Finite(0, min_open=True), default=30.0, show_default=True,
+                 metavar="S", help="Seconds until a rank that does not answer is given up."),
+)  # fmt: skip
+
+
+def load(tp: int, ep: int, pp: int, patience: float, **how):
+    """The engine, of this process alone or of one rank of several."""
+    if tp * ep * pp == place().count == 1:
+        import refengine
+
+        return refengine.load(**how)
+    from refengine import ranks
+
+    return ranks.load(**how, tp=tp, ep=ep, pp=pp, patience=patience)
+
+
+def parted(others: dict) -> tuple[dict, dict]:
+    """Options of `load`, and the others."""
+    names = ("model", "backend", "dtype", "device", "threads", "deterministic", "tp", "ep", "pp", "patience")
+    return {name: others[name] for name in names}, {k: v for k, v in others.items() if k not in names}
+
+
+def follows() -> bool:
+    """Whether this is a rank that another tells what to do."""
+    return place().rank > 0
 
 sampling = together(
     click.option("--max-tokens", "-n", type=click.IntRange(0), default=256, show_default=True, metavar="N",

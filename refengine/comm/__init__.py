@@ -60,8 +60,8 @@ class Ranks:
     def alarm(self, why: str) -> None:
         """Tell every rank that this one stops."""
 
-    def leave(self, failed: bool) -> None:
-        """End the connection. After a failure no rank waits for another."""
+    def leave(self, code: int) -> None:
+        """End the connection; with a code other than 0 end the process too: no rank waits for another."""
 
     def sum(self, x, peers):
         if len(peers) == 1:
@@ -129,6 +129,13 @@ class Ranks:
         self.exchange({}, {0: (text := np.empty(int(length[0]), np.uint8))})
         return json.loads(text.tobytes())
 
+    def share(self, mine: np.ndarray | None, heard: dict[int, np.ndarray]) -> None:
+        """What some ranks say to all: `mine` if this is one of them; `heard`, by rank, is filled."""
+        self.verb = "share"
+        others = [rank for rank in range(self.count) if rank != self.rank]
+        out = {} if mine is None else dict.fromkeys(others, mine)
+        self.exchange(out, {rank: x for rank, x in heard.items() if rank != self.rank})
+
     def compare(self, mine: dict[str, str]) -> None:
         """RankError unless every rank says the same about itself."""
         self.verb = "compare"
@@ -140,9 +147,8 @@ class Ranks:
             said = json.loads(theirs[rank].tobytes())
             for key in mine | said:
                 if mine.get(key) != said.get(key):
-                    raise RankError(
-                        f"rank {rank} has another {key} than rank {self.rank}: {said.get(key)}, not {mine.get(key)}"
-                    )
+                    unlike = f"{said.get(key)}, not {mine.get(key)}"
+                    raise RankError(f"rank {rank} has another {key} than rank {self.rank}: {unlike}")
 
     def _say(self, out: dict, into: dict) -> None:
         """Exchange with all but oneself."""

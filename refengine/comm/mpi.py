@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import monotonic
 
 from refengine.comm import AHEAD, PATIENCE, Ranks, memory
+from refengine.place import place
 from spec.config import InputError
 
 WORD, ALARM = 1, 2  # tags
@@ -23,9 +27,12 @@ class MPI(Ranks):
 
     def __init__(self, patience: float = PATIENCE):
         try:
-            from mpi4py import MPI as library
+            with watched(patience):
+                from mpi4py import MPI as library
         except (ImportError, RuntimeError) as error:
-            raise InputError(f"ranks under mpiexec need mpi4py: pip install 'refengine[mpi]' ({error})") from None
+            raise InputError(
+                f"ranks under mpiexec need mpi4py: pip install 'refengine[mpi]' ({error})"
+            ) from None
         self.mpi, self.world = library, library.COMM_WORLD
         super().__init__(self.world.rank, self.world.size, patience)
         self.posted: list = []  # (peer, request, array) under way
@@ -43,7 +50,7 @@ class MPI(Ranks):
 
     def _start(self, verb: Callable, x, peer: int):
         if not (hasattr(x, "ctypes") or x.device.type == "cpu"):
-            raise InputError("ranks of MPI speak from the processor's memory: start ranks on GPUs with torchrun")
+            raise InputError("MPI ranks speak from the processor's memory: start ranks on GPUs with torchrun")
         try:
             return verb([memory(x), self.mpi.BYTE], peer, WORD)
         except self.mpi.Exception:
@@ -89,8 +96,32 @@ class MPI(Ranks):
                 call.Test()
             time.sleep(0.01)
 
-    def leave(self, failed):
-        if failed:
-            self.world.Abort(1)
+    def leave(self, code):
+        if code:
+            os._exit(code)
         self._wait([entry[:2] for entry in self.posted], idle=False)
         self.mpi.Finalize()
+
+
+@contextmanager
+def watched(patience: float) -> Iterator[None]:
+    """Meet the others within `patience`, or end: MPI_Init waits for ever, and inside it Python cannot act.
+
+    A child process waits for the end of the block, on a pipe.
+    """
+    rank = place().rank
+    ending, held = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(held)
+        if not select.select([ending], [], [], patience)[0]:
+            text = f"refengine, rank {rank}: not all ranks came within {patience:g} s\n"
+            os.write(2, text.encode())
+            os.kill(os.getppid(), signal.SIGKILL)
+        os._exit(0)
+    os.close(ending)
+    try:
+        yield
+    finally:
+        os.close(held)
+        os.waitpid(child, 0)

@@ -9,7 +9,7 @@ from threading import Event
 from time import monotonic
 from typing import Any
 
-from refengine.comm import PATIENCE, Ranks, RankError, memory
+from refengine.comm import PATIENCE, RankError, Ranks, memory
 
 
 class Threads(Ranks):

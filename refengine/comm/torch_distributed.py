@@ -110,9 +110,9 @@ class TorchDistributed(Ranks):
                 self.store.set(ALARM, f"{self.rank} {why}")
         time.sleep(GRACE)
 
-    def leave(self, failed):
-        if failed:
-            os._exit(1)
+    def leave(self, code):
+        if code:
+            os._exit(code)
         for peer, work, _ in self.posted:
             self._finish(peer, work, timedelta(seconds=self.patience))
         self.library.destroy_process_group()

@@ -1,0 +1,40 @@
+"""How this process was started: alone, by mpiexec, or by torchrun; and what that means for it.
+
+Both launchers say by environment variables which rank a process is. Nothing is imported for that, so a usage
+error is answered at once.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+MPIEXEC = (
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH and its relatives
+    tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),  # Open MPI
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands among all that were started, and among those of its machine."""
+
+    launcher: str = ""
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
+
+
+def place() -> Place:
+    if {"MASTER_ADDR", *TORCHRUN[:2]} <= os.environ.keys():
+        return Place("torchrun", *_numbers(TORCHRUN))
+    for names in MPIEXEC:
+        if set(names[:2]) <= os.environ.keys():
+            return Place("mpiexec", *_numbers(names))
+    return Place()
+
+
+def _numbers(names: tuple[str, ...]) -> list[int]:
+    return [int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0, 1), strict=True)]
