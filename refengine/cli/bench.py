@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import click
 
@@ -45,7 +44,9 @@ class Numbers(click.ParamType):
 )
 @options.as_json
 @options.debug
-def bench(model, backend, dtype, device, threads, prompts, batches, contexts, repeat, steps, as_json):
+def bench(
+    model, backend, dtype, device, threads, deterministic, prompts, batches, contexts, repeat, steps, as_json
+):
     """Tokens per second, and the share of the machine: matrix peak (prefill), read bandwidth (decode)."""
     from threadpoolctl import threadpool_limits
 
@@ -62,8 +63,8 @@ def bench(model, backend, dtype, device, threads, prompts, batches, contexts, re
         raise InputError(
             f"{longest} tokens are more than the model's context of {cfg.max_position_embeddings}"
         )
-    threads = threads or len(os.sched_getaffinity(0))
-    chosen = backends.make(backend, cfg, dtype, device, threads)
+    threads = threads or backends.processors()
+    chosen = backends.make(backend, cfg, dtype, device, threads, deterministic)
     with threadpool_limits(threads):
         built = Model.build(cfg, checkpoint.read, chosen)
         rows = measured(built, dtype, threads, prompts, batches, contexts, repeat, steps, device == "cpu")

@@ -17,7 +17,7 @@ from spec.config import InputError
 @options.as_json
 @options.engine
 @options.debug
-def score(file, tokens, as_json, model, backend, dtype, device, threads):
+def score(file, tokens, as_json, **how):
     """Log-likelihood and perplexity of the text in FILE (- is standard input), of the prediction head too."""
     import refengine
     from refengine.cli.generate import shown
@@ -25,7 +25,7 @@ def score(file, tokens, as_json, model, backend, dtype, device, threads):
     text = options.text_of(file)
     if not text:
         raise InputError(f"{file} is empty")
-    engine = refengine.load(model, backend=backend, dtype=dtype, device=device, threads=threads)
+    engine = refengine.load(**how)
     scores = engine.score(text)
     if not scores.trunk:
         raise InputError(f"{file} is a single token; there is nothing before it to judge it by")
