@@ -57,6 +57,8 @@ def chat(message, system, thinking, stats, as_json, **others):
                 click.echo(f"(cut at {count} tokens: {reply['reason']})", err=True)
             if stats:
                 click.echo(summary(reply["statistics"]), err=True)
+    if stats:
+        options.say_ranks(engine)
     engine.close()
 
 

@@ -41,6 +41,7 @@ def generate(prompt, file, prompts, echo, stats, as_json, **others):
     if stats:
         for line in statistics:
             click.echo(summary(line), err=True)
+        options.say_ranks(engine)
     engine.close()
 
 

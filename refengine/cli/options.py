@@ -88,6 +88,21 @@ def parted(others: dict) -> tuple[dict, dict]:
     return {name: others[name] for name in names}, {k: v for k, v in others.items() if k not in names}
 
 
+def say_ranks(engine) -> None:
+    """What each rank has of the checkpoint, on stderr; nothing where there is one."""
+    if not hasattr(engine, "shard"):
+        return
+    from refengine.ranks import bytes_read
+    from refengine.report import bytes_text
+    from spec.shard import Shard
+
+    for rank in range(engine.shard.layout.ranks):
+        read = bytes_read(engine.checkpoint.config, Shard(engine.shard.layout, rank))
+        kept, touched = (bytes_text(sum(read[what].values())) for what in ("kept", "touched"))
+        roles = ", ".join(f"{role} {bytes_text(size)}" for role, size in read["kept"].items())
+        click.echo(f"rank {rank}: keeps {kept} of the checkpoint, reads {touched} for it; {roles}", err=True)
+
+
 def follows() -> bool:
     """Whether this is a rank that another tells what to do."""
     return place().rank > 0
