@@ -184,7 +184,7 @@ def table(cfg: Config, machine: Machine, nodes: list[int], batches: list[int]) -
 
 
 def check(cfg: Config, path: str, link: Link, s: int) -> None:
-    """Bandwidth and peak from the run of one thread; what follows for the others, beside what was seen."""
+    """What the runs of one and of two threads (on two processors) let expect, beside what was seen."""
     run = json.loads(Path(path).read_text())
     seen = {(f["what"], f["layout"]): f["seconds"] for f in run["figures"]}
     tokens = {"prefill": run["prompt"], "decode": 1}
@@ -200,7 +200,10 @@ def check(cfg: Config, path: str, link: Link, s: int) -> None:
         layout = Layout(*map(int, name.split()[1::2]))
         # decode reads, prefill multiplies: each by the speed that one thread showed in it
         only = replace(alone, read=read) if what == "decode" else replace(alone, peak=peak)
-        expected = sum(seconds(cfg, layout, only, tokens[what], 1, s).values())
+        parts = seconds(cfg, layout, only, tokens[what], 1, s)
+        side_by_side = layout.tp * layout.ep  # they share what both processors are worth in the same run
+        slower = side_by_side / (seen[what, "1 thread"] / seen[what, "2 threads"]) if side_by_side > 1 else 1
+        expected = parts["computing"] * slower + parts["talking"]
         print(f"| {what} | {name} | {expected * 1e3:.1f} | {took * 1e3:.1f} | {took / expected:.2f} |")
 
 
