@@ -8,7 +8,7 @@ from refengine.comm.threads import on_each
 from spec.layout import Layout
 from spec.ranks import new_states, part, step
 from spec.shard import Shard
-from tests.layouts import EXACT, LAYOUTS, Cuttable, spelled
+from tests.layouts import EXACT, LAYOUTS, Cuttable
 from tools.rank_costs import H100, Link, messages, seconds
 from tools.rank_costs import part as share
 
