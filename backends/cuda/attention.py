@@ -1,0 +1,155 @@
+"""Attention and its cache: a prompt in tiles of queries, a step with the context cut into parts.
+
+Keys and values lie as b kv t e with room to grow, so that appending copies nothing but the new ones. Lengths
+stay on the device and move in place; a captured step finds the next position by itself. The host knows only
+`most`, a bound on all of them, and makes room: before a captured step, `reserve(1)`; after it, `advanced(1)`;
+if `reserve` returned another buffer, the step has to be captured again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from backends.cuda.array import DeviceArray
+from backends.cuda.layers import tiles
+from spec.config import InputError
+
+HEAD = 128  # of keys.cuh: the largest head_dim
+MANY = {4: (64, 16), 2: (128, 32)}  # of attention.cu, by bytes of an activation: queries and keys of a block
+FEW = {4: (16, 32), 2: (16, 64)}  # of attention_decode.cu
+FEW_ROWS = 128  # query rows of a key head up to which the context is cut into parts
+BLOCKS = 400  # about three for each multiprocessor of an H100 or B200
+
+
+class Tip:
+    """Who appended to a buffer last. Only the state that stands there may append in place."""
+
+    def __init__(self):
+        self.owner = self
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The first `length[b]` positions of a buffer that forks share; each fork has its own lengths."""
+
+    k: DeviceArray  # b kv t e, room for more positions than are used
+    v: DeviceArray
+    length: DeviceArray  # b int32
+    most: int = 0  # no length is larger
+    tip: Tip = field(default_factory=Tip)  # of the buffer, the same in all forks
+    mark: object = None  # what tip.owner is while this state stands at the tip
+
+    @classmethod
+    def empty(cls, cfg, batch: int, dtype: str, device) -> Cache:
+        shape = batch, cfg.num_key_value_heads, 0, cfg.head_dim
+        k, v = (device.empty(shape, dtype) for _ in "kv")
+        return cls(k, v, device.zeros((batch,), "int32"))
+
+    def reserve(self, added: int) -> Cache:
+        """This cache, or a copy of it, with room for `added` more positions that no fork will write to."""
+        if self.most + added <= self.k.shape[2] and self.tip.owner is self.mark:
+            return self
+        cache = self.copied(self.most + added)
+        return replace(cache, mark=cache.tip.owner)
+
+    def advanced(self, added: int) -> Cache:
+        """The cache after at most `added` positions were appended to each row on the device."""
+        mark = self.tip.owner = object()
+        return replace(self, most=self.most + added, mark=mark)
+
+    def copied(self, room: int) -> Cache:
+        """A buffer of one's own with `room`, and half as much again so that appending stays cheap."""
+        (b, kv, _, e), device = self.k.shape, self.k.device
+        k, v = (device.empty((b, kv, max(64, room + room // 2), e), self.k.dtype) for _ in "kv")
+        for known, new in ((self.k, k), (self.v, v)):
+            if self.most:
+                device.copy(known[:, :, : self.most], new[:, :, : self.most])
+        return replace(self, k=k, v=v, tip=Tip())
+
+    def take(self, rows) -> Cache:
+        rows = np.arange(len(self.length))[rows]
+        return replace(self, k=self.k[rows], v=self.v[rows], length=self.length[rows], tip=Tip())
+
+    def put(self, rows, other: Cache) -> Cache:
+        most, device = max(self.most, other.most), self.k.device
+        mine, theirs = (cache.copied(most) for cache in (self, other))
+        k, v = device.with_rows(mine.k, rows, theirs.k), device.with_rows(mine.v, rows, theirs.v)
+        return Cache(k, v, device.with_rows(self.length, rows, other.length), most)
+
+    def fork(self) -> Cache:
+        return replace(self, length=self.length.copy())
+
+
+class Attention:
+    """The verb on a device, for the activations that `defines` says."""
+
+    def __init__(self, device, defines: tuple[str, ...] = ()):
+        self.device, self.defines = device, defines
+        self.dtype = "bfloat16" if "REAL_BF16" in defines else "float32"
+        self.size = 2 if "REAL_BF16" in defines else 4  # bytes of an activation
+
+    def launch(self, file: str, kernel: str, grid, block: int, *args, shared_bytes: int = 0):
+        self.device.launch(file, kernel, grid, (block,), args, shared_bytes, self.defines)
+
+    def attention(self, q, k, v, cache: Cache, n=None):
+        """y[i] = sum_{j <= i} softmax_j(q[i] . k[j] / sqrt(e)) v[j]
+
+        q b l h e, k and v b l kv e -> b l h e
+        """
+        (b, l, h, e), kv = q.shape, k.shape[2]
+        if e > HEAD:
+            raise InputError(f"the CUDA backend attends with a head_dim of at most {HEAD}, not {e}")
+        q, k, v = whole_heads(q), whole_heads(k), whole_heads(v)
+        cache = cache.reserve(l)
+        room = np.int32(cache.k.shape[2])
+        held = cache.k, cache.v, cache.length, n
+        args = k, v, *places(k), *places(v), *held, *map(np.int32, (l, kv, e)), room
+        self.launch("attention", "attention_append", (l, b), min(256, 32 * tiles(kv * e, 32)), *args)
+        y = self.device.empty(q.shape, self.dtype)
+        given = q, *places(q), *held
+        sizes = *map(np.int32, (l, kv, h // kv, e)), room, np.float32(math.log2(math.e) / math.sqrt(e))
+        attend = self.few if l * (h // kv) <= FEW_ROWS else self.many
+        attend(given, sizes, y, cache, n)
+        return y, cache.advanced(l)
+
+    def many(self, given, sizes, y, cache: Cache, n):
+        (b, l, h, _), kv = y.shape, cache.k.shape[1]
+        queries, keys = MANY[self.size]
+        grid = tiles(l * (h // kv), queries), kv, b
+        shared = self.shared_bytes(queries, keys)
+        self.launch("attention", "attention", grid, 128, *given, y, *sizes, shared_bytes=shared)
+        args = cache.length, n, np.int32(l), np.int32(b)
+        self.launch("attention", "attention_advance", (tiles(b, 128),), 128, *args)
+
+    def few(self, given, sizes, y, cache: Cache, n):
+        (b, l, h, _), (_, kv, room, _) = y.shape, cache.k.shape
+        queries, keys = FEW[self.size]
+        side = tiles(l * (h // kv), queries)
+        parts = min(tiles(BLOCKS, side * b * kv), tiles(room, keys))
+        sums = self.device.empty((b * l * h, parts, HEAD), "float32")
+        scales = self.device.empty((b * l * h, parts, 2), "float32")
+        grid, shared = (side, parts, b * kv), self.shared_bytes(queries, keys)
+        args = *given, sums, scales, *sizes
+        self.launch("attention_decode", "attention_decode", grid, 128, *args, shared_bytes=shared)
+        args = sums, scales, y, cache.length, n, *sizes[:4], np.int32(parts)
+        self.launch("attention_decode", "attention_combine", (l * h, b), 256, *args)
+
+    def shared_bytes(self, queries: int, keys: int) -> int:
+        """Of the queries, and of two stages of keys and values, whose rows are a little apart."""
+        pack = 16 // self.size
+        row = HEAD if self.size == 2 else HEAD + pack
+        return self.size * (queries * row + 2 * keys * (row + HEAD + pack))
+
+
+def whole_heads(x):
+    """x b l h e, with the heads of one position side by side."""
+    h, e = x.shape[2:]
+    return x if x.strides[3] == 1 and (h == 1 or x.strides[2] == e) else x.packed()
+
+
+def places(x) -> tuple[np.int64, np.int64]:
+    """How many elements apart the rows of a batch begin, and the positions of a row."""
+    return np.int64(x.strides[0]), np.int64(x.strides[1])

@@ -1,0 +1,103 @@
+"""The state-space scan: few positions by the recurrence, more by chunks, whose products go side by side.
+
+Letters and equations are those of spec/scan.py. A step of decoding, or of a few drafted tokens, is one
+kernel, which reads and writes the state once. A longer call is three: what each chunk adds to the state, the
+state before each chunk, the outputs. Sums of dt A are as exact as in float64. The state is changed in place.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from backends.cuda.layers import rows, tiles
+
+CHUNK, TILE, THREADS = 128, 64, 128  # of ssd.cuh
+FEW = 16  # positions that are faster one after another than as a chunk
+STEP_ROWS = 16  # rows of a head's state that a block of ssd_step takes
+SCRATCH = 1 << 28  # bytes for the states between chunks, at most; more chunks than that take turns
+
+
+class Scan:
+    """The verb on a device, for the activations that `defines` says; STATE_F16: S is float16."""
+
+    def __init__(self, device, defines: tuple[str, ...] = ()):
+        self.device, self.defines = device, defines
+        self.activations = tuple(name for name in defines if name == "REAL_BF16")
+        self.dtype = "bfloat16" if "REAL_BF16" in defines else "float32"
+        self.size = 2 if "REAL_BF16" in defines else 4  # bytes of an activation
+        self.counts = {}  # how often each block of a grid was called, by the size of the grid
+
+    def calls(self, grid):
+        """The counters of random rounding, where there is any. They stay: captured graphs point to them."""
+        if "STATE_F16" not in self.defines:
+            return None
+        blocks = math.prod(grid)
+        if blocks not in self.counts:
+            self.counts[blocks] = self.device.zeros((blocks,), "int32")
+        return self.counts[blocks]
+
+    def launch(self, file: str, grid, *args, shared_bytes: int = 0):
+        """The kernel of a file that has one. Only two of them know the state as it is stored."""
+        defines = self.defines if file in ("ssd_step", "ssd_pass") else self.activations
+        self.device.launch(file, file, grid, (THREADS,), args, shared_bytes, defines)
+
+    def ssd_scan(self, x, dt, A_log, B, C, D, dt_bias, S, n=None, limit=(0.0, math.inf), chunk: int = 128):
+        """Returns (y b l h p, the state after the last real position of each row).
+
+        `chunk` is that of the definition; here it is always CHUNK, which changes nothing but the rounding.
+        """
+        y = self.device.empty(x.shape, self.dtype)
+        limit = [np.float32(bound) for bound in limit]
+        if x.shape[1] <= FEW:
+            self.steps(x, dt, A_log, B, C, D, dt_bias, S, n, limit, y)
+        else:
+            b, length, h, p = x.shape
+            states = b * h * p * B.shape[3] * (4 + self.size)  # bytes of a chunk
+            span = CHUNK * max(1, SCRATCH // states)
+            for first in range(0, length, span):
+                last = min(length, first + span)
+                self.chunks(x, dt, A_log, B, C, D, dt_bias, S, n, limit, y, first, last)
+        return y, S
+
+    def steps(self, x, dt, A_log, B, C, D, dt_bias, S, n, limit, y):
+        """The recurrence, for a few positions of each row."""
+        (b, length, h, p), (g, state) = x.shape, B.shape[2:]
+        grid = tiles(p, STEP_ROWS), h, b
+        (x, x_stride), (dt, dt_stride), (B, B_stride), (C, C_stride) = map(positions, (x, dt, B, C))
+        self.launch(
+            "ssd_step", grid, x, dt, A_log, B, C, D, dt_bias, S, y, n, self.calls(grid),
+            *map(np.int32, (length, h, p, g, state)), x_stride, dt_stride, B_stride, C_stride, *limit,
+        )  # fmt: skip
+
+    def chunks(self, x, dt, A_log, B, C, D, dt_bias, S, n, limit, y, first: int, last: int):
+        """Positions first .. last - 1 of each row, a chunk at a time and all chunks at once."""
+        (b, length, h, p), (g, state) = x.shape, B.shape[2:]
+        chunks, heads = tiles(last - first, CHUNK), h * tiles(p, TILE)
+        step, high, low = (self.device.empty((b, h, chunks * CHUNK), "float32") for _ in range(3))
+        decay = self.device.empty((b, h, chunks), "float32")
+        added = self.device.empty((b, chunks, h, p, state), "float32")
+        before = self.device.empty((b, chunks, h, p, state), self.dtype)
+        sizes = tuple(map(np.int32, (first, length, h, p, g, state)))
+        (x, x_stride), (dt, dt_stride), (B, B_stride), (C, C_stride) = map(positions, (x, dt, B, C))
+        pad = 4 if self.size == 4 else 0  # of the rows of a tile, see tiles.cuh
+        wide, square, pieces = TILE * (CHUNK + pad), TILE * (TILE + pad), 1 if pad else 2
+        self.launch(
+            "ssd_states", (chunks, heads, b), x, dt, A_log, B, dt_bias, step, high, low, decay, added,
+            n, *sizes, x_stride, dt_stride, B_stride, *limit, shared_bytes=(1 + pieces) * wide * self.size,
+        )  # fmt: skip
+        grid = tiles(p * state, 4 * THREADS), h, b
+        counts = map(np.int32, (chunks, h, p * state))
+        self.launch("ssd_pass", grid, S, decay, added, before, self.calls(grid), *counts)
+        shared = (square + wide * (1 + tiles(state, CHUNK))) * self.size
+        self.launch(
+            "ssd_outputs", (tiles(last - first, TILE), heads, b), x, B, C, D, step, high, low, before, y,
+            n, *sizes, x_stride, B_stride, C_stride, shared_bytes=shared,
+        )  # fmt: skip
+
+
+def positions(x):
+    """x [b, l, ..] as a row for each position."""
+    b, length = x.shape[:2]
+    return rows(x.reshape(b, length, math.prod(x.shape[2:])))

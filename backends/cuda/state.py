@@ -1,0 +1,41 @@
+"""What a Mamba layer remembers, on the device. The verbs change it in place, so a fork is a copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from backends.cuda.attention import Cache
+from spec import state
+
+
+@dataclass(frozen=True)
+class Recurrent(state.Recurrent):
+    """tail b k-1 c in the dtype of the activations; S b h p n in float32 or, if so chosen, in float16."""
+
+    @classmethod
+    def empty(cls, cfg, batch: int, dtype: str, wide: str, device) -> Recurrent:
+        tail = device.zeros((batch, cfg.conv_kernel - 1, cfg.conv_dim), dtype)
+        S = device.zeros((batch, cfg.mamba_num_heads, cfg.mamba_head_dim, cfg.ssm_state_size), wide)
+        return cls(tail, S)
+
+    def take(self, rows) -> Recurrent:
+        rows = np.arange(len(self.S))[rows]
+        return Recurrent(self.tail[rows], self.S[rows])
+
+    def put(self, rows, other) -> Recurrent:
+        put = self.S.device.with_rows
+        return Recurrent(put(self.tail, rows, other.tail), put(self.S, rows, other.S))
+
+    def fork(self) -> Recurrent:
+        return Recurrent(self.tail.copy(), self.S.copy())
+
+
+def new_state(kind: str, cfg, batch: int, *, dtype: str, wide: str, device) -> Recurrent | Cache | None:
+    """The state of a layer that has read nothing."""
+    if kind == "M":
+        return Recurrent.empty(cfg, batch, dtype, wide, device)
+    if kind == "*":
+        return Cache.empty(cfg, batch, dtype, device)
+    return None
