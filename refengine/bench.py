@@ -68,8 +68,11 @@ def matrix_peak(model: Model, size: int = 2048) -> float:
     return 2 * 512 * size**2 / min(times)
 
 
-def bytes_a_step(cfg: Config, width: int, batch: int, context: int) -> float:
-    """What one decoding step reads at least: weights that some token meets, S, keys and values."""
+def bytes_a_step(cfg: Config, width: int, cached: int, batch: int, context: int) -> float:
+    """What one decoding step reads at least: weights that some token meets, S, keys and values.
+
+    width: bytes of a weight; cached: of a number in the key/value cache.
+    """
     total, head = 0.0, "embedding" if cfg.tie_word_embeddings else "lm_head"
     for row in table(cfg):
         if (
@@ -79,7 +82,7 @@ def bytes_a_step(cfg: Config, width: int, batch: int, context: int) -> float:
         elif row.block.startswith("layers.") or row.role == head:
             total += row.size * width
     S = 4 * cfg.mamba_num_heads * cfg.mamba_head_dim * cfg.ssm_state_size
-    kv = 2 * cfg.num_key_value_heads * cfg.head_dim * width * context
+    kv = 2 * cfg.num_key_value_heads * cfg.head_dim * cached * context
     return total + batch * (S * cfg.layers.count("M") + kv * cfg.layers.count("*"))
 
 
@@ -128,7 +131,7 @@ def bench(
     cfg = model.cfg
     peak, bandwidth = (matrix_peak(model), read_bandwidth(threads)) if host else (None, None)
     yield {"what": "machine", "threads": threads, "bandwidth": bandwidth, "matrix_peak": peak}
-    rng = np.random.default_rng(0)
+    rng, cached = np.random.default_rng(0), model.backend.new_state("*", cfg, 1).k.itemsize
     for length in prompts:
         ids = rng.integers(0, cfg.vocab_size, (1, length))
         took = seconds(lambda ids=ids: prefill(model, ids), repeat)
@@ -139,7 +142,7 @@ def bench(
     for context in contexts:
         for batch in batches:
             took = decode_seconds(model, batch, context, steps)
-            need = bytes_a_step(cfg, BYTES[dtype], batch, context)
+            need = bytes_a_step(cfg, BYTES[dtype], cached, batch, context)
             yield {
                 "what": "decode", "batch": batch, "tokens": context, "tokens_per_second": batch / took,
                 "milliseconds": 1e3 * took, "share": host and need / took / bandwidth,

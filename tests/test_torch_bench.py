@@ -30,13 +30,13 @@ def test_a_step_of_a_huge_batch_reads_every_weight_but_the_embeddings():
         parameters(table(cfg)) - cfg.vocab_size * cfg.hidden_size - cfg.hidden_size
     )  # and the final norm
     states = 10**6 * 4 * cfg.mamba_num_heads * cfg.mamba_head_dim * cfg.ssm_state_size
-    assert bench.bytes_a_step(cfg, 2, 10**6, 0) == pytest.approx(2 * all_but + states)
+    assert bench.bytes_a_step(cfg, 2, 2, 10**6, 0) == pytest.approx(2 * all_but + states)
 
 
 def test_a_longer_context_adds_its_keys_and_values():
     cfg = CASE.cfg
-    more = bench.bytes_a_step(cfg, 2, 3, 100) - bench.bytes_a_step(cfg, 2, 3, 0)
-    assert more == pytest.approx(3 * 100 * 2 * 2 * cfg.num_key_value_heads * cfg.head_dim)
+    more = bench.bytes_a_step(cfg, 2, 4, 3, 100) - bench.bytes_a_step(cfg, 2, 4, 3, 0)
+    assert more == pytest.approx(3 * 100 * 2 * 4 * cfg.num_key_value_heads * cfg.head_dim)
 
 
 @pytest.mark.parametrize("context", [1, 2, 70])

@@ -1,4 +1,4 @@
-"""Where the time of the torch backend goes: products by their number of rows, and a model by its verbs.
+"""Where the time of the torch backend goes: products by rows, attention by context, a model by its verbs.
 
     python -m tools.profile_torch [MODEL] [--threads 1] [--dtype bfloat16] [--prompt 512] [--batch 1,8]
 
@@ -11,17 +11,20 @@ import argparse
 import time
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from backends.pytorch import native, torch_backend
+from backends.pytorch import decode, native, torch_backend
+from backends.pytorch.attention import Cache, attention
 from backends.pytorch.products import Products
 from refengine import bench
 from refengine.checkpoint import Checkpoint
 from spec.model import Model
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 64, 128, 512)
+CONTEXTS = (64, 1024, 16384, 65536)
 
 
 def fastest(work, clock, times: int = 8) -> float:
@@ -57,6 +60,39 @@ def products(clock, o: int = 10304, i: int = 1344, copies: int = 6) -> None:
         print(f"| {rows} | " + " | ".join(f"{2 * rows * o * i / t / 1e9:.1f}" for t in taken) + " |")
 
 
+class Sizes(NamedTuple):
+    """What a cache needs of a configuration."""
+
+    num_key_value_heads: int = 2
+    head_dim: int = 128
+
+
+def contexts(clock, heads: int = 32) -> None:
+    """GFLOP/s of the attention of one position, whose heads share two key heads of 128 numbers."""
+    ways, loops, e = [("PyTorch", attention, torch.float32)], native.load(), Sizes().head_dim
+    if loops:
+        looping = partial(decode.attention, loops)
+        ways += [("compiled loops", looping, torch.float32), ("bfloat16 cache", looping, torch.bfloat16)]
+    print("\n| context | " + " | ".join(name for name, *_ in ways) + f" |  (GFLOP/s, {heads} heads of {e})")
+    print("|---" * (len(ways) + 1) + "|")
+    for t in CONTEXTS:
+        taken = [fastest(steps(way, heads, t, dtype), clock, 8) for _, way, dtype in ways]
+        print(f"| {t} | " + " | ".join(f"{4 * t * heads * e / took / 1e9:.1f}" for took in taken) + " |")
+
+
+def steps(way, heads: int, context: int, dtype):
+    """Steps of one sequence, each with one more position to look at."""
+    noise = torch.randn(1, context, *Sizes()).to(dtype)
+    q, token = torch.randn(1, 1, heads, noise.shape[-1]), noise[:, :1]
+    cache = Cache.empty(Sizes(), 1, dtype, torch.device("cpu")).append(noise, noise).append(token, token)
+
+    def step():
+        nonlocal cache
+        _, cache = way(q, token, token, cache)
+
+    return step
+
+
 def by_verb(model: Model, clock, work, times: int = 3) -> dict[str, float]:
     """Seconds of each verb in one `work(model)`, largest first, and all the rest."""
     taken: dict[str, float] = {}
@@ -89,31 +125,33 @@ def main() -> None:
     parser.add_argument("model", nargs="?")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--prompt", default="512")
     parser.add_argument("--batch", default="1,8")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     clock = time.process_time if arguments.threads == 1 else time.perf_counter
     products(clock)
+    contexts(clock)
     if not arguments.model:
         return
     checkpoint = Checkpoint.open(arguments.model)
     model = Model.build(checkpoint.config, checkpoint.read, torch_backend(arguments.dtype))
     rng = torch.Generator().manual_seed(0)
     vocabulary, rows = model.cfg.vocab_size, {}
-    prompt = torch.randint(vocabulary, (1, arguments.prompt), generator=rng)
-    rows[f"prefill {arguments.prompt}"] = by_verb(model, clock, lambda m: bench.prefill(m, prompt))
+    for length in map(int, arguments.prompt.split(",")):
+        read = partial(bench.prefill, ids=torch.randint(vocabulary, (1, length), generator=rng))
+        rows[f"prefill {length}"] = by_verb(model, clock, read, max(1, 1536 // length))
     for batch in map(int, arguments.batch.split(",")):
         token = torch.randint(vocabulary, (batch, 1), generator=rng)
-        states = bench.with_context(model, batch, 64)
-        rows[f"decode, batch {batch}"] = by_verb(model, clock, lambda m, s=states, t=token: step(m, t, s), 8)
+        work = partial(token_step, token=token, states=bench.with_context(model, batch, 64))
+        rows[f"decode, batch {batch}"] = by_verb(model, clock, work, 8)
     print("\n| milliseconds | all | by verb |\n|---|---|---|")
     for what, verbs in rows.items():
         each = ", ".join(f"{name} {1e3 * t:.1f}" for name, t in verbs.items())
         print(f"| {what} | {1e3 * sum(verbs.values()):.1f} | {each} |")
 
 
-def step(model: Model, token, states: list) -> None:
+def token_step(model: Model, token, states: list) -> None:
     h, _ = model.blocks(model.embed(token), states)
     model.backend.fetch(model.head(h))
 

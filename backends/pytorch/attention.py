@@ -2,7 +2,8 @@
 
 Keys and values lie as b kv t e with room to grow, so that a head's are contiguous and appending copies
 nothing but the new ones. Key heads are never repeated in memory: for one position the query heads that share
-a key head become rows of one product; for more the library's fused attention knows the groups.
+a key head become rows of one product (on a CPU in the loops of decode.py, where there are any); for more the
+library's fused attention knows the groups.
 """
 
 from __future__ import annotations

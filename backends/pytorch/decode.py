@@ -2,11 +2,13 @@
 
 A step of decoding is some three hundred small operations between the large products; one call for each verb
 instead costs a third of the time. Each function returns what the verb of the same name returns, or None when
-the case is not its own (several positions, another dtype), and then the verb itself is called.
+the case is not its own (several positions, another dtype), and then the verb itself is called; so it is
+wherever an argument is given by name, as other ranks' share of a norm is.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import wraps
 
@@ -14,6 +16,8 @@ import torch
 
 from backends.pytorch.experts import Routing
 from spec.ops import Ops
+
+LOG2E = math.log2(math.e)
 
 
 def with_loops(ops: Ops, built) -> Ops:
@@ -23,9 +27,9 @@ def with_loops(ops: Ops, built) -> Ops:
         verb = getattr(ops, name)
 
         @wraps(verb)
-        def either(*arguments):
-            result = loop(built, *arguments)
-            return verb(*arguments) if result is None else result
+        def either(*arguments, **named):
+            result = None if named else loop(built, *arguments)
+            return verb(*arguments, **named) if result is None else result
 
         return either
 
@@ -104,7 +108,21 @@ def route(built, h, gate, bias, cfg):
     return Routing(expert, weight)
 
 
+def attention(built, q, k, v, cache, n=None):
+    known = {torch.float32: built.attend_float32, torch.bfloat16: built.attend_bfloat16}
+    (b, l, h, e), kv, attend = q.shape, k.shape[2], known.get(cache.k.dtype)
+    if l > 1 or q.is_cuda or attend is None or not cache.k.is_contiguous():
+        return None
+    rows, length, cache = q.float().contiguous(), cache.length, cache.append(k, v, n)
+    y = torch.empty_like(rows)
+    attend(
+        rows.data_ptr(), cache.k.data_ptr(), cache.v.data_ptr(), length.data_ptr(), LOG2E / math.sqrt(e),
+        y.data_ptr(), b, h, kv, cache.k.shape[2], e, torch.get_num_threads(),
+    )  # fmt: skip
+    return y.to(q.dtype), cache
+
+
 LOOPS = {
     "rms_norm": rms_norm, "causal_conv": causal_conv, "ssd_scan": ssd_scan, "gated_rms_norm": gated_rms_norm,
-    "route": route,
+    "route": route, "attention": attention,
 }  # fmt: skip

@@ -67,28 +67,36 @@ class Stacked(NamedTuple):
 
 
 class Experts:
-    """(u [b l x], placed experts, routing) -> sum over the chosen of  weight relu(u up')^2 down'"""
+    """(u [b l x], placed experts, routing) -> sum over the chosen of  weight relu(u up')^2 down'
+
+    `experts` are numbers `first` .. of those that the routing chose among; the others contribute nothing.
+    """
 
     def __init__(self, products: Products):
         self.products = products
 
-    def __call__(self, u, experts, routing: Routing):
+    def __call__(self, u, experts, routing: Routing, first: int = 0):
         tokens, k = u.reshape(-1, u.shape[-1]), routing.expert.shape[-1]
         expert, weight = routing.expert.reshape(-1), routing.weight.reshape(-1, 1)
         if isinstance(experts, Stacked):
-            y = grouped(tokens, experts, expert, weight, k)
+            y = grouped(tokens, experts, here(expert, first, len(experts.up)), weight, k)
+        elif self.few(tokens, experts, expert):
+            y = self.compiled(tokens, experts, expert, weight, k, first)
         else:
-            y = self.listed(tokens, experts, expert, weight, k)
+            y = self.listed(tokens, experts, here(expert, first, len(experts.up)), weight, k)
         return y.to(u.dtype).view(u.shape)
+
+    def few(self, tokens, experts: Listed, expert) -> bool:
+        """Whether the compiled loops serve these, being few for each expert."""
+        few = len(expert) <= FEW * min(len(experts.matrices), len(expert))
+        return few and self.products.loops(tokens, experts.matrices[0][0])
 
     def listed(self, tokens, experts: Listed, expert, weight, k):
         matrices, count = experts.matrices, len(experts.matrices)
-        if len(expert) <= FEW * min(count, len(expert)) and self.products.loops(tokens, matrices[0][0]):
-            return self.compiled(tokens.contiguous(), experts, expert.contiguous(), weight.contiguous(), k)
         order = expert.argsort(stable=True)
         token, weight, start = order // k, weight[order], 0
         y = torch.zeros(tokens.shape)  # float32
-        for i, hits in enumerate(expert.bincount(minlength=count).tolist()):
+        for i, hits in enumerate(expert.bincount(minlength=count)[:count].tolist()):
             if hits:
                 rows = token[start : start + hits]
                 out = self.products.mlp(tokens[rows], *matrices[i])
@@ -96,25 +104,36 @@ class Experts:
                 start += hits
         return y
 
-    def compiled(self, tokens, experts: Listed, expert, weight, k):
+    def compiled(self, tokens, experts: Listed, expert, weight, k, first: int):
+        tokens, expert, weight = tokens.contiguous(), expert.contiguous(), weight.contiguous()
         (width, n), y = experts.matrices[0][0].shape, torch.empty_like(tokens)
         self.products.native.experts(
-            experts.up.data_ptr(), experts.down.data_ptr(), len(experts.up), expert.data_ptr(),
+            experts.up.data_ptr(), experts.down.data_ptr(), first, len(experts.up), expert.data_ptr(),
             weight.data_ptr(), len(tokens), k, n, width, tokens.data_ptr(), y.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
         return y
 
 
+def here(expert, first: int, count: int):
+    """Numbers within the experts first .. first + count - 1, and `count` for any other."""
+    local = expert - first
+    return local.masked_fill_((local < 0) | (local >= count), count)
+
+
 def grouped(tokens, matrices: Stacked, expert, weight, k):
-    """One grouped product for all experts; every sum in a fixed order, nothing asked of the device."""
+    """One grouped product for all experts; every sum in a fixed order, nothing asked of the device.
+
+    Choices of an expert that is not here come last and belong to no group: their rows hold anything.
+    """
     order = expert.argsort(stable=True)
     ends = torch.searchsorted(expert[order], torch.arange(len(matrices.up), device=tokens.device), right=True)
     ends = ends.to(torch.int32)
     rows = product(tokens[order // k].to(matrices.up.dtype), matrices.up, ends)
     rows = product(relu2(rows), matrices.down, ends)  # (tokens k) x, by expert
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return (rows[back].float() * weight).view(len(tokens), k, -1).sum(1)
+    elsewhere = (expert == len(matrices.up))[:, None]
+    return (rows[back].float() * weight).masked_fill_(elsewhere, 0).view(len(tokens), k, -1).sum(1)
 
 
 def product(rows, stacked, ends):

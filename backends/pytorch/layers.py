@@ -12,12 +12,18 @@ def rms_norm(x, delta, weight, eps: float):
     return F.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype), x
 
 
-def gated_rms_norm(y, z, weight, eps: float, groups: int):
-    """Gate first, then a norm for each group of channels."""
+def gated_rms_norm(y, z, weight, eps: float, groups: int, mean=None):
+    """Gate first, then a norm for each group of channels.
+
+    Where this is only a part of a group, `mean` turns the mean of squares here, b l g 1, into the group's.
+    """
     u = F.silu(z.float()).mul_(y)
     u = u.view(*u.shape[:-1], groups, -1)
-    u = F.rms_norm(u, u.shape[-1:], None, eps).view(y.shape)
-    return u.mul_(weight).to(y.dtype)
+    if mean is None:
+        u = F.rms_norm(u, u.shape[-1:], None, eps)
+    else:
+        u = u * torch.rsqrt(mean(u.square().mean(-1, keepdim=True)) + eps)
+    return u.view(y.shape).mul_(weight).to(y.dtype)
 
 
 def causal_conv(x, weight, bias, tail, n=None):

@@ -16,7 +16,8 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-SOURCES = [Path(__file__).parent / "kernels" / name for name in ("products.cpp", "steps.cpp")]
+KERNELS = Path(__file__).parent / "kernels"
+SOURCES = sorted(KERNELS.glob("*.cpp"))
 FLAGS = (  # as fast as the order of sums is free, but with infinities and exact divisions
     "-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
     "-fno-signed-zeros", "-fassociative-math",
@@ -24,12 +25,14 @@ FLAGS = (  # as fast as the order of sums is free, but with infinities and exact
 P, I, F, N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 SIGNATURES = {
     "linear": (P, I, I, P, I, P, N),
-    "experts": (P, P, I, P, P, I, I, I, I, P, P, N),
+    "experts": (P, P, I, I, P, P, I, I, I, I, P, P, N),
     "scan_step": (P, P, P, I, P, I, P, P, I, P, I, P, P, P, F, F, P, I, I, I, I, I, N),
     "conv_step": (P, I, P, P, P, P, P, P, I, I, I, N),
     "rms_norm": (P, P, P, F, P, P, I, I),
     "gated_rms_norm": (P, P, I, P, F, P, I, I, I),
     "choose": (P, P, I, I, I, N, F, P, P),
+    "attend_float32": (P, P, P, P, F, P, I, I, I, I, I, N),
+    "attend_bfloat16": (P, P, P, P, F, P, I, I, I, I, I, N),
 }
 
 
@@ -46,7 +49,8 @@ def load() -> ctypes.CDLL | None:
 
 def library(compiler: str) -> Path:
     """The shared object for these sources, compiler and processor; compiled if it is not there yet."""
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES))
+    texts = SOURCES + sorted(KERNELS.glob("*.h"))
+    digest = hashlib.sha256(b"".join(text.read_bytes() for text in texts))
     for part in (compiler, *FLAGS, processor()):
         digest.update(part.encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refengine"

@@ -12,6 +12,8 @@ docs/torch.md has the measurements behind both, and behind `activations`.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 import torch.nn.functional as F
 
@@ -51,7 +53,7 @@ class Products:
     """
 
     def __init__(self, dtype: torch.dtype, exact: bool, native=None):
-        self.dtype, self.exact, self.native, self.scratch = dtype, exact, native, {}
+        self.dtype, self.exact, self.native, self.scratch = dtype, exact, native, threading.local()
 
     def embed(self, ids, table):
         return F.embedding(ids, table).to(self.dtype)
@@ -99,11 +101,11 @@ class Products:
         return y
 
     def buffer(self, like, row: int):
-        """Room for a piece, kept between calls: fresh pages from the system cost more than the product."""
-        key, size = (like.device, like.dtype), max(PIECE, row)
-        if key not in self.scratch or self.scratch[key].numel() < size:
-            self.scratch[key] = like.new_empty(size)
-        return self.scratch[key]
+        """Room for a piece, each thread's own, kept between calls: fresh pages cost more than the product."""
+        kept, key, size = self.scratch.__dict__, (like.device, like.dtype), max(PIECE, row)
+        if key not in kept or kept[key].numel() < size:
+            kept[key] = like.new_empty(size)
+        return kept[key]
 
     def linear_pair(self, x, y, weight):
         return self.linear(torch.cat([x, y], dim=-1), weight)

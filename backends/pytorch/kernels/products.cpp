@@ -1,9 +1,10 @@
 // Products on a CPU: few rows meet each weight once. Weights are bfloat16, everything else float32.
 //
-// A bfloat16 is the upper half of a float32, so a pair of them in 32 bits is widened by one shift (the even one)
-// and one mask (the odd one), and products are as exact as float32 products. For that the rows of x are kept with
-// the even and the odd positions of every sixteen apart (`spread`). Vectors are GCC's own, so the same text serves
-// AVX2, AVX-512 and NEON. Compiled on first use by native.py; every function has a slower equivalent in PyTorch.
+// A bfloat16 is the upper half of a float32, so a pair of them in 32 bits is widened by one shift (the even
+// one) and one mask (the odd one), and products are as exact as float32 products. For that the rows of x are
+// kept with the even and the odd positions of every sixteen apart (`spread`). Vectors are GCC's own, so the
+// same text serves AVX2, AVX-512 and NEON. Compiled on first use by native.py; every function has a slower
+// equivalent in PyTorch.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -33,12 +34,34 @@ static const float* spread_rows(const float* x, i64 rows, i64 n) {
 
 // Outputs that one thread takes at a time; handed out as threads come, for another process may hold one up.
 static const i64 STRIP = 24;
+static const i64 AHEAD = 640;  // weights: how far ahead of its use a stream is asked for
+
+// x . w: a stream of weights, asked for in time and summed in eight chains, so that only memory holds it up.
+static inline float dot(const uint16_t* w, i64 n, const float* x) {
+    f8 even[4] = {}, odd[4] = {};
+    auto add = [&](i64 k, int chain) {
+        u8 pair;
+        memcpy(&pair, w + k, sizeof pair);
+        even[chain] += load(x + k) * same<f8>(pair << 16);
+        odd[chain] += load(x + k + 8) * same<f8>(pair & 0xffff0000u);
+    };
+    i64 k = 0;
+    for (; k + 64 <= n; k += 64) {
+        __builtin_prefetch(w + k + AHEAD);
+        __builtin_prefetch(w + k + AHEAD + 32);
+        for (int chain = 0; chain < 4; chain++) add(k + 16 * chain, chain);
+    }
+    for (; k + 16 <= n; k += 16) add(k, 0);
+    float total = sum((even[0] + odd[0]) + (even[1] + odd[1]) + ((even[2] + odd[2]) + (even[3] + odd[3])));
+    for (; k < n; k++) total += x[k] * same<float>((uint32_t)w[k] << 16);
+    return total;
+}
 
 // out[r][o] = x[r] . w[o] for R rows and O outputs that share their loads; the next outputs are asked for
 // meanwhile.
 template <int R, int O>
 static inline void tile(const uint16_t* w, i64 n, const float* const* x, float out[R][O]) {
-    f8 acc[R][O] = {}, odd[R][O] = {};
+    f8 acc[R][O] = {};
     i64 k = 0;
     for (; k + 16 <= n; k += 16) {
         f8 low[O], high[O];
@@ -46,19 +69,19 @@ static inline void tile(const uint16_t* w, i64 n, const float* const* x, float o
             u8 pair;
             memcpy(&pair, w + o * n + k, sizeof pair);
             low[o] = same<f8>(pair << 16), high[o] = same<f8>(pair & 0xffff0000u);
-            __builtin_prefetch(w + o * n + k + (O > 1 ? O * n : 2048));
+            __builtin_prefetch(w + (O + o) * n + k);
         }
         for (int r = 0; r < R; r++) {
             f8 even = load(x[r] + k), uneven = load(x[r] + k + 8);
             for (int o = 0; o < O; o++) {
                 acc[r][o] += even * low[o];
-                (R * O > 2 ? acc : odd)[r][o] += uneven * high[o];
+                acc[r][o] += uneven * high[o];
             }
         }
     }
     for (int r = 0; r < R; r++)
         for (int o = 0; o < O; o++) {
-            out[r][o] = sum(acc[r][o] + odd[r][o]);
+            out[r][o] = sum(acc[r][o]);
             for (i64 j = k; j < n; j++) out[r][o] += x[r][j] * same<float>((uint32_t)w[o * n + j] << 16);
         }
 }
@@ -83,7 +106,9 @@ static void products(const uint16_t* w, i64 n, const float* const* x, i64 rows, 
         i64 left = rows - at, take = left == 5 ? 5 : left == 6 ? 3 : std::min<i64>(left, 4);
         auto from = [&](i64 r, i64 o, float v) { put(at + r, o, v); };
         switch (take) {
-            case 1: block<1, 1>(w, n, x + at, first, last, from); break;
+            case 1:
+                for (i64 o = first; o < last; o++) from(0, o, dot(w + o * n, n, x[at]));
+                break;
             case 2: block<2, 2>(w, n, x + at, first, last, from); break;
             case 3: block<3, 2>(w, n, x + at, first, last, from); break;
             case 4: block<4, 2>(w, n, x + at, first, last, from); break;
@@ -106,22 +131,24 @@ void linear(const uint16_t* w, i64 outs, i64 n, const float* x, i64 rows, float*
                  [&](i64 r, i64 o, float v) { y[r * outs + o] = v; });
 }
 
-// y[t] = sum over the k experts of token t of  weight relu(u[t] up')^2 down'.  Hits are sorted by expert, so
-// that a matrix is read once; a thread owns some outputs and adds to them in one order.
-void experts(const uint16_t* const* up, const uint16_t* const* down, i64 count, const i64* expert,
-        const float* weight,
-             i64 tokens, i64 k, i64 n, i64 width, const float* u, float* y, int threads) {
-    std::vector<i64> begin(count + 1, 0), hit, token(tokens * k);
+// y[t] = sum over the k experts of token t of  weight relu(u[t] up')^2 down', of those that are here: the
+// `count` from `base`.  Hits are sorted by expert, so that a matrix is read once; a thread owns some outputs
+// and adds to them in one order.
+void experts(const uint16_t* const* up, const uint16_t* const* down, i64 base, i64 count, const i64* expert,
+             const float* weight, i64 tokens, i64 k, i64 n, i64 width, const float* u, float* y,
+             int threads) {
+    auto here = [&](i64 e) { return e < base || e >= base + count ? count : e - base; };
+    std::vector<i64> begin(count + 2, 0), hit, token(tokens * k);
     std::vector<float> share(tokens * k);
     static thread_local std::vector<float> kept;
-    for (i64 j = 0; j < tokens * k; j++) begin[expert[j] + 1]++;
+    for (i64 j = 0; j < tokens * k; j++) begin[here(expert[j]) + 1]++;
     for (i64 e = 0; e < count; e++) {
         if (begin[e + 1]) hit.push_back(e);
         begin[e + 1] += begin[e];
     }
     std::vector<i64> next(begin);
     for (i64 j = 0; j < tokens * k; j++) {
-        i64 at = next[expert[j]]++;
+        i64 at = next[here(expert[j])]++;
         token[at] = j / k, share[at] = weight[j];
     }
     if ((i64)kept.size() < tokens * k * width) kept.resize(tokens * k * width);

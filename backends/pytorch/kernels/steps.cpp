@@ -1,5 +1,5 @@
-// One position of the smaller verbs on a CPU, all float32: a call each instead of ten. Compiled on first use by
-// native.py; the verbs of layers.py, scan.py and experts.py say the same in PyTorch.
+// One position of the smaller verbs on a CPU, all float32: a call each instead of ten. Compiled on first use
+// by native.py; the verbs of layers.py, scan.py and experts.py say the same in PyTorch.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

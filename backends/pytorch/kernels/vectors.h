@@ -1,0 +1,80 @@
+// A product that vectorises over the query heads of a key head, which lie side by side: both of attention's,
+//
+//     scores [key][head]  =  sum over i of     K[key][i]  q[i][head]
+//     y      [i][head]    =  sum over keys of  V[key][i]  p[key][head],
+//
+// are numbers from the cache, widened where they are bfloat16, times vectors of heads. Vectors are GCC's own.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+typedef int64_t i64;
+#ifdef __AVX512F__
+constexpr int LANES = 16, ROWS = 24;  // of a vector; of a tile that is one vector wide
+#else
+constexpr int LANES = 8, ROWS = 12;
+#endif
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+template <class To, class From>
+static inline To load(const From* from) { To to; memcpy(&to, from, sizeof to); return to; }
+template <class From>
+static inline void store(float* to, From from) { memcpy(to, &from, sizeof from); }
+
+// What is read after this, asked for meanwhile: `bytes` for each product of a number and its heads.
+struct Next { const char* from; i64 bytes; };
+
+// c [rows][width] += a b, where a[m][k] is at a + m row + k step, and b is [depth][width]: M rows, W vectors.
+template <int M, int W>
+static inline void tile(const float* a, i64 row, i64 step, const float* b, i64 width, i64 depth, float* c,
+                        Next& next) {
+    vec sum[M][W] = {};
+    const char* ask = next.from;
+    const i64 asked = M * next.bytes;
+    for (i64 k = 0; k < depth; k++, a += step, b += width, ask += asked) {
+        __builtin_prefetch(ask);
+        vec heads[W];
+        for (int w = 0; w < W; w++) heads[w] = load<vec>(b + w * LANES);
+        for (int m = 0; m < M; m++)
+            for (int w = 0; w < W; w++) sum[m][w] += a[m * row] * heads[w];
+    }
+    next.from = ask;
+#pragma GCC unroll 24
+    for (int m = 0; m < M; m++)
+        for (int w = 0; w < W; w++) {
+            float* to = c + m * width + w * LANES;
+            store(to, load<vec>(to) + sum[m][w]);
+        }
+}
+
+// The same for any number of rows.
+template <int W, int M = ROWS / W>
+static inline void strip(const float* a, i64 row, i64 step, i64 rows, const float* b, i64 width, i64 depth,
+                         float* c, Next& next) {
+    for (; rows >= M; rows -= M, a += M * row, c += M * width)
+        tile<M, W>(a, row, step, b, width, depth, c, next);
+    if constexpr (M > 1)
+        if (rows) strip<W, M - 1>(a, row, step, rows, b, width, depth, c, next);
+}
+
+// The same for any width.
+static void product(const float* a, i64 row, i64 step, i64 rows, const float* b, i64 width, i64 depth,
+                    float* c, Next next) {
+    i64 at = 0;
+    for (; at + 2 * LANES <= width; at += 2 * LANES)
+        strip<2>(a, row, step, rows, b + at, width, depth, c + at, next);
+    if (at < width) strip<1>(a, row, step, rows, b + at, width, depth, c + at, next);
+}
+
+// `count` numbers as float32: where they are, or widened into `room`.
+static const float* widened(const float* from, i64, float*) { return from; }
+static const float* widened(const uint16_t* from, i64 count, float* room) {
+    i64 i = 0;
+    for (; i + LANES <= count; i += LANES)
+        store(room + i, __builtin_convertvector(load<halves>(from + i), words) << 16);
+    for (; i < count; i++) store(room + i, (uint32_t)from[i] << 16);
+    return room;
+}
