@@ -10,7 +10,7 @@ from spec.config import Config, InputError
 from spec.ops import Backend, numpy_backend
 from spec.tensors import parameters, table
 
-NAMES = ("numpy", "torch")
+NAMES = ("numpy", "torch", "cuda")
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -18,15 +18,21 @@ def make(
     name: str,
     cfg: Config,
     dtype: str = "float32",
-    device: str = "cpu",
+    device: str | None = None,
     threads: int | None = None,
     deterministic: bool = False,
     share: float = 1.0,
 ) -> Backend:
     """The backend called `name`, computing in `dtype` on `device`; InputError says what there is instead.
 
+    device: None is the first CUDA device for the cuda backend, and the processor for the others.
     share: how much of the weights this machine is to hold, of all there are.
     """
+    if name == "cuda":
+        from backends.cuda import cuda_backend
+
+        return cuda_backend(dtype, device or "cuda", cfg, share=share)
+    device = device or "cpu"
     if name == "numpy":
         if dtype not in ("float32", "float64"):
             raise InputError(f"the numpy backend computes in float32 or float64, not in {dtype}")

@@ -19,6 +19,7 @@ from refengine.engine import PREFILL
 from refengine.report import peak_memory
 from spec.config import Config
 from spec.model import Model
+from spec.ops import Stepping
 from spec.tensors import active_parameters, table
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -117,8 +118,11 @@ def decode_seconds(model: Model, batch: int, context: int, steps: int) -> float:
     for _ in range(steps + 2):
         began = time.perf_counter()
         ids = rng.integers(0, model.cfg.vocab_size, (batch, 1))
-        h, states = model.blocks(model.embed(here.array(ids)), states)
-        here.fetch(model.head(h))
+        if isinstance(here, Stepping):
+            _, states = here.step(model, ids[:, 0], states)
+        else:
+            h, states = model.blocks(model.embed(here.array(ids)), states)
+            here.fetch(model.head(h))
         times.append(time.perf_counter() - began)
     return median(times[2:])
 

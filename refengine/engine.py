@@ -29,6 +29,7 @@ from refengine.tokenizer import Tokenizer
 from spec import mtp, state
 from spec.config import Config, InputError
 from spec.model import Model
+from spec.ops import Stepping
 from spec.sample import checked, log_probs
 from spec.tensors import table
 
@@ -40,15 +41,16 @@ def load(
     model: str = "tiny",
     backend: str = "numpy",
     dtype: str = "float32",
-    device: str = "cpu",
+    device: str | None = None,
     threads: int | None = None,
     deterministic: bool = False,
 ) -> Engine:
     """Open a checkpoint: a directory in the Hugging Face layout, or "tiny", the model inside this package.
 
-    `threads` limits the threads of matrix products in this process; `deterministic` asks for the same bits on
-    every run, where a device would not give them. InputError says in one sentence what is wrong with the
-    files or with the choice. For several ranks see refengine.ranks.
+    `device` is the processor unless it is named, of the cuda backend the first GPU. `threads` limits the
+    threads of matrix products in this process; `deterministic` asks for the same bits on every run, where
+    a device would not give them. InputError says in one sentence what is wrong with the files or with the
+    choice. For several ranks see refengine.ranks.
     """
     began = time.perf_counter()
     limit_threads(threads)
@@ -184,6 +186,9 @@ class Engine:
 
     def decode(self, ids: list[int], states: list) -> tuple[np.ndarray, list]:
         """One more token for each sequence: logits [b, v], states."""
+        here = self.model.backend
+        if isinstance(here, Stepping):
+            return here.step(self.model, ids, states)
         h, states = self.step(np.array(ids)[:, None], states)
         return self.head(h)[:, 0], states
 

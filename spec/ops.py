@@ -67,6 +67,13 @@ class Backend:
     fetch: Callable[[Any], Array]  # here -> host: logits, hidden states
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stepping(Backend):
+    """A backend that wraps a whole decoding step, as one compiled or recorded piece."""
+
+    step: Callable  # (model, ids [b], states) -> logits [b v] on the host, next states
+
+
 def embed(ids: Int[Array, "*b"], table: Float[Array, "v d"], dtype=np.float32) -> Float[Array, "*b d"]:
     """Rows of the table, not scaled; the dtype of the computation starts here."""
     return widen(table[ids], dtype)

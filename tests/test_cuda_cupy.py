@@ -62,7 +62,7 @@ def test_the_cublas_that_cupy_finds_has_what_is_used():
     except ImportError as error:
         pytest.skip(str(error).splitlines()[0])
     assert module.GEMM == {"compute": cublas.CUBLAS_COMPUTE_32F, "algorithm": cublas.CUBLAS_GEMM_DEFAULT}
-    wanted = ("handle transa transb m n k alpha A Atype lda B Btype ldb beta C Ctype ldc computeType algo")
+    wanted = "handle transa transb m n k alpha A Atype lda B Btype ldb beta C Ctype ldc computeType algo"
     given = cublas.gemmEx.__doc__.split("(")[1].split(")")[0].split(", ")
     assert [part.split()[-1] for part in given] == wanted.split()
     assert cublas.CUBLAS_OP_T == 1 and cublas.CUBLAS_OP_N == 0
@@ -128,6 +128,18 @@ def test_without_a_device_there_is_one_sentence():
     with pytest.raises(InputError) as error:
         module.CupyDevice()
     assert "\n" not in str(error.value) and "driver" in str(error.value)
+
+
+def test_without_cublas_or_nvrtc_there_is_one_sentence():
+    """CuPy comes without them."""
+    cupy = pytest.importorskip("cupy")
+    try:
+        assert cupy.cuda.cublas.CUBLAS_OP_N == 0 and cupy.cuda.nvrtc.getVersion() >= (12, 0)
+    except (ImportError, RuntimeError):
+        with pytest.raises(InputError, match=r"pip install 'cupy-cuda13x\[ctk\]'$"):
+            requirements.check_libraries(cupy)
+    else:
+        requirements.check_libraries(cupy)
 
 
 @pytest.mark.parametrize("have, sentence", [

@@ -42,6 +42,11 @@ def test_writing_past_an_array_is_reported(kernel):
     assert "heap-buffer-overflow" in found(kernel, "address") or "out of bounds" in found(kernel, "address")
 
 
+@pytest.mark.parametrize("mode, sentence", [("fast", "outside"), ("address", "heap-buffer-overflow")])
+def test_more_shared_memory_than_was_declared_is_reported(mode, sentence):
+    assert sentence in found("undeclared_shared", mode, shared=128)
+
+
 @MODES
 def test_what_nobody_wrote_is_poison(mode):
     assert np.isnan(run("unwritten_shared", mode)).tolist() == [False] * 63 + [True]
@@ -71,6 +76,7 @@ def test_blocks_that_write_one_element_race():
     "bad_distance": "shuffles by 32 lanes",
     "undeclared_shared": "the launch declared none",
     "too_much_static": "48 KB are the most",
+    "bounded": "a block of 64 threads, and its launch bounds are 32",
 }.items())  # fmt: skip
 def test_a_broken_rule_is_one_sentence(kernel, sentence, mode):
     report = found(kernel, mode)
@@ -79,5 +85,7 @@ def test_a_broken_rule_is_one_sentence(kernel, sentence, mode):
 
 
 @MODES
-def test_a_wild_pointer_is_an_error_and_not_the_end_of_the_process(mode):
-    found("wild_pointer", mode)
+@pytest.mark.parametrize("kernel", ["wild_pointer", "divide_by_zero"])
+def test_a_fatal_signal_is_an_error_and_not_the_end_of_the_process(kernel, mode):
+    assert found(kernel, mode).startswith(f"kernel {kernel}: ")
+    assert run("own_element", mode, grid=(64,)).tolist() == X.tolist()

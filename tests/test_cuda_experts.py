@@ -119,7 +119,7 @@ def test_a_long_prompt_takes_turns_and_stays_the_same(device, monkeypatch):  # n
 @on_both
 @pytest.mark.parametrize("tokens", [3, 19, 60])
 def test_the_experts_are_clean_under_the_sanitizers(sanitized, build, tokens):  # noqa: F811
-    Case(build, 1, tokens, 72, 40, 5, popular=tokens == 19).check(sanitized, 1, 3)
+    Case(build, 1, tokens, 200, 40, 5, popular=tokens == 19).check(sanitized, 1, 3)
     Case(build, 1, tokens, 21, 13, 70).check(sanitized)
 
 

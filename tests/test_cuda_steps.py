@@ -122,3 +122,16 @@ def test_reading_then_stepping_is_reading_all(device, seed, cut, dtype):  # noqa
     h, _ = exact.blocks(exact.embed(case.ids), exact.new_states(2))
     if cut < 9:
         near(case, logits, exact.head(h)[:, -1], dtype)
+
+
+def test_a_state_in_float16_forgets_little(device):  # noqa: F811
+    """Rounded at random, over 40 steps of one sequence; the step is captured after the first."""
+    case = Case(layers="MM", batch=1, length=40, seed=3)
+    model = Model.build(case.cfg, case.read, cuda_backend("float32", device, state="float16"))
+    exact, states = models(case, device)[1], model.new_states(1)
+    assert states[0].S.dtype == "float16"
+    for t in range(40):
+        logits, states = model.backend.step(model, case.ids[:, t], states)
+    expected = exact.head(exact.blocks(exact.embed(case.ids), exact.new_states(1))[0])[:, -1]
+    error = np.sqrt(np.mean((logits - expected) ** 2) / np.mean(expected**2))
+    assert 0 < error <= 2.0**-7

@@ -35,17 +35,16 @@ from backends.cuda.state import new_state
 from backends.cuda.steps import Steps
 from backends.cuda.weights import place
 from spec.config import InputError
-from spec.ops import Backend, Ops
+from spec.ops import Ops, Stepping
 
 BUILDS = {"float32": (), "bfloat16": ("REAL_BF16",)}
 
 
-@dataclass(frozen=True)
-class CudaBackend(Backend):
-    """A backend that also has a decode step of its own."""
+@dataclass(frozen=True, kw_only=True)
+class CudaBackend(Stepping):
+    """A backend whose decode step is a CUDA graph."""
 
     device: Any
-    step: Steps  # (model, ids [b], states) -> logits [b v] on the host, next states
 
 
 def cuda_backend(

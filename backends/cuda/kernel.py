@@ -37,17 +37,34 @@ class Parameter(NamedTuple):
 @cache
 def signatures(path: Path) -> dict[str, tuple[Parameter, ...]]:
     """The parameters of each entry point of a kernel file."""
+    return {
+        name: tuple(parameter(part) for part in inside.split(",")) if inside else ()
+        for name, _, inside in entries(path)
+    }
+
+
+@cache
+def launch_bounds(path: Path) -> dict[str, str]:
+    """The most threads of a block of each entry point, as its source says it: `32 * WARPS`."""
+    return {name: bounds.split(",")[0] or "1024" for name, bounds, _ in entries(path)}
+
+
+def entries(path: Path):
+    """(name, launch bounds, parameters) of each entry point, as they are written."""
     text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", path.read_text(), flags=re.DOTALL)
-    found = {}
     for entry in ENTRY.finditer(text):
-        rest = text[entry.end() :].lstrip()
+        rest, bounds = text[entry.end() :].lstrip(), ""
         if rest.startswith("__launch_bounds__"):
-            rest = rest[closing(rest, rest.index("(")) + 1 :].lstrip()
-        name = re.match(r"\w+", rest).group()
-        opened = rest.index("(")
-        inside = rest[opened + 1 : closing(rest, opened)].strip()
-        found[name] = tuple(parameter(part) for part in inside.split(",")) if inside else ()
-    return found
+            bounds, rest = parenthesis(rest)
+        inside, _ = parenthesis(rest)
+        yield re.match(r"\w+", rest.lstrip()).group(), bounds, inside
+
+
+def parenthesis(text: str) -> tuple[str, str]:
+    """What is inside the first pair of parentheses, and what follows it."""
+    opened = text.index("(")
+    closed = closing(text, opened)
+    return text[opened + 1 : closed].strip(), text[closed + 1 :]
 
 
 def closing(text: str, at: int) -> int:

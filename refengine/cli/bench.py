@@ -63,11 +63,13 @@ def bench(
         raise InputError(
             f"{longest} tokens are more than the model's context of {cfg.max_position_embeddings}"
         )
+    on_host = backend != "cuda" and device in (None, "cpu")
+    device = device or ("cpu" if on_host else "cuda")
     threads = threads or backends.processors()
     chosen = backends.make(backend, cfg, dtype, device, threads, deterministic)
     with threadpool_limits(threads):
         built = Model.build(cfg, checkpoint.read, chosen)
-        rows = measured(built, dtype, threads, prompts, batches, contexts, repeat, steps, device == "cpu")
+        rows = measured(built, dtype, threads, prompts, batches, contexts, repeat, steps, on_host)
         if as_json:
             for row in rows:
                 click.echo(json.dumps(row))

@@ -56,8 +56,8 @@ DEVICE float f16_value(unsigned short bits) {
 
 // sum += a b over 16 steps, by one warp, in float: a is 16 x 16 and b 16 x 8 of bfloat16, sum 16 x 8. With
 // g = lane / 4 and t = lane % 4, a lane holds, two neighbours in a word (the earlier in the lower half):
-//   a[0], a[1]: rows g, g + 8 at steps 2t, 2t + 1;   a[2], a[3]: the same rows at steps 2t + 8, 2t + 9
-//   b[0], b[1]: column g at steps 2t, 2t + 1 and 2t + 8, 2t + 9
+//   a0, a1: rows g, g + 8 at steps 2t, 2t + 1;       a2, a3: the same rows at steps 2t + 8, 2t + 9
+//   b0, b1: column g at steps 2t, 2t + 1 and at 2t + 8, 2t + 9
 //   sum[0], sum[1]: row g at columns 2t, 2t + 1;     sum[2], sum[3]: row g + 8
 DEVICE void mma_bf16(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
                      unsigned b1) {
@@ -67,7 +67,7 @@ DEVICE void mma_bf16(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, uns
     } mine = {{a0, a1, a2, a3}, {b0, b1}}, all[32];
     cuda_on_cpu::warp_gather(mine, all);
     int lane = threadIdx.x & 31;
-    for (int t = 0; t < 4; t++)          // the lanes that hold a row, or a column
+    for (int t = 0; t < 4; t++)               // the lanes that hold a row, or a column
         for (int word = 0; word < 2; word++)  // their steps 2t, 2t + 1, then 2t + 8, 2t + 9
             for (int p = 0; p < 4; p++) {
                 unsigned x = all[lane / 4 * 4 + t].a[2 * word + p / 2];
@@ -85,14 +85,19 @@ DEVICE void mma_bf16(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, uns
 }
 
 // Copies from global to shared memory that go on while the thread computes. A thread starts some, closes them
-// as a group, and waits for its older groups; then a barrier shows what was copied to the others. On a CPU a
-// copy happens when it is waited for, the latest moment that the hardware allows.
+// as a group, and waits for its older groups; then a barrier shows what was copied to the others. On a CPU
+// odd threads copy at once, and the others when they wait: the first and the last moment that a GPU may take.
 struct Copies {
 #ifdef CUDA_ON_CPU
     struct Copy {
         void* to;
         const void* from;
         int bytes, group;
+
+        void make() const {
+            for (int i = 0; i < 16; i++)
+                ((unsigned char*)to)[i] = i < bytes ? ((const unsigned char*)from)[i] : 0;
+        }
     };
     Copy waiting[96];
     int first = 0, end = 0, group = 0;
@@ -101,8 +106,10 @@ struct Copies {
     // 16 bytes, both ends aligned to 16: the first `bytes` of them are copied, the others become 0.
     DEVICE void start(void* to, const void* from, int bytes) {
 #ifdef CUDA_ON_CPU
+        Copy copy = {to, from, bytes, group};
+        if (threadIdx.x & 1) return copy.make();
         if (end - first == 96) __builtin_trap();
-        waiting[end++ % 96] = {to, from, bytes, group};
+        waiting[end++ % 96] = copy;
 #else
         unsigned at = (unsigned)__cvta_generic_to_shared(to);
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes)
@@ -122,11 +129,7 @@ struct Copies {
     template <int open>
     DEVICE void wait() {
 #ifdef CUDA_ON_CPU
-        for (; first < end && waiting[first % 96].group < group - open; first++) {
-            const Copy& copy = waiting[first % 96];
-            unsigned char* to = (unsigned char*)copy.to;
-            for (int i = 0; i < 16; i++) to[i] = i < copy.bytes ? ((const unsigned char*)copy.from)[i] : 0;
-        }
+        for (; first < end && waiting[first % 96].group < group - open; first++) waiting[first % 96].make();
 #else
         asm volatile("cp.async.wait_group %0;" ::"n"(open) : "memory");
 #endif
