@@ -101,9 +101,11 @@ def with_context(model: Model, batch: int, context: int) -> list:
     """States of sequences that have read `context` positions of noise."""
     states, here, cfg = prefill(model, np.zeros((batch, 1), np.int64)), model.backend, model.cfg
     rng, known = np.random.default_rng(0), 1
+    dtype = here.fetch(model.embed(here.array(np.zeros((1, 1), np.int64)))).dtype  # of an activation
     while known < context:
         more = min(4096, context - known)
-        noise = rng.standard_normal((batch, more, cfg.num_key_value_heads, cfg.head_dim), np.float32)
+        shape = batch, more, cfg.num_key_value_heads, cfg.head_dim
+        noise = rng.standard_normal(shape, np.float32).astype(dtype)
         states = [
             s.append(here.array(noise), here.array(noise)) if hasattr(s, "append") else s for s in states
         ]

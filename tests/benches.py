@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from spec.numerics import wide
 from spec.ops import DEFINITION, REFERENCE, Backend, numpy_backend
 from spec.tensors import placed, table
+from tools.cuda_on_cpu import EmulatedDevice, compiler
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,7 +48,8 @@ class Bench(Backend):
 
 
 def bench(name: str, backend: Backend, dtype) -> Bench:
-    return Bench(**vars(backend) | {"name": name, "dtype": np.dtype(dtype)})
+    kept = {field.name: getattr(backend, field.name) for field in fields(Backend)}
+    return Bench(**kept | {"name": name, "dtype": np.dtype(dtype)})
 
 
 def numpy_bench(dtype: str, ops=REFERENCE, word: str = "numpy") -> Bench:
@@ -60,12 +62,21 @@ def torch_bench(name: str) -> Bench:
     return TORCH[name]()
 
 
+def cuda_bench() -> Bench:
+    """The CUDA kernels, on the emulator."""
+    from backends.cuda import cuda_backend
+
+    return bench("cuda-float32", cuda_backend("float32", EmulatedDevice()), "float32")
+
+
 BENCHES: dict[str, Callable[[], Bench]] = {
     "numpy-float32": partial(numpy_bench, "float32"),
     "numpy-float64": partial(numpy_bench, "float64"),
     "definition-float32": partial(numpy_bench, "float32", DEFINITION, "definition"),
     "definition-float64": partial(numpy_bench, "float64", DEFINITION, "definition"),
 }
+if compiler():
+    BENCHES["cuda-float32"] = cuda_bench
 if find_spec("torch"):
     for name in ("torch-float32", "torch-float32-plain"):
         BENCHES[name] = partial(torch_bench, name)

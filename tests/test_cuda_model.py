@@ -37,6 +37,7 @@ def greedy(engine, count: int):
     return ids
 
 
+@pytest.mark.slow
 def test_the_embedded_model_tells_the_same_story(device):  # noqa: F811
     """Two prompts of different lengths in one batch, read and continued, token for token."""
     expected = greedy(reference(), 6)
@@ -44,6 +45,7 @@ def test_the_embedded_model_tells_the_same_story(device):  # noqa: F811
     assert len(set(map(tuple, expected))) == 2
 
 
+@pytest.mark.slow
 def test_in_bfloat16_it_says_nearly_the_same(device):  # noqa: F811
     """Logits of a prompt, against the spec: as near as weights and activations of 8 bits allow."""
     ids = reference().ids("Once upon a time, there was a little")
@@ -53,6 +55,7 @@ def test_in_bfloat16_it_says_nearly_the_same(device):  # noqa: F811
     assert error <= 4 * 2.0**-7
 
 
+@pytest.mark.slow
 def test_approximate_mathematics_changes_no_word(perturbed):  # noqa: F811
     ids = reference().ids("Once upon a time")
     expected, actual = reference().logits(ids), engine(perturbed, "float32").logits(ids)

@@ -69,6 +69,17 @@ class Cache:
                 device.copy(known[:, :, : self.most], new[:, :, : self.most])
         return replace(self, k=k, v=v, tip=Tip())
 
+    def append(self, k, v, n=None) -> Cache:
+        """Keys and values b l kv e after those that are known, the first n[b] of each row."""
+        (b, l, kv, e), cache, device = k.shape, self.reserve(k.shape[1]), k.device
+        defines = ("REAL_BF16",) if k.dtype == "bfloat16" else ()
+        sizes = np.int32(l), np.int32(kv), np.int32(e), np.int32(cache.k.shape[2])
+        args = k, v, *places(k), *places(v), cache.k, cache.v, cache.length, n, *sizes
+        device.launch("attention", "attention_append", (l, b), (256,), args, 0, defines)
+        args = cache.length, n, np.int32(l), np.int32(b)
+        device.launch("attention", "attention_advance", (tiles(b, 128),), (128,), args, 0, defines)
+        return cache.advanced(l)
+
     def take(self, rows) -> Cache:
         rows = np.arange(len(self.length))[rows]
         return replace(self, k=self.k[rows], v=self.v[rows], length=self.length[rows], tip=Tip())

@@ -5,13 +5,16 @@ What is built is kept in the user's cache under a name that depends on everythin
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import subprocess
 import tempfile
-from functools import cache, lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -22,7 +25,8 @@ CHECKED = ("-O1", "-fno-unroll-loops")  # and without #pragma unroll: checked co
 MODES = {  # how kernels are compiled, and the macro that tells the runtime
     "fast": (("-O2", "-fPIC"), ()),
     "address": (
-        (*CHECKED, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"), ("-DCHECK_ADDRESS",)
+        (*CHECKED, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+        ("-DCHECK_ADDRESS",),
     ),
     "thread": ((*CHECKED, "-fsanitize=thread"), ("-DCHECK_THREAD",)),
 }
@@ -35,6 +39,8 @@ STATIC_ARRAY = re.compile(
     re.MULTILINE,
 )
 
+Entries = tuple[tuple[str, str], ...]  # (name, most threads of a block) of each entry point
+
 
 class BuildError(Exception):
     """A kernel file that the compiler refuses."""
@@ -46,47 +52,66 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CUDA_ON_CPU_CXX", COMPILER))
 
 
-def build(kernels: Path, name: str, entries: tuple[str, ...], defines=(), mode="fast", perturb=False) -> Path:
-    """The library or program for kernels/name.cu with these `entries`, compiled if it is not there yet."""
+@cache  # sources do not change while a process runs
+def build(kernels: Path, name: str, entries: Entries, defines=(), mode="fast", perturb=False) -> Path:
+    """The library or program for kernels/name.cu, compiled if it is not there yet."""
     flags = (*COMMON, *MODES[mode][0], *MODES[mode][1], *(f"-D{d}" for d in defines))
     if perturb:
         flags += (*PERTURB, *(("-march=x86-64-v3",) if has_fma() else ()))
     sources = {path.name: path.read_text() for path in sorted(kernels.glob("*.cuh"))}
     sources[f"{name}.cu"] = (kernels / f"{name}.cu").read_text()
-    place = cached(name, *flags, *entries, *sources, *sources.values(), *own_sources())
-    if place.exists():
-        return place
-    with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
-        for file, text in sources.items():
-            (Path(scratch) / file).write_text(f'#line 1 "{kernels / file}"\n{rewritten(text, mode)}')
-        unit = Path(scratch) / "unit.cpp"
-        table = ", ".join(f'{{"{entry}", call<::{entry}>}}' for entry in entries)
-        unit.write_text(
-            f'#include "cuda.h"\n#include "entries.h"\n#include "{name}.cu"\nnamespace cuda_on_cpu {{\n'
-            f"const Entry entries[] = {{{table}}};\nconst int entry_count = {len(entries)};\n}}\n"
-        )
-        run("-c", str(unit), "-o", f"{scratch}/unit.o", f"-I{scratch}", *flags)
-        link(Path(scratch), mode, perturb)
-        (Path(scratch) / "linked").replace(place)
+    place = cached(name, *flags, str(entries), *sources, *sources.values(), *own_sources())
+    with making(place) as scratch:
+        if scratch:
+            for file, text in sources.items():
+                (scratch / file).write_text(f'#line 1 "{kernels / file}"\n{rewritten(text, mode)}')
+            (scratch / "unit.cpp").write_text(unit(name, entries))
+            run("-c", f"{scratch}/unit.cpp", "-o", f"{scratch}/unit.o", f"-I{scratch}", *flags)
+            link(scratch, mode, perturb)
     return place
+
+
+@contextmanager
+def making(place: Path) -> Iterator[Path | None]:
+    """Where to make the file `made` that will be at `place`; None if it is there. Other processes wait."""
+    if place.exists():
+        yield None
+        return
+    with open(place.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if place.exists():
+            yield None
+            return
+        with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
+            yield Path(scratch)
+            (Path(scratch) / "made").replace(place)
+        place.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def unit(name: str, entries: Entries) -> str:
+    """The source that is compiled: the language, the kernels, and the table of their entry points."""
+    table = ", ".join(f'{{"{entry}", call<::{entry}>, {threads}}}' for entry, threads in entries)
+    return (
+        f'#include "cuda.h"\n#include "entries.h"\n#include "{name}.cu"\nnamespace cuda_on_cpu {{\n'
+        f"const Entry entries[] = {{{table}}};\nconst int entry_count = {len(entries)};\n}}\n"
+    )
 
 
 def link(scratch: Path, mode: str, perturb: bool) -> None:
     door = "library" if mode == "fast" else "worker"
     objects = [str(scratch / "unit.o"), *(str(runtime(part, mode, perturb)) for part in (*RUNTIME, door))]
     kind = ("-shared",) if mode == "fast" else tuple(f for f in MODES[mode][0] if f.startswith("-fsanitize"))
-    run(*objects, "-o", str(scratch / "linked"), *kind, "-lm")
+    run(*objects, "-o", str(scratch / "made"), *kind, "-lm")
 
 
-@lru_cache
+@cache
 def runtime(part: str, mode: str, perturb: bool) -> Path:
     """The object of one of the emulator's own files, without any sanitizer."""
     flags = (*COMMON, "-O2", "-fPIC", "-fno-builtin", *MODES[mode][1], *(PERTURB if perturb else ()))
     place = cached(part, *flags, *own_sources())
-    if not place.exists():
-        with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
-            run("-c", str(HERE / f"{part}.cpp"), "-o", f"{scratch}/part.o", *flags)
-            (Path(scratch) / "part.o").replace(place)
+    with making(place) as scratch:
+        if scratch:
+            run("-c", str(HERE / f"{part}.cpp"), "-o", f"{scratch}/made", *flags)
     return place
 
 

@@ -98,7 +98,7 @@ class EmulatedDevice(Device):
         return out
 
     def run(self, file, kernel_name, grid, block, args, shared_bytes, defines) -> None:
-        entries = tuple(kernel.signatures(self.kernels / f"{file}.cu"))
+        entries = tuple(kernel.launch_bounds(self.kernels / f"{file}.cu").items())
         built = build(self.kernels, file, entries, defines, self.mode, self.perturb)
         sizes = [*grid, *[1] * (3 - len(grid)), *block, *[1] * (3 - len(block))]
         here = run_here if self.mode == "fast" else run_apart

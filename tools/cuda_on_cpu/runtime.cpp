@@ -158,6 +158,8 @@ bool launch(const Entry& entry, const Launch& how, char* message, size_t room) {
     count = how.block.x * how.block.y * how.block.z;
     threads.resize(count);
     set_message(message, room);
+    if (count > entry.threads) report("a block of %u threads, and its launch bounds are %u", count, entry.threads);
+    if (failed) return false;
     know_host();
     Surroundings surroundings;  // signals and rounding, until the end of this function
     for (uint64_t i : shuffled(uint64_t(how.grid.x) * how.grid.y * how.grid.z)) {

@@ -18,6 +18,7 @@ namespace cuda_on_cpu {
 struct Entry {
     const char* name;
     void (*call)(void** arguments);
+    unsigned threads;  // of a block, at most: its __launch_bounds__
 };
 
 struct Launch {

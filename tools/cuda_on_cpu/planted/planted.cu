@@ -151,6 +151,15 @@ extern "C" __global__ void wild_pointer(const float* x, float* y) {
     y[(long long)threadIdx.x << 40] = x[threadIdx.x];
 }
 
+constexpr int WARPS = 1;
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) bounded(const float* x, float* y) {
+    y[threadIdx.x] = x[threadIdx.x];
+}
+
+extern "C" __global__ void divide_by_zero(const float* x, float* y) {
+    y[threadIdx.x] = (int)x[0] / ((int)x[0] - 1);  // x[0] is 1
+}
+
 extern "C" __global__ void scalars(float* y, int a, long long b, unsigned long long c, float d) {
     if (threadIdx.x == 0) y[0] = a + b + c + d;
 }
