@@ -36,7 +36,7 @@ def load(
     model: str = "tiny",
     backend: str = "numpy",
     dtype: str = "float32",
-    device: str = "cpu",
+    device: str | None = None,
     threads: int | None = None,
     deterministic: bool = False,
     *,
@@ -54,6 +54,7 @@ def load(
     began = time.perf_counter()
     here = place()
     check_count(here.launcher, here.count, tp, ep, pp)
+    device = device or ("cuda" if backend == "cuda" else "cpu")
     if device == "cuda" and here.launcher == "torchrun":
         device = f"cuda:{here.local_rank}"
     comm = connect(patience, device, deterministic)
@@ -70,11 +71,12 @@ def load(
 
         def read(name: str) -> np.ndarray:
             bar.update()
+            comm.at_work()
             return checkpoint.read(name)
 
         built = ranks.part(cfg, read, chosen, shard, comm)
     checkpoint.release()
-    comm.compare({"state": "loaded"})  # nobody begins to wait for a rank that is still reading
+    comm.ready()  # nobody begins to wait for a rank that is still reading
     return RankEngine(checkpoint, built, time.perf_counter() - began, comm, shard, chosen)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from functools import reduce
 from itertools import accumulate
 from operator import add
@@ -48,6 +49,8 @@ class Ranks:
         self.rank, self.count, self.patience = rank, count, patience
         self.sent: Counter[str] = Counter()  # bytes that this rank sent, by verb
         self.verb = ""
+        self.missed: int | None = None  # a rank whose connection has ended
+        self.done = False  # rank 0 has said that nothing more will be asked
 
     def exchange(self, out: dict[int, Any], into: dict[int, Any], idle: bool = False) -> None:
         """Send out[peer] and fill into[peer], by peer; RankError after `patience` unless `idle`."""
@@ -59,6 +62,13 @@ class Ranks:
 
     def alarm(self, why: str) -> None:
         """Tell every rank that this one stops."""
+
+    def at_work(self) -> None:
+        """Before `ready`: this rank is not lost, it is busy."""
+
+    def ready(self) -> None:
+        """Wait for all ranks to come here: for each until `patience` after it was last at work."""
+        self.compare({"state": "ready"})
 
     def leave(self, code: int) -> None:
         """End the connection; with a code other than 0 end the process too: no rank waits for another."""
@@ -117,17 +127,22 @@ class Ranks:
         return x
 
     def tell(self, value: Any = None, idle: bool = False) -> Any:
-        """What rank 0 says, a JSON value, to all of them; they may wait for it as long as it takes."""
+        """What rank 0 says, a JSON value, to all of them: None if it is the last.
+
+        idle: they wait for it as long as it takes.
+        """
         self.verb = "tell"
         others = [rank for rank in range(self.count) if rank != 0]
         if self.rank == 0:
             text = np.array(list(json.dumps(value).encode()), np.uint8)
             self.exchange(dict.fromkeys(others, np.array([len(text)])), {})
             self.exchange(dict.fromkeys(others, text), {})
-            return value
-        self.exchange({}, {0: (length := np.empty(1, np.int64))}, idle)
-        self.exchange({}, {0: (text := np.empty(int(length[0]), np.uint8))})
-        return json.loads(text.tobytes())
+        else:
+            self.exchange({}, {0: (length := np.empty(1, np.int64))}, idle)
+            self.exchange({}, {0: (text := np.empty(int(length[0]), np.uint8))})
+            value = json.loads(text.tobytes())
+        self.done = value is None
+        return value
 
     def share(self, mine: np.ndarray | None, heard: dict[int, np.ndarray]) -> None:
         """What some ranks say to all: `mine` if this is one of them; `heard`, by rank, is filled."""
@@ -163,12 +178,23 @@ class Ranks:
     def lost(self, peer: int) -> RankError:
         return RankError(f"the connection to rank {peer} is lost ({self.verb})")
 
-    def stopped(self, peer: int, why: str) -> RankError:
-        return RankError(f"rank {peer} stopped: {why}")
+    def stopped(self, peer: int, why: str) -> Exception:
+        """An alarm without a reason: whoever read our output has left."""
+        return RankError(f"rank {peer} stopped: {why}") if why else BrokenPipeError()
 
 
 class Solo(Ranks):
     """One rank."""
+
+
+def culprits(peers: Iterable[int], waits: dict[int, list[int]]) -> list[int]:
+    """Whom one waits for in vain, perhaps by way of others: of `waits`, who waits for whom, the ends."""
+    seen, todo = set(peers), list(peers)
+    for peer in todo:
+        more = set(waits.get(peer, ())) - seen
+        seen |= more
+        todo += more
+    return sorted(seen - waits.keys()) or sorted(peers)
 
 
 def empty(shape: tuple[int, ...], like, dtype: str | None = None):

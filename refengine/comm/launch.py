@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 
 from refengine.comm import PATIENCE, Ranks, Solo
 from refengine.place import place
+from spec.config import InputError
 
 current: Ranks = Solo()  # this process has one connection at most
 
@@ -30,18 +32,25 @@ def connect(patience: float = PATIENCE, device: str = "cpu", deterministic: bool
 
 
 def ended(*_) -> None:
-    text = f"refengine, rank {place().rank}: ended by the launcher, because another rank ended\n"
+    who = "another rank" if current.missed is None else f"rank {current.missed}"
+    text = f"refengine, rank {place().rank}: ended by the launcher, because {who} ended\n"
     os.write(2, text.encode())
     os._exit(1)
 
 
 def leave(code: int, why: str = "") -> None:
-    """Before this process exits with `code`: the others hear why, if it has failed."""
+    """Before this process exits with `code`: the others hear why, if it has failed or nobody listens."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
-    if code and current.count == 1 and place().launcher == "mpiexec":
-        connect()  # mpiexec lets the others wait for a rank that ends before it has come
     if code:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # why this rank ends is said
+    if code and current.count == 1 and place().launcher == "mpiexec":
+        with contextlib.suppress(InputError):
+            connect()  # mpiexec lets the others wait for a rank that ends before it has come
+    unheard = current.count > 1 and not current.done and not code
+    if code or (unheard and current.rank == 0):
         current.alarm(why)
+    if unheard:
+        os._exit(0)
     current.leave(code)

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 
-from refengine.comm import AHEAD, PATIENCE, Ranks, memory
+from refengine.comm import AHEAD, PATIENCE, RankError, Ranks, culprits, memory
 from refengine.place import place
 from spec.config import InputError
 
-WORD, ALARM = 1, 2  # tags
+WORD, ALARM, WAITS, AT_WORK = 1, 2, 3, 4  # tags
 EAGER = 0.002  # seconds of yielding before a rank that waits begins to sleep
 LISTEN = 0.02  # seconds between two looks for an alarm
 GRACE = 1.0  # seconds that others have to say why they end, before mpiexec ends them all
@@ -27,7 +27,7 @@ class MPI(Ranks):
 
     def __init__(self, patience: float = PATIENCE):
         try:
-            with watched(patience):
+            with watched(patience, "came"):
                 from mpi4py import MPI as library
         except (ImportError, RuntimeError) as error:
             raise InputError(
@@ -36,6 +36,9 @@ class MPI(Ranks):
         self.mpi, self.world = library, library.COMM_WORLD
         super().__init__(self.world.rank, self.world.size, patience)
         self.posted: list = []  # (peer, request, array) under way
+        self.waits: dict[int, list[int]] = {}  # ranks that have waited in vain, and for whom
+        self.heard: dict[int, float] = {}  # when ranks were last known to be at work
+        self.told = monotonic()
 
     def exchange(self, out, into, idle=False):
         requests = [(peer, self._start(self.world.Irecv, x, peer)) for peer, x in into.items()]
@@ -66,8 +69,10 @@ class MPI(Ranks):
             if now - listened > LISTEN:
                 listened = now
                 self._listen()
-                if not idle and now - began > self.patience:
-                    raise self.silent({peer for peer, _ in requests})
+                latest = now - self.patience
+                silent = {peer for peer, _ in requests if max(began, self.heard.get(peer, began)) < latest}
+                if silent and not idle:
+                    raise self._silent(silent)
             if now - began < EAGER:
                 os.sched_yield()
             else:
@@ -80,44 +85,75 @@ class MPI(Ranks):
             raise self.lost(peer) from None
 
     def _listen(self) -> None:
+        """Hear who stops, who waits in vain, and who is at work."""
         status = self.mpi.Status()
-        if self.world.Iprobe(self.mpi.ANY_SOURCE, ALARM, status):
-            text = bytearray(status.Get_count(self.mpi.BYTE))
-            self.world.Recv([text, self.mpi.BYTE], status.source, ALARM)
-            raise self.stopped(status.source, text.decode())
+        for tag in (ALARM, WAITS, AT_WORK):
+            while self.world.Iprobe(self.mpi.ANY_SOURCE, tag, status):
+                text = bytearray(status.Get_count(self.mpi.BYTE))
+                self.world.Recv([text, self.mpi.BYTE], status.source, tag)
+                if tag == ALARM:
+                    raise self.stopped(status.source, text.decode())
+                if tag == WAITS:
+                    self.waits[status.source] = [int(peer) for peer in text.split()]
+                else:
+                    self.heard[status.source] = monotonic()
+
+    def _silent(self, peers: set[int]) -> RankError:
+        """Who of all ranks does not answer: not one that waits in vain itself."""
+        self._shout(" ".join(map(str, peers)), WAITS, self._listen)
+        return self.silent(culprits(peers, self.waits))
+
+    def at_work(self):
+        if monotonic() - self.told > self.patience / 4:
+            self.told = monotonic()
+            self._listen()
+            for call in self._calls("", AT_WORK):
+                call.Free()
 
     def alarm(self, why):
-        text = why.encode()[:2000]
-        calls = [self.world.Isend([text, self.mpi.BYTE], rank, ALARM)
-                 for rank in range(self.count) if rank != self.rank]  # fmt: skip
+        self._shout(why, ALARM)  # and stay, so that others can speak before mpiexec ends them
+
+    def _shout(self, text: str, tag: int, meanwhile: Callable = lambda: None) -> None:
+        """To all who can hear it within GRACE."""
+        calls = self._calls(text, tag)
         until = monotonic() + GRACE
-        while monotonic() < until:  # so that it leaves, and others can speak, before mpiexec ends them
+        while monotonic() < until:
             for call in calls:
                 call.Test()
+            meanwhile()
             time.sleep(0.01)
+
+    def _calls(self, text: str, tag: int) -> list:
+        data = text.encode()[:2000]
+        others = (rank for rank in range(self.count) if rank != self.rank)
+        return [self.world.Isend([data, self.mpi.BYTE], rank, tag) for rank in others]
 
     def leave(self, code):
         if code:
             os._exit(code)
         self._wait([entry[:2] for entry in self.posted], idle=False)
-        self.mpi.Finalize()
+        with watched(self.patience, "came to the end"):
+            self.mpi.Finalize()
 
 
 @contextmanager
-def watched(patience: float) -> Iterator[None]:
-    """Meet the others within `patience`, or end: MPI_Init waits for ever, and inside it Python cannot act.
+def watched(patience: float, did: str) -> Iterator[None]:
+    """Meet the others within `patience`, or end, saying what they did not.
 
-    A child process waits for the end of the block, on a pipe.
+    MPI_Init and MPI_Finalize wait for ever, and inside them Python cannot act: a child process waits for the
+    end of the block, on a pipe.
     """
-    rank = place().rank
+    rank, parent = place().rank, os.getpid()
     ending, held = os.pipe()
     child = os.fork()
     if not child:
         os.close(held)
         if not select.select([ending], [], [], patience)[0]:
-            text = f"refengine, rank {rank}: not all ranks came within {patience:g} s\n"
+            text = f"refengine, rank {rank}: not all ranks {did} within {patience:g} s\n"
             os.write(2, text.encode())
-            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(GRACE)
+            if os.getppid() == parent:
+                os.kill(parent, signal.SIGKILL)
         os._exit(0)
     os.close(ending)
     try:

@@ -6,13 +6,14 @@ import contextlib
 import os
 import time
 from datetime import timedelta
+from threading import Thread
 
 import numpy as np
 
-from refengine.comm import AHEAD, PATIENCE, Ranks, total
+from refengine.comm import AHEAD, PATIENCE, Ranks, culprits, total
 from spec.config import InputError
 
-ALARM = "refengine/alarm"
+ALARM, WAITS, AT_WORK, READY = (f"refengine/{key}" for key in ("alarm", "waits/{}", "work/{}", "ready/{}"))
 GRACE = 1.0  # seconds that others have to say why they end, before torchrun ends them all
 FOREVER = timedelta(days=365)
 
@@ -33,8 +34,9 @@ class TorchDistributed(Ranks):
         rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         super().__init__(rank, count, patience)
         try:
+            gpu = device != "cpu" and torch.cuda.is_available()
             library.init_process_group(
-                "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout=timedelta(seconds=patience)
+                "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(seconds=patience)
             )
             self.store = library.distributed_c10d._get_default_store()
         except Exception as error:
@@ -44,6 +46,7 @@ class TorchDistributed(Ranks):
             ) from None
         self.groups: dict[tuple[int, ...], object] = {}
         self.posted: list = []  # (peer, work, array) under way
+        self.told = time.monotonic()
 
     def exchange(self, out, into, idle=False):
         works = []
@@ -93,22 +96,68 @@ class TorchDistributed(Ranks):
         except RuntimeError as error:
             raise self._gone(peer, error) from None
 
-    def _gone(self, peer: int, error: Exception):
-        """Why a peer is not there: what it said itself, or how the connection ended."""
-        until = time.monotonic() + GRACE / 2
-        with contextlib.suppress(Exception):
-            while time.monotonic() < until:
-                if self.store.check([ALARM]):
-                    rank, _, why = self.store.get(ALARM).decode().partition(" ")
-                    return self.stopped(int(rank), why)
-                time.sleep(0.02)
-        return self.silent([peer]) if "imed out" in str(error) else self.lost(peer)
+    def _gone(self, peer: int, error: Exception) -> Exception:
+        """Why a peer is not there: what a rank said that stopped, or how the connection ended."""
+        self.missed = peer
+        silent = "imed out" in str(error)
+        if silent:
+            self._ask(self.store.set, WAITS.format(self.rank), str(peer))
+        if alarm := self._ask(self._hear, GRACE if silent else 2 * GRACE):  # the lost may have waited in vain
+            return alarm
+        return self.silent(culprits([peer], self._ask(self._waits) or {})) if silent else self.lost(peer)
+
+    def _hear(self, seconds: float) -> Exception | None:
+        """An alarm that is there, or comes in time."""
+        until = time.monotonic() + seconds
+        while not self.store.check([ALARM]):
+            if time.monotonic() > until:
+                return None
+            time.sleep(0.02)
+        rank, _, why = self.store.get(ALARM).decode().partition(" ")
+        return self.stopped(int(rank), why)
+
+    def _waits(self) -> dict[int, list[int]]:
+        """Ranks that have waited in vain, and for whom."""
+        keys = {rank: WAITS.format(rank) for rank in range(self.count)}
+        return {rank: [int(self.store.get(key))] for rank, key in keys.items() if self.store.check([key])}
+
+    def at_work(self):
+        if time.monotonic() - self.told > self.patience / 4:
+            self.told = time.monotonic()
+            self._ask(self.store.add, AT_WORK.format(self.rank), 1)
+
+    def ready(self):
+        self.verb = "ready"
+        self._ask(self.store.set, READY.format(self.rank), "")
+        others = [rank for rank in range(self.count) if rank != self.rank]
+        heard = dict.fromkeys(others, (0, time.monotonic()))  # how often, and when at last
+        while missing := [rank for rank in heard if not self._ask(self.store.check, [READY.format(rank)])]:
+            if alarm := self._ask(self._hear, 0):
+                raise alarm
+            for rank in missing:
+                often, now = self._ask(self.store.add, AT_WORK.format(rank), 0) or 0, time.monotonic()
+                if often > heard[rank][0]:
+                    heard[rank] = often, now
+                if now - heard[rank][1] > self.patience:
+                    raise self.silent([rank])
+            time.sleep(0.05)
 
     def alarm(self, why):
-        with contextlib.suppress(Exception):
-            if not self.store.check([ALARM]):
-                self.store.set(ALARM, f"{self.rank} {why}")
-        time.sleep(GRACE)
+        self._ask(self.store.compare_set, ALARM, "", f"{self.rank} {why}")
+        time.sleep(GRACE)  # so that others can speak before torchrun ends them
+
+    def _ask(self, verb, *args):
+        """The answer of the store, or None: one on a machine that is lost would be waited for."""
+        answer: list = []
+
+        def ask() -> None:
+            with contextlib.suppress(Exception):
+                answer.append(verb(*args))
+
+        asking = Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(3 * GRACE)
+        return answer[0] if answer else None
 
     def leave(self, code):
         if code:
