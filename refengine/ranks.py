@@ -22,7 +22,7 @@ from refengine.comm import RankError, Ranks
 from refengine.comm.launch import connect
 from refengine.engine import Engine, limit_threads, progress
 from refengine.generation import Draw, Options, Text
-from refengine.place import place
+from refengine.place import Place, place
 from spec import ranks, state
 from spec.arrays import DTYPES
 from spec.config import Config, InputError
@@ -54,9 +54,9 @@ def load(
     began = time.perf_counter()
     here = place()
     check_count(here.launcher, here.count, tp, ep, pp)
-    device = device or ("cuda" if backend == "cuda" else "cpu")
-    if device == "cuda" and here.launcher == "torchrun":
-        device = f"cuda:{here.local_rank}"
+    if backend == "cuda":
+        raise InputError("the cuda backend runs on one GPU; for several: torchrun, --backend torch --device cuda")
+    device = own_device(device or "cpu", here)
     comm = connect(patience, device, deterministic)
     threads = threads or max(1, backends.processors() // here.local_count)
     limit_threads(threads)
@@ -78,6 +78,15 @@ def load(
     checkpoint.release()
     comm.ready()  # nobody begins to wait for a rank that is still reading
     return RankEngine(checkpoint, built, time.perf_counter() - began, comm, shard, chosen)
+
+
+def own_device(device: str, here: Place) -> str:
+    """Each rank of a machine has its own GPU, under torchrun."""
+    if here.launcher != "torchrun" or device not in ("cuda", "auto"):
+        return device
+    from torch import cuda
+
+    return "cpu" if device == "auto" and not cuda.is_available() else f"cuda:{here.local_rank}"
 
 
 def check_count(launcher: str, count: int, tp: int, ep: int, pp: int) -> None:

@@ -19,7 +19,7 @@ from spec.config import InputError
 
 __all__ = ["CupyDevice", "Device", "DeviceArray"]
 STAGE = 32 << 20  # bytes of one of the two pinned buffers that copies from and to the host go through
-UNDECLARED = 48 << 10  # bytes of dynamic shared memory that a launch may have without asking
+UNDECLARED = 48 << 10  # bytes of shared memory that a launch may have without asking
 CUDA_DTYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # cudaDataType_t
 GEMM = dict(compute=68, algorithm=-1)  # CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT
 
@@ -87,7 +87,8 @@ class CupyDevice(Device):
         if key not in self.functions:
             self.functions[key] = self.module(file, defines).get_function(kernel_name)
         function = self.functions[key]
-        if shared_bytes > max(UNDECLARED, self.declared.get(key, 0)):
+        free = UNDECLARED - function.shared_size_bytes  # the file's own arrays count too
+        if shared_bytes > max(free, self.declared.get(key, 0)):
             function.max_dynamic_shared_size_bytes = shared_bytes
             self.declared[key] = shared_bytes
         values = tuple(plain(argument) for argument in args)

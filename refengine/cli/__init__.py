@@ -71,7 +71,7 @@ def run(args: list[str]) -> tuple[int, str]:
     except click.exceptions.Exit as done:
         return done.exit_code, ""
     except click.ClickException as error:
-        if place().rank == 0:  # every rank has the same command line
+        if place().local_rank == 0:  # the ranks of a machine have one command line
             error.show()
         return error.exit_code, error.format_message()
     except BrokenPipeError:
