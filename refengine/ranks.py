@@ -55,7 +55,9 @@ def load(
     here = place()
     check_count(here.launcher, here.count, tp, ep, pp)
     if backend == "cuda":
-        raise InputError("the cuda backend runs on one GPU; for several: torchrun, --backend torch --device cuda")
+        raise InputError(
+            "the cuda backend runs on one GPU; for several: torchrun, --backend torch --device cuda"
+        )
     device = own_device(device or "cpu", here)
     comm = connect(patience, device, deterministic)
     threads = threads or max(1, backends.processors() // here.local_count)
