@@ -103,7 +103,7 @@ def plant(when: str, what: str, args: list[str]) -> list[str]:
     elif when == "draws":
         import numpy as np
 
-        from refengine.ranks import RankEngine
+        from refengine.rank_engine import RankEngine
 
         plain = RankEngine.head
         RankEngine.head = lambda *args: plain(*args) * np.float32(what)
@@ -114,7 +114,7 @@ def plant(when: str, what: str, args: list[str]) -> list[str]:
 
         before(Checkpoint, "read", NTH[when], what)
     elif when in ("prefill", "decode"):
-        from refengine.ranks import RankEngine
+        from refengine.rank_engine import RankEngine
 
         long = {"prefill": lambda length: length > 1, "decode": lambda length: length == 1}[when]
         before(RankEngine, "step", NTH[when], what, lambda self, ids, *_: long(ids.shape[1]))

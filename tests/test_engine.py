@@ -186,3 +186,15 @@ def test_an_option_that_does_not_exist_is_named(engine):
 def test_a_choice_there_is_not_is_refused_in_one_sentence(choice, says):
     with pytest.raises(InputError, match=says):
         refengine.load("tiny", **choice)
+
+
+def test_a_single_rank_is_the_engine():
+    """refengine.ranks.load, without a launcher, has nobody to talk to."""
+    from refengine import ranks
+
+    alone, engine = ranks.load("tiny"), refengine.load("tiny")
+    asked = {"max_tokens": 12, "temperature": 0.0}
+    assert [e.id for e in list(alone.generate("Once", **asked))[:-1]] == [
+        e.id for e in list(engine.generate("Once", **asked))[:-1]
+    ]
+    alone.close()

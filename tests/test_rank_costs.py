@@ -9,8 +9,8 @@ from spec.layout import Layout
 from spec.ranks import new_states, part, step
 from spec.shard import Shard
 from tests.layouts import EXACT, LAYOUTS, Cuttable
-from tools.rank_costs import H100, Link, messages, seconds
-from tools.rank_costs import part as share
+from tools.rank_model import H100, Link, messages, seconds
+from tools.rank_model import part as share
 
 
 def sent(case, layout) -> float:

@@ -184,7 +184,10 @@ class Ranks:
 
 
 class Solo(Ranks):
-    """One rank."""
+    """One rank, which has nobody to talk to."""
+
+    def exchange(self, out, into, idle=False):
+        assert not out and not into
 
 
 def culprits(peers: Iterable[int], waits: dict[int, list[int]]) -> list[int]:
