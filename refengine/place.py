@@ -7,6 +7,7 @@ error is answered at once.
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import dataclass
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -38,3 +39,14 @@ def place() -> Place:
 
 def _numbers(names: tuple[str, ...]) -> list[int]:
     return [int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0, 1), strict=True)]
+
+
+def speak_when_ended(who=lambda: "another rank") -> None:
+    """What launchers send to the ranks that are left, SIGTERM, gets a sentence, and exit code 1."""
+
+    def ended(*_) -> None:
+        text = f"refengine, rank {place().rank}: ended by the launcher, because {who()} ended\n"
+        os.write(2, text.encode())
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, ended)

@@ -14,7 +14,7 @@ import warnings
 
 import click
 
-from refengine.place import place
+from refengine.place import place, speak_when_ended
 
 COMMANDS = ("generate", "chat", "inspect", "score", "bench")
 
@@ -52,6 +52,8 @@ def main(args: list[str] | None = None) -> None:
             stream.reconfigure(encoding="utf-8", errors="replace")
     if "--debug" not in args:
         warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, about numbers that we then refuse
+    if place().count > 1:
+        speak_when_ended()
     code, why = run(args)
     if place().count > 1:
         from refengine.comm.launch import leave

@@ -6,9 +6,10 @@ import contextlib
 import os
 import signal
 import sys
+import time
 
 from refengine.comm import PATIENCE, Ranks, Solo
-from refengine.place import place
+from refengine.place import place, speak_when_ended
 from spec.config import InputError
 
 current: Ranks = Solo()  # this process has one connection at most
@@ -18,7 +19,7 @@ def connect(patience: float = PATIENCE, device: str = "cpu", deterministic: bool
     """Meet the other ranks; InputError when a library is missing or they do not come."""
     global current
     if place().count > 1:
-        signal.signal(signal.SIGTERM, ended)  # what launchers send to the ranks that are left
+        speak_when_ended(lambda: "another rank" if current.missed is None else f"rank {current.missed}")
     match place().launcher:
         case "torchrun":
             from refengine.comm.torch_distributed import TorchDistributed
@@ -31,13 +32,6 @@ def connect(patience: float = PATIENCE, device: str = "cpu", deterministic: bool
     return current
 
 
-def ended(*_) -> None:
-    who = "another rank" if current.missed is None else f"rank {current.missed}"
-    text = f"refengine, rank {place().rank}: ended by the launcher, because {who} ended\n"
-    os.write(2, text.encode())
-    os._exit(1)
-
-
 def leave(code: int, why: str = "") -> None:
     """Before this process exits with `code`: the others hear why, if it has failed or nobody listens."""
     for stream in (sys.stdout, sys.stderr):
@@ -48,6 +42,8 @@ def leave(code: int, why: str = "") -> None:
     if code and current.count == 1 and place().launcher == "mpiexec":
         with contextlib.suppress(InputError):
             connect()  # mpiexec lets the others wait for a rank that ends before it has come
+    if code and current.count == 1 and place().launcher == "torchrun":
+        time.sleep(1)  # torchrun ends the others at once: let them be far enough to say so
     unheard = current.count > 1 and not current.done and not code
     if code or (unheard and current.rank == 0):
         current.alarm(why)
