@@ -7,7 +7,7 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import monotonic
 
 from refengine.comm import AHEAD, PATIENCE, RankError, Ranks, culprits, memory
@@ -110,6 +110,10 @@ class MPI(Ranks):
             for call in self._calls("", AT_WORK):
                 call.Free()
 
+    def ready(self):
+        super().ready()
+        self._listen()  # what was said before has arrived: a word that nobody heard would make Finalize fail
+
     def alarm(self, why):
         self._shout(why, ALARM)  # and stay, so that others can speak before mpiexec ends them
 
@@ -132,8 +136,8 @@ class MPI(Ranks):
         if code:
             os._exit(code)
         self._wait([entry[:2] for entry in self.posted], idle=False)
-        with watched(self.patience, "came to the end"):
-            self.mpi.Finalize()
+        with watched(self.patience, "came to the end"), suppress(self.mpi.Exception):
+            self.mpi.Finalize()  # which fails where an alarm was not heard: who raised it ends the job
 
 
 @contextmanager
