@@ -24,7 +24,7 @@ the same bits on each of its ranks. docs/ranks.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -101,7 +101,8 @@ def sharded(
             return comm.scatter(ops.experts(u, matrices, type(routing)(*routes), first), others, split)
 
         verbs["experts"] = experts
-    return replace(backend, ops=replace(ops, **verbs))
+    plain = Backend(**{field.name: getattr(backend, field.name) for field in fields(Backend)})
+    return replace(plain, ops=replace(ops, **verbs))  # plain: a step of its own would know of no other ranks
 
 
 def sizes(width: int, parts: int) -> list[int]:

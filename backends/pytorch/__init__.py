@@ -29,9 +29,10 @@ from backends.pytorch.layers import causal_conv, gated_rms_norm, rms_norm
 from backends.pytorch.products import Products, activations
 from backends.pytorch.scan import ssd_scan
 from backends.pytorch.state import Recurrent
+from backends.pytorch.steps import Steps
 from backends.pytorch.weights import Host, place
 from spec.config import InputError
-from spec.ops import Backend, Ops
+from spec.ops import Backend, Ops, Stepping
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -71,7 +72,7 @@ def torch_backend(
         ssd_scan=ssd_scan, attention=attention, route=route, experts=Experts(products),
         announce=lambda routing: None, all_reduce=lambda x, kind: x,
     )  # fmt: skip
-    return Backend(
+    backend = Backend(
         name="torch",
         ops=with_loops(ops, loops) if loops else ops,
         place=partial(place, dtype=weights, device=where, resident=resident),
@@ -79,6 +80,9 @@ def torch_backend(
         array=host.array,
         fetch=host.fetch,
     )
+    if not loops or active != torch.float32:
+        return backend
+    return Stepping(**vars(backend), step=Steps(loops))
 
 
 def new_state(kind: str, cfg, batch: int, *, dtype, device) -> Recurrent | Cache | None:

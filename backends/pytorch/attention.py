@@ -50,9 +50,7 @@ class Cache:
     def append(self, k, v, n=None) -> Cache:
         """k, v: b l kv e"""
         added = k.shape[1]
-        cache = self
-        if self.most + added > self.k.shape[2] or self.tip.owner is not self.mark:
-            cache = self.copied(self.most + added)
+        cache = self.reserve(added)
         if self.even:
             cache.k[:, :, self.most : self.most + added] = k.transpose(1, 2)
             cache.v[:, :, self.most : self.most + added] = v.transpose(1, 2)
@@ -69,6 +67,16 @@ class Cache:
             return replace(cache, length=length, most=self.most + added, even=False, mark=mark)
         most = int(length.max())
         return replace(cache, length=length, most=most, even=bool((length == most).all()), mark=mark)
+
+    def reserve(self, added: int) -> Cache:
+        """The same, with room for more, in a buffer at whose tip it stands."""
+        free = self.most + added <= self.k.shape[2] and self.tip.owner is self.mark
+        return self if free else self.copied(self.most + added)
+
+    def advanced(self) -> Cache:
+        """After one more position of every row has been written."""
+        self.tip.owner = mark = object()
+        return replace(self, length=self.length + 1, most=self.most + 1, mark=mark)
 
     def copied(self, room: int) -> Cache:
         """A buffer of one's own with `room`, and half as much again so that appending stays cheap.

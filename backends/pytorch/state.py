@@ -1,8 +1,8 @@
-"""What a Mamba layer remembers, as tensors. Never written in place, so a fork is the state itself."""
+"""What a Mamba layer remembers, as tensors."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,7 +21,12 @@ def with_rows(a, rows, values):
 
 @dataclass(frozen=True)
 class Recurrent(state.Recurrent):
-    """tail b t c in the dtype of the activations, S b h p n in float32."""
+    """tail b t c in the dtype of the activations, S b h p n in float32.
+
+    `forked` is shared with every fork: once it holds anything, whoever would write in place copies first.
+    """
+
+    forked: list = field(default_factory=list)
 
     @classmethod
     def empty(cls, cfg, batch: int, dtype, device) -> Recurrent:
@@ -35,3 +40,11 @@ class Recurrent(state.Recurrent):
 
     def put(self, rows, other) -> Recurrent:
         return Recurrent(with_rows(self.tail, rows, other.tail), with_rows(self.S, rows, other.S))
+
+    def fork(self) -> Recurrent:
+        self.forked.append(True)
+        return replace(self)
+
+    def own(self) -> Recurrent:
+        """The same, in arrays that may be written."""
+        return Recurrent(self.tail.clone(), self.S.clone()) if self.forked else self

@@ -132,8 +132,8 @@ void linear(const uint16_t* w, i64 outs, i64 n, const float* x, i64 rows, float*
 }
 
 // y[t] = sum over the k experts of token t of  weight relu(u[t] up')^2 down', of those that are here: the
-// `count` from `base`.  Hits are sorted by expert, so that a matrix is read once; a thread owns some outputs
-// and adds to them in one order.
+// `count` from `base`.  Hits are sorted by expert, so that a matrix is read once, from its beginning to its
+// end; they are added up in that order.
 void experts(const uint16_t* const* up, const uint16_t* const* down, i64 base, i64 count, const i64* expert,
              const float* weight, i64 tokens, i64 k, i64 n, i64 width, const float* u, float* y,
              int threads) {
@@ -151,32 +151,37 @@ void experts(const uint16_t* const* up, const uint16_t* const* down, i64 base, i
         i64 at = next[here(expert[j])]++;
         token[at] = j / k, share[at] = weight[j];
     }
-    if ((i64)kept.size() < tokens * k * width) kept.resize(tokens * k * width);
-    float* inner = kept.data();
+    i64 hits = begin[count];
+    if ((i64)kept.size() < hits * (width + n)) kept.resize(hits * (width + n));
+    float *inner = kept.data(), *out = inner + hits * width;
     u = spread_rows(u, tokens, n);
-    std::fill(y, y + tokens * n, 0.f);
 #pragma omp parallel num_threads(threads)
     {
         std::vector<const float*> row(tokens);
-        i64 strips = (width + STRIP - 1) / STRIP;
+        // put(row, output, value) of each matrix [outs][ins], its rows beginning where `from` says
+        auto each = [&](const uint16_t* const* matrices, i64 outs, i64 ins, auto from, auto put) {
+            i64 strips = (outs + STRIP - 1) / STRIP;
 #pragma omp for schedule(dynamic, 4)
-        for (i64 s = 0; s < (i64)hit.size() * strips; s++) {
-            i64 e = hit[s / strips], first = s % strips * STRIP, b = begin[e], rows = begin[e + 1] - b;
-            for (i64 r = 0; r < rows; r++) row[r] = u + token[b + r] * n;
-            products(up[e], n, row.data(), rows, first, std::min(width, first + STRIP), [&](i64 r, i64 o,
-                    float v) {
-                v = v > 0 ? v : 0;
-                inner[(b + r) * width + spread(o, width)] = v * v;
-            });
-        }
-#pragma omp for schedule(dynamic)
-        for (i64 s = 0; s < (n + STRIP - 1) / STRIP; s++)
-            for (i64 e : hit) {
-                i64 b = begin[e], rows = begin[e + 1] - b;
-                for (i64 r = 0; r < rows; r++) row[r] = inner + (b + r) * width;
-                products(down[e], width, row.data(), rows, s * STRIP, std::min(n, (s + 1) * STRIP),
-                         [&](i64 r, i64 o, float v) { y[token[b + r] * n + o] += share[b + r] * v; });
+            for (i64 s = 0; s < (i64)hit.size() * strips; s++) {
+                i64 e = hit[s / strips], first = s % strips * STRIP, b = begin[e], rows = begin[e + 1] - b;
+                for (i64 r = 0; r < rows; r++) row[r] = from(b + r);
+                products(matrices[e], ins, row.data(), rows, first, std::min(outs, first + STRIP),
+                         [&](i64 r, i64 o, float v) { put(b + r, o, v); });
             }
+        };
+        each(up, width, n, [&](i64 j) { return u + token[j] * n; }, [&](i64 j, i64 o, float v) {
+            v = v > 0 ? v : 0;
+            inner[j * width + spread(o, width)] = v * v;
+        });
+        each(down, n, width, [&](i64 j) { return inner + j * width; },
+             [&](i64 j, i64 o, float v) { out[j * n + o] = share[j] * v; });
+#pragma omp for schedule(static)
+        for (i64 first = 0; first < n; first += STRIP) {
+            i64 last = std::min(n, first + STRIP);
+            for (i64 t = 0; t < tokens; t++) std::fill(y + t * n + first, y + t * n + last, 0.f);
+            for (i64 j = 0; j < hits; j++)
+                for (i64 o = first; o < last; o++) y[token[j] * n + o] += out[j * n + o];
+        }
     }
 }
 }

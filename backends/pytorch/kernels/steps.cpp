@@ -53,9 +53,9 @@ void conv_step(const float* x, i64 x_step, const float* w, const float* bias, co
             for (i64 i = 0; i < c; i++) out[i] += w[j * c + i] * old[j * c + i];
         for (i64 i = 0; i < c; i++) out[i] /= 1 + expf(-out[i]);
         if (real && !real[s]) {
-            memcpy(kept, old, (k - 1) * c * sizeof(float));
+            memmove(kept, old, (k - 1) * c * sizeof(float));
         } else {
-            memcpy(kept, old + c, (k - 2) * c * sizeof(float));
+            memmove(kept, old + c, (k - 2) * c * sizeof(float));
             memcpy(kept + (k - 2) * c, row, c * sizeof(float));
         }
     }

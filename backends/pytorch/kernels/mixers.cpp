@@ -1,0 +1,152 @@
+// One position of whole layers on a CPU, a call each: spec/mixers.py again, in the loops of the other files.
+//
+//     x += delta      delta = mixer(rms_norm(x))      x, delta [b][d] float32
+//
+// Matrices are bfloat16, small weights float32. What a layer remembers is changed in place. The structures
+// are those of steps.py.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+#include "verbs.h"
+
+typedef const uint16_t* Matrix;
+typedef const float* Vector;
+
+static std::unique_ptr<float[]> fresh(i64 count) { return std::unique_ptr<float[]>(new float[count]); }
+
+static void relu2(float* x, i64 count) {
+    for (i64 i = 0; i < count; i++) x[i] = x[i] > 0 ? x[i] * x[i] : 0;
+}
+
+// y = relu(h up')^2 down'
+static void dense(Matrix up, Matrix down, i64 width, i64 d, const float* h, i64 b, float* y, int threads) {
+    auto inner = fresh(b * width);
+    linear(up, width, d, h, b, inner.get(), threads);
+    relu2(inner.get(), b * width);
+    linear(down, d, width, inner.get(), b, y, threads);
+}
+
+// y[r][o] = x[r] . w[o], all float32: the router's scores
+static void scores(Vector w, i64 outs, i64 n, const float* x, i64 rows, float* y, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (i64 o = 0; o < outs; o++)
+        for (i64 r = 0; r < rows; r++) {
+            float total = 0;
+            for (i64 i = 0; i < n; i++) total += x[r * n + i] * w[o * n + i];
+            y[r * outs + o] = total;
+        }
+}
+
+struct Norm { Vector weight; i64 d; float eps; };
+
+struct Mamba {
+    Norm norm;
+    Matrix in_proj, out_proj;
+    Vector conv, conv_bias, A_log, D, dt_bias, gate;
+    i64 heads, head_dim, groups, state, kernel;
+    float low, high;
+};
+
+struct Attention {
+    Norm norm;
+    Matrix q, k, v, o;
+    i64 heads, kv, head_dim;
+    float scale;  // log2(e) / sqrt(head_dim)
+};
+
+struct Experts {
+    Norm norm;
+    Vector gate, bias;
+    Matrix shared_up, shared_down, fc1, fc2;  // fc1 and fc2: null where there is no latent
+    const Matrix *up, *down;
+    i64 count, chosen, width, shared_width, latent;
+    int normalise;
+    float factor;
+};
+
+struct Dense {
+    Norm norm;
+    Matrix up, down;
+    i64 width;
+};
+
+// rms_norm(x) after x += delta; delta is null before the first layer.
+static std::unique_ptr<float[]> normed(const Norm& norm, i64 b, float* x, const float* delta) {
+    auto h = fresh(b * norm.d);
+    rms_norm(x, delta, norm.weight, norm.eps, h.get(), x, b, norm.d);
+    return h;
+}
+
+extern "C" {
+
+// tail [b][k-1][c], S [b][h][p][n]
+void mamba_step(const Mamba& w, i64 b, float* x, const float* before, float* delta, float* tail, float* S,
+                int threads) {
+    const i64 inner = w.heads * w.head_dim, shared = w.groups * w.state, c = inner + 2 * shared;
+    const i64 wide = inner + c + w.heads;
+    auto h = normed(w.norm, b, x, before);
+    // PROJECT
+    auto z = fresh(b * wide), y = fresh(b * inner), xBC = fresh(b * c);
+    float *conv = z.get() + inner, *dt = conv + c;
+    linear(w.in_proj, wide, w.norm.d, h.get(), b, z.get(), threads);
+    // CONVOLVE
+    conv_step(conv, wide, w.conv, w.conv_bias, tail, nullptr, xBC.get(), tail, b, c, w.kernel, threads);
+    // SCAN
+    float *B = xBC.get() + inner, *C = B + shared;
+    scan_step(S, S, xBC.get(), c, dt, wide, w.A_log, B, c, C, c, w.D, w.dt_bias, nullptr, w.low, w.high,
+              y.get(), b, w.heads, w.head_dim, w.state, w.groups, threads);
+    // GATE
+    gated_rms_norm(y.get(), z.get(), wide, w.gate, w.norm.eps, y.get(), b, w.groups, inner / w.groups);
+    // RETURN
+    linear(w.out_proj, w.norm.d, inner, y.get(), b, delta, threads);
+}
+
+// K, V [b][kv][room][e], of which length[b] positions are known
+void attention_step(const Attention& w, i64 b, float* x, const float* before, float* delta, float* K, float* V,
+                    const i64* length, i64 room, int threads) {
+    const i64 e = w.head_dim, q_width = w.heads * e, kv_width = w.kv * e, d = w.norm.d;
+    auto h = normed(w.norm, b, x, before);
+    // PROJECT
+    auto q = fresh(b * q_width), k = fresh(b * kv_width), v = fresh(b * kv_width), y = fresh(b * q_width);
+    linear(w.q, q_width, d, h.get(), b, q.get(), threads);
+    linear(w.k, kv_width, d, h.get(), b, k.get(), threads);
+    linear(w.v, kv_width, d, h.get(), b, v.get(), threads);
+    // ATTEND
+    for (i64 r = 0; r < b * w.kv; r++) {
+        i64 at = (r * room + length[r / w.kv]) * e;
+        memcpy(K + at, k.get() + r * e, e * sizeof(float));
+        memcpy(V + at, v.get() + r * e, e * sizeof(float));
+    }
+    attend_float32(q.get(), K, V, length, w.scale, y.get(), b, w.heads, w.kv, room, e, threads);
+    // RETURN
+    linear(w.o, d, q_width, y.get(), b, delta, threads);
+}
+
+void experts_step(const Experts& w, i64 b, float* x, const float* before, float* delta, int threads) {
+    const i64 d = w.norm.d, n = w.fc1 ? w.latent : d;
+    auto h = normed(w.norm, b, x, before);
+    // ROUTE, by the full-width input
+    auto s = fresh(b * w.count), weight = fresh(b * w.chosen);
+    std::unique_ptr<i64[]> expert(new i64[b * w.chosen]);
+    scores(w.gate, w.count, d, h.get(), b, s.get(), threads);
+    choose(s.get(), w.bias, b, w.count, w.chosen, w.normalise, w.factor, expert.get(), weight.get());
+    // SHARED expert, at full width
+    dense(w.shared_up, w.shared_down, w.shared_width, d, h.get(), b, delta, threads);
+    // ROUTED experts, in the latent width where there is one
+    auto u = fresh(b * n), r = fresh(b * n), y = fresh(b * d);
+    if (w.fc1) linear(w.fc1, n, d, h.get(), b, u.get(), threads);
+    experts(w.up, w.down, 0, w.count, expert.get(), weight.get(), b, w.chosen, n, w.width,
+            w.fc1 ? u.get() : h.get(), r.get(), threads);
+    if (w.fc2) linear(w.fc2, d, n, r.get(), b, y.get(), threads);
+    // RETURN
+    const float* routed = w.fc2 ? y.get() : r.get();
+    for (i64 i = 0; i < b * d; i++) delta[i] += routed[i];
+}
+
+void mlp_step(const Dense& w, i64 b, float* x, const float* before, float* delta, int threads) {
+    auto h = normed(w.norm, b, x, before);
+    dense(w.up, w.down, w.width, w.norm.d, h.get(), b, delta, threads);
+}
+}

@@ -1,0 +1,28 @@
+// The verbs of a decoding step: what each does is said where it is defined.
+#pragma once
+#include <cstdint>
+
+typedef int64_t i64;
+
+extern "C" {
+// products.cpp
+void linear(const uint16_t* w, i64 outs, i64 n, const float* x, i64 rows, float* y, int threads);
+void experts(const uint16_t* const* up, const uint16_t* const* down, i64 base, i64 count, const i64* expert,
+             const float* weight, i64 tokens, i64 k, i64 n, i64 width, const float* u, float* y, int threads);
+// steps.cpp
+void rms_norm(const float* x, const float* delta, const float* w, float eps, float* y, float* total, i64 rows,
+              i64 d);
+void conv_step(const float* x, i64 x_step, const float* w, const float* bias, const float* tail,
+               const i64* real, float* y, float* next, i64 b, i64 c, i64 k, int threads);
+void scan_step(const float* S, float* next, const float* x, i64 x_step, const float* dt, i64 dt_step,
+               const float* A_log, const float* B, i64 B_step, const float* C, i64 C_step, const float* D,
+               const float* bias, const i64* real, float low, float high, float* y, i64 b, i64 h, i64 p,
+               i64 n, i64 g, int threads);
+void gated_rms_norm(const float* y, const float* z, i64 z_step, const float* w, float eps, float* out,
+                    i64 rows, i64 groups, i64 c);
+void choose(const float* logits, const float* bias, i64 rows, i64 count, i64 k, int normalise, float factor,
+            i64* expert, float* weight);
+// attention.cpp
+void attend_float32(const float* q, const float* K, const float* V, const i64* length, float scale, float* y,
+                    i64 b, i64 h, i64 kv, i64 t, i64 e, int threads);
+}

@@ -1,0 +1,135 @@
+"""A decoding step in compiled loops is the step: the same logits and states, for every kind of layer."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spec import state as spec_state
+from spec.model import Model
+from spec.ops import Stepping, numpy_backend
+from tests.cases import Case, cases, terms
+from tests.torch_benches import torch
+
+from backends.pytorch import native, steps, torch_backend  # isort: skip
+
+pytestmark = pytest.mark.skipif(native.load() is None, reason="there is no compiler for the loops")
+EPS = 2.0**-23
+
+
+def built(case: Case, dtype: str = "bfloat16") -> Model:
+    return Model.build(case.cfg, case.read, torch_backend(dtype, compute="float32"))
+
+
+def exact(case: Case) -> Model:
+    return Model.build(case.cfg, case.read, numpy_backend(np.float64))
+
+
+def read(m: Model, ids: np.ndarray, n=None) -> list:
+    """The states after some positions, n [b] of them real."""
+    here = m.backend
+    return m.blocks(
+        m.embed(here.array(ids)), m.new_states(len(ids)), None if n is None else here.array(n)
+    )[1]
+
+
+def plain(m: Model, ids: np.ndarray, states: list):
+    h, states = m.blocks(m.embed(m.backend.array(ids[:, None])), states)
+    return m.backend.fetch(m.head(h))[:, 0], states
+
+
+def near(case: Case, actual, expected):
+    assert actual.shape == expected.shape and actual.dtype == np.float32
+    allowed = 4 * EPS * terms(case.cfg, 40) ** 0.5 * max(1, abs(expected).max())
+    assert np.abs(actual - expected).max() <= allowed
+
+
+STEPS = cases(n_group=1, max_length=12)
+
+
+@given(case=STEPS, tied=st.booleans(), count=st.integers(1, 4))
+def test_reading_and_then_stepping_is_what_the_definition_says(case, tied, count):
+    """Rows of different lengths before it; the plain calls may go on from the states at any time."""
+    m, true, ids = built(case), exact(case), case.ids
+    assert m.backend.step.program(m), "the loops serve it"
+    mine, theirs = read(m, ids, case.lengths), read(true, ids, case.lengths)
+    for t in range(count):
+        logits, mine = (plain if t == 2 else m.backend.step)(m, ids[:, t % case.length], mine)
+        expected, theirs = plain(true, ids[:, t % case.length], theirs)
+        near(case, logits, expected)
+
+
+BOTH = Case(layers="M*E-", batch=3, length=70)
+
+
+def test_a_fork_and_its_origin_go_their_own_ways():
+    m, true, ids = built(BOTH), exact(BOTH), BOTH.ids
+    past = read(m, ids[:, :9])
+    futures = [(past, 0), (spec_state.fork(past), 1), (spec_state.fork(past), 2)]
+    for t in range(3):
+        after = []
+        for states, which in futures:
+            logits, states = m.backend.step(m, ids[:, 20 * which + t], states)
+            after.append((states, which))
+            known = np.concatenate([ids[:, :9], ids[:, 20 * which : 20 * which + t + 1]], axis=1)
+            h, _ = true.blocks(true.embed(known), true.new_states(3))
+            near(BOTH, logits, true.head(h)[:, -1])
+        futures = after
+
+
+def test_sequences_leave_and_caches_grow():
+    """A cache begins with room for 64."""
+    m, true, ids = built(BOTH), exact(BOTH), BOTH.ids
+    mine, theirs = m.new_states(3), true.new_states(3)
+    for t in range(70):
+        if t == 30:
+            mine, theirs, ids = spec_state.take(mine, [2, 0]), spec_state.take(theirs, [2, 0]), ids[[2, 0]]
+        logits, mine = m.backend.step(m, ids[:, t], mine)
+        expected, theirs = plain(true, ids[:, t], theirs)
+        near(BOTH, logits, expected)
+
+
+def test_models_by_turns_are_told_apart():
+    pairs = [(built(case), exact(case), case) for case in (BOTH, Case(layers="ME", batch=3, seed=4))]
+    states = [(m.new_states(3), true.new_states(3)) for m, true, _ in pairs]
+    backend = pairs[0][0].backend  # one backend, and so one Steps, for both
+    for t in range(3):
+        for i, (m, true, case) in enumerate(pairs):
+            logits, mine = backend.step(m, case.ids[:, t], states[i][0])
+            expected, theirs = plain(true, case.ids[:, t], states[i][1])
+            near(case, logits, expected)
+            states[i] = mine, theirs
+
+
+@pytest.mark.parametrize("case, dtype", [
+    (Case(layers="ME", n_group=3), "bfloat16"), (BOTH, "float32"),
+    (Case(layers="M*E", batch=33, length=3), "bfloat16"),
+], ids=["groups of experts", "float32 weights", "many rows"])  # fmt: skip
+def test_what_the_loops_do_not_know_takes_the_verbs(case, dtype, monkeypatch):
+    m, true, calls = built(case, dtype), exact(case), []
+    monkeypatch.setattr(steps, "plain", lambda *a, verbs=steps.plain: calls.append(1) or verbs(*a))
+    logits, _ = m.backend.step(m, case.ids[:, 0], m.new_states(case.batch))
+    near(case, logits, plain(true, case.ids[:, 0], true.new_states(case.batch))[0])
+    assert calls
+
+
+def test_the_step_gives_the_same_bits_whatever_the_threads_do():
+    case = Case(layers="ME*-", batch=2, hidden_size=260, head_dim=60, moe_latent_size=100)
+    m, before, first = built(case), torch.get_num_threads(), None
+    try:
+        torch.set_num_threads(2)
+        for _ in range(3):
+            states, told = m.new_states(2), []
+            for t in range(5):
+                logits, states = m.backend.step(m, case.ids[:, t], states)
+                told.append(logits)
+            first = first or told
+            assert np.array_equal(told, first)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_backend_without_the_loops_does_not_promise_a_step():
+    assert isinstance(torch_backend("bfloat16", compute="float32"), Stepping)
+    assert not isinstance(torch_backend("bfloat16", compute="float32", compiled=False), Stepping)
+    assert not isinstance(torch_backend("bfloat16", compute="bfloat16"), Stepping)
