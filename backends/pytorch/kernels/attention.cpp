@@ -9,22 +9,7 @@
 #include "vectors.h"
 
 constexpr i64 PIECE = 480, BLOCK = 24576;  // keys; bytes of float32 keys that are scored, then weighed
-constexpr float FAR = 8;  // octaves by which a score may pass the one that weights relate to
-
-// 2^x for x <= FAR, to 1.6e-8 of itself: a polynomial on half an octave around 0, moved to its exponent.
-static inline vec exp2_of(vec x) {
-    x = x > -126.f ? x : vec{} - 126.f;
-    ints whole = __builtin_convertvector(x - (FAR + .5f), ints) + (int)FAR;  // towards 0, so to the nearest
-    vec f = x - __builtin_convertvector(whole, vec);
-    vec p = f * 0.0001534581242594868f + 0.0013399930903688073f;
-    p = p * f + 0.009618489071726799f;
-    p = p * f + 0.05550328642129898f;
-    p = p * f + 0.24022646248340607f;
-    p = p * f + 0.6931471824645996f;
-    p = p * f + 1.f;
-    ints bits = load<ints>(&p) + (whole << 23);
-    return load<vec>(&bits);
-}
+constexpr int FAR = 8;  // octaves by which a score may pass the one that weights relate to
 
 // Scores [keys][width], in octaves, become weights. known: the score that weights relate to [width], their
 // sum [width], y [e][width]; all of it is moved to the greatest score when that has gone far beyond.
@@ -38,7 +23,7 @@ static void weigh(float* scores, i64 keys, i64 width, i64 e, float* known) {
         bool far = false;
         for (int i = 0; i < LANES; i++) far |= most[i] > base[i] + FAR;
         if (far) {
-            vec shrink = exp2_of(base - most);
+            vec shrink = exp2_of<FAR>(base - most);
             store(known + w, base = most);
             for (i64 i = 1; i < 2 + e; i++) {
                 float* to = known + i * width + w;
@@ -46,7 +31,7 @@ static void weigh(float* scores, i64 keys, i64 width, i64 e, float* known) {
             }
         }
         for (i64 j = 0; j < keys; j++) {
-            vec p = exp2_of(load<vec>(scores + j * width + w) - base);
+            vec p = exp2_of<FAR>(load<vec>(scores + j * width + w) - base);
             store(scores + j * width + w, p);
             sum += p;
         }
@@ -83,7 +68,7 @@ static void together(const float* known, i64 pieces, i64 width, i64 r, i64 e, fl
         for (i64 w = 0; w < width; w++) most[w] = std::max(most[w], known[p * size + w]);
     for (i64 p = 0; p < pieces; p++, known += size)
         for (i64 w = 0; w < width; w += LANES) {
-            vec share = exp2_of(load<vec>(known + w) - load<vec>(&most[w]));
+            vec share = exp2_of<FAR>(load<vec>(known + w) - load<vec>(&most[w]));
             for (i64 i = 0; i < 1 + e; i++) {
                 float* to = &all[i * width + w];
                 store(to, load<vec>(to) + share * load<vec>(known + (1 + i) * width + w));

@@ -104,8 +104,8 @@ void mamba_step(const Mamba& w, i64 b, float* x, const float* before, float* del
 }
 
 // K, V [b][kv][room][e], of which length[b] positions are known
-void attention_step(const Attention& w, i64 b, float* x, const float* before, float* delta, float* K, float* V,
-                    const i64* length, i64 room, int threads) {
+void attention_step(const Attention& w, i64 b, float* x, const float* before, float* delta, float* K,
+                    float* V, const i64* length, i64 room, int threads) {
     const i64 e = w.head_dim, q_width = w.heads * e, kv_width = w.kv * e, d = w.norm.d;
     auto h = normed(w.norm, b, x, before);
     // PROJECT

@@ -6,17 +6,19 @@
 #include <cstring>
 #include <vector>
 
-typedef int64_t i64;
+#include "vectors.h"
+
+constexpr i64 STRIP = 512;  // channels that a thread takes at a time
 
 extern "C" {
 
 // One position of the recurrence for b sequences:  next = exp(dt A) S + dt x B',  y = next C + D x.  `real`:
-// null, or whether each sequence has this position. x, dt, B, C are rows of wider arrays, `*_step` apart.
+// null, or whether each sequence has this position. x, dt, B, C are rows of wider arrays, `*_step` apart;
+// next may be S.
 void scan_step(const float* S, float* next, const float* x, i64 x_step, const float* dt, i64 dt_step,
-        const float* A_log,
-               const float* B, i64 B_step, const float* C, i64 C_step, const float* D, const float* bias,
-               const i64* real, float low, float high, float* y, i64 b, i64 h, i64 p, i64 n, i64 g,
-                       int threads) {
+               const float* A_log, const float* B, i64 B_step, const float* C, i64 C_step, const float* D,
+               const float* bias, const i64* real, float low, float high, float* y, i64 b, i64 h, i64 p,
+               i64 n, i64 g, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (i64 s = 0; s < b * h; s++) {
         i64 at = s / h, head = s % h, group = head / (h / g);
@@ -40,30 +42,29 @@ void scan_step(const float* S, float* next, const float* x, i64 x_step, const fl
 }
 
 // One position of the causal convolution, w [k][c]:  y = silu(bias + sum_j w[j] window[j]), and the next
-// tail.
+// tail, which may lie where the last one did.
 void conv_step(const float* x, i64 x_step, const float* w, const float* bias, const float* tail,
-        const i64* real, float* y,
-               float* next, i64 b, i64 c, i64 k, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (b > 1)
-    for (i64 s = 0; s < b; s++) {
-        const float *row = x + s * x_step, *old = tail + s * (k - 1) * c;
-        float *out = y + s * c, *kept = next + s * (k - 1) * c;
-        for (i64 i = 0; i < c; i++) out[i] = bias[i] + w[(k - 1) * c + i] * row[i];
+               const i64* real, float* y, float* next, i64 b, i64 c, i64 k, int threads) {
+    const i64 strips = (c + STRIP - 1) / STRIP;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (i64 job = 0; job < b * strips; job++) {
+        const i64 s = job / strips, at = job % strips * STRIP, wide = std::min(STRIP, c - at);
+        const float *row = x + s * x_step + at, *old = tail + s * (k - 1) * c + at;
+        float *out = y + s * c + at, *kept = next + s * (k - 1) * c + at;
+        for (i64 i = 0; i < wide; i++) out[i] = bias[at + i] + w[(k - 1) * c + at + i] * row[i];
         for (i64 j = 0; j < k - 1; j++)
-            for (i64 i = 0; i < c; i++) out[i] += w[j * c + i] * old[j * c + i];
-        for (i64 i = 0; i < c; i++) out[i] /= 1 + expf(-out[i]);
-        if (real && !real[s]) {
-            memmove(kept, old, (k - 1) * c * sizeof(float));
-        } else {
-            memmove(kept, old + c, (k - 2) * c * sizeof(float));
-            memcpy(kept + (k - 2) * c, row, c * sizeof(float));
+            for (i64 i = 0; i < wide; i++) out[i] += w[j * c + at + i] * old[j * c + i];
+        silu(out, out, wide);
+        for (i64 j = 0; j < k - 1; j++) {
+            const float* from = real && !real[s] ? old + j * c : j < k - 2 ? old + (j + 1) * c : row;
+            if (from != kept + j * c) memcpy(kept + j * c, from, wide * sizeof(float));
         }
     }
 }
 
 // total = x + delta (delta may be null),  y = total / rms(total) w
-void rms_norm(const float* x, const float* delta, const float* w, float eps, float* y, float* total,
-        i64 rows, i64 d) {
+void rms_norm(const float* x, const float* delta, const float* w, float eps, float* y, float* total, i64 rows,
+              i64 d) {
     for (i64 r = 0; r < rows; r++, x += d, y += d) {
         const float* t = x;
         if (delta) {
@@ -77,15 +78,16 @@ void rms_norm(const float* x, const float* delta, const float* w, float eps, flo
     }
 }
 
-// out = y silu(z), each group over its rms, times w
+// out = y silu(z), each group over its rms, times w; out may be y
 void gated_rms_norm(const float* y, const float* z, i64 z_step, const float* w, float eps, float* out,
-        i64 rows, i64 groups,
-                    i64 c) {
+                    i64 rows, i64 groups, i64 c) {
+    std::vector<float> gate(c);
     for (i64 r = 0; r < rows; r++)
         for (i64 g = 0; g < groups; g++) {
-            const float *v = y + (r * groups + g) * c, *gate = z + r * z_step + g * c, *scales = w + g * c;
+            const float *v = y + (r * groups + g) * c, *scales = w + g * c;
             float *to = out + (r * groups + g) * c, squares = 0;
-            for (i64 i = 0; i < c; i++) to[i] = v[i] * gate[i] / (1 + expf(-gate[i]));
+            silu(z + r * z_step + g * c, gate.data(), c);
+            for (i64 i = 0; i < c; i++) to[i] = v[i] * gate[i];
             for (i64 i = 0; i < c; i++) squares += to[i] * to[i];
             float scale = 1 / sqrtf(squares / c + eps);
             for (i64 i = 0; i < c; i++) to[i] *= scale * scales[i];
@@ -95,8 +97,7 @@ void gated_rms_norm(const float* y, const float* z, i64 z_step, const float* w, 
 // The k best of logits' sigmoid + bias for each row, best first, the lower index on a tie; weights from the
 // sigmoid alone.
 void choose(const float* logits, const float* bias, i64 rows, i64 count, i64 k, int normalise, float factor,
-        i64* expert,
-            float* weight) {
+            i64* expert, float* weight) {
     std::vector<float> score(count), c(count);
     for (i64 r = 0; r < rows; r++, logits += count, expert += k, weight += k) {
         float total = 0;

@@ -1,9 +1,10 @@
-// A product that vectorises over the query heads of a key head, which lie side by side: both of attention's,
+// Vectors, GCC's own: exponentials, and a product that vectorises over the query heads of a key head, which
+// lie side by side. It is both of attention's:
 //
 //     scores [key][head]  =  sum over i of     K[key][i]  q[i][head]
 //     y      [i][head]    =  sum over keys of  V[key][i]  p[key][head],
 //
-// are numbers from the cache, widened where they are bfloat16, times vectors of heads. Vectors are GCC's own.
+// numbers from the cache, widened where they are bfloat16, times vectors of heads.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -23,6 +24,38 @@ template <class To, class From>
 static inline To load(const From* from) { To to; memcpy(&to, from, sizeof to); return to; }
 template <class From>
 static inline void store(float* to, From from) { memcpy(to, &from, sizeof from); }
+
+// 2^x for x <= TOP <= 126, to 1.6e-8 of itself: a polynomial on half an octave around 0, moved to its
+// exponent. Below -126 it is 2^-126.
+template <int TOP>
+static inline vec exp2_of(vec x) {
+    x = x > -126.f ? x : vec{} - 126.f;
+    ints whole = __builtin_convertvector(x - (TOP + .5f), ints) + TOP;  // towards 0, so to the nearest
+    vec f = x - __builtin_convertvector(whole, vec);
+    vec p = f * 0.0001534581242594868f + 0.0013399930903688073f;
+    p = p * f + 0.009618489071726799f;
+    p = p * f + 0.05550328642129898f;
+    p = p * f + 0.24022646248340607f;
+    p = p * f + 0.6931471824645996f;
+    p = p * f + 1.f;
+    ints bits = load<ints>(&p) + (whole << 23);
+    return load<vec>(&bits);
+}
+
+// x / (1 + exp(-x))
+static inline vec silu(vec x) {
+    vec octaves = x * -1.442695041f;
+    return x / (1.f + exp2_of<126>(octaves < 126.f ? octaves : vec{} + 126.f));
+}
+
+// to[i] = silu(from[i])
+static inline void silu(const float* from, float* to, i64 count) {
+    for (; count >= LANES; count -= LANES, from += LANES, to += LANES) store(to, silu(load<vec>(from)));
+    vec last = {};
+    memcpy(&last, from, count * sizeof(float));
+    last = silu(last);
+    memcpy(to, &last, count * sizeof(float));
+}
 
 // What is read after this, asked for meanwhile: `bytes` for each product of a number and its heads.
 struct Next { const char* from; i64 bytes; };
@@ -61,8 +94,8 @@ static inline void strip(const float* a, i64 row, i64 step, i64 rows, const floa
 }
 
 // The same for any width.
-static void product(const float* a, i64 row, i64 step, i64 rows, const float* b, i64 width, i64 depth,
-                    float* c, Next next) {
+static inline void product(const float* a, i64 row, i64 step, i64 rows, const float* b, i64 width, i64 depth,
+                           float* c, Next next) {
     i64 at = 0;
     for (; at + 2 * LANES <= width; at += 2 * LANES)
         strip<2>(a, row, step, rows, b + at, width, depth, c + at, next);
@@ -70,8 +103,8 @@ static void product(const float* a, i64 row, i64 step, i64 rows, const float* b,
 }
 
 // `count` numbers as float32: where they are, or widened into `room`.
-static const float* widened(const float* from, i64, float*) { return from; }
-static const float* widened(const uint16_t* from, i64 count, float* room) {
+static inline const float* widened(const float* from, i64, float*) { return from; }
+static inline const float* widened(const uint16_t* from, i64 count, float* room) {
     i64 i = 0;
     for (; i + LANES <= count; i += LANES)
         store(room + i, __builtin_convertvector(load<halves>(from + i), words) << 16);
