@@ -11,6 +11,7 @@ import argparse
 import time
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -19,9 +20,11 @@ import torch.nn.functional as F
 from backends.pytorch import decode, native, torch_backend
 from backends.pytorch.attention import Cache, attention
 from backends.pytorch.products import Products
+from backends.pytorch.steps import Steps
 from refengine import bench
 from refengine.checkpoint import Checkpoint
 from spec.model import Model
+from spec.ops import Stepping
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 64, 128, 512)
 CONTEXTS = (64, 1024, 16384, 65536)
@@ -94,7 +97,10 @@ def steps(way, heads: int, context: int, dtype):
 
 
 def by_verb(model: Model, clock, work, times: int = 3) -> dict[str, float]:
-    """Seconds of each verb in one `work(model)`, largest first, and all the rest."""
+    """Seconds of each verb in one `work(model)`, largest first, and all the rest.
+
+    Where a decoding step is compiled, of each kind of layer.
+    """
     taken: dict[str, float] = {}
 
     def timed(name, verb):
@@ -106,8 +112,12 @@ def by_verb(model: Model, clock, work, times: int = 3) -> dict[str, float]:
 
         return run
 
-    verbs = {name: timed(name, verb) for name, verb in model.backend.ops}
-    model = replace(model, backend=replace(model.backend, ops=replace(model.backend.ops, **verbs)))
+    here = model.backend
+    changed = {"ops": replace(here.ops, **{name: timed(name, verb) for name, verb in here.ops})}
+    if isinstance(here, Stepping):
+        loops = {name: timed(name, getattr(here.step.built, name)) for name in native.SIGNATURES}
+        changed["step"] = Steps(SimpleNamespace(**loops))
+    model = replace(model, backend=replace(here, **changed))
     work(model)
     taken.clear()
     began = clock()
@@ -143,7 +153,7 @@ def main() -> None:
         rows[f"prefill {length}"] = by_verb(model, clock, read, max(1, 1536 // length))
     for batch in map(int, arguments.batch.split(",")):
         token = torch.randint(vocabulary, (batch, 1), generator=rng)
-        work = partial(token_step, token=token, states=bench.with_context(model, batch, 64))
+        work = token_steps(token, bench.with_context(model, batch, 64))
         rows[f"decode, batch {batch}"] = by_verb(model, clock, work, 8)
     print("\n| milliseconds | all | by verb |\n|---|---|---|")
     for what, verbs in rows.items():
@@ -151,9 +161,19 @@ def main() -> None:
         print(f"| {what} | {1e3 * sum(verbs.values()):.1f} | {each} |")
 
 
-def token_step(model: Model, token, states: list) -> None:
-    h, _ = model.blocks(model.embed(token), states)
-    model.backend.fetch(model.head(h))
+def token_steps(token, states: list):
+    """A token more on every call, as the engine decodes."""
+
+    def work(model: Model) -> None:
+        nonlocal states
+        here = model.backend
+        if isinstance(here, Stepping):
+            _, states = here.step(model, token[:, 0], states)
+        else:
+            h, states = model.blocks(model.embed(token), states)
+            here.fetch(model.head(h))
+
+    return work
 
 
 if __name__ == "__main__":

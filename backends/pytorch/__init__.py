@@ -8,6 +8,7 @@ Where each verb is:
     layers     rms_norm, gated_rms_norm, causal_conv         attention  attention, and its cache
     experts    route, experts                                weights    place, array, fetch
     decode     one position of several of them again, in the compiled loops of native
+    steps      a whole step of decoding in them
 
 Weights stay in `dtype`: where the file has it already they are used from the memory map, without a copy. What
 an activation is made of depends on what the machine multiplies fast (`products.activations`): a processor
@@ -26,7 +27,7 @@ from backends.pytorch.attention import Cache, attention
 from backends.pytorch.decode import with_loops
 from backends.pytorch.experts import Experts, route
 from backends.pytorch.layers import causal_conv, gated_rms_norm, rms_norm
-from backends.pytorch.products import Products, activations
+from backends.pytorch.products import FEW, FEW_BESIDE_UNITS, Products, activations
 from backends.pytorch.scan import ssd_scan
 from backends.pytorch.state import Recurrent
 from backends.pytorch.steps import Steps
@@ -80,9 +81,10 @@ def torch_backend(
         array=host.array,
         fetch=host.fetch,
     )
-    if not loops or active != torch.float32:
+    if not loops:
         return backend
-    return Stepping(**vars(backend), step=Steps(loops))
+    few = FEW if active == torch.float32 else FEW_BESIDE_UNITS
+    return Stepping(**vars(backend), step=Steps(loops, few))
 
 
 def new_state(kind: str, cfg, batch: int, *, dtype, device) -> Recurrent | Cache | None:

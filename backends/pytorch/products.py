@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 FEW = 32  # rows up to which the loops of native.py are faster than widening a piece and calling the library
+FEW_BESIDE_UNITS = 8  # the same where the library has matrix units for bfloat16 (not measured)
 PIECE = 1 << 20  # values of a weight that are widened at a time: 4 MB
 
 

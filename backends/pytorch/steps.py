@@ -2,14 +2,16 @@
 
 A step of a small model is a hundred calls and some three hundred tensors, which Python takes milliseconds to
 make. Here the addresses of a model's weights are collected once, in the structures of kernels/mixers.cpp,
-and a step is one call for each layer. It serves bfloat16 matrices with float32 activations, up to FEW rows;
-anything else takes the step through the verbs.
+and a step is one call for each layer. It serves bfloat16 matrices and few rows, and computes in float32 even
+where activations are bfloat16 elsewhere, for a step waits for the weights; what a layer remembers stays in
+its dtype. Anything else takes the step through the verbs.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -57,13 +59,13 @@ class Program(NamedTuple):
 class Steps:
     """(model, ids [b], states) -> logits [b v] on the host, next states."""
 
-    def __init__(self, built: ctypes.CDLL):
-        self.built = built
+    def __init__(self, built: ctypes.CDLL, few: int = FEW):
+        self.built, self.few = built, few  # rows up to which the loops serve
         self.latest: tuple[dict, Program | None] = {}, None  # weights, and their program if there is one
 
     def __call__(self, model, ids, states: list):
         ids, program = model.backend.array(ids), self.program(model)
-        if program is None or len(ids) > FEW:
+        if program is None or len(ids) > self.few:
             return plain(model, ids, states)
         return self.run(program, model, ids, states)
 
@@ -74,17 +76,19 @@ class Steps:
 
     def run(self, program: Program, model, ids, states: list):
         built, b, threads = self.built, len(ids), torch.get_num_threads()
-        x, before, after = model.embed(ids), None, []  # x b d, a new tensor: it is changed in place
+        x, before, after = model.embed(ids).float(), None, []  # x b d, a new tensor: it is changed in place
         delta = torch.empty_like(x)
         for (kind, layer), state in zip(program.layers, states, strict=True):
             where = ctypes.byref(layer), b, x.data_ptr(), before, delta.data_ptr()
             if kind == "M":
                 state = state.own()
-                built.mamba_step(*where, state.tail.data_ptr(), state.S.data_ptr(), threads)
+                tail = state.tail.float()
+                built.mamba_step(*where, tail.data_ptr(), state.S.data_ptr(), threads)
+                state = replace(state, tail=tail.to(state.tail.dtype))
             elif kind == "*":
                 state = state.reserve(1)
-                places = state.k.data_ptr(), state.v.data_ptr(), state.length.data_ptr()
-                built.attention_step(*where, *places, state.k.shape[2], threads)
+                places = state.k.data_ptr(), state.v.data_ptr(), state.length.data_ptr(), state.k.shape[2]
+                built.attention_step(*where, *places, state.k.dtype == torch.bfloat16, threads)
                 state = state.advanced()
             elif kind == "E":
                 built.experts_step(*where, threads)

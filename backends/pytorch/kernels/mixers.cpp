@@ -72,6 +72,13 @@ struct Dense {
     i64 width;
 };
 
+static void put(float& to, float x) { to = x; }
+static void put(uint16_t& to, float x) {  // to the nearest bfloat16, of two as near the even one
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    to = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
 // rms_norm(x) after x += delta; delta is null before the first layer.
 static std::unique_ptr<float[]> normed(const Norm& norm, i64 b, float* x, const float* delta) {
     auto h = fresh(b * norm.d);
@@ -103,9 +110,9 @@ void mamba_step(const Mamba& w, i64 b, float* x, const float* before, float* del
     linear(w.out_proj, w.norm.d, inner, y.get(), b, delta, threads);
 }
 
-// K, V [b][kv][room][e], of which length[b] positions are known
-void attention_step(const Attention& w, i64 b, float* x, const float* before, float* delta, float* K,
-                    float* V, const i64* length, i64 room, int threads) {
+// K, V [b][kv][room][e] in float32, or in bfloat16 if `narrow`; length[b] positions are known
+void attention_step(const Attention& w, i64 b, float* x, const float* before, float* delta, void* K, void* V,
+                    const i64* length, i64 room, int narrow, int threads) {
     const i64 e = w.head_dim, q_width = w.heads * e, kv_width = w.kv * e, d = w.norm.d;
     auto h = normed(w.norm, b, x, before);
     // PROJECT
@@ -114,12 +121,17 @@ void attention_step(const Attention& w, i64 b, float* x, const float* before, fl
     linear(w.k, kv_width, d, h.get(), b, k.get(), threads);
     linear(w.v, kv_width, d, h.get(), b, v.get(), threads);
     // ATTEND
-    for (i64 r = 0; r < b * w.kv; r++) {
-        i64 at = (r * room + length[r / w.kv]) * e;
-        memcpy(K + at, k.get() + r * e, e * sizeof(float));
-        memcpy(V + at, v.get() + r * e, e * sizeof(float));
-    }
-    attend_float32(q.get(), K, V, length, w.scale, y.get(), b, w.heads, w.kv, room, e, threads);
+    auto attend = [&](auto* keys, auto* values, auto loop) {
+        for (i64 r = 0; r < b * w.kv; r++) {
+            i64 at = (r * room + length[r / w.kv]) * e;
+            for (i64 i = 0; i < e; i++) put(keys[at + i], k[r * e + i]), put(values[at + i], v[r * e + i]);
+        }
+        loop(q.get(), keys, values, length, w.scale, y.get(), b, w.heads, w.kv, room, e, threads);
+    };
+    if (narrow)
+        attend((uint16_t*)K, (uint16_t*)V, attend_bfloat16);
+    else
+        attend((float*)K, (float*)V, attend_float32);
     // RETURN
     linear(w.o, d, q_width, y.get(), b, delta, threads);
 }

@@ -25,4 +25,6 @@ void choose(const float* logits, const float* bias, i64 rows, i64 count, i64 k, 
 // attention.cpp
 void attend_float32(const float* q, const float* K, const float* V, const i64* length, float scale, float* y,
                     i64 b, i64 h, i64 kv, i64 t, i64 e, int threads);
+void attend_bfloat16(const float* q, const uint16_t* K, const uint16_t* V, const i64* length, float scale,
+                     float* y, i64 b, i64 h, i64 kv, i64 t, i64 e, int threads);
 }
