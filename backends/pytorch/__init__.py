@@ -8,7 +8,7 @@ Where each verb is:
     layers     rms_norm, gated_rms_norm, causal_conv         attention  attention, and its cache
     experts    route, experts                                weights    place, array, fetch
     decode     one position of several of them again, in the compiled loops of native
-    steps      a whole step of decoding in them
+    steps      a whole step of decoding in them, by the addresses of program
 
 Weights stay in `dtype`: where the file has it already they are used from the memory map, without a copy. What
 an activation is made of depends on what the machine multiplies fast (`products.activations`): a processor

@@ -3,7 +3,7 @@
 //     x += delta      delta = mixer(rms_norm(x))      x, delta [b][d] float32
 //
 // Matrices are bfloat16, small weights float32. What a layer remembers is changed in place. The structures
-// are those of steps.py.
+// are those of program.py.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
