@@ -21,7 +21,7 @@ from typing import NamedTuple
 from spec.config import InputError
 
 KERNELS = Path(__file__).resolve().parent.parent / "backends" / "cuda" / "kernels"
-ARCHS = "sm_80", "sm_90", "sm_100", "sm_120"
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}  # bytes of a block
 BUILDS = {"float32": (), "bfloat16": ("REAL_BF16",), "float16 state": ("REAL_BF16", "STATE_F16"),
           **{f"{size} bytes": (f"BYTES_{size}",) for size in (1, 2, 4, 8)}}  # fmt: skip
 
@@ -127,7 +127,7 @@ def known_uses(source: Path, build: str, arch: str, cache: Path | None) -> tuple
 def all_uses(folder: Path = KERNELS, cache: Path | None = None) -> tuple[list[Use], list[str]]:
     """Every kernel, build and architecture, and a sentence for each file that does not compile."""
     jobs = [(file, build, arch, cache) for file in sorted(folder.glob("*.cu"))
-            for build in builds(file) for arch in ARCHS]  # fmt: skip
+            for build in builds(file) for arch in SHARED]  # fmt: skip
     nvrtc_version()
     for module in ("cuda.core", "cuda.bindings.nvrtc"):  # which threads may not import side by side
         import_module(module)

@@ -15,11 +15,10 @@ import sys
 from pathlib import Path
 
 from spec.config import InputError
-from tools.cuda_compile import Use, all_uses, nvrtc_version
+from tools.cuda_compile import SHARED, Use, all_uses, nvrtc_version
 from tools.cuda_paper import Block, largest_blocks
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cuda_resources.md"
-SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}  # bytes of a block
 REGISTERS, THREADS = 1 << 16, 1024  # of a block, on all of them
 HEAD = """# What the CUDA kernels take
 

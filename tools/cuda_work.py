@@ -14,7 +14,7 @@ from backends.cuda.experts import FEW as EXPERTS_FEW
 from backends.cuda.experts import MANY
 from backends.cuda.layers import FEW as ROUTER_FEW
 from backends.cuda.sample import WIDTH
-from backends.cuda.scan import CHUNK, SCRATCH, TILE
+from backends.cuda.scan import CHUNK, PAIRS, TILE, chunks_at_once
 from spec.config import Config
 from tools.cuda_call import ACTIVATION, FLOAT, Call, Work, chosen, weight_bytes
 
@@ -75,21 +75,23 @@ def scan_step(call: Call):
 
 
 def scan_chunks(call: Call):
-    """Three kernels. A block has TILE positions and TILE columns of a head, so C B' is made for each head."""
+    """Four kernels. C B' is made once for a group of heads, in PAIRS of TILEs on and below the diagonal."""
     c, (S, x, B, dt, small) = call.cfg, scan_sizes(call)
+    h, p, n, g = c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size, c.n_groups
     chunks = call.batch * ceil(call.length / CHUNK)
-    steps = 3 * chunks * CHUNK * c.mamba_num_heads * FLOAT  # dt, and a in two parts
+    steps = 3 * chunks * CHUNK * h * FLOAT  # dt, and a in two parts
     added, before = chunks * S * FLOAT, chunks * S * ACTIVATION
     through = 2 * call.tokens * S  # x B', and C S
-    pairs = (CHUNK // TILE) * (CHUNK // TILE + 1) // 2  # tiles on and below the diagonal
-    tiles, p = ceil(c.mamba_head_dim / TILE), c.mamba_head_dim
-    within = chunks * c.mamba_num_heads * pairs * 2 * TILE**2 * (tiles * c.ssm_state_size + p)
+    pairs = chunks * PAIRS * TILE**2
+    scores, within = g * pairs * FLOAT, 2 * h * pairs * p
     state = 2 * call.batch * S * FLOAT
-    turns = ceil(chunks / call.batch / max(1, SCRATCH // (call.batch * S * (FLOAT + ACTIVATION))))
+    sizes = (call.batch, call.length, h, p), (call.batch, call.length, g, n)
+    turns = ceil(chunks / call.batch / chunks_at_once(*sizes, ACTIVATION))
     for kernel, what, held, passing, flops, unit in (
         ("ssd_states", "what chunks add", small, x + B + dt + steps + added, through, "mma"),
         ("ssd_pass", "state between chunks", state, added + before, 2 * chunks * S, "float32"),
-        ("ssd_outputs", "outputs", 0, 2 * x + 2 * B + steps + before, through + within, "mma"),
+        ("ssd_scores", "C B' of a group", 0, 2 * B + scores, 2 * g * pairs * n, "mma"),
+        ("ssd_outputs", "outputs", 0, steps + before + scores + 2 * x + B, through + within, "mma"),
     ):
         yield call.one("M", kernel, what, held, passing, flops, unit, turns)
 

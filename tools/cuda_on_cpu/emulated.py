@@ -24,11 +24,11 @@ import numpy as np
 from backends.cuda import kernel
 from backends.cuda.array import DTYPES, DeviceArray
 from backends.cuda.base import Device
+from tools.cuda_compile import SHARED
 from tools.cuda_on_cpu.build import MODES, build
 
 MARGIN = 256  # bytes of poison before and after each allocation; also its alignment
 POISON = 0xFF  # as float32, bfloat16 and float16: not a number
-SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
 
 
 class EmulationError(Exception):
