@@ -17,6 +17,7 @@ typedef uint32_t u8 __attribute__((vector_size(32)));
 template <class To, class From>
 static inline To same(From from) { To to; memcpy(&to, &from, sizeof to); return to; }
 static inline f8 load(const float* p) { f8 f; memcpy(&f, p, sizeof f); return f; }
+static inline void store(float* p, f8 f) { memcpy(p, &f, sizeof f); }
 static inline float sum(f8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
 // Where position j of a row of n values is kept.
@@ -27,13 +28,24 @@ static inline i64 spread(i64 j, i64 n) {
 static const float* spread_rows(const float* x, i64 rows, i64 n) {
     static thread_local std::vector<float> kept;
     kept.resize(rows * n);
-    for (i64 r = 0; r < rows; r++)
-        for (i64 j = 0; j < n; j++) kept[r * n + spread(j, n)] = x[r * n + j];
+    for (i64 r = 0; r < rows; r++) {
+        const float* from = x + r * n;
+        float* to = kept.data() + r * n;
+        i64 j = 0;
+        for (; j + 16 <= n; j += 16) {
+            f8 a = load(from + j), b = load(from + j + 8);
+            store(to + j, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
+            store(to + j + 8, __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15));
+        }
+        std::copy(from + j, from + n, to + j);
+    }
     return kept.data();
 }
 
-// Outputs that one thread takes at a time; handed out as threads come, for another process may hold one up.
-static const i64 STRIP = 24;
+// Outputs are handed out as threads come, for another process may hold one up: strips of them, several at a
+// time, so that a thread reads about as many bytes on end, whatever the length of a row.
+static const i64 STRIP = 24, BYTES = 1 << 18;
+static i64 strips_at_a_time(i64 n) { return std::max<i64>(1, BYTES / (2 * STRIP * n)); }
 static const i64 AHEAD = 640;  // weights: how far ahead of its use a stream is asked for
 
 // x . w: a stream of weights, asked for in time and summed in eight chains, so that only memory holds it up.
@@ -125,7 +137,7 @@ void linear(const uint16_t* w, i64 outs, i64 n, const float* x, i64 rows, float*
     std::vector<const float*> row(rows);
     x = spread_rows(x, rows, n);
     for (i64 r = 0; r < rows; r++) row[r] = x + r * n;
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
+#pragma omp parallel for schedule(dynamic, strips_at_a_time(n)) num_threads(threads)
     for (i64 s = 0; s < (outs + STRIP - 1) / STRIP; s++)
         products(w, n, row.data(), rows, s * STRIP, std::min(outs, (s + 1) * STRIP),
                  [&](i64 r, i64 o, float v) { y[r * outs + o] = v; });
@@ -161,7 +173,7 @@ void experts(const uint16_t* const* up, const uint16_t* const* down, i64 base, i
         // put(row, output, value) of each matrix [outs][ins], its rows beginning where `from` says
         auto each = [&](const uint16_t* const* matrices, i64 outs, i64 ins, auto from, auto put) {
             i64 strips = (outs + STRIP - 1) / STRIP;
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(dynamic, strips_at_a_time(ins))
             for (i64 s = 0; s < (i64)hit.size() * strips; s++) {
                 i64 e = hit[s / strips], first = s % strips * STRIP, b = begin[e], rows = begin[e + 1] - b;
                 for (i64 r = 0; r < rows; r++) row[r] = from(b + r);
