@@ -1,6 +1,7 @@
 """The same checkpoint through refengine and through its peers, in turns, on this machine.
 
     python -m tools.bench_peers MODEL [--threads 2] [--prompt 512] [--batch 1,8] [--rounds 3] [--gguf FILE]
+        [--reread]
 
 Every engine loads once, in a process of its own, and then waits; the rounds go through the engines one after
 another, so that what else the machine does falls on all alike. Printed: the median of each, and ours over
@@ -16,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -141,6 +143,18 @@ def serve(arguments) -> None:
         print(work(*json.loads(line)), file=out, flush=True)
 
 
+def forget(path: Path) -> None:
+    """Take a model's files out of the system's cache of pages: who uses them next reads them from the disk.
+
+    A file that was written a moment ago lies there in small pages, one that is read from the disk perhaps in
+    large ones, which are faster to look into: so all engines begin alike, as on a first day.
+    """
+    for file in [path] if path.is_file() else path.glob("*.safetensors"):
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
@@ -151,6 +165,7 @@ def main() -> None:
     parser.add_argument("--batch", default="1,8", help="sequences in a decoding step, likewise")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--reread", action="store_true", help="from the disk, not from the cache of pages")
     parser.add_argument("--peers", default="transformers,llama.cpp")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -161,6 +176,9 @@ def main() -> None:
         *(n for n in arguments.peers.split(",") if n and (n != "llama.cpp" or arguments.gguf)),
     ]
     model = {name: arguments.gguf if name == "llama.cpp" else arguments.model for name in names}
+    if arguments.reread:
+        for path in set(model.values()):
+            forget(Path(path))
     workers = [Worker(name, model[name], arguments.dtype, arguments.threads) for name in names]
     tasks = [("prefill", int(n)) for n in arguments.prompt.split(",")]
     tasks += [("decode", int(n)) for n in arguments.batch.split(",")]
