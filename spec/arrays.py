@@ -5,6 +5,7 @@
     e  attention head_dim         c  conv channels              t  positions remembered
     kv key/value heads            r  heads that share one       q i j  positions in a chunk
     E  experts                    k  experts of a token         x  width an expert reads
+    i o  widths of a matrix product, in and out                 f  inner width of an MLP
 
 An activation is `b l d`. A decode step is `l = 1`; a prompt is any `l`, cut into calls as one likes. Rows
 of a batch may be of different lengths: `n[b]` says how many of the `l` positions of each row are real

@@ -42,7 +42,7 @@ class Ops:
     rms_norm: Callable  # (x [b l d], delta [b l d] or None, weight [d], eps) -> norm(x + delta), x + delta
     causal_conv: Callable  # (x [b l c], weight [c 1 k], bias [c], tail, n) -> y [b l c], tail
     ssd_scan: Callable  # (x b l h p, dt b l h, A_log, B b l g n, C, D, dt_bias, S, n, limit, chunk) -> y, S
-    gated_rms_norm: Callable  # (y [b l c], z [b l c], weight [c], eps, groups) -> [b l c]
+    gated_rms_norm: Callable  # (y [b l c], z [b l c], weight [c], eps, groups, mean=...) -> [b l c]
     attention: Callable  # (q [b l h e], k [b l kv e], v [b l kv e], cache, n) -> y [b l h e], cache
     route: Callable  # (h [b l d], gate [E d], bias [E], cfg) -> routing
     announce: Callable  # (routing) -> None: these experts will be wanted soon

@@ -41,11 +41,11 @@ class Sampling:
 
     def __post_init__(self):
         for name, allowed, holds in (
-            ("temperature", "a number from 0 on", lambda t: 0 <= t < 1e30),
+            ("temperature", "a number from 0 to 1e30", lambda t: 0 <= t < 1e30),
             ("top_k", "a whole number from 0 (all tokens) on", lambda k: k >= 0 and k == int(k)),
             ("top_p", "above 0 and at most 1", lambda p: 0 < p <= 1),
             ("min_p", "between 0 and 1", lambda p: 0 <= p <= 1),
-            ("repetition_penalty", "a number above 0", lambda r: 0 < r < 1e30),
+            ("repetition_penalty", "a number above 0 and below 1e30", lambda r: 0 < r < 1e30),
         ):
             value = getattr(self, name)
             if type(value) not in (int, float) or not holds(value):

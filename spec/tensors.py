@@ -1,7 +1,7 @@
 """Chapter 3. The tensor table: every tensor of a checkpoint, in order, from the configuration alone.
 
 One function, `table`, says of each tensor what it is called, how large it is, where it belongs, how ranks
-would cut it and whether a quantization recipe may touch it. The loader validates files against it,
+cut it and whether a quantization recipe may touch it. The loader validates files against it,
 `inspect` counts with it, and test checkpoints are written from it. Its totals are the published ones
 (docs/model.md, "Parameters").
 """

@@ -1,5 +1,7 @@
 """The engine adds nothing to the model: what it generates is what the logits say, however it is asked."""
 
+import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -7,8 +9,10 @@ import pytest
 
 import refengine
 from refengine import End, InputError, Token
+from refengine.locate import EMBEDDED
 from spec.numerics import tolerance
 from spec.sample import log_probs
+from tests.test_rank_reads import filled
 
 PROMPT = "Once upon a time"
 
@@ -135,6 +139,12 @@ def test_weights_left_in_the_file_mean_what_widened_ones_mean(engine, monkeypatc
     lazy = refengine.load("tiny")
     assert lazy.model.weights["layers.0"]["mixer"]["in_proj.weight"].itemsize == 2
     close(lazy.logits(range(20, 60)), engine.logits(range(20, 60)), engine)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="there is no /proc/self/smaps")
+def test_what_was_widened_does_not_stay_in_the_files_form_too(tmp_path):
+    engine = refengine.load(shutil.copytree(EMBEDDED / "tiny", tmp_path / "tiny"))
+    assert filled(engine.checkpoint.files[0].path) < 2**16 < engine.checkpoint.files[0].size / 100
 
 
 def test_weights_that_are_damaged_are_refused_by_whoever_would_use_their_numbers(engine):

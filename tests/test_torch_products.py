@@ -119,3 +119,19 @@ def test_stacked_experts_are_the_listed_ones(dtype, x, width, seed, tokens):
     routing = moe.Routing(expert, torch.from_numpy(rng.random((1, tokens, 3), np.float32)))
     one, other = (how().fetch(ops.experts(u, form, routing)) for form in (listed, stacked))
     how.near(one, other, x + 3 * width)
+
+
+@on_all
+@given(seed=SEED, d=st.integers(20, 90), E=st.sampled_from((6, 12)))
+def test_the_router_rounds_no_score(how, seed, d, E):
+    """Whatever activations are made of. Every expert is chosen, so that each shows what it weighs."""
+    here, cfg = how(), replace(Case(n_group=1).cfg, num_experts_per_tok=E, n_routed_experts=E)
+    h, gate, bias = values(how, seed, 2, 5, d), values(how, seed, E, d, scale=d**-0.5), values(how, seed, E)
+
+    def weights(ops, *given):
+        routing, rows = ops.route(*given, cfg), np.zeros((2, 5, E))
+        np.put_along_axis(rows, here.fetch(routing.expert), here.fetch(routing.weight), axis=-1)
+        return rows
+
+    mine = weights(here.ops, here.give(h), small(how, gate), small(how, bias))
+    np.testing.assert_allclose(mine, weights(DEFINITION, h, gate, bias), rtol=1e-5)

@@ -132,3 +132,13 @@ def test_ranks_that_share_a_norm_group_normalise_it_together(how, seed, l, group
     flat = [a.reshape(2, l, -1) for a in (y, z)]
     expected = DEFINITION.gated_rms_norm(*flat, w.reshape(-1), 1e-5, groups).reshape(shape)
     how.near(np.stack(together, axis=3), expected, parts * width, "gated_rms_norm")
+
+
+def test_a_sum_of_bfloat16_is_added_in_float32():
+    """256 + 1 is no bfloat16, and 256 + 1 + 1 is one."""
+
+    def rank(comm):
+        x = torch.tensor([256.0 if comm.rank == 0 else 1.0], dtype=torch.bfloat16)
+        return float(comm.sum(x, (0, 1, 2)))
+
+    assert on_each(3, rank) == [258.0] * 3
