@@ -14,6 +14,7 @@ from tests.cuda_attention import Case
 from tests.cuda_device import device, needs_compiler, perturbed, sanitized  # noqa: F401
 from tests.cuda_tiles import sizes
 from tests.cuda_verbs import FLOAT32, on_both, planted
+from tools.cuda_on_cpu import EmulationError
 
 SEED = st.integers(0, 9999)
 PIECES = st.lists(st.sampled_from((1, 1, 2, 5, 30)) | st.integers(1, 45), min_size=1, max_size=5)
@@ -74,11 +75,12 @@ def test_attention_bears_approximate_mathematics(perturbed, build):  # noqa: F81
     Case(build, 1, r=4, e=40, pieces=(40, 2)).check(perturbed, ragged=True)
 
 
+WAIT = "copies.wait<0>();\n        __syncthreads();"
 FAULTS = {
     "a query sees the next key": ("attention.cu", "(first + i) / r + 1, end)", "(first + i) / r + 2, end)"),
-    "nobody waits for a stage": ("attention.cu", "copies.wait<0>();", ""),
+    "nobody waits for a stage": ("attention.cu", WAIT, "__syncthreads();"),
     "a stage is fetched before all have done with it": (
-        "attention.cu", "copies.wait<0>();", "copies.wait<0>();\n        fetch_stage(stage + 1);"),
+        "attention.cu", WAIT, f"copies.wait<0>();\n        fetch_stage(stage + 1);\n{WAIT}"),
     "what was summed is not scaled down": ("attention.cuh", "rows.out[c][i][half] *= keep;",
                                            "rows.out[c][i][half] *= 1.0f;"),
     "a warp's keys count as the first": ("attention_decode.cu", "* KEYS + warp * TURN;", "* KEYS;"),
@@ -93,6 +95,14 @@ def test_a_planted_fault_is_seen(tmp_path, fault):
     broken = planted(tmp_path, *FAULTS[fault])
     with pytest.raises(AssertionError):
         Case(FLOAT32, 3, r=4, e=20, pieces=(70, 40, 1, 1)).check(broken, ragged=True)
+
+
+@needs_compiler
+def test_a_block_that_ends_before_its_copies_is_seen(tmp_path):
+    """One without a key has fetched its queries for nothing."""
+    broken = planted(tmp_path, "attention_decode.cu", "copies.wait<0>();  // for the queries", "//")
+    with pytest.raises(EmulationError, match="of its copies were under way"):
+        Case(FLOAT32, 3, e=24, pieces=(70, 1)).check(broken)
 
 
 @on_both

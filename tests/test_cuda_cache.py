@@ -28,6 +28,18 @@ def test_forks_and_slots_of_a_cache_do_not_see_each_other(device, build, seed, p
     case.step(device, one, more.qkv[:, 3:5])
 
 
+@on_both
+def test_a_buffer_that_nobody_shares_is_not_copied_to_append(device, build):  # noqa: F811
+    """Neither when rows have left or joined, nor when it was made; but that of a fork is."""
+    case = Case(build, 1, pieces=(5,))
+    here, _ = case.check(device)
+    for cache in (here, here.take([1]), here.put([0], here.take([1]))):
+        assert cache.reserve(1) is cache and cache.fork().reserve(1).k is cache.k
+    fork = here.fork()
+    assert here.advanced(1).reserve(1).k is here.k
+    assert fork.reserve(1).k is not here.k
+
+
 class Recorder:
     """A device that can repeat what was launched, as a captured graph does: the same arguments again."""
 

@@ -66,6 +66,14 @@ def test_splitting_the_last_axis_makes_no_copy(device):  # noqa: F811
     assert part.reshape(6, 6).memory is x.memory and not part.contiguous
 
 
+def test_an_axis_of_one_is_as_wide_as_what_it_holds(device):  # noqa: F811
+    """So that a kernel may read whole vectors of a single row, as it does of many."""
+    x = device.from_host(numbers((2, 3, 16)))
+    assert x[:1, :1, 4:12].reshape(1, 8).strides == (8, 1)
+    assert x[:, :1, 4:12].reshape(2, 1, 2, 4).strides == (48, 8, 4, 1)
+    assert x[:1, :1, :1].reshape(1, 1).strides == (1, 1)
+
+
 @given(shape=SHAPES, dtype=DTYPE, data=st.data())
 def test_rows_are_taken_and_put_by_number(device, shape, dtype, data):  # noqa: F811
     a, count = numbers(shape, dtype), data.draw(st.integers(1, 4))

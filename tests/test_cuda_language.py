@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from spec.config import InputError
 from tests.cuda_device import needs_compiler
 from tests.planted import MODES, PLANTED, X, launched, run
 from tools.cuda_on_cpu import EmulatedDevice
@@ -98,7 +99,7 @@ def test_a_wrong_array_is_refused():
     (dict(shared=164 << 10), "bytes of shared memory, and a block has at most"),
 ])  # fmt: skip
 def test_a_launch_that_no_device_takes_is_refused(how, sentence):
-    with pytest.raises(ValueError, match=re.escape(sentence)):
+    with pytest.raises(InputError, match=re.escape(sentence)):
         launched("own_element", X, **how)
 
 

@@ -1,6 +1,7 @@
 """The rooflines count what the backend launches, and the weights that the tensor table has."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -23,7 +24,8 @@ COUNTED_AS = {
 LAUNCHED = {name: CONFIGS[name] for name in ("nano", "super")} | {"dense": DENSE["Nemotron-3 Nano 4B"][0]}
 WHOLE = {  # kernels that go through all of their arrays
     "add", "candidates", "causal_conv", "choose", "cuBLAS", "experts_sum", "gated_rms_norm", "relu2",
-    "rms_norm", "router_few", "router_many", "ssd_outputs", "ssd_pass", "ssd_states", "ssd_step",
+    "rms_norm", "router_few", "router_many", "ssd_outputs", "ssd_pass", "ssd_scores", "ssd_states",
+    "ssd_step",
 }  # fmt: skip
 
 
@@ -77,3 +79,10 @@ def test_the_rooflines_in_the_documentation_are_current():
     text = roofline.PAGE.read_text()
     inside = text.split(roofline.START)[1].split(roofline.END)[0]
     assert inside.strip() == roofline.tables().strip()
+
+
+@pytest.mark.parametrize("batch, length, context", [(1, 1 << 22, 0), (4096, 1, 1 << 16), (64, 128, 1 << 20)])
+def test_long_prompts_and_large_batches_are_grids_that_a_device_takes(batch, length, context):
+    """Every launch is checked; one layer of each kind."""
+    cfg = replace(CONFIGS["super"], layers="M*E", mtp_layers="")
+    assert len(launches(cfg, batch, length, context)) > 20

@@ -8,7 +8,9 @@ Where each verb is:
     scan       ssd_scan                              attention  attention, and its cache
     experts    experts                               sample     embed, and the likeliest tokens
     weights    place                                 state      what a Mamba layer remembers
-    steps      a decode step as a graph              kernels/   the kernels, an equation in each header
+    steps      a decode step as a graph              verbs      what all of these share
+
+kernels/ has the kernels, an equation in each header.
 
 device.py is the only file that knows CuPy; tools/cuda_on_cpu has a device for machines without a GPU, which
 runs the same kernels and finds more mistakes. docs/cuda.md has what is expected of a GPU and what was seen.

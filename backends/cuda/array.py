@@ -92,6 +92,10 @@ class DeviceArray:
         """This array if its elements lie side by side in order, else such a copy."""
         return self if self.contiguous else self.copy()
 
+    def in_rows(self) -> DeviceArray:
+        """This array if the elements of its last axis lie side by side, else a packed copy."""
+        return self if self.strides[-1] == 1 or self.shape[-1] == 1 else self.copy()
+
     def __add__(self, other: DeviceArray) -> DeviceArray:
         if not isinstance(other, DeviceArray):
             return NotImplemented
@@ -116,15 +120,16 @@ def reshaped(shape, strides, new) -> tuple[int, ...] | None:
             runs[-1][0] *= length
         else:
             runs.append([length, stride])
-    result = []
+    result, within = [], 1  # `within`: elements of the axes that follow, as far apart as they are
     for length in reversed(new):
         if length == 1:
-            result.append(1)
+            result.append(within)  # no stride is wrong, but some are not whole vectors
             continue
         if not runs or runs[0][0] % length:
             return None
         result.append(runs[0][1])
-        runs[0] = [runs[0][0] // length, runs[0][1] * length]
+        within = runs[0][1] * length
+        runs[0] = [runs[0][0] // length, within]
         if runs[0][0] == 1:
             runs.pop(0)
     return tuple(reversed(result))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from backends.cuda.array import DeviceArray
-from backends.cuda.layers import tiles
+from backends.cuda.verbs import Verbs, tiles
 from spec.config import InputError
 
 HEAD = 128  # of keys.cuh: the largest head_dim
@@ -25,10 +25,9 @@ BLOCKS = 400  # about three for each multiprocessor of an H100 or B200
 
 
 class Tip:
-    """Who appended to a buffer last. Only the state that stands there may append in place."""
+    """Who appended to a buffer last, None at first. Only the state that stands there may append in place."""
 
-    def __init__(self):
-        self.owner = self
+    owner: object = None
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,7 @@ class Cache:
         """This cache, or a copy of it, with room for `added` more positions that no fork will write to."""
         if self.most + added <= self.k.shape[2] and self.tip.owner is self.mark:
             return self
-        cache = self.copied(self.most + added)
-        return replace(cache, mark=cache.tip.owner)
+        return self.copied(self.most + added)
 
     def advanced(self, added: int) -> Cache:
         """The cache after at most `added` positions were appended to each row on the device."""
@@ -67,22 +65,12 @@ class Cache:
         for known, new in ((self.k, k), (self.v, v)):
             if self.most:
                 device.copy(known[:, :, : self.most], new[:, :, : self.most])
-        return replace(self, k=k, v=v, tip=Tip())
-
-    def append(self, k, v, n=None) -> Cache:
-        """Keys and values b l kv e after those that are known, the first n[b] of each row."""
-        (b, l, kv, e), cache, device = k.shape, self.reserve(k.shape[1]), k.device
-        defines = ("REAL_BF16",) if k.dtype == "bfloat16" else ()
-        sizes = np.int32(l), np.int32(kv), np.int32(e), np.int32(cache.k.shape[2])
-        args = k, v, *places(k), *places(v), cache.k, cache.v, cache.length, n, *sizes
-        device.launch("attention", "attention_append", (l, b), (256,), args, 0, defines)
-        args = cache.length, n, np.int32(l), np.int32(b)
-        device.launch("attention", "attention_advance", (tiles(b, 128),), (128,), args, 0, defines)
-        return cache.advanced(l)
+        return replace(self, k=k, v=v, tip=Tip(), mark=None)
 
     def take(self, rows) -> Cache:
         rows = np.arange(len(self.length))[rows]
-        return replace(self, k=self.k[rows], v=self.v[rows], length=self.length[rows], tip=Tip())
+        k, v, length = (a[rows] for a in (self.k, self.v, self.length))
+        return replace(self, k=k, v=v, length=length, tip=Tip(), mark=None)
 
     def put(self, rows, other: Cache) -> Cache:
         most, device = max(self.most, other.most), self.k.device
@@ -94,16 +82,8 @@ class Cache:
         return replace(self, length=self.length.copy())
 
 
-class Attention:
-    """The verb on a device, for the activations that `defines` says."""
-
-    def __init__(self, device, defines: tuple[str, ...] = ()):
-        self.device, self.defines = device, defines
-        self.dtype = "bfloat16" if "REAL_BF16" in defines else "float32"
-        self.size = 2 if "REAL_BF16" in defines else 4  # bytes of an activation
-
-    def launch(self, file: str, kernel: str, grid, block: int, *args, shared_bytes: int = 0):
-        self.device.launch(file, kernel, grid, (block,), args, shared_bytes, self.defines)
+class Attention(Verbs):
+    """The verb attention."""
 
     def attention(self, q, k, v, cache: Cache, n=None):
         """y[i] = sum_{j <= i} softmax_j(q[i] . k[j] / sqrt(e)) v[j]
@@ -150,9 +130,8 @@ class Attention:
 
     def shared_bytes(self, queries: int, keys: int) -> int:
         """Of the queries, and of two stages of keys and values, whose rows are a little apart."""
-        pack = 16 // self.size
-        row = HEAD if self.size == 2 else HEAD + pack
-        return self.size * (queries * row + 2 * keys * (row + HEAD + pack))
+        row = HEAD if self.size == 2 else HEAD + self.pack
+        return self.size * (queries * row + 2 * keys * (row + HEAD + self.pack))
 
 
 def whole_heads(x):

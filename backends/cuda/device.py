@@ -67,14 +67,17 @@ class CupyDevice(Device):
             raise InputError(self.too_small(nbytes)) from None
 
     def clear(self, x: DeviceArray) -> None:
-        self.cupy.cuda.runtime.memsetAsync(x.pointer, 0, x.nbytes, self.stream.ptr)
+        with self.handle:
+            self.cupy.cuda.runtime.memsetAsync(x.pointer, 0, x.nbytes, self.stream.ptr)
 
     def write(self, x: DeviceArray, values: np.ndarray) -> None:
-        self.stage.upload(x.pointer, np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+        with self.handle:
+            self.stage.upload(x.pointer, np.ascontiguousarray(values).reshape(-1).view(np.uint8))
 
     def download(self, x: DeviceArray) -> np.ndarray:
         values = np.empty(x.shape, DTYPES[x.dtype])
-        self.stage.download(values.reshape(-1).view(np.uint8), x.pointer)
+        with self.handle:
+            self.stage.download(values.reshape(-1).view(np.uint8), x.pointer)
         return values
 
     def sync(self) -> None:
@@ -85,10 +88,10 @@ class CupyDevice(Device):
     def run(self, file, kernel_name, grid, block, args, shared_bytes, defines) -> None:
         key = file, kernel_name, defines
         if key not in self.functions:
-            self.functions[key] = self.module(file, defines).get_function(kernel_name)
+            self.functions[key] = function = self.module(file, defines).get_function(kernel_name)
+            self.declared[key] = UNDECLARED - function.shared_size_bytes  # the file's own arrays count too
         function = self.functions[key]
-        free = UNDECLARED - function.shared_size_bytes  # the file's own arrays count too
-        if shared_bytes > max(free, self.declared.get(key, 0)):
+        if shared_bytes > self.declared[key]:
             function.max_dynamic_shared_size_bytes = shared_bytes
             self.declared[key] = shared_bytes
         values = tuple(plain(argument) for argument in args)
@@ -106,7 +109,7 @@ class CupyDevice(Device):
         """Row-major x weight' is, to cuBLAS, the column-major weight (transposed) times x."""
         (m, i), o = x.shape, weight.shape[0]
         out = self.empty((m, o), x.dtype) if out is None else out
-        x, weight = rows_in_place(x), rows_in_place(weight)
+        x, weight = x.in_rows(), weight.in_rows()
         if not out.size:
             return out
         cublas = self.cupy.cuda.cublas
@@ -132,7 +135,7 @@ class CupyDevice(Device):
         try:
             with self.recording():
                 function()
-            return Graph(self.captured, self.pool, self.stream)
+            return Graph(self.captured, self.pool, self)
         finally:
             self.pool = outer
 
@@ -172,11 +175,12 @@ class Unpooled:
 class Graph:
     """A captured sequence of launches, with the memory between them."""
 
-    def __init__(self, graph, pool, stream):
-        self.graph, self.pool, self.stream = graph, pool, stream
+    def __init__(self, graph, pool, device):
+        self.graph, self.pool, self.device = graph, pool, device
 
     def replay(self) -> None:
-        self.graph.launch(self.stream)
+        with self.device.handle:
+            self.graph.launch(self.device.stream)
 
 
 class Stage:
@@ -239,11 +243,6 @@ def plain(argument):
 
 def three(sizes) -> tuple[int, int, int]:
     return (*(int(size) for size in sizes), *(1,) * (3 - len(sizes)))
-
-
-def rows_in_place(x: DeviceArray) -> DeviceArray:
-    """Rows may stand apart, but each must be packed."""
-    return x if x.strides[1] == 1 or x.shape[1] == 1 else x.copy()
 
 
 def leading(x: DeviceArray) -> int:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from backends.cuda.array import DeviceArray
-from backends.cuda.layers import tiles
+from backends.cuda.verbs import Verbs, rows, tiles
 from spec.config import InputError
 
 CHOICES, EXPERTS = 1024, 1024  # limits and sizes of experts_sort.cu
@@ -32,16 +32,8 @@ class Stacked(NamedTuple):
     down: DeviceArray  # count x i
 
 
-class Experts:
-    """The verb on a device, for the activations that `defines` says."""
-
-    def __init__(self, device, defines: tuple[str, ...] = ()):
-        self.device, self.defines = device, defines
-        self.dtype = "bfloat16" if "REAL_BF16" in defines else "float32"
-        self.size = 2 if "REAL_BF16" in defines else 4  # bytes of an activation
-
-    def launch(self, file: str, kernel: str, grid, block: int, *args, shared_bytes: int = 0):
-        self.device.launch(file, kernel, grid, (block,), args, shared_bytes, self.defines)
+class Experts(Verbs):
+    """The verb experts."""
 
     def experts(self, u, experts: Stacked, routing, first: int = 0):
         """u b l x -> sum over the chosen of  weight relu(u up')^2 down'"""
@@ -51,7 +43,7 @@ class Experts:
                 f"the CUDA backend sums at most {SLOTS} of {EXPERTS} experts a token, not {k} of {count}"
             )
         y = self.device.empty(u.shape, self.dtype)
-        u, out = u.reshape(-1, x), y.reshape(-1, x)
+        (u, _), out = rows(u), y.reshape(-1, x)
         expert, weight = routing.expert.reshape(-1, k), routing.weight.reshape(-1, k)
         tokens = len(u)
         if tokens <= FEW:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from backends.cuda.array import DTYPES, DeviceArray
+from spec.config import InputError
 
 KERNELS = Path(__file__).parent / "kernels"
 ENTRY = re.compile(r'extern\s+"C"\s+__global__\s+void\b')
@@ -131,11 +132,17 @@ def mismatch(argument: Argument, wanted: Parameter, defines: tuple[str, ...], de
 
 
 def check_sizes(kernel: str, grid: tuple[int, ...], block: tuple[int, ...], shared: int, limit: int) -> None:
-    """ValueError where no device would launch this; `limit` is the most shared memory of a block in bytes."""
-    for what, sizes, most in (("grid", grid, (2**31 - 1, 65535, 65535)), ("block", block, (1024, 1024, 64))):
+    """InputError where no device would launch this; `limit` is the most shared memory of a block in bytes.
+
+    Grids grow with the batch and the length of a call, so that a user may ask for too large a one.
+    """
+    for what, sizes, most, advice in (
+        ("grid", grid, (2**31 - 1, 65535, 65535), ": fewer sequences at a time fit"),
+        ("block", block, (1024, 1024, 64), ""),
+    ):
         if not 1 <= len(sizes) <= 3 or any(not 1 <= s <= m for s, m in zip(sizes, most, strict=False)):
-            raise ValueError(f"kernel {kernel}: the {what} {sizes} is not within {most}")
+            raise InputError(f"kernel {kernel}: the {what} {sizes} is not within {most}{advice}")
     if np.prod(block) > 1024:
-        raise ValueError(f"kernel {kernel}: a block of {np.prod(block)} threads, and 1024 are the most")
+        raise InputError(f"kernel {kernel}: a block of {np.prod(block)} threads, and 1024 are the most")
     if shared > limit:
-        raise ValueError(f"kernel {kernel}: {shared} bytes of shared memory, and a block has at most {limit}")
+        raise InputError(f"kernel {kernel}: {shared} bytes of shared memory, and a block has at most {limit}")

@@ -6,10 +6,9 @@ told how many elements apart the rows stand. The tail of the convolution is chan
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
+from backends.cuda.verbs import Verbs, rows, tiles
 from spec.config import InputError
 from spec.moe import Routing
 
@@ -19,26 +18,8 @@ FEW, TOKENS, COLUMNS = 8, 32, 64  # of router.cu
 EXPERTS, CHOSEN = 1024, 32  # of route.cu
 
 
-def rows(x):
-    """x [.., c] as [rows, c], and how many elements apart these stand; a copy only where that varies."""
-    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return x, np.int64(x.strides[0])
-
-
-def tiles(count: int, size: int) -> int:
-    """How many tiles of a size cover that many."""
-    return -(-count // size)
-
-
-class Layers:
-    """The verbs on a device, for the activations that `defines` says: float32, or bfloat16 with REAL_BF16."""
-
-    def __init__(self, device, defines: tuple[str, ...] = ()):
-        self.device, self.defines = device, defines
-        self.pack = 8 if "REAL_BF16" in defines else 4  # values in 16 bytes
-
-    def launch(self, file: str, kernel: str, grid, block: int, *args, shared_bytes: int = 0):
-        self.device.launch(file, kernel, grid, (block,), args, shared_bytes, self.defines)
+class Layers(Verbs):
+    """The verbs rms_norm, gated_rms_norm, causal_conv and route."""
 
     def threads(self, width: int) -> int:
         """Enough for 16 bytes of the width each, in whole warps."""
@@ -86,7 +67,7 @@ class Layers:
             self.launch("causal_conv", "causal_conv_update", (tiles(c, 128), b), 128, *args)
         else:
             args += np.int32(length), np.int32(c), np.int32(k), x_stride
-            grid = tiles(c, 128 * self.pack), tiles(length, SPAN), b
+            grid = tiles(length, SPAN) * tiles(c, 128 * self.pack), b
             self.launch("causal_conv", "causal_conv", grid, 128, *args)
         return y, tail
 
@@ -105,7 +86,7 @@ class Layers:
         if tokens <= 4 * FEW:
             self.launch("router", "router_few", (experts, tiles(tokens, FEW)), 256, *args)
         else:
-            grid = tiles(experts, COLUMNS), tiles(tokens, TOKENS)
+            grid = (tiles(tokens, TOKENS) * tiles(experts, COLUMNS),)
             self.launch("router", "router_many", grid, 128, *args)
         expert, weight = self.device.empty(shape, "int32"), self.device.empty(shape, "float32")
         counts = (tokens, experts, k, cfg.n_group, cfg.topk_group, bool(cfg.norm_topk_prob))

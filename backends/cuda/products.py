@@ -7,13 +7,11 @@ from math import prod
 import numpy as np
 
 from backends.cuda.array import DeviceArray
+from backends.cuda.verbs import Verbs
 
 
-class Products:
-    """The verbs linear, linear_pair, mlp and logits, for the activations that `defines` says."""
-
-    def __init__(self, device, defines: tuple[str, ...] = ()):
-        self.device, self.defines = device, defines
+class Products(Verbs):
+    """The verbs linear, linear_pair, mlp and logits."""
 
     def linear(self, x, weight):
         """x .. i -> .. o"""

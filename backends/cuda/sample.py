@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from backends.cuda.layers import tiles
+from backends.cuda.verbs import Verbs, tiles
 from spec.config import InputError
 
 WIDTH = 1024  # of candidates.cu
 CANDIDATES = WIDTH // 2  # at most: each round halves what is left, or better
 
 
-class Tokens:
-    """The verbs on a device, for the activations that `defines` says."""
-
-    def __init__(self, device, defines: tuple[str, ...] = ()):
-        self.device, self.defines = device, defines
-        self.dtype = "bfloat16" if "REAL_BF16" in defines else "float32"
+class Tokens(Verbs):
+    """The verb embed, and the likeliest of the verb logits."""
 
     def embed(self, ids, table):
         """Rows of the table v d: ids int32 of any shape -> [.., d]. An id outside the table gives NaN."""
@@ -24,8 +20,7 @@ class Tokens:
         x = self.device.empty((*ids.shape, d), self.dtype)
         if ids.size:
             args = ids.packed(), table, x, np.int32(v), np.int32(d)
-            block = (min(256, 32 * tiles(d, 128)),)
-            self.device.launch("embed", "embed", (ids.size,), block, args, 0, self.defines)
+            self.launch("embed", "embed", (ids.size,), min(256, 32 * tiles(d, 128)), *args)
         return x
 
     def candidates(self, logits, k: int):
@@ -40,13 +35,14 @@ class Tokens:
         while kernel == "candidates_begin" or count > k:
             pieces = tiles(count, WIDTH)
             keys = self.device.empty((rows, pieces, k), "int64")
-            self.launch(kernel, (pieces, rows), best, keys, np.int32(count), np.int32(k))
+            self.choose(kernel, (pieces, rows), best, keys, np.int32(count), np.int32(k))
             best, count, kernel = keys, pieces * k, "candidates_next"
         value, index = self.device.empty((rows, k), "float32"), self.device.empty((rows, k), "int32")
-        self.launch("candidates_end", (tiles(rows * k, 256),), best, value, index, np.int32(rows * k))
+        self.choose("candidates_end", (tiles(rows * k, 256),), best, value, index, np.int32(rows * k))
         return value, index
 
-    def launch(self, kernel: str, grid, *args):
+    def choose(self, kernel: str, grid, *args):
+        """Logits are float32 in every build, so that there is one of these kernels."""
         self.device.launch("candidates", kernel, grid, (256,), args)
 
     def argmax(self, logits):

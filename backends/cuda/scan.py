@@ -1,8 +1,9 @@
 """The state-space scan: few positions by the recurrence, more by chunks, whose products go side by side.
 
 Letters and equations are those of spec/scan.py. A step of decoding, or of a few drafted tokens, is one
-kernel, which reads and writes the state once. A longer call is three: what each chunk adds to the state, the
-state before each chunk, the outputs. Sums of dt A are as exact as in float64. The state is changed in place.
+kernel, which reads and writes the state once. A longer call is four: what each chunk adds to the state, the
+state before each chunk, C B' of each group of heads, the outputs. Sums of dt A are as exact as in float64.
+The state is changed in place.
 """
 
 from __future__ import annotations
@@ -11,22 +12,20 @@ import math
 
 import numpy as np
 
-from backends.cuda.layers import rows, tiles
+from backends.cuda.verbs import Verbs, rows, tiles
 
-CHUNK, TILE, THREADS = 128, 64, 128  # of ssd.cuh
+CHUNK, TILE, THREADS, PAIRS = 128, 64, 128, 3  # of ssd.cuh
 FEW = 16  # positions that are faster one after another than as a chunk
 STEP_ROWS = 16  # rows of a head's state that a block of ssd_step takes
-SCRATCH = 1 << 28  # bytes for the states between chunks, at most; more chunks than that take turns
+SCRATCH = 1 << 28  # bytes between kernels, unless a chunk takes more; more chunks than that take turns
 
 
-class Scan:
-    """The verb on a device, for the activations that `defines` says; STATE_F16: S is float16."""
+class Scan(Verbs):
+    """The verb ssd_scan. STATE_F16 among the defines: S is float16."""
 
     def __init__(self, device, defines: tuple[str, ...] = ()):
-        self.device, self.defines = device, defines
+        super().__init__(device, defines)
         self.activations = tuple(name for name in defines if name == "REAL_BF16")
-        self.dtype = "bfloat16" if "REAL_BF16" in defines else "float32"
-        self.size = 2 if "REAL_BF16" in defines else 4  # bytes of an activation
         self.counts = {}  # how often each block of a grid was called, by the size of the grid
 
     def calls(self, grid):
@@ -38,10 +37,14 @@ class Scan:
             self.counts[blocks] = self.device.zeros((blocks,), "int32")
         return self.counts[blocks]
 
-    def launch(self, file: str, grid, *args, shared_bytes: int = 0):
-        """The kernel of a file that has one. Only two of them know the state as it is stored."""
+    def run(self, file: str, grid, *args, held: int = 0):
+        """The kernel of a file that has one; a block holds so many tiles in shared memory.
+
+        Only two of them know the state as it is stored.
+        """
         defines = self.defines if file in ("ssd_step", "ssd_pass") else self.activations
-        self.device.launch(file, file, grid, (THREADS,), args, shared_bytes, defines)
+        row = CHUNK + (0 if self.dtype == "bfloat16" else 4)  # see tiles.cuh
+        self.device.launch(file, file, grid, (THREADS,), args, held * TILE * row * self.size, defines)
 
     def ssd_scan(self, x, dt, A_log, B, C, D, dt_bias, S, n=None, limit=(0.0, math.inf), chunk: int = 128):
         """Returns (y b l h p, the state after the last real position of each row).
@@ -53,9 +56,7 @@ class Scan:
         if x.shape[1] <= FEW:
             self.steps(x, dt, A_log, B, C, D, dt_bias, S, n, limit, y)
         else:
-            b, length, h, p = x.shape
-            states = b * h * p * B.shape[3] * (4 + self.size)  # bytes of a chunk
-            span = CHUNK * max(1, SCRATCH // states)
+            length, span = x.shape[1], CHUNK * chunks_at_once(x.shape, B.shape, self.size)
             for first in range(0, length, span):
                 last = min(length, first + span)
                 self.chunks(x, dt, A_log, B, C, D, dt_bias, S, n, limit, y, first, last)
@@ -66,7 +67,7 @@ class Scan:
         (b, length, h, p), (g, state) = x.shape, B.shape[2:]
         grid = tiles(p, STEP_ROWS), h, b
         (x, x_stride), (dt, dt_stride), (B, B_stride), (C, C_stride) = map(positions, (x, dt, B, C))
-        self.launch(
+        self.run(
             "ssd_step", grid, x, dt, A_log, B, C, D, dt_bias, S, y, n, self.calls(grid),
             *map(np.int32, (length, h, p, g, state)), x_stride, dt_stride, B_stride, C_stride, *limit,
         )  # fmt: skip
@@ -79,22 +80,31 @@ class Scan:
         decay = self.device.empty((b, h, chunks), "float32")
         added = self.device.empty((b, chunks, h, p, state), "float32")
         before = self.device.empty((b, chunks, h, p, state), self.dtype)
+        scores = self.device.empty((b, chunks, g, PAIRS, TILE, TILE), "float32")
         sizes = tuple(map(np.int32, (first, length, h, p, g, state)))
         (x, x_stride), (dt, dt_stride), (B, B_stride), (C, C_stride) = map(positions, (x, dt, B, C))
-        pad = 4 if self.size == 4 else 0  # of the rows of a tile, see tiles.cuh
-        wide, square, pieces = TILE * (CHUNK + pad), TILE * (TILE + pad), 1 if pad else 2
-        self.launch(
+        self.run(
             "ssd_states", (chunks, heads, b), x, dt, A_log, B, dt_bias, step, high, low, decay, added,
-            n, *sizes, x_stride, dt_stride, B_stride, *limit, shared_bytes=(1 + pieces) * wide * self.size,
+            n, *sizes, x_stride, dt_stride, B_stride, *limit, held=2 if self.dtype == "float32" else 3,
         )  # fmt: skip
         grid = tiles(p * state, 4 * THREADS), h, b
         counts = map(np.int32, (chunks, h, p * state))
-        self.launch("ssd_pass", grid, S, decay, added, before, self.calls(grid), *counts)
-        shared = (square + wide * (1 + tiles(state, CHUNK))) * self.size
-        self.launch(
-            "ssd_outputs", (tiles(last - first, TILE), heads, b), x, B, C, D, step, high, low, before, y,
-            n, *sizes, x_stride, B_stride, C_stride, shared_bytes=shared,
+        self.run("ssd_pass", grid, S, decay, added, before, self.calls(grid), *counts)
+        self.run(
+            "ssd_scores", (chunks * PAIRS, g, b), B, C, scores,
+            n, *map(np.int32, (first, length, g, state)), B_stride, C_stride, held=2,
         )  # fmt: skip
+        self.run(
+            "ssd_outputs", (tiles(last - first, TILE), heads, b), x, C, D, step, high, low, before, scores, y,
+            n, *sizes, x_stride, C_stride, held=2,
+        )  # fmt: skip
+
+
+def chunks_at_once(x: tuple[int, ...], B: tuple[int, ...], size: int) -> int:
+    """How many chunks of x b l h p and B b l g n share the scratch; `size`: bytes of an activation."""
+    (b, _, h, p), (g, n) = x, B[2:]
+    states, steps, scores = h * p * n * (4 + size), 4 * (3 * CHUNK + 1) * h, 4 * g * PAIRS * TILE**2
+    return max(1, SCRATCH // (b * (states + steps + scores)))
 
 
 def positions(x):

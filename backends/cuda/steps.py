@@ -31,14 +31,14 @@ class Steps:
 
     def __init__(self, device):
         self.device = device
-        self.warm = set()  # (model, batch): these have run, so that their kernels are compiled
+        self.warm = {}  # models by (id, batch): these have run, so that their kernels are compiled
         self.captured: dict[tuple, Step] = {}
 
     def __call__(self, model, ids, states: list):
         ids = np.asarray(ids, np.int32).reshape(-1, 1)
         states = [state.reserve(1) if isinstance(state, Cache) else state for state in states]
         if (id(model), len(ids)) not in self.warm:
-            self.warm.add((id(model), len(ids)))
+            self.warm[id(model), len(ids)] = model  # kept, so that no other model gets its id
             logits, states = step(model, self.device.from_host(ids), states)
             return self.device.to_host(logits), states
         found = self.find(model, ids, states)

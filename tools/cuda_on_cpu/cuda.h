@@ -1,9 +1,24 @@
 // CUDA C++ as the kernels use it, for a host compiler. Included before every kernel file; what is missing here does
 // not compile, and is added when a kernel needs it.
 #pragma once
-#include <math.h>
-
 #include "runtime.h"
+
+// Mathematics of the C library. (What C++ makes of <math.h> are 20,000 lines, which every compilation would read.)
+extern "C" {
+float expf(float) noexcept;
+float exp2f(float) noexcept;
+float logf(float) noexcept;
+float log2f(float) noexcept;
+float log1pf(float) noexcept;
+float tanhf(float) noexcept;
+float sqrtf(float) noexcept;
+float fabsf(float) noexcept;
+float floorf(float) noexcept;
+float fmaxf(float, float) noexcept;
+float fminf(float, float) noexcept;
+float copysignf(float, float) noexcept;
+float fmaf(float, float, float) noexcept;
+}
 
 #define CUDA_ON_CPU 1
 #define __global__

@@ -77,6 +77,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
         }
         weigh(rows, score, here + Stage<KEYS>::values, e);
     }
+    copies.wait<0>();  // for the queries, where there was no key
 
 #pragma unroll
     for (int m = 0; m < M; m++)

@@ -68,6 +68,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         softmax(rows[0], score[0], scale, visible);
         weigh(rows, score, value, e);
     }
+    copies.wait<0>();  // for the queries, where there was no key
 
     __syncthreads();  // the stages become room for the warps' sums, [warp][row][HEAD]
     float* warp_sums = reinterpret_cast<float*>(stages);

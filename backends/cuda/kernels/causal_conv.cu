@@ -8,6 +8,7 @@
 constexpr int TAPS = 4;   // the widest kernel; a narrower one has zeros in front
 constexpr int SPAN = 16;  // positions of a thread
 constexpr int AHEAD = 4;
+constexpr int THREADS = 128;
 
 // Row t of x, counted from the first position; below 0 it is the tail, and below that zeros.
 template <int N>
@@ -84,12 +85,14 @@ DEVICE void channels(const Real* x, const float* weight, const float* bias, Real
     if (first == 0) remember<N>(x + at, tail + at, end, k, c, x_stride);
 }
 
-// Grid: channels, SPANs of positions, sequences. Only the first n[b] positions are real, or all.
-extern "C" __global__ void __launch_bounds__(128, 3)
+// Grid: SPANs of positions, and within each tiles of channels; sequences. Only the first n[b] positions are
+// real, or all.
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
     causal_conv(const Real* x, const float* weight, const float* bias, Real* tail, Real* y, const int* n,
                 int l, int c, int k, long long x_stride) {
-    int thread = blockIdx.x * blockDim.x + threadIdx.x, first = blockIdx.y * SPAN;
-    long long b = blockIdx.z;
+    int across = (c + THREADS * PACK - 1) / (THREADS * PACK), first = blockIdx.x / across * SPAN;
+    int thread = blockIdx.x % across * THREADS + threadIdx.x;
+    long long b = blockIdx.y;
     int end = n ? min(n[b], l) : l;
     x += b * l * x_stride;
     y += b * l * c;
@@ -104,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(128, 3)
 }
 
 // One position of each sequence, a channel a thread. Grid: channels, sequences.
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(THREADS)
     causal_conv_update(const Real* x, const float* weight, const float* bias, Real* tail, Real* y,
                        const int* n, int c, int k, long long x_stride) {
     int at = blockIdx.x * blockDim.x + threadIdx.x;

@@ -150,3 +150,24 @@ DEVICE float block_sum(float x, float* partial) {
 DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 DEVICE float silu(float x) { return x / (1.0f + expf(-x)); }
 DEVICE float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
+
+// How far a head of the scan steps, by what the projection says of a position.
+DEVICE float time_step(const Real* dt, float bias, float least, float most) {
+    return fminf(fmaxf(softplus(load(*dt) + bias), least), most);
+}
+
+// In kernels that treat each element alike: which one a thread begins with, and how far it is to its next.
+DEVICE long long first_element() { return (long long)blockIdx.x * blockDim.x + threadIdx.x; }
+DEVICE long long next_element() { return (long long)gridDim.x * blockDim.x; }
+
+// Two neighbours, as far as they are among the `count` that are there. `even`: the first is aligned to both.
+template <class T>
+DEVICE void write_pair(T* p, const float* v, int count, bool even) {
+    if (even && count > 1) {
+        float both[2] = {v[0], v[1]};
+        write(p, both);
+    } else {
+        if (count > 0) put(p, v[0]);
+        if (count > 1) put(p + 1, v[1]);
+    }
+}

@@ -16,10 +16,6 @@ constexpr int STAGES = 3, COLUMNS_16 = 128, COLUMNS_64 = 128;
 constexpr int DEPTH = 32;  // steps of a stage
 constexpr int THREADS = 128;
 
-struct alignas(2 * sizeof(Real)) Pair {
-    Real one, two;
-};
-
 // Fetches steps k .. k + DEPTH - 1 of ROWS rows of `width`; source(row) is where a row begins, null where
 // there is none; `any` is any address.
 template <int ROWS, class Source>
@@ -78,25 +74,12 @@ DEVICE void grouped(const Real* x, long long stride, const Real* matrices, const
         multiply<A, B>(sum, a + A::at(0, 0), a + A::size + B::at(right, 0), DEPTH);
     }
 
-    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
-    for (int i = 0; i < M; i++)
-#pragma unroll
-        for (int j = 0; j < N; j++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int row = 16 * i + g + 8 * half, column = left + right + 8 * j + 2 * t;
-                float one = sum[i][j][2 * half], two = sum[i][j][2 * half + 1];
-                if (UP) one = relu2(one), two = relu2(two);
-                Real* to = y + (long long)(first + row) * columns + column;
-                if (row >= places || column >= columns) continue;
-                if (columns % 2 == 0) {
-                    *reinterpret_cast<Pair*>(to) = {store(one), store(two)};
-                } else {
-                    put(to, one);
-                    if (column + 1 < columns) put(to + 1, two);
-                }
-            }
+    each_pair(sum, [&](int row, int column, float* v) {
+        column += left + right;
+        if (row >= places) return;
+        if (UP) v[0] = relu2(v[0]), v[1] = relu2(v[1]);
+        write_pair(y + (long long)(first + row) * columns + column, v, columns - column, columns % 2 == 0);
+    });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)

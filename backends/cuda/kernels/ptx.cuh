@@ -101,6 +101,10 @@ struct Copies {
     };
     Copy waiting[96];
     int first = 0, end = 0, group = 0;
+
+    ~Copies() {
+        if (first < end) ::cuda_on_cpu::fail("a thread ended while %d of its copies were under way", end - first);
+    }
 #endif
 
     // 16 bytes, both ends aligned to 16: the first `bytes` of them are copied, the others become 0.

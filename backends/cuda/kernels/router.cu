@@ -97,16 +97,16 @@ struct Ahead {
     }
 };
 
-// Grid: tiles of experts, tiles of tokens; four warps, each 16 tokens and 32 experts.
+// Grid: tiles of tokens, and within each tiles of experts; four warps, each 16 tokens and 32 experts.
 extern "C" __global__ void __launch_bounds__(THREADS)
     router_many(const Real* h, const float* gate, float* logits, int tokens, int experts, int d,
                 long long h_stride) {
     __shared__ __align__(16) Real rows[Rows::size];
     __shared__ __align__(16) Real columns[PIECES * Columns::size];
-    int token = blockIdx.y * TOKENS, expert = blockIdx.x * COLUMNS, warp = threadIdx.x >> 5,
-        lane = threadIdx.x & 31;
+    int across = (experts + COLUMNS - 1) / COLUMNS, warp = threadIdx.x >> 5;
+    int token = blockIdx.x / across * TOKENS, expert = blockIdx.x % across * COLUMNS;
     int row = 16 * (warp & 1), column = 32 * (warp >> 1);
-    float sum[4][4] = {};
+    float sum[1][4][4] = {};
     h += token * h_stride;
     gate += (long long)expert * d;
     bool fast_h = h_stride % PACK == 0 && aligned(h), fast_gate = d % PACK == 0 && aligned(gate);
@@ -128,16 +128,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int j = 0; j < 4; j++)
 #pragma unroll
-            for (int p = 0; p < 4; p++) sum[j][p] += part[0][j][p];
+            for (int p = 0; p < 4; p++) sum[0][j][p] += part[0][j][p];
         __syncthreads();  // the tiles have been read
     }
-    row += token + (lane >> 2);
-    column += expert + 2 * (lane & 3);
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-#pragma unroll
-        for (int p = 0; p < 4; p++) {
-            int r = row + 8 * (p >> 1), c = column + 8 * j + (p & 1);
-            if (r < tokens && c < experts) logits[(long long)r * experts + c] = sum[j][p];
-        }
+    each_pair(sum, [&](int r, int c, float* v) {
+        r += token + row, c += expert + column;
+        if (r < tokens) write_pair(logits + (long long)r * experts + c, v, experts - c, experts % 2 == 0);
+    });
 }

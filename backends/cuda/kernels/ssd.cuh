@@ -8,18 +8,26 @@
 //   decay  [b, h, chunks]             exp of a at the end of the chunk
 //   added  [b, chunks, h, p, n]       what the chunk alone would leave in the state
 //   before [b, chunks, h, p, n]       Real: the state in which the chunk begins
+//   scores [b, chunks, g, PAIRS, ..]  C B' of a group, for each pair of TILEs of positions at or before another
 #pragma once
 #include "tiles.cuh"
 
-constexpr int CHUNK = 128, TILE = 64;
+constexpr int CHUNK = 128, TILE = 64, PAIRS = 3;
+static_assert(CHUNK == 2 * TILE, "a chunk has two tiles of positions, and three pairs of them");
 constexpr int THREADS = 128;  // four warps, each a quarter of a TILE x TILE product
 typedef Tile<TILE, CHUNK> Wide;
-typedef Tile<TILE, TILE> Square;
 #ifdef REAL_BF16
 constexpr int PIECES = 2;  // what is added to the state keeps 16 bits of a product of x and its weight
 #else
 constexpr int PIECES = 1;
 #endif
+
+// Where this lane's scores of a pair are: 16 bytes of each lane side by side, then the next 16 of each.
+DEVICE long long scores_at(int chunks, int chunk, int g, int group, int pair) {
+    long long tile = ((blockIdx.z * (long long)chunks + chunk) * g + group) * PAIRS + pair;
+    return tile * TILE * TILE + 4 * threadIdx.x;
+}
+constexpr int NEXT_SCORES = 4 * THREADS;
 
 // A depth that a product can have.
 DEVICE int padded(int depth) { return (depth + 31) / 32 * 32; }
@@ -38,21 +46,20 @@ struct Span {
 };
 
 // to[r][c] = from[r][c] for TILE rows, of which `rows` are there, and `width` columns, with zeros up to 32.
-template <class T>
 DEVICE void fill(Copies& copies, Real* to, const Real* from, long long stride, int rows, int width) {
     bool fast = stride % PACK == 0 && aligned(from);
     int packs = padded(width) / PACK;
     for (int i = threadIdx.x; i < TILE * packs; i += blockDim.x) {
         int row = i / packs, column = i % packs * PACK;
         bool there = row < rows && column < width;
-        fetch(copies, to + T::at(row, column), there ? from + row * stride + column : from,
+        fetch(copies, to + Wide::at(row, column), there ? from + row * stride + column : from,
               there ? width - column : 0, fast);
     }
 }
 
 // to[c][r] = from[r][c] scale[r] for `depth` rows, of which `rows` are there, and TILE columns, of which
 // `width` are; scale may be null. `pieces` tiles one after another, whose sum is what is meant.
-template <class T, int pieces = 1>
+template <int pieces = 1>
 DEVICE void transpose(Real* to, const Real* from, long long stride, int rows, int width, int depth,
                       const float* scale) {
     bool fast = stride % PACK == 0 && aligned(from);
@@ -72,36 +79,47 @@ DEVICE void transpose(Real* to, const Real* from, long long stride, int rows, in
 #pragma unroll
             for (int piece = 0; piece < pieces; piece++) {
                 Real part = store(rest);
-                to[piece * T::size + T::at(column + e, row)] = part;
+                to[piece * Wide::size + Wide::at(column + e, row)] = part;
                 rest -= load(part);
             }
         }
     }
 }
 
-// Where this lane's sums of a TILE x TILE product are: element p of block (i, j).
-DEVICE int sum_row(int i, int p) {
-    return 32 * ((threadIdx.x >> 5) & 1) + 16 * i + ((threadIdx.x & 31) >> 2) + 8 * (p >> 1);
-}
-DEVICE int sum_column(int j, int p) {
-    return 32 * (threadIdx.x >> 6) + 8 * j + 2 * (threadIdx.x & 3) + (p & 1);
-}
+// A quarter of a TILE x TILE product, by one warp, and where it begins.
+typedef float Sums[2][4][4];
+DEVICE int first_row() { return 32 * ((threadIdx.x >> 5) & 1); }
+DEVICE int first_column() { return 32 * (threadIdx.x >> 6); }
 
-// Two neighbours, as far as they are among the `count` that are there. `even`: the first is aligned to both.
-template <class T>
-DEVICE void write_pair(T* p, const float* v, int count, bool even) {
-    if (even && count > 1) {
-        float both[2] = {v[0], v[1]};
-        write(p, both);
-    } else {
-        if (count > 0) put(p, v[0]);
-        if (count > 1) put(p + 1, v[1]);
-    }
+// f(row, column, v) for every two neighbours v[0], v[1] of this lane's sums of such a product.
+template <class F>
+DEVICE void each_sum(Sums& sum, F f) {
+    each_pair(sum, [&](int row, int column, float* v) { f(first_row() + row, first_column() + column, v); });
 }
 
 // sum += a b' over `depth` steps of two tiles of TILE rows.
-template <class A, class B>
-DEVICE void product(float (&sum)[2][4][4], const Real* a, const Real* b, int depth) {
-    int warp = threadIdx.x >> 5;
-    multiply<A, B>(sum, a + A::at(32 * (warp & 1), 0), b + B::at(32 * (warp >> 1), 0), depth);
+DEVICE void product(Sums& sum, const Real* a, const Real* b, int depth) {
+    multiply<Wide, Wide>(sum, a + Wide::at(first_row(), 0), b + Wide::at(first_column(), 0), depth);
+}
+
+// Rows `stride` values apart, of which `count` are there.
+struct Lines {
+    const Real* from;
+    long long stride;
+    int count;
+};
+
+// sum += a b' over `width` columns of TILE rows each, CHUNK at a time through the two tiles `here` and `there`.
+DEVICE void product(Sums& sum, const Lines& a, const Lines& b, int width, Real* here, Real* there) {
+    for (int first = 0; first < width; first += CHUNK) {
+        Copies copies;
+        int piece = min(CHUNK, width - first);
+        if (first > 0) __syncthreads();  // what was there has been read
+        fill(copies, here, a.from + first, a.stride, a.count, piece);
+        fill(copies, there, b.from + first, b.stride, b.count, piece);
+        copies.close();
+        copies.wait<0>();
+        __syncthreads();
+        product(sum, here, there, padded(piece));
+    }
 }

@@ -22,11 +22,6 @@ DEVICE double running_sum(double x, double* total) {
     return x;
 }
 
-// dt of this thread's position.
-DEVICE float time_step(const Real* dt, float dt_bias, float least, float most) {
-    return fminf(fmaxf(softplus(load(*dt) + dt_bias), least), most);
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
     ssd_states(const Real* x, const Real* dt, const float* A_log, const Real* B, const float* dt_bias,
                float* step, float* high, float* low, float* decay, float* added, const int* n, int first,
@@ -58,24 +53,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
     x += span.row * x_stride + head * p + column;
     B += span.row * B_stride + group * state;
     added += ((((long long)blockIdx.z * gridDim.x + blockIdx.x) * h + head) * p + column) * state;
-    transpose<Wide, PIECES>(X, x, x_stride, span.count, min(TILE, p - column), depth, steps.weight);
+    transpose<PIECES>(X, x, x_stride, span.count, min(TILE, p - column), depth, steps.weight);
     for (int from = 0; from < state; from += TILE) {
-        float sum[2][4][4] = {};
+        Sums sum = {};
         __syncthreads();  // what was there has been read
-        transpose<Wide>(Bt, B + from, B_stride, span.count, min(TILE, state - from), depth, nullptr);
+        transpose(Bt, B + from, B_stride, span.count, min(TILE, state - from), depth, nullptr);
         __syncthreads();
 #pragma unroll
-        for (int piece = 0; piece < PIECES; piece++)
-            product<Wide, Wide>(sum, X + piece * Wide::size, Bt, depth);
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-#pragma unroll
-                for (int q = 0; q < 4; q += 2) {
-                    int r = sum_row(i, q), c = from + sum_column(j, q);
-                    if (r >= p - column) continue;
-                    write_pair(added + (long long)r * state + c, &sum[i][j][q], state - c, state % 2 == 0);
-                }
+        for (int piece = 0; piece < PIECES; piece++) product(sum, X + piece * Wide::size, Bt, depth);
+        each_sum(sum, [&](int r, int c, float* v) {
+            c += from;
+            if (r < p - column) write_pair(added + (long long)r * state + c, v, state - c, state % 2 == 0);
+        });
     }
 }

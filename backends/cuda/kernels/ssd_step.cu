@@ -23,7 +23,7 @@ struct Place {
 struct Clock {
     float A, bias, least, most;
 
-    DEVICE float step(const Real* dt) const { return fminf(fmaxf(softplus(load(*dt) + bias), least), most); }
+    DEVICE float step(const Real* dt) const { return time_step(dt, bias, least, most); }
     DEVICE float decay(float step) const { return expf(step * A); }
 };
 

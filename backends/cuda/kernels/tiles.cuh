@@ -82,6 +82,18 @@ DEVICE void multiply(float (&sum)[M][N][4], const Real* a, const Real* b, int de
     }
 }
 
+// f(row, column, v) for every two neighbours v[0], v[1] of the sums that multiply left in this lane.
+template <int M, int N, class F>
+DEVICE void each_pair(float (&sum)[M][N][4], F f) {
+    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int j = 0; j < N; j++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) f(16 * i + g + 8 * half, 8 * j + 2 * t, &sum[i][j][2 * half]);
+}
+
 DEVICE float relu2(float x) {
     x = fmaxf(x, 0.0f);
     return x * x;
