@@ -56,19 +56,33 @@ def sample(logits: Float[Array, " v"], sampling: Sampling, seen: Sequence[int], 
     """One token. Greedy choice takes no number from the generator."""
     if sampling.temperature == 0:
         return int(np.argmax(penalised(logits, sampling.repetition_penalty, seen)))
-    return draw(probabilities(logits, sampling, seen), generator)
+    ids, p = likely(logits, sampling, seen)
+    return int(ids[draw(p, generator)])
 
 
 def probabilities(logits: Float[Array, " v"], sampling: Sampling, seen: Sequence[int]) -> Float[Array, " v"]:
-    logits = penalised(logits, sampling.repetition_penalty, seen)  # v, float64 from here on
+    """Of every token, after the filters; in float64."""
+    p = np.zeros(logits.size)
     if sampling.temperature == 0:
-        return (np.arange(logits.size) == np.argmax(logits)).astype(logits.dtype)
-    logits = only_likeliest(logits, int(sampling.top_k))
+        p[np.argmax(penalised(logits, sampling.repetition_penalty, seen))] = 1
+    else:
+        ids, p_of_ids = likely(logits, sampling, seen)
+        p[ids] = p_of_ids
+    return p
+
+
+def likely(logits: Float[Array, " v"], sampling: Sampling, seen: Sequence[int]) -> tuple[Array, Array]:
+    """The tokens that no filter rules out, in order of id, and their probabilities: few of many, mostly."""
+    logits = penalised(logits, sampling.repetition_penalty, seen)  # float64 from here on
+    ids = likeliest(logits, int(sampling.top_k))
+    logits = logits[ids]
     with np.errstate(over="ignore"):  # at a temperature close to 0
         p = np.exp((logits - logits.max()) / sampling.temperature)
-    p = nucleus(p / p.sum(), sampling.top_p)
-    p = np.where(p >= sampling.min_p * p.max(), p, 0)
-    return p / p.sum()
+    kept = nucleus(p / p.sum(), sampling.top_p)
+    ids, p = ids[kept], p[kept]
+    kept = p >= sampling.min_p * p.max()
+    ids, p = ids[kept], p[kept]
+    return ids, p / p.sum()
 
 
 def checked(logits):
@@ -87,26 +101,24 @@ def penalised(logits, penalty: float, seen: Sequence[int]):
     return logits
 
 
-def only_likeliest(logits, k: int):
-    """Rule out all but the k largest."""
+def likeliest(logits, k: int):
+    """Indices of the k largest (0: of all), in order."""
     if not 0 < k < logits.size:
-        return logits
+        return np.arange(logits.size)
     kth = np.partition(logits, -k)[-k]
-    keep = logits > kth
-    keep[np.flatnonzero(logits == kth)[: k - keep.sum()]] = True
-    return np.where(keep, logits, -np.inf)
+    above = np.flatnonzero(logits > kth)
+    equal = np.flatnonzero(logits == kth)[: k - above.size]
+    return np.sort(np.concatenate([above, equal]))
 
 
 def nucleus(p, top_p: float):
-    """Rule out what is not needed to reach top_p: a token stays if the likelier ones fall short of it."""
+    """Indices of the fewest that reach top_p, in order: one stays if the likelier ones fall short of it."""
     if top_p == 1:
-        return p
+        return slice(None)
     candidates = np.flatnonzero(p >= (1 - top_p) / p.size)  # the others fall short of 1 - top_p all together
     order = candidates[np.argsort(-p[candidates], kind="stable")]
     likelier = np.cumsum(p[order]) - p[order]
-    kept = np.zeros_like(p)
-    kept[order] = np.where(likelier < top_p, p[order], 0)
-    return kept
+    return np.sort(order[likelier < top_p])
 
 
 def draw(p: Float[Array, " v"], generator: np.random.Generator) -> int:
@@ -122,5 +134,6 @@ def log_probs(logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
 
 def alternatives(log_p: Float[Array, " v"], n: int) -> list[tuple[int, float]]:
     """The n likeliest tokens with their log-probabilities, likeliest first."""
-    best = np.flatnonzero(only_likeliest(log_p, n) > -np.inf) if n else np.array([], int)
+    best = likeliest(log_p, n) if n else np.array([], int)
+    best = best[log_p[best] > -np.inf]
     return [(int(i), float(log_p[i])) for i in best[np.argsort(-log_p[best], kind="stable")]]
