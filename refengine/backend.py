@@ -12,6 +12,7 @@ from spec.tensors import parameters, table
 
 NAMES = ("numpy", "torch", "cuda")
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+MOST_THREADS = 1024  # far more end the process inside a library
 
 
 def make(
@@ -28,11 +29,13 @@ def make(
     device: None is the first CUDA device for the cuda backend, and the processor for the others.
     share: how much of the weights this machine is to hold, of all there are.
     """
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise InputError(f"threads = {threads} is not a number from 1 to {MOST_THREADS}")
     if name == "cuda":
         from backends.cuda import cuda_backend
 
-        return cuda_backend(dtype, device or "cuda", cfg, share=share)
-    device = device or "cpu"
+        return cuda_backend(dtype, "cuda" if device is None else device, cfg, share=share)
+    device = "cpu" if device is None else device
     if name == "numpy":
         if dtype not in ("float32", "float64"):
             raise InputError(f"the numpy backend computes in float32 or float64, not in {dtype}")

@@ -16,10 +16,10 @@ from statistics import median
 import numpy as np
 
 from refengine.engine import PREFILL
-from refengine.report import peak_memory
+from refengine.report import forget_peak, peak_memory
 from spec.config import Config
 from spec.model import Model
-from spec.ops import Stepping
+from spec.ops import Backend, Stepping
 from spec.tensors import active_parameters, table
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -38,7 +38,7 @@ def seconds(work: Callable, repeat: int) -> float:
 
 def read_bandwidth(threads: int) -> float:
     """Bytes a second that `threads` threads read from memory together, the best of five."""
-    parts = [np.ones(2**24, np.int64) for _ in range(threads)]  # 128 MB each
+    parts = [np.ones(2**24 // max(1, threads // 16), np.int64) for _ in range(threads)]  # of 128 MB at most
     with ThreadPoolExecutor(threads) as pool:
         times = []
         for _ in range(5):
@@ -99,9 +99,14 @@ def prefill(model: Model, ids: np.ndarray) -> list:
 
 def with_context(model: Model, batch: int, context: int) -> list:
     """States of sequences that have read `context` positions of noise."""
-    states, here, cfg = prefill(model, np.zeros((batch, 1), np.int64)), model.backend, model.cfg
-    rng, known = np.random.default_rng(0), 1
+    states, here = prefill(model, np.zeros((batch, 1), np.int64)), model.backend
     dtype = here.fetch(model.embed(here.array(np.zeros((1, 1), np.int64)))).dtype  # of an activation
+    return filled(states, here, model.cfg, batch, context, dtype)
+
+
+def filled(states: list, here: Backend, cfg: Config, batch: int, context: int, dtype) -> list:
+    """States of sequences that have read one position, with `context` - 1 more."""
+    rng, known = np.random.default_rng(0), 1
     while known < context:
         more = min(4096, context - known)
         shape = batch, more, cfg.num_key_value_heads, cfg.head_dim
@@ -137,20 +142,30 @@ def bench(
     cfg = model.cfg
     peak, bandwidth = (matrix_peak(model), read_bandwidth(threads)) if host else (None, None)
     yield {"what": "machine", "threads": threads, "bandwidth": bandwidth, "matrix_peak": peak}
+    forget_peak()  # of what measured the machine
     rng, cached = np.random.default_rng(0), model.backend.new_state("*", cfg, 1).k.itemsize
     for length in prompts:
         ids = rng.integers(0, cfg.vocab_size, (1, length))
         took = seconds(lambda ids=ids: prefill(model, ids), repeat)
-        yield {
-            "what": "prefill", "batch": 1, "tokens": length, "tokens_per_second": length / took,
-            "share": host and 2 * active_parameters(cfg) * length / took / peak, "peak_memory": peak_memory(),
-        }  # fmt: skip
+        share = 2 * active_parameters(cfg) * length / took / peak if host else None
+        yield prefill_row(length, took, share, peak_memory())
     for context in contexts:
         for batch in batches:
             took = decode_seconds(model, batch, context, steps)
             need = bytes_a_step(cfg, BYTES[dtype], cached, batch, context)
-            yield {
-                "what": "decode", "batch": batch, "tokens": context, "tokens_per_second": batch / took,
-                "milliseconds": 1e3 * took, "share": host and need / took / bandwidth,
-                "peak_memory": peak_memory(),
-            }  # fmt: skip
+            share = need / took / bandwidth if host else None
+            yield decode_row(batch, context, took, share, peak_memory())
+
+
+def prefill_row(length: int, took: float, share: float | None, memory: int) -> dict:
+    return {
+        "what": "prefill", "batch": 1, "tokens": length, "tokens_per_second": length / took,
+        "share": share, "peak_memory": memory,
+    }  # fmt: skip
+
+
+def decode_row(batch: int, context: int, took: float, share: float | None, memory: int) -> dict:
+    return {
+        "what": "decode", "batch": batch, "tokens": context, "tokens_per_second": batch / took,
+        "milliseconds": 1e3 * took, "share": share, "peak_memory": memory,
+    }  # fmt: skip

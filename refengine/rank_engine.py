@@ -7,50 +7,19 @@ Several sequences are split over ep, one is repeated there.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from refengine.comm import RankError, Ranks
-from refengine.engine import Engine
+from refengine.engine import Engine, Scores
 from refengine.generation import Draw, Options, Text
+from refengine.seats import Seats
 from spec import ranks, state
 from spec.config import InputError
-from spec.layout import span
 from spec.ops import Backend
 from spec.shard import Shard
-
-
-@dataclass(frozen=True)
-class Seats:
-    """Which sequences of a batch each rank of ep has: their numbers, or None for one kept as padding."""
-
-    of: tuple[tuple[int | None, ...], ...]
-
-    @classmethod
-    def split(cls, batch: int, ep: int) -> Seats:
-        """In parts as even as can be; all of them for everyone if there are fewer sequences than ranks."""
-        if ep == 1 or batch < ep:
-            return cls((tuple(range(batch)),) * ep)
-        return cls(tuple(tuple(span(batch, ep, e)) for e in range(ep)))
-
-    @property
-    def repeated(self) -> bool:
-        return all(seats == self.of[0] for seats in self.of)
-
-    @property
-    def sizes(self) -> list[int]:
-        return [len(seats) for seats in self.of]
-
-    def stay(self, rows: list[int]) -> tuple[Seats, list[list[int]]]:
-        """Only `rows` go on, under new numbers: the seats, and which of its own each rank keeps.
-
-        Every rank keeps one, so that it can answer for its experts.
-        """
-        number = {row: i for i, row in enumerate(rows)}
-        kept = [[i for i, row in enumerate(seats) if row in number] or [0] for seats in self.of]
-        pairs = zip(self.of, kept, strict=True)
-        return Seats(tuple(tuple(number.get(seats[i]) for i in mine) for seats, mine in pairs)), kept
 
 
 @dataclass
@@ -63,15 +32,64 @@ class RankEngine(Engine):
     seats: Seats = field(repr=False, default=Seats(((),)))
 
     def run(self, rows, options):
-        self.comm.tell({"rows": rows, "options": asdict(options)})
-        return super().run(rows, options)
+        return self.ask("run", rows=rows, options=asdict(options))
+
+    def score(self, prompt):
+        return next(self.ask("score", ids=self.ids(prompt)))
+
+    def bench(self, **how) -> Iterator[dict]:
+        """The rows of rank_bench.py, of all ranks together."""
+        return self.ask("bench", **how)
+
+    def ask(self, what: str, **how) -> Iterator:
+        """All ranks do the same, and rank 0 uses what comes out of it."""
+        self.comm.tell({"what": what} | how)
+        return self.part(what, **how)
 
     def follow(self) -> None:
         """Do a rank's part in all that rank 0 is asked for, until it ends."""
         while request := self.comm.tell(idle=True):
-            options = Options(**request["options"])
-            for _ in Engine.run(self, request["rows"], options):
+            for _ in self.part(**request):
                 pass
+
+    def part(self, what: str, **how) -> Iterator:
+        """This rank's part in what was asked for."""
+        match what:
+            case "run":
+                return super().run(how["rows"], Options(**how["options"]))
+            case "score":
+                return iter([self._score(how["ids"])])
+        from refengine.rank_bench import bench
+
+        return bench(self, **how)
+
+    def _score(self, ids: list[int]) -> Scores:
+        """The last stage has the logits, and the prediction head; everyone hears."""
+        self.seats = Seats.split(1, self.shard.layout.ep)
+        self._seated()
+        scores, leader, size = Scores(ids), self._leader(0), max(0, len(ids) - 1)
+        if self.is_last:
+            scores = super().score(ids)
+        else:
+            for _ in self.read([ids]):
+                pass
+        if size:
+            guesses = size - 1 if self.config.mtp_layers else 0
+            heard = {leader: np.array(scores.trunk + scores.head or [0.0] * (size + guesses))}
+            self.comm.share(heard[leader] if self.comm.rank == leader else None, heard)
+            scores = Scores(ids, heard[leader][:size].tolist(), heard[leader][size:].tolist())
+        return scores
+
+    def meet(self) -> None:
+        """Go on when the last stage has done what came before."""
+        heard = {self._leader(e): np.zeros(1) for e in range(self.shard.layout.ep)}
+        self.comm.share(heard.get(self.comm.rank), heard)
+
+    def largest(self, number: float) -> float:
+        """Of the numbers of all ranks."""
+        heard = {rank: np.array([float(number)]) for rank in range(self.comm.count)}
+        self.comm.share(heard[self.comm.rank], heard)
+        return float(max(heard.values())[0])
 
     def close(self) -> None:
         """Nothing more will be asked."""
@@ -163,4 +181,3 @@ def _read(line: np.ndarray, with_logprobs: bool) -> Draw | None:
         return Draw(int(line[0]))
     top = tuple((int(token), float(logprob)) for token, logprob in line[2:].reshape(-1, 2))
     return Draw(int(line[0]), float(line[1]), top)
-

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 
 from refengine import backend as backends
 from refengine.checkpoint import Checkpoint
+from refengine.comm import PATIENCE, Ranks
 from refengine.comm.launch import connect
 from refengine.engine import limit_threads, progress
 from refengine.place import Place, place
@@ -23,6 +25,7 @@ from spec import ranks
 from spec.arrays import DTYPES
 from spec.config import Config, InputError
 from spec.layout import Layout, plan
+from spec.ops import Backend
 from spec.shard import Shard, held, rows
 from spec.tensors import parameters, table
 
@@ -38,7 +41,7 @@ def load(
     tp: int = 1,
     ep: int = 1,
     pp: int = 1,
-    patience: float = 30.0,
+    patience: float = PATIENCE,
 ) -> RankEngine:
     """This rank's part of a model; every rank of the job makes the same call.
 
@@ -63,7 +66,7 @@ def load(
     comm.compare(identity(checkpoint, shard.layout, backend, dtype))
     mine = rows(cfg, shard)
     share = here.local_count * sum(sizes(row, cfg, shard)[0] for row in mine) / parameters(table(cfg))
-    chosen = backends.make(backend, cfg, dtype, device, threads, deterministic, share)
+    chosen = speaking(backends.make(backend, cfg, dtype, device, threads, deterministic, share), comm)
     with progress("loading", len(mine), "tensor", silent=comm.rank > 0) as bar:
 
         def read(name: str) -> np.ndarray:
@@ -73,8 +76,17 @@ def load(
 
         built = ranks.part(cfg, read, chosen, shard, comm)
     checkpoint.release()
-    comm.ready()  # nobody begins to wait for a rank that is still reading
     return RankEngine(checkpoint, built, time.perf_counter() - began, comm, shard, chosen)
+
+
+def speaking(backend: Backend, comm: Ranks) -> Backend:
+    """The same verbs; before each layer, the ranks that wait hear that this one is at work."""
+
+    def rms_norm(*args):
+        comm.at_work()
+        return backend.ops.rms_norm(*args)
+
+    return replace(backend, ops=replace(backend.ops, rms_norm=rms_norm))
 
 
 def own_device(device: str, here: Place) -> str:

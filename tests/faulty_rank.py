@@ -1,10 +1,11 @@
 """refengine, one rank of which fails: python faulty_rank.py RANK WHEN WHAT ARGUMENT...
 
-    WHEN    start: before anything is imported; meet: before the connection; leave: before its end; load,
-            prefill, decode: in the midst of it; sum, gather, scatter, send, receive, tell, share, compare: in
-            that exchange
+    WHEN    start: before anything is imported; meet: before the connection; load, prefill, decode: in the
+            midst of it; end: when all is done; leave: before the end of the connection; sum, gather, scatter,
+            send, receive, tell, share, compare: in that exchange
     WHAT    kill: it dies; vanish: it dies, and the launcher sees that only when the others have ended; stop:
-            it hangs; OSError, MemoryError: this is raised; dawdle: it is late, by many seconds
+            it hangs; OSError, MemoryError: this is raised; dawdle: it is slow with nine tensors (load) or two
+            layers (prefill, decode), for longer in all than others are patient, but not with one
 
     WHEN    WHAT
     says    options that come after those of the other ranks
@@ -26,9 +27,6 @@ NTH = {"load": 9, "prefill": 1, "decode": 5, "sum": 30, "gather": 3, "scatter": 
 
 def fail(what: str) -> None:
     launcher, here = os.getppid(), os.getpid()
-    if what == "dawdle":
-        time.sleep(1)
-        return
     if what == "vanish":
         os.kill(launcher, signal.SIGSTOP)
         when_others_have_ended(launcher, signal.SIGCONT)
@@ -64,15 +62,27 @@ def state(pid: str) -> str:
         return "X"
 
 
+def slowly(plain, pauses: list[float], when=lambda *args: True):
+    """A function whose first calls for which `when` holds take longer, each by one of the pauses."""
+
+    @wraps(plain)
+    def dawdling(*args, **how):
+        if pauses and when(*args):
+            time.sleep(pauses.pop())
+        return plain(*args, **how)
+
+    return dawdling
+
+
 def before(owner: type, verb: str, nth: int, what: str, when=lambda self, *args: True) -> None:
-    """The nth call of a method for which `when` holds fails before it does anything; or every one before."""
+    """The nth call of a method for which `when` holds fails before it does anything."""
     plain, calls = getattr(owner, verb), []
 
     @wraps(plain)
     def faulty(self, *args, **how):
         if when(self, *args):
             calls.append(1)
-            if len(calls) == nth or (what == "dawdle" and len(calls) < nth):
+            if len(calls) == nth:
                 fail(what)
         return plain(self, *args, **how)
 
@@ -107,17 +117,28 @@ def plant(when: str, what: str, args: list[str]) -> list[str]:
 
         plain = RankEngine.head
         RankEngine.head = lambda *args: plain(*args) * np.float32(what)
-    elif when in ("meet", "leave"):
-        before(connection(), {"meet": "__init__", "leave": "leave"}[when], 1, what)
+    elif when in ("meet", "end", "leave"):
+        before(connection(), {"meet": "__init__", "end": "finish", "leave": "leave"}[when], 1, what)
+    elif (when, what) == ("load", "dawdle"):
+        from refengine.checkpoint import Checkpoint
+
+        Checkpoint.read = slowly(Checkpoint.read, [1.0] * 9)
     elif when == "load":
         from refengine.checkpoint import Checkpoint
 
         before(Checkpoint, "read", NTH[when], what)
     elif when in ("prefill", "decode"):
         from refengine.rank_engine import RankEngine
+        from spec import model
 
-        long = {"prefill": lambda length: length > 1, "decode": lambda length: length == 1}[when]
-        before(RankEngine, "step", NTH[when], what, lambda self, ids, *_: long(ids.shape[1]))
+        long = {"prefill": lambda x: x.shape[1] > 1, "decode": lambda x: x.shape[1] == 1}[when]
+        if what == "dawdle":
+            pauses = [0.6 * float(args[args.index("--patience") + 1])] * 2
+            model.MIXERS = {
+                kind: slowly(mixer, pauses, lambda h, *_: long(h)) for kind, mixer in model.MIXERS.items()
+            }
+        else:
+            before(RankEngine, "step", NTH[when], what, lambda self, ids, *_: long(ids))
     elif when == "send":
         before(connection(), "post", NTH[when], what)
     else:

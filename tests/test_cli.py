@@ -1,15 +1,22 @@
 """The command line: what a user types gives what they meant, or one sentence and the right exit code."""
 
+import inspect
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from refengine.cli import run
+import refengine.cli
+import refengine.ranks
+from refengine.cli.generate import generate
+from refengine.generation import Options
 
 REFENGINE = [sys.executable, "-m", "refengine"]
 
@@ -25,7 +32,8 @@ def cli(capsys, monkeypatch):
     """Run a command in this process: (exit code, stdout, stderr)."""
 
     def call(*args):
-        code, _ = run([str(arg) for arg in args])
+        args = [str(arg) for arg in args]
+        code, _ = refengine.cli.run(lambda: refengine.cli.command(args), "--debug" in args)
         return code, *capsys.readouterr()
 
     return call
@@ -45,6 +53,20 @@ def test_generate_prints_the_prompt_and_goes_on(cli):
     assert code == 0 and out.startswith("Once upon a time") and len(out) > 30 and err == ""
     assert cli("generate", "Once upon a time", "-n", 20, "--seed", 1)[1] == out
     assert cli("generate", "Once upon a time", "-n", 20, "--seed", 1, "--no-echo")[1] == out[16:]
+
+
+def test_the_readme_shows_what_the_program_prints(cli):
+    """(In float64, where no rounding can turn one token into another.)"""
+    readme = (Path(refengine.__file__).parent.parent / "README.md").read_text()
+    found = re.search(r"refengine (generate [^\n]*)\n```\n\n```text\n(.*?)```", readme, re.S)
+    command, shown = found.groups()
+    assert cli(*shlex.split(command), "--dtype", "float64") == (0, shown, "")
+
+
+def test_what_the_python_interface_may_be_told_the_command_may_too():
+    options = {parameter.name for parameter in generate.params}
+    assert set(inspect.signature(refengine.ranks.load).parameters) <= options
+    assert set(Options.__dataclass_fields__) <= options
 
 
 def test_a_prompt_may_come_from_a_file_or_standard_input(cli, tmp_path):

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import refengine
-from refengine.comm import culprits
 from tests.processes import by_mpiexec, ended_badly, finish, mpiexec, start
 
 PATIENCE = 3  # seconds
@@ -26,13 +25,6 @@ def job(tmp_path_factory):
     path.write_text("Once upon a time\nOne day, Lily\n")
     args = ["generate", "--prompts", path, "-n", 30, "-t", 0, "--patience", PATIENCE]
     return lambda *fault, layout="--tp=2 --ep=2": mpiexec(4, *args, *layout.split(), fault=fault)
-
-
-def test_to_blame_is_who_waits_for_nobody():
-    assert culprits([0, 2], {}) == [0, 2]
-    assert culprits([0], {0: [1], 2: [0]}) == [1], "0 waits for 1 itself"
-    assert culprits([0], {0: [1], 1: [3, 2]}) == [2, 3]
-    assert culprits([0], {0: [1], 1: [0]}) == [0], "all wait for each other"
 
 
 @pytest.mark.parametrize("when", ["start", "meet", "load", "prefill", "decode"])
@@ -54,7 +46,7 @@ def test_a_rank_that_dies_with_its_machine_is_named_by_all_others(job, layout, w
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout, when", MOMENTS + [("--tp=2 --ep=2", "share")])
+@pytest.mark.parametrize("layout, when", MOMENTS + [("--tp=2 --ep=2", "share"), ("--pp=4", "end")])
 def test_a_rank_that_hangs_is_named_by_all_others(job, layout, when):
     ended_badly(job(1, when, "stop", layout=layout), ALL - {1}, r"\brank 1\b")
 
@@ -69,6 +61,35 @@ def test_ranks_do_not_wait_for_ever_for_one_that_never_comes(job, when):
 def test_a_rank_may_load_for_longer_than_others_are_patient(job):
     done = job(1, "load", "dawdle")
     assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > 2 * PATIENCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout, rank, when", [
+    ("--tp=2 --ep=2", 1, "decode"), ("--tp=2 --pp=2", 0, "prefill"), ("--ep=2 --pp=2", 3, "decode"),
+    ("--pp=4", 1, "prefill"),
+])  # fmt: skip
+def test_a_rank_may_compute_for_longer_than_others_are_patient(job, layout, rank, when):
+    """Between two layers it says that it lives; and so do those that wait for it, for whom others wait."""
+    done = job(rank, when, "dawdle", layout=layout)
+    assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > PATIENCE
+    assert done.out == job(rank, "is", refengine.__version__).out
+
+
+TALKS = """
+from refengine.comm.mpi import MPI
+comm = MPI()
+comm.signs.patience = 0  # it is always time for a sign
+for _ in range(50 * comm.rank):
+    comm.at_work()
+comm.signs.patience = comm.patience
+comm.leave(0)
+"""
+
+
+def test_signs_that_nobody_has_heard_yet_do_not_spoil_the_end():
+    """(MPI_Finalize fails if a message was not received.)"""
+    done = finish(start([*by_mpiexec(3), "-c", TALKS]))
+    assert (done.code, done.err, done.left) == (0, "", ())
 
 
 @pytest.mark.parametrize("rank, when, what, says", [

@@ -17,9 +17,11 @@ from tests.truth import truth
 
 LAYERS = ("M", "*", "E", "-", "M*", "ME", "M*E-", "MEM*E", "MM-*-", "MEMEM*EME", "M-M-M*-M-", "EEM*M")
 BAR = 1.1
-CLOSE = {"float32": 1e-5, "bfloat16": 0.03}  # a margin of the router that rounding may overcome
+# a margin of the router that rounding may overcome
+CLOSE = {"float32": 1e-5, "float16": 0.004, "bfloat16": 0.03}
 BENCHES = [
     Torch("torch-float32", "float32"),
+    Torch("torch-float16", "float16"),
     Torch("torch-bfloat16", "bfloat16", "float32"),
     Torch("torch-bfloat16-units", "bfloat16", "bfloat16"),
     pytest.param(Torch("cuda-bfloat16", "bfloat16", device="cuda"), marks=[pytest.mark.gpu, needs_cuda]),

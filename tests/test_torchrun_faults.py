@@ -7,6 +7,7 @@ Its agent keeps the store by which ranks meet and tell each other what stopped t
 import pytest
 
 from tests.processes import by_torchrun, ended_badly, finish, start, torchrun
+from tests.test_processes import alone
 
 pytestmark = pytest.mark.slow
 PATIENCE = 6  # seconds: importing torch takes some
@@ -14,12 +15,12 @@ PATIENCE = 6  # seconds: importing torch takes some
 
 @pytest.fixture(scope="module")
 def job():
-    args = ["generate", "Once upon a time", "-n", 30, "-t", 0, "--patience", PATIENCE, "--tp", 2]
-    return lambda *fault, **how: torchrun(2, *args, fault=fault, **how)
+    args = ["generate", "Once upon a time", "-n", 30, "-t", 0, "--patience", PATIENCE]
+    return lambda *fault, layout="--tp=2": torchrun(2, *args, layout, fault=fault)
 
 
 @pytest.mark.parametrize("rank, when, what, says", [
-    (1, "load", "vanish", "rank 1 did not answer within 6 s"), (0, "sum", "vanish", "rank 0 is lost"),
+    (1, "load", "vanish", "connection to rank 1 is lost"), (0, "sum", "vanish", "rank 0 is lost"),
     (1, "decode", "vanish", "connection to rank 1 is lost"), (0, "tell", "vanish", "rank 0 is lost"),
     (1, "start", "stop", "the 2 ranks did not meet at"),
     (1, "decode", "stop", "rank 1 did not answer within 6 s"),
@@ -36,6 +37,13 @@ def test_the_other_rank_says_why(job, rank, when, what, says):
 def test_a_rank_may_load_for_longer_than_the_other_is_patient(job):
     done = job(1, "load", "dawdle")
     assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > PATIENCE
+
+
+@pytest.mark.parametrize("layout, rank, when", [("--tp=2", 1, "prefill"), ("--pp=2", 0, "decode")])
+def test_a_rank_may_compute_for_longer_than_the_other_is_patient(job, layout, rank, when):
+    done = job(rank, when, "dawdle", layout=layout)
+    assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > PATIENCE
+    assert done.out == alone("generate", "Once upon a time", "-n", 30, "-t", 0)
 
 
 @pytest.mark.parametrize("when", ["meet", "decode"])

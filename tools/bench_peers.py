@@ -179,12 +179,13 @@ def main() -> None:
     if arguments.reread:
         for path in set(model.values()):
             forget(Path(path))
-    workers = [Worker(name, model[name], arguments.dtype, arguments.threads) for name in names]
+    workers = []
+    for name in names:
+        workers.append(Worker(name, model[name], arguments.dtype, arguments.threads))
+        workers[-1]("prefill", 256, 0)  # reads its file before the next one does; first calls
     tasks = [("prefill", int(n)) for n in arguments.prompt.split(",")]
     tasks += [("decode", int(n)) for n in arguments.batch.split(",")]
     taken = {(task, worker.name): [] for task in tasks for worker in workers}
-    for worker in workers:
-        worker("prefill", 64, 0)  # pages in, first calls
     for _ in range(arguments.rounds):
         for task in tasks:
             for worker in workers:

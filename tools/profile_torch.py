@@ -8,10 +8,10 @@ With one thread, processor time is counted, which other processes disturb less t
 from __future__ import annotations
 
 import argparse
+import ctypes
 import time
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from spec.model import Model
 from spec.ops import Stepping
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 64, 128, 512)
+INSIDE = {0: "logits", ord("M"): "mamba2", ord("*"): "attention", ord("E"): "experts", ord("-"): "mlp"}
 CONTEXTS = (64, 1024, 16384, 65536)
 
 
@@ -99,7 +100,7 @@ def steps(way, heads: int, context: int, dtype):
 def by_verb(model: Model, clock, work, times: int = 3) -> dict[str, float]:
     """Seconds of each verb in one `work(model)`, largest first, and all the rest.
 
-    Where a decoding step is compiled, of each kind of layer.
+    Where a decoding step is compiled, of each kind of layer, by the clock.
     """
     taken: dict[str, float] = {}
 
@@ -114,16 +115,18 @@ def by_verb(model: Model, clock, work, times: int = 3) -> dict[str, float]:
 
     here = model.backend
     changed = {"ops": replace(here.ops, **{name: timed(name, verb) for name, verb in here.ops})}
+    inside = (ctypes.c_double * 128)()
     if isinstance(here, Stepping):
-        loops = {name: timed(name, getattr(here.step.built, name)) for name in native.SIGNATURES}
-        changed["step"] = Steps(SimpleNamespace(**loops))
+        changed["step"] = Steps(here.step.built, taken=inside)
     model = replace(model, backend=replace(here, **changed))
     work(model)
     taken.clear()
+    ctypes.memset(inside, 0, ctypes.sizeof(inside))
     began = clock()
     for _ in range(times):
         work(model)
     total = clock() - began
+    taken |= {INSIDE[i]: seconds for i, seconds in enumerate(inside) if seconds}
     taken["between them"] = total - sum(taken.values())
     return {
         name: t / times for name, t in sorted(taken.items(), key=lambda item: -item[1]) if t > total / 500

@@ -32,6 +32,9 @@ Experts = structure(
     "count:i chosen:i width:i shared_width:i latent:i normalise:n factor:f",
 )  # fmt: skip
 Dense = structure("Dense", NORM + "up:p down:p width:i")
+Layer = structure("Layer", "kind:i weights:p")
+Whole = structure("Model", NORM + "head:p vocabulary:i count:i layers:p")
+State = structure("State", "first:p second:p room:i narrow:i")
 
 
 class Unknown(Exception):
@@ -41,9 +44,9 @@ class Unknown(Exception):
 class Program(NamedTuple):
     """What a step of one model needs."""
 
-    layers: list  # (letter, structure)
-    final: torch.Tensor
-    head: torch.Tensor
+    kinds: str
+    whole: ctypes.Structure
+    kept: tuple  # what it points to
 
 
 def compiled(model) -> Program | None:
@@ -52,12 +55,15 @@ def compiled(model) -> Program | None:
     head = top["embeddings.weight" if cfg.tie_word_embeddings else "lm_head.weight"]
     blocks = [model.weights[f"layers.{i}"] for i in range(len(cfg.layers))]
     try:
-        matrix(head)
-        pairs = zip(cfg.layers, blocks, strict=True)
-        layers = [(kind, LAYERS[kind](cfg, w, w["mixer"])) for kind, w in pairs]
-        return Program(layers, top["norm_f.weight"], head)
+        parts = [LAYERS[kind](cfg, w, w["mixer"]) for kind, w in zip(cfg.layers, blocks, strict=True)]
+        final = vector(top["norm_f.weight"]), cfg.hidden_size, cfg.layer_norm_epsilon, matrix(head)
     except Unknown:
         return None
+    layers = (Layer * len(parts))(
+        *((ord(kind), ctypes.addressof(part)) for kind, part in zip(cfg.layers, parts, strict=True))
+    )
+    whole = Whole(*final, len(head), len(parts), ctypes.addressof(layers))
+    return Program(cfg.layers, whole, (parts, layers))
 
 
 def matrix(weight) -> int:

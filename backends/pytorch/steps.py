@@ -1,10 +1,11 @@
-"""A whole decoding step on a CPU in compiled loops: a call for each layer instead of ten.
+"""A whole decoding step on a CPU in compiled loops: one call instead of a hundred.
 
-A step of a small model is a hundred calls and some three hundred tensors, which Python takes milliseconds to
-make. Here the addresses of a model's weights are collected once (program.py), and a step is one call for each
-layer. It serves bfloat16 matrices and few rows, and computes in float32 even where activations are bfloat16
-elsewhere, for a step waits for the weights; what a layer remembers stays in its dtype. Anything else takes
-the step through the verbs.
+A step of a small model is a hundred verbs and some three hundred tensors, which Python takes milliseconds to
+make, the more so as all the weights that have just been read have driven it out of the processor's caches.
+Here the addresses of a model's weights are collected once (program.py), and those of what its layers remember
+in every step. It serves bfloat16 matrices and few rows, and computes in float32 even where activations are
+bfloat16 elsewhere, for a step waits for the weights; what a layer remembers stays in its dtype. Anything else
+takes the step through the verbs.
 """
 
 from __future__ import annotations
@@ -15,58 +16,66 @@ from dataclasses import replace
 import torch
 
 from backends.pytorch.products import FEW
-from backends.pytorch.program import Program, compiled
+from backends.pytorch.program import Program, State, compiled
 
 
 class Steps:
-    """(model, ids [b], states) -> logits [b v] on the host, next states."""
+    """(model, ids [b], states) -> logits [b v] on the host, next states.
 
-    def __init__(self, built: ctypes.CDLL, few: int = FEW):
-        self.built, self.few = built, few  # rows up to which the loops serve
+    few    rows up to which the loops serve
+    taken  None, or 128 doubles to which seconds are added, by the letter of a layer's kind; 0: the head's
+    """
+
+    def __init__(self, built: ctypes.CDLL, few: int = FEW, taken: ctypes.Array | None = None):
+        self.built, self.few, self.taken = built, few, taken
         self.latest: tuple[dict, Program | None] = {}, None  # weights, and their program if there is one
 
     def __call__(self, model, ids, states: list):
         ids, program = model.backend.array(ids), self.program(model)
         if program is None or len(ids) > self.few:
             return plain(model, ids, states)
-        return self.run(program, model, ids, states)
+        x = model.embed(ids).float()  # b d, a new tensor, which is changed
+        before = [writable(kind, state) for kind, state in zip(program.kinds, states, strict=True)]
+        places, length = remembered(program.kinds, before)
+        logits = torch.empty(len(ids), program.whole.vocabulary)
+        self.built.step(
+            ctypes.byref(program.whole), len(ids), x.data_ptr(), places, length, logits.data_ptr(),
+            self.taken, torch.get_num_threads(),
+        )  # fmt: skip
+        return logits.numpy(), list(map(written, program.kinds, states, before))
 
     def program(self, model) -> Program | None:
         if self.latest[0] is not model.weights:
             self.latest = model.weights, compiled(model)
         return self.latest[1]
 
-    def run(self, program: Program, model, ids, states: list):
-        built, b, threads = self.built, len(ids), torch.get_num_threads()
-        x, before, after = model.embed(ids).float(), None, []  # x b d, a new tensor: it is changed in place
-        delta = torch.empty_like(x)
-        for (kind, layer), state in zip(program.layers, states, strict=True):
-            where = ctypes.byref(layer), b, x.data_ptr(), before, delta.data_ptr()
-            if kind == "M":
-                state = state.own()
-                tail = state.tail.float()
-                built.mamba_step(*where, tail.data_ptr(), state.S.data_ptr(), threads)
-                state = replace(state, tail=tail.to(state.tail.dtype))
-            elif kind == "*":
-                state = state.reserve(1)
-                places = state.k.data_ptr(), state.v.data_ptr(), state.length.data_ptr(), state.k.shape[2]
-                built.attention_step(*where, *places, state.k.dtype == torch.bfloat16, threads)
-                state = state.advanced()
-            elif kind == "E":
-                built.experts_step(*where, threads)
-            else:
-                built.mlp_step(*where, threads)
-            before = delta.data_ptr()
-            after.append(state)
-        h = torch.empty_like(x)
-        eps = model.cfg.layer_norm_epsilon
-        built.rms_norm(
-            x.data_ptr(), before, program.final.data_ptr(), eps, h.data_ptr(), x.data_ptr(), b, x.shape[1]
-        )
-        v, d = program.head.shape
-        logits = torch.empty(b, v)
-        built.linear(program.head.data_ptr(), v, d, h.data_ptr(), b, logits.data_ptr(), threads)
-        return logits.numpy(), after
+
+def writable(kind: str, state):
+    """What a layer remembers, in arrays that may be written, with room for a position."""
+    if kind == "M":
+        state = state.own()
+        return state if state.tail.dtype == torch.float32 else replace(state, tail=state.tail.float())
+    return state.reserve(1) if kind == "*" else state
+
+
+def written(kind: str, before, state):
+    """The state after the step, in the dtype that it had."""
+    if kind == "M" and state.tail.dtype != before.tail.dtype:
+        return replace(state, tail=state.tail.to(before.tail.dtype))
+    return state.advanced() if kind == "*" else state
+
+
+def remembered(kinds: str, states: list) -> tuple[ctypes.Array, int | None]:
+    """Where the states lie, and the lengths [b], which are the same in every layer that has them."""
+    places, length = (State * len(states))(), None
+    for place, kind, state in zip(places, kinds, states, strict=True):
+        if kind == "M":
+            place.first, place.second = state.tail.data_ptr(), state.S.data_ptr()
+        elif kind == "*":
+            place.first, place.second = state.k.data_ptr(), state.v.data_ptr()
+            place.room, place.narrow = state.k.shape[2], state.k.dtype == torch.bfloat16
+            length = state.length.data_ptr()
+    return places, length
 
 
 def plain(model, ids, states: list):

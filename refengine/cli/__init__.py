@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 
 import click
 
@@ -54,7 +55,9 @@ def main(args: list[str] | None = None) -> None:
         warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, about numbers that we then refuse
     if place().count > 1:
         speak_when_ended()
-    code, why = run(args)
+    if place().rank > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (rank 0 prints, for all)
+    code, why = run(lambda: command(args), "--debug" in args)
     if place().count > 1:
         from refengine.comm.launch import leave
 
@@ -62,13 +65,18 @@ def main(args: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def run(args: list[str]) -> tuple[int, str]:
+def command(args: list[str]) -> None:
+    """Do what a command line asks for."""
+    with cli.make_context("refengine", list(args)) as context:
+        cli.invoke(context)
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def run(work: Callable[[], None], debug: bool) -> tuple[int, str]:
     """The exit code, and for other ranks a sentence why it is not 0."""
     try:
-        with cli.make_context("refengine", list(args)) as context:
-            cli.invoke(context)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        work()
         return 0, ""
     except click.exceptions.Exit as done:
         return done.exit_code, ""
@@ -82,7 +90,7 @@ def run(args: list[str]) -> tuple[int, str]:
     except KeyboardInterrupt:
         return 130, "interrupted"
     except Exception as error:
-        if "--debug" in args:
+        if debug:
             traceback.print_exc()
         here = place()
         name = f"refengine, rank {here.rank}" if here.count > 1 else "refengine"

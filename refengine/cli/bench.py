@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import click
 
+from refengine.anatomy import state_bytes
+from refengine.checkpoint import Checkpoint
 from refengine.cli import options
-from spec.config import InputError
+from refengine.place import place
+from refengine.report import bytes_text
+from spec.config import Config, InputError
 
 
 class Numbers(click.ParamType):
@@ -43,53 +48,91 @@ class Numbers(click.ParamType):
     "--steps", type=click.IntRange(1), default=16, show_default=True, help="Decoded tokens; likewise."
 )
 @options.as_json
+@options.ranks
 @options.debug
-def bench(
-    model, backend, dtype, device, threads, deterministic, prompts, batches, contexts, repeat, steps, as_json
-):
+def bench(prompts, batches, contexts, repeat, steps, as_json, **how):
     """Tokens per second, and the share of the machine: matrix peak (prefill), read bandwidth (decode)."""
-    from threadpoolctl import threadpool_limits
+    if options.follows():
+        options.load(**how).follow()
+        return
+    asked = {"prompts": prompts, "batches": batches, "contexts": contexts, "repeat": repeat, "steps": steps}
+    several = [how[name] for name in ("tp", "ep", "pp")] != [1, 1, 1] or place().count > 1
+    rows = of_ranks(asked, how) if several else of_one(asked, how)
+    if as_json:
+        for row in rows:
+            click.echo(json.dumps(row))
+        return
+    click.echo(f"{how['backend']}, {how['dtype']}, {title(next(rows))}\n")
+    memory = f"peak memory{' of a rank' * several}"
+    click.echo(f"| | batch | tokens before | tokens/s | ms a step | share of the machine | {memory} |")
+    click.echo("|---|---|---|---|---|---|---|")
+    for row in rows:
+        before = f"{row['tokens']}" if row["what"] == "decode" else f"prompt of {row['tokens']}"
+        step = f"{row['milliseconds']:.1f}" if "milliseconds" in row else ""
+        share = f"{row['share']:.0%}" if row["share"] else ""
+        click.echo(
+            f"| {row['what']} | {row['batch']} | {before} | {row['tokens_per_second']:.1f} | {step} | "
+            f"{share} | {bytes_text(row['peak_memory'])} |"
+        )
 
+
+def of_one(asked: dict, how: dict) -> Iterator[dict]:
+    """The machine, then what was asked for, by this process alone."""
     from refengine import backend as backends
     from refengine.bench import bench as measured
-    from refengine.checkpoint import Checkpoint
-    from refengine.report import bytes_text
+    from refengine.engine import limit_threads
     from spec.model import Model
 
+    checkpoint = checked(how["model"], asked)
+    on_host = how["backend"] != "cuda" and how["device"] in (None, "cpu")
+    device = how["device"] or ("cpu" if on_host else "cuda")
+    limit_threads(threads := how["threads"] or backends.processors())
+    cfg, dtype = checkpoint.config, how["dtype"]
+    if on_host:
+        check_room(cfg, dtype, max(asked["batches"]), max(asked["contexts"]), backends.available_memory())
+    chosen = backends.make(how["backend"], cfg, dtype, device, threads, how["deterministic"])
+    built = Model.build(cfg, checkpoint.read, chosen)
+    rows = measured(built, dtype, threads, **asked, host=on_host)
+    yield next(rows) | {"device": device}
+    yield from rows
+
+
+def of_ranks(asked: dict, how: dict) -> Iterator[dict]:
+    """The same by all ranks together, whose machines are not measured."""
+    checked(how["model"], asked)
+    engine = options.load(**how)
+    layout = {name: how[name] for name in ("tp", "ep", "pp")}
+    yield {"what": "machine", "device": how["device"] or "cpu"} | layout
+    yield from engine.bench(**asked)
+    engine.close()
+
+
+def checked(model: str, asked: dict) -> Checkpoint:
+    """The model, if its context is long enough."""
     checkpoint = Checkpoint.open(model)
-    cfg = checkpoint.config
-    longest = max(prompts + contexts)
-    if longest > cfg.max_position_embeddings:
+    longest, room = max(asked["prompts"] + asked["contexts"]), checkpoint.config.max_position_embeddings
+    if longest > room:
+        raise InputError(f"{longest} tokens are more than the model's context of {room}")
+    return checkpoint
+
+
+def check_room(cfg: Config, dtype: str, batch: int, context: int, free: int) -> None:
+    """InputError if the states of so many sequences cannot fit; a cache takes half as much again to grow."""
+    s = state_bytes(cfg, dtype)
+    need = batch * (s["ssm_bytes"] + s["conv_bytes"] + 1.5 * s["kv_bytes_per_token"] * context)
+    if need > free:
         raise InputError(
-            f"{longest} tokens are more than the model's context of {cfg.max_position_embeddings}"
+            f"{batch} sequences of {context} tokens need {bytes_text(need)} beside the weights, "
+            f"and {bytes_text(free)} of memory are free"
         )
-    on_host = backend != "cuda" and device in (None, "cpu")
-    device = device or ("cpu" if on_host else "cuda")
-    threads = threads or backends.processors()
-    chosen = backends.make(backend, cfg, dtype, device, threads, deterministic)
-    with threadpool_limits(threads):
-        built = Model.build(cfg, checkpoint.read, chosen)
-        rows = measured(built, dtype, threads, prompts, batches, contexts, repeat, steps, on_host)
-        if as_json:
-            for row in rows:
-                click.echo(json.dumps(row))
-            return
-        machine = next(rows)
-        click.echo(f"{backend}, {dtype}, {device}, {threads} threads{speeds(machine)}\n")
-        click.echo("| | batch | tokens before | tokens/s | ms a step | share of the machine | peak memory |")
-        click.echo("|---|---|---|---|---|---|---|")
-        for row in rows:
-            before = f"{row['tokens']}" if row["what"] == "decode" else f"prompt of {row['tokens']}"
-            step = f"{row['milliseconds']:.1f}" if "milliseconds" in row else ""
-            share = f"{row['share']:.0%}" if row["share"] else ""
-            click.echo(
-                f"| {row['what']} | {row['batch']} | {before} | {row['tokens_per_second']:.1f} | {step} | "
-                f"{share} | {bytes_text(row['peak_memory'])} |"
-            )
 
 
-def speeds(machine: dict) -> str:
+def title(machine: dict) -> str:
+    """What is measured, and what the machine can do."""
+    if "tp" in machine:
+        return f"{machine['device']}, ranks: tp {machine['tp']}, ep {machine['ep']}, pp {machine['pp']}"
+    name = f"{machine['device']}, {machine['threads']} threads"
     if not machine["bandwidth"]:
-        return ""
+        return name
     read, multiply = machine["bandwidth"] / 1e9, machine["matrix_peak"] / 1e9
-    return f"; the machine reads {read:.1f} GB/s and multiplies {multiply:.0f} GFLOP/s"
+    return f"{name}; the machine reads {read:.1f} GB/s and multiplies {multiply:.0f} GFLOP/s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import click
 
@@ -31,7 +32,7 @@ def generate(prompt, file, prompts, echo, stats, as_json, **others):
         return
     texts = asked(prompt, file, prompts)
     engine = options.load(**how)
-    events = engine.generate_batch(texts, **sampling)
+    events, began = engine.generate_batch(texts, **sampling), time.perf_counter()
     if as_json:
         statistics = as_objects(engine, texts, events)
     elif sampling["logprobs"] is not None:
@@ -39,8 +40,7 @@ def generate(prompt, file, prompts, echo, stats, as_json, **others):
     else:
         statistics = as_text(texts, events, echo)
     if stats:
-        for line in statistics:
-            click.echo(summary(line), err=True)
+        say_statistics(statistics, time.perf_counter() - began)
         options.say_ranks(engine)
     engine.close()
 
@@ -53,7 +53,7 @@ def asked(prompt: str | None, file: str | None, prompts: str | None) -> list[str
         lines = (line.removesuffix("\r") for line in options.text_of(prompts).split("\n"))
         texts = [line for line in lines if line.strip()]
         if not texts:
-            raise InputError(f"{prompts} holds no prompt")
+            raise InputError(f"{options.named(prompts)} holds no prompt")
         return texts
     if prompt is None and file is None:
         if options.standard_input().isatty():
@@ -70,7 +70,7 @@ def without_line_end(text: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def as_text(texts: list[str], events, echo: bool) -> list[dict]:
+def as_text(texts: list[str], events, echo: bool) -> dict[int, dict]:
     """Stream the first text that is not done; the others wait for their turn, so all print in order."""
     waiting = [text if echo else "" for text in texts]
     done: dict[int, dict] = {}
@@ -88,15 +88,15 @@ def as_text(texts: list[str], events, echo: bool) -> list[dict]:
                 break
             turn += 1
             options.say("\n\n" if turn < len(texts) else "\n")
-    return [done[i] for i in range(len(texts))]
+    return done
 
 
-def as_lines(engine, texts: list[str], events) -> list[dict]:
+def as_lines(engine, texts: list[str], events) -> dict[int, dict]:
     """One line a token: the token, ln p, and the likeliest alternatives."""
-    done = []
+    done = {}
     for i, event in events:
         if hasattr(event, "statistics"):
-            done.append(event.statistics)
+            done[i] = event.statistics
             continue
         top = "  ".join(f"{shown(engine, token)} {logprob:.3f}" for token, logprob in event.top)
         index = f"{i}  " if len(texts) > 1 else ""
@@ -109,10 +109,10 @@ def shown(engine, token: int) -> str:
     return repr(engine.tokenizer.decode([token], skip_special_tokens=False))
 
 
-def as_objects(engine, texts: list[str], events) -> list[dict]:
+def as_objects(engine, texts: list[str], events) -> dict[int, dict]:
     """One JSON object a prompt, when it is done."""
     tokens: list[list] = [[] for _ in texts]
-    done = []
+    done = {}
     for i, event in events:
         tokens[i].append(event)
         if not hasattr(event, "statistics"):
@@ -128,9 +128,19 @@ def as_objects(engine, texts: list[str], events) -> list[dict]:
                  "top": [{"token_id": token, "logprob": logprob} for token, logprob in e.top]}
                 for e in new
             ]  # fmt: skip
-        done.append(end.statistics)
+        done[i] = end.statistics
         click.echo(json.dumps(record | {"statistics": end.statistics}, ensure_ascii=False))
     return done
+
+
+def say_statistics(done: dict[int, dict], seconds: float) -> None:
+    """A line a text, by its number, and where there are several one for all of them."""
+    for i, statistics in sorted(done.items()):
+        click.echo((f"{i}  " if len(done) > 1 else "") + summary(statistics), err=True)
+    if len(done) > 1:
+        read, new = (sum(s[count] for s in done.values()) for count in ("prompt_tokens", "new_tokens"))
+        click.echo(f"all {len(done)}: prompts of {read} tokens and {new} new ones in {seconds:.2f} s, "
+                   f"{new / seconds:.0f} new tokens/s", err=True)  # fmt: skip
 
 
 def summary(s: dict) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from refengine.backend import BYTES, NAMES
+from refengine.backend import BYTES, MOST_THREADS, NAMES
+from refengine.comm import PATIENCE
 from refengine.place import place
 from spec.config import InputError
 
@@ -56,7 +57,8 @@ engine = together(
                  help="In which numbers."),
     click.option("--device", metavar="NAME",
                  help="Where: cpu, cuda, cuda:N, auto.  [default: cpu; of the cuda backend, cuda]"),
-    click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of the matrix products."),
+    click.option("--threads", type=click.IntRange(1, MOST_THREADS), metavar="N",
+                 help="Threads of the matrix products."),
     click.option("--deterministic", is_flag=True,
                  help="The same bits on every run, also where a device is faster without."),
 )  # fmt: skip
@@ -67,7 +69,7 @@ ranks = together(
     click.option("--ep", type=click.IntRange(1), default=1, metavar="N",
                  help="Times as many, that share the experts."),
     click.option("--pp", type=click.IntRange(1), default=1, metavar="N", help="Times as many: stages."),
-    click.option("--patience", type=Finite(0, min_open=True), default=30.0, show_default=True,
+    click.option("--patience", type=Finite(0, 1e6, min_open=True), default=PATIENCE, show_default=True,
                  metavar="S", help="Seconds until a rank that does not answer is given up."),
 )  # fmt: skip
 
@@ -108,6 +110,7 @@ def follows() -> bool:
     """Whether this is a rank that another tells what to do."""
     return place().rank > 0
 
+
 sampling = together(
     click.option("--max-tokens", "-n", type=click.IntRange(0), default=256, show_default=True, metavar="N",
                  help="At most this many new tokens."),
@@ -129,9 +132,16 @@ sampling = together(
 )  # fmt: skip
 
 
+def named(path: str) -> str:
+    """What a sentence calls a file."""
+    return "standard input" if path == "-" else path
+
+
 def text_of(path: str) -> str:
     """The text of a file, or of standard input for "-"; InputError when it is not UTF-8."""
-    name = "standard input" if path == "-" else path
+    name = named(path)
+    if not path:
+        raise InputError("the name of the file is empty")
     try:
         data = standard_input().read() if path == "-" else Path(path).read_bytes()
     except OSError as error:

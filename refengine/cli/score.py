@@ -16,19 +16,21 @@ from spec.config import InputError
 @click.option("--tokens", is_flag=True, help="A line a token, too.")
 @options.as_json
 @options.engine
+@options.ranks
 @options.debug
 def score(file, tokens, as_json, **how):
     """Log-likelihood and perplexity of the text in FILE (- is standard input), of the prediction head too."""
-    import refengine
-    from refengine.cli.generate import shown
-
+    if options.follows():
+        options.load(**how).follow()
+        return
     text = options.text_of(file)
     if not text:
-        raise InputError(f"{file} is empty")
-    engine = refengine.load(**how)
+        raise InputError(f"{options.named(file)} is empty")
+    engine = options.load(**how)
     scores = engine.score(text)
     if not scores.trunk:
-        raise InputError(f"{file} is a single token; there is nothing before it to judge it by")
+        name = options.named(file)
+        raise InputError(f"{name} is a single token; there is nothing before it to judge it by")
     result = {"tokens": len(scores.ids), "model": figures(scores.trunk)}
     if scores.head:
         result["prediction_head"] = figures(scores.head)
@@ -36,18 +38,28 @@ def score(file, tokens, as_json, **how):
         if tokens:
             result |= {"token_ids": scores.ids, "logprobs": scores.trunk, "head_logprobs": scores.head}
         click.echo(json.dumps(result))
-        return
-    if tokens:
-        for token, logprob in zip(scores.ids[1:], scores.trunk, strict=True):
-            click.echo(f"{shown(engine, token):16} {logprob:8.3f}")
-    click.echo(f"{len(scores.ids)} tokens, {len(text.encode())} bytes")
-    for name, who in (("model", "model"), ("prediction_head", "prediction head, one token further")):
-        if name in result:
-            f = result[name]
-            click.echo(
-                f"{who}: log-likelihood {f['log_likelihood']:.3f} over {f['scored']} tokens, "
-                f"{f['nats_per_token']:.4f} nats a token, perplexity {f['perplexity']:.3f}"
-            )
+    else:
+        if tokens:
+            say_tokens(engine, scores)
+        click.echo(f"{len(scores.ids)} tokens, {len(text.encode())} bytes")
+        for name, who in (("model", "model"), ("prediction_head", "prediction head, one token further")):
+            if name in result:
+                click.echo(f"{who}: {sentence(result[name])}")
+    engine.close()
+
+
+def say_tokens(engine, scores) -> None:
+    from refengine.cli.generate import shown
+
+    for token, logprob in zip(scores.ids[1:], scores.trunk, strict=True):
+        click.echo(f"{shown(engine, token):16} {logprob:8.3f}")
+
+
+def sentence(f: dict) -> str:
+    return (
+        f"log-likelihood {f['log_likelihood']:.3f} over {f['scored']} tokens, "
+        f"{f['nats_per_token']:.4f} nats a token, perplexity {f['perplexity']:.3f}"
+    )
 
 
 def figures(logprobs: list[float]) -> dict:

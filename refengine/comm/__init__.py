@@ -5,10 +5,11 @@
     mpi.MPI                                mpi4py, under mpiexec
     torch_distributed.TorchDistributed     torch.distributed (gloo; NCCL between GPUs), under torchrun
 
-A subclass gives one verb, `exchange`: arrays that leave and arrays to be filled, all at the same time, each
-within `patience` seconds. A sum is added up in order of rank by everyone, so its bits are the same on every
-rank and in every run: small ones whole, large ones in slices that are then put together, which sends what a
-ring would. Whoever waits yields the processor, and hears when another rank has stopped.
+A subclass gives one verb, `exchange`: arrays that leave and arrays to be filled, all at the same time. A rank
+is waited for until `patience` seconds after its last sign of life (signs.py). A sum is added up in order of
+rank by everyone, so its bits are the same on every rank and in every run: small ones whole, large ones in
+slices that are then put together, which sends what a ring would. Whoever waits yields the processor, and
+hears when another rank has stopped.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable
 from functools import reduce
 from itertools import accumulate
 from operator import add
@@ -24,11 +24,12 @@ from typing import Any
 
 import numpy as np
 
+from refengine.comm.signs import Signs
 from spec.arrays import DTYPES
 from spec.config import InputError
 from spec.layout import span
 
-PATIENCE = 30.0  # seconds
+PATIENCE = 20.0  # seconds without a sign of life
 WHOLE = 2**16  # bytes up to which a sum is sent whole to everyone: one round instead of two
 FLOATS = {dtype.name: dtype for dtype in DTYPES.values()}
 NAMES = list(FLOATS)  # their order is that of the numbers sent
@@ -49,11 +50,12 @@ class Ranks:
         self.rank, self.count, self.patience = rank, count, patience
         self.sent: Counter[str] = Counter()  # bytes that this rank sent, by verb
         self.verb = ""
+        self.signs = Signs(rank, patience)
         self.missed: int | None = None  # a rank whose connection has ended
         self.done = False  # rank 0 has said that nothing more will be asked
 
     def exchange(self, out: dict[int, Any], into: dict[int, Any], idle: bool = False) -> None:
-        """Send out[peer] and fill into[peer], by peer; RankError after `patience` unless `idle`."""
+        """Send out[peer] and fill into[peer], by peer. idle: a rank that gives no sign is waited for too."""
         raise NotImplementedError
 
     def post(self, x, to: int) -> None:
@@ -64,11 +66,10 @@ class Ranks:
         """Tell every rank that this one stops."""
 
     def at_work(self) -> None:
-        """Before `ready`: this rank is not lost, it is busy."""
+        """In the midst of a computation: this rank is not lost, it is busy."""
 
-    def ready(self) -> None:
-        """Wait for all ranks to come here: for each until `patience` after it was last at work."""
-        self.compare({"state": "ready"})
+    def finish(self) -> None:
+        """When all ranks have done all that was asked for: whatever is still under way arrives."""
 
     def leave(self, code: int) -> None:
         """End the connection; with a code other than 0 end the process too: no rank waits for another."""
@@ -127,7 +128,7 @@ class Ranks:
         return x
 
     def tell(self, value: Any = None, idle: bool = False) -> Any:
-        """What rank 0 says, a JSON value, to all of them: None if it is the last.
+        """What rank 0 says, a JSON value, to all of them: None if it is the last, after which all finish.
 
         idle: they wait for it as long as it takes.
         """
@@ -142,6 +143,8 @@ class Ranks:
             self.exchange({}, {0: (text := np.empty(int(length[0]), np.uint8))})
             value = json.loads(text.tobytes())
         self.done = value is None
+        if self.done:
+            self.finish()
         return value
 
     def share(self, mine: np.ndarray | None, heard: dict[int, np.ndarray]) -> None:
@@ -190,16 +193,6 @@ class Solo(Ranks):
         assert not out and not into
 
 
-def culprits(peers: Iterable[int], waits: dict[int, list[int]]) -> list[int]:
-    """Whom one waits for in vain, perhaps by way of others: of `waits`, who waits for whom, the ends."""
-    seen, todo = set(peers), list(peers)
-    for peer in todo:
-        more = set(waits.get(peer, ())) - seen
-        seen |= more
-        todo += more
-    return sorted(seen - waits.keys()) or sorted(peers)
-
-
 def empty(shape: tuple[int, ...], like, dtype: str | None = None):
     """An array of the library (and device) of `like`, and of its dtype unless another is named."""
     if isinstance(like, np.ndarray):
@@ -234,3 +227,7 @@ def memory(x) -> np.ndarray:
     if not isinstance(x, np.ndarray):
         x = x.reshape(-1).view(sys.modules["torch"].uint8).numpy() if x.numel() else np.empty(0, np.uint8)
     return x.reshape(-1).view(np.uint8)
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

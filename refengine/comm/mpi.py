@@ -6,17 +6,19 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from time import monotonic
 
-from refengine.comm import AHEAD, PATIENCE, RankError, Ranks, culprits, memory
+import numpy as np
+
+from refengine.comm import AHEAD, PATIENCE, Ranks, first_line, memory
 from refengine.place import place
 from spec.config import InputError
 
-WORD, ALARM, WAITS, AT_WORK = 1, 2, 3, 4  # tags
+WORD, ALARM, SIGN = 1, 2, 3  # tags
 EAGER = 0.002  # seconds of yielding before a rank that waits begins to sleep
-LISTEN = 0.02  # seconds between two looks for an alarm
+LISTEN = 0.02  # seconds between two looks for what other ranks say of themselves
 GRACE = 1.0  # seconds that others have to say why they end, before mpiexec ends them all
 
 
@@ -36,9 +38,10 @@ class MPI(Ranks):
         self.mpi, self.world = library, library.COMM_WORLD
         super().__init__(self.world.rank, self.world.size, patience)
         self.posted: list = []  # (peer, request, array) under way
-        self.waits: dict[int, list[int]] = {}  # ranks that have waited in vain, and for whom
-        self.heard: dict[int, float] = {}  # when ranks were last known to be at work
-        self.told = monotonic()
+        self.given: list[int] = [0] * self.count  # signs of life, to each rank
+        self.heard: list[int] = [0] * self.count  # and from each
+        self.calls: list = []  # signs under way
+        self.ending = False
 
     def exchange(self, out, into, idle=False):
         requests = [(peer, self._start(self.world.Irecv, x, peer)) for peer, x in into.items()]
@@ -61,22 +64,21 @@ class MPI(Ranks):
 
     def _wait(self, requests: list, idle: bool) -> None:
         began = listened = monotonic()
-        while True:
-            requests = [(peer, request) for peer, request in requests if not self._done(peer, request)]
-            if not requests:
-                return
+        while requests := [(peer, request) for peer, request in requests if not self._done(peer, request)]:
             now = monotonic()
             if now - listened > LISTEN:
                 listened = now
                 self._listen()
-                latest = now - self.patience
-                silent = {peer for peer, _ in requests if max(began, self.heard.get(peer, began)) < latest}
-                if silent and not idle:
-                    raise self._silent(silent)
+                waiting = {peer for peer, _ in requests}
+                if not idle:
+                    self._sign(waiting)
+                    if lost := self.signs.lost(waiting, began):
+                        raise self.silent(lost)
             if now - began < EAGER:
                 os.sched_yield()
             else:
                 time.sleep(0.01 if idle and now - began > 1 else 0.0001)
+        self.signs.done += 1
 
     def _done(self, peer: int, request) -> bool:
         try:
@@ -85,59 +87,75 @@ class MPI(Ranks):
             raise self.lost(peer) from None
 
     def _listen(self) -> None:
-        """Hear who stops, who waits in vain, and who is at work."""
+        """Hear who stops, and signs of life."""
         status = self.mpi.Status()
-        for tag in (ALARM, WAITS, AT_WORK):
+        for tag in (ALARM, SIGN):
             while self.world.Iprobe(self.mpi.ANY_SOURCE, tag, status):
                 text = bytearray(status.Get_count(self.mpi.BYTE))
                 self.world.Recv([text, self.mpi.BYTE], status.source, tag)
                 if tag == ALARM:
                     raise self.stopped(status.source, text.decode())
-                if tag == WAITS:
-                    self.waits[status.source] = [int(peer) for peer in text.split()]
-                else:
-                    self.heard[status.source] = monotonic()
+                self.heard[status.source] += 1
+                self.signs.hear(status.source, text.decode())
 
-    def _silent(self, peers: set[int]) -> RankError:
-        """Who of all ranks does not answer: not one that waits in vain itself."""
-        self._shout(" ".join(map(str, peers)), WAITS, self._listen)
-        return self.silent(culprits(peers, self.waits))
+    def _sign(self, waits: Iterable[int] = ()) -> bool:
+        """Give a sign of life, if it is time."""
+        if self.ending or not (text := self.signs.sign(waits)):
+            return False
+        self.calls = [(peer, call) for peer, call in self.calls if not self._done(peer, call)]
+        busy = {peer for peer, _ in self.calls}  # has not even taken the last one
+        for peer, call in self._call(text, SIGN, busy):
+            self.calls.append((peer, call))
+            self.given[peer] += 1
+        return True
 
     def at_work(self):
-        if monotonic() - self.told > self.patience / 4:
-            self.told = monotonic()
+        if self._sign():
             self._listen()
-            for call in self._calls("", AT_WORK):
-                call.Free()
-
-    def ready(self):
-        super().ready()
-        self._listen()  # what was said before has arrived: a word that nobody heard would make Finalize fail
 
     def alarm(self, why):
-        self._shout(why, ALARM)  # and stay, so that others can speak before mpiexec ends them
-
-    def _shout(self, text: str, tag: int, meanwhile: Callable = lambda: None) -> None:
-        """To all who can hear it within GRACE."""
-        calls = self._calls(text, tag)
-        until = monotonic() + GRACE
+        calls = self._call(why, ALARM)
+        until = monotonic() + GRACE  # so that others can speak before mpiexec ends them
         while monotonic() < until:
-            for call in calls:
-                call.Test()
-            meanwhile()
+            for _, call in calls:
+                with suppress(self.mpi.Exception):
+                    call.Test()
             time.sleep(0.01)
 
-    def _calls(self, text: str, tag: int) -> list:
-        data = text.encode()[:2000]
-        others = (rank for rank in range(self.count) if rank != self.rank)
-        return [self.world.Isend([data, self.mpi.BYTE], rank, tag) for rank in others]
+    def _call(self, text: str, tag: int, without: Collection[int] = ()) -> list:
+        data, calls = text.encode()[:2000], []
+        for rank in range(self.count):
+            if rank != self.rank and rank not in without:
+                with suppress(self.mpi.Exception):  # it is lost, which whoever waits for it says
+                    calls.append((rank, self.world.Isend([data, self.mpi.BYTE], rank, tag)))
+        return calls
+
+    def finish(self):
+        """Each says how many signs it gave, and waits for as many: Finalize fails where one was not heard."""
+        self.verb = "end"
+        self._wait([entry[:2] for entry in self.posted], idle=False)
+        self.ending = True
+        theirs = {rank: np.empty(1, np.int64) for rank in range(self.count) if rank != self.rank}
+        self.exchange({rank: np.array([self.given[rank]]) for rank in theirs}, theirs)
+        began = monotonic()
+        while late := [rank for rank, given in theirs.items() if self.heard[rank] < given[0]]:
+            self._listen()
+            if monotonic() - began > self.patience:
+                raise self.silent(late)
+            os.sched_yield()
+        self._wait(self.calls, idle=False)
 
     def leave(self, code):
         if code:
             os._exit(code)
-        self._wait([entry[:2] for entry in self.posted], idle=False)
-        with watched(self.patience, "came to the end"), suppress(self.mpi.Exception):
-            self.mpi.Finalize()  # which fails where an alarm was not heard: who raised it ends the job
+        if not self.ending:
+            self.finish()
+        try:
+            with watched(self.patience, "came to the end"):
+                self.mpi.Finalize()
+        except self.mpi.Exception as error:
+            os.write(2, f"refengine, rank {self.rank}: MPI does not end ({first_line(error)})\n".encode())
+            os._exit(1)
 
 
 @contextmanager

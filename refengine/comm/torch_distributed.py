@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Collection
 from datetime import timedelta
+from queue import Empty, SimpleQueue
 from threading import Thread
+from time import monotonic
 
 import numpy as np
 
-from refengine.comm import AHEAD, PATIENCE, Ranks, culprits, total
+from refengine.comm import AHEAD, PATIENCE, Ranks, first_line, total
 from spec.config import InputError
 
-ALARM, WAITS, AT_WORK, READY = (f"refengine/{key}" for key in ("alarm", "waits/{}", "work/{}", "ready/{}"))
+ALARM, SIGN = "refengine/alarm", "refengine/sign/{}"  # keys of the store
+LOOK = 0.25  # seconds between two looks for what other ranks say of themselves
 GRACE = 1.0  # seconds that others have to say why they end, before torchrun ends them all
 FOREVER = timedelta(days=365)
+WAITING = object()
 
 
 class TorchDistributed(Ranks):
@@ -46,23 +51,57 @@ class TorchDistributed(Ranks):
             ) from None
         self.groups: dict[tuple[int, ...], object] = {}
         self.posted: list = []  # (peer, work, array) under way
-        self.told = time.monotonic()
+        self.works, self.ended = SimpleQueue(), SimpleQueue()
+        self.waited_for = rank
+        Thread(target=self._wait, daemon=True).start()
 
     def exchange(self, out, into, idle=False):
         works = []
         for start, arrays in ((self.library.irecv, into), (self.library.isend, out)):
-            for peer, x in arrays.items():
-                works.append((peer, self._start(start, x, peer)))
-        for peer, work in works:
-            self._finish(peer, work, FOREVER if idle else timedelta(seconds=self.patience))
+            works += [(peer, self._start(start, x, peer), x) for peer, x in arrays.items()]
+        self._finish(works, idle)
 
     def post(self, x, to):
         if len(self.posted) >= AHEAD:
-            self._finish(*self.posted.pop(0)[:2], timedelta(seconds=self.patience))
+            self._finish([self.posted.pop(0)])
         self.posted.append((to, self._start(self.library.isend, x, to), x))
 
+    def _finish(self, works: list, idle: bool = False) -> None:
+        """Wait for works (peer, work, array): of NCCL on this thread, which only queues what is to follow."""
+        began = monotonic()
+        if any(on_gpu(x) for _, _, x in works):
+            failed = self._failure(works, timedelta(seconds=self.patience))
+        else:
+            self.works.put(works)
+            while (failed := self._answer()) is WAITING:
+                if not idle:
+                    self._attend(self.waited_for, began)
+        if failed:
+            raise self._gone(*failed)
+        self.signs.done += 1
+
+    def _wait(self) -> None:
+        """In a thread of its own: a wait of gloo that ends by a limit ends the connection, too."""
+        while True:
+            self.ended.put(self._failure(self.works.get(), FOREVER))
+
+    def _failure(self, works: list, limit: timedelta) -> tuple[int, Exception] | None:
+        """The first peer for which one cannot wait, and why."""
+        for self.waited_for, work, _ in works:
+            try:
+                work.wait(limit)
+            except RuntimeError as error:
+                return self.waited_for, error
+        return None
+
+    def _answer(self):
+        try:
+            return self.ended.get(timeout=LOOK)
+        except Empty:
+            return WAITING
+
     def sum(self, x, peers):
-        if len(peers) == 1 or isinstance(x, np.ndarray) or x.device.type == "cpu":
+        if len(peers) == 1 or not on_gpu(x):
             return super().sum(x, peers)
         self.sent["sum"] += x.nbytes * 2 * (len(peers) - 1) // len(peers)
         group = self._group(peers)
@@ -90,57 +129,41 @@ class TorchDistributed(Ranks):
         x = self.torch.from_numpy(x.view(np.uint8)) if isinstance(x, np.ndarray) else x
         return x.reshape(-1).view(self.torch.uint8)
 
-    def _finish(self, peer: int, work, patience: timedelta) -> None:
-        try:
-            work.wait(patience)
-        except RuntimeError as error:
-            raise self._gone(peer, error) from None
-
     def _gone(self, peer: int, error: Exception) -> Exception:
         """Why a peer is not there: what a rank said that stopped, or how the connection ended."""
         self.missed = peer
         silent = "imed out" in str(error)
-        if silent:
-            self._ask(self.store.set, WAITS.format(self.rank), str(peer))
-        if alarm := self._ask(self._hear, GRACE if silent else 2 * GRACE):  # the lost may have waited in vain
-            return alarm
-        return self.silent(culprits([peer], self._ask(self._waits) or {})) if silent else self.lost(peer)
+        return self._ask(self._hear, 2 * GRACE) or (self.silent([peer]) if silent else self.lost(peer))
 
     def _hear(self, seconds: float) -> Exception | None:
         """An alarm that is there, or comes in time."""
-        until = time.monotonic() + seconds
+        until = monotonic() + seconds
         while not self.store.check([ALARM]):
-            if time.monotonic() > until:
+            if monotonic() > until:
                 return None
             time.sleep(0.02)
         rank, _, why = self.store.get(ALARM).decode().partition(" ")
         return self.stopped(int(rank), why)
 
-    def _waits(self) -> dict[int, list[int]]:
-        """Ranks that have waited in vain, and for whom."""
-        keys = {rank: WAITS.format(rank) for rank in range(self.count)}
-        return {rank: [int(self.store.get(key))] for rank, key in keys.items() if self.store.check([key])}
+    def _attend(self, peer: int, since: float) -> None:
+        """Waiting for a peer: hear who stops, and signs of life; give one."""
+        if alarm := self._ask(self._news, [peer]):
+            raise alarm
+        if lost := self.signs.lost([peer], since):
+            self.missed = lost[0]
+            raise self.silent(lost)
+
+    def _news(self, waits: Collection[int] = ()) -> Exception | None:
+        if text := self.signs.sign(waits):
+            self.store.set(SIGN.format(self.rank), text)
+        for rank in range(self.count):
+            if rank != self.rank and self.store.check([SIGN.format(rank)]):
+                self.signs.hear(rank, self.store.get(SIGN.format(rank)).decode())
+        return self._hear(0)
 
     def at_work(self):
-        if time.monotonic() - self.told > self.patience / 4:
-            self.told = time.monotonic()
-            self._ask(self.store.add, AT_WORK.format(self.rank), 1)
-
-    def ready(self):
-        self.verb = "ready"
-        self._ask(self.store.set, READY.format(self.rank), "")
-        others = [rank for rank in range(self.count) if rank != self.rank]
-        heard = dict.fromkeys(others, (0, time.monotonic()))  # how often, and when at last
-        while missing := [rank for rank in heard if not self._ask(self.store.check, [READY.format(rank)])]:
-            if alarm := self._ask(self._hear, 0):
-                raise alarm
-            for rank in missing:
-                often, now = self._ask(self.store.add, AT_WORK.format(rank), 0) or 0, time.monotonic()
-                if often > heard[rank][0]:
-                    heard[rank] = often, now
-                if now - heard[rank][1] > self.patience:
-                    raise self.silent([rank])
-            time.sleep(0.05)
+        if monotonic() - self.signs.told > self.patience / 4 and (alarm := self._ask(self._news)):
+            raise alarm
 
     def alarm(self, why):
         self._ask(self.store.compare_set, ALARM, "", f"{self.rank} {why}")
@@ -159,13 +182,15 @@ class TorchDistributed(Ranks):
         asking.join(3 * GRACE)
         return answer[0] if answer else None
 
+    def finish(self):
+        self.verb = "end"
+        self._finish(self.posted)
+
     def leave(self, code):
         if code:
             os._exit(code)
-        for peer, work, _ in self.posted:
-            self._finish(peer, work, timedelta(seconds=self.patience))
         self.library.destroy_process_group()
 
 
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def on_gpu(x) -> bool:
+    return not isinstance(x, np.ndarray) and x.device.type != "cpu"

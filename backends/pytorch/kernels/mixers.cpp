@@ -1,11 +1,11 @@
-// One position of whole layers on a CPU, a call each: spec/mixers.py again, in the loops of the other files.
+// One position of a whole model on a CPU in one call: spec/mixers.py and spec/model.py again, in the loops of
+// the other files.
 //
 //     x += delta      delta = mixer(rms_norm(x))      x, delta [b][d] float32
 //
 // Matrices are bfloat16, small weights float32. What a layer remembers is changed in place. The structures
 // are those of program.py.
-#include <algorithm>
-#include <cmath>
+#include <chrono>
 #include <cstring>
 #include <memory>
 
@@ -72,6 +72,19 @@ struct Dense {
     i64 width;
 };
 
+struct Layer { i64 kind; const void* weights; };  // 'M' '*' 'E' '-', and the structure of that kind
+
+struct Model {
+    Norm norm;
+    Matrix head;
+    i64 vocabulary, count;
+    const Layer* layers;
+};
+
+// What a layer remembers: Mamba the tail [b][k-1][c] and S [b][h][p][n]; attention keys and values
+// [b][kv][room][e], in float32, or in bfloat16 if `narrow`.
+struct State { void *first, *second; i64 room, narrow; };
+
 static void put(float& to, float x) { to = x; }
 static void put(uint16_t& to, float x) {  // to the nearest bfloat16, of two as near the even one
     uint32_t bits;
@@ -86,11 +99,9 @@ static std::unique_ptr<float[]> normed(const Norm& norm, i64 b, float* x, const 
     return h;
 }
 
-extern "C" {
-
-// tail [b][k-1][c], S [b][h][p][n]
-void mamba_step(const Mamba& w, i64 b, float* x, const float* before, float* delta, float* tail, float* S,
-                int threads) {
+static void mamba2(const Mamba& w, i64 b, float* x, const float* before, float* delta, State& state,
+                   int threads) {
+    float *tail = (float*)state.first, *S = (float*)state.second;
     const i64 inner = w.heads * w.head_dim, shared = w.groups * w.state, c = inner + 2 * shared;
     const i64 wide = inner + c + w.heads;
     auto h = normed(w.norm, b, x, before);
@@ -110,9 +121,10 @@ void mamba_step(const Mamba& w, i64 b, float* x, const float* before, float* del
     linear(w.out_proj, w.norm.d, inner, y.get(), b, delta, threads);
 }
 
-// K, V [b][kv][room][e] in float32, or in bfloat16 if `narrow`; length[b] positions are known
-void attention_step(const Attention& w, i64 b, float* x, const float* before, float* delta, void* K, void* V,
-                    const i64* length, i64 room, int narrow, int threads) {
+// length[b] positions are known
+static void attention(const Attention& w, i64 b, float* x, const float* before, float* delta, State& state,
+                      const i64* length, int threads) {
+    const i64 room = state.room;
     const i64 e = w.head_dim, q_width = w.heads * e, kv_width = w.kv * e, d = w.norm.d;
     auto h = normed(w.norm, b, x, before);
     // PROJECT
@@ -128,15 +140,15 @@ void attention_step(const Attention& w, i64 b, float* x, const float* before, fl
         }
         loop(q.get(), keys, values, length, w.scale, y.get(), b, w.heads, w.kv, room, e, threads);
     };
-    if (narrow)
-        attend((uint16_t*)K, (uint16_t*)V, attend_bfloat16);
+    if (state.narrow)
+        attend((uint16_t*)state.first, (uint16_t*)state.second, attend_bfloat16);
     else
-        attend((float*)K, (float*)V, attend_float32);
+        attend((float*)state.first, (float*)state.second, attend_float32);
     // RETURN
     linear(w.o, d, q_width, y.get(), b, delta, threads);
 }
 
-void experts_step(const Experts& w, i64 b, float* x, const float* before, float* delta, int threads) {
+static void mixture(const Experts& w, i64 b, float* x, const float* before, float* delta, int threads) {
     const i64 d = w.norm.d, n = w.fc1 ? w.latent : d;
     auto h = normed(w.norm, b, x, before);
     // ROUTE, by the full-width input
@@ -157,8 +169,38 @@ void experts_step(const Experts& w, i64 b, float* x, const float* before, float*
     for (i64 i = 0; i < b * d; i++) delta[i] += routed[i];
 }
 
-void mlp_step(const Dense& w, i64 b, float* x, const float* before, float* delta, int threads) {
+static void mlp(const Dense& w, i64 b, float* x, const float* before, float* delta, int threads) {
     auto h = normed(w.norm, b, x, before);
     dense(w.up, w.down, w.width, w.norm.d, h.get(), b, delta, threads);
 }
+
+// logits [b][v] after one more position of b sequences, of which length[b] are known; x [b][d] holds their
+// embeddings, and is changed. `taken`: null, or seconds by kind of layer, and of the head, to be added to.
+extern "C" void step(const Model& m, i64 b, float* x, State* states, const i64* length, float* logits,
+                     double* taken, int threads) {
+    using Clock = std::chrono::steady_clock;
+    auto delta = fresh(b * m.norm.d);
+    const float* before = nullptr;
+    auto began = Clock::now();
+    auto lap = [&](i64 kind) {
+        auto now = Clock::now();
+        if (taken) taken[kind] += std::chrono::duration<double>(now - began).count();
+        began = now;
+    };
+    for (i64 i = 0; i < m.count; i++, before = delta.get()) {
+        const void* w = m.layers[i].weights;
+        const i64 kind = m.layers[i].kind;
+        switch (kind) {
+            case 'M': mamba2(*(const Mamba*)w, b, x, before, delta.get(), states[i], threads); break;
+            case '*':
+                attention(*(const Attention*)w, b, x, before, delta.get(), states[i], length, threads);
+                break;
+            case 'E': mixture(*(const Experts*)w, b, x, before, delta.get(), threads); break;
+            default: mlp(*(const Dense*)w, b, x, before, delta.get(), threads);
+        }
+        lap(kind);
+    }
+    auto h = normed(m.norm, b, x, before);
+    linear(m.head, m.vocabulary, m.norm.d, h.get(), b, logits, threads);
+    lap(0);
 }
