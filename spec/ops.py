@@ -72,6 +72,7 @@ class Stepping(Backend):
     """A backend that wraps a whole decoding step, as one compiled or recorded piece."""
 
     step: Callable  # (model, ids [b], states) -> logits [b v] on the host, next states
+    across: Callable | None = None  # the same on ranks of tp, by the embed, all_reduce and logits of the ops
 
 
 def embed(ids: Int[Array, "*b"], table: Float[Array, "v d"], dtype=np.float32) -> Float[Array, "*b d"]:

@@ -33,7 +33,7 @@ import numpy as np
 from spec.config import Config
 from spec.layout import span, unit
 from spec.model import Model
-from spec.ops import Backend
+from spec.ops import Backend, Stepping
 from spec.shard import Shard, cut, rows
 from spec.tensors import Group, placed
 
@@ -101,8 +101,12 @@ def sharded(
             return comm.scatter(ops.experts(u, matrices, type(routing)(*routes), first), others, split)
 
         verbs["experts"] = experts
-    plain = Backend(**{field.name: getattr(backend, field.name) for field in fields(Backend)})
-    return replace(plain, ops=replace(ops, **verbs))  # plain: a step of its own would know of no other ranks
+    kept = {field.name: getattr(backend, field.name) for field in fields(Backend)}
+    kept["ops"] = replace(ops, **verbs)
+    whole = len(others) == 1 and shard.layout.pp == 1 and not tp > cfg.n_groups > 0
+    if whole and isinstance(backend, Stepping) and backend.across:
+        return Stepping(**kept, step=backend.across)
+    return Backend(**kept)  # without a step that would know of no other ranks
 
 
 def sizes(width: int, parts: int) -> list[int]:

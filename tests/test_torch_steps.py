@@ -1,13 +1,20 @@
 """A decoding step in compiled loops is the step: the same logits and states, for every kind of layer."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refengine.comm import RankError, Solo
+from refengine.comm.threads import on_each
 from spec import state as spec_state
+from spec.layout import plan
 from spec.model import Model
 from spec.ops import Stepping, numpy_backend
+from spec.ranks import new_states, part
+from spec.shard import Shard
 from tests.cases import Case, cases, terms
 from tests.torch_benches import torch
 
@@ -27,9 +34,8 @@ def exact(case: Case) -> Model:
 def read(m: Model, ids: np.ndarray, n=None) -> list:
     """The states after some positions, n [b] of them real."""
     here = m.backend
-    return m.blocks(
-        m.embed(here.array(ids)), m.new_states(len(ids)), None if n is None else here.array(n)
-    )[1]
+    n = None if n is None else here.array(n)
+    return m.blocks(m.embed(here.array(ids)), m.new_states(len(ids)), n)[1]
 
 
 def plain(m: Model, ids: np.ndarray, states: list):
@@ -139,6 +145,44 @@ def test_beside_bfloat16_activations_a_step_is_as_exact_as_their_states(case):
         near(case, logits, expected, 2.0**-7)
     assert {s.tail.dtype for s in mine if hasattr(s, "tail")} <= {torch.bfloat16}
     assert {s.k.dtype for s in mine if hasattr(s, "k")} <= {torch.bfloat16}
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("latent", [20, None])
+def test_ranks_of_tp_take_the_step_together(tp, latent):
+    sizes = {"n_groups": 4, "heads_per_group": 2, "attention": (8, 4), "moe_latent_size": latent}
+    case = Case(layers="M*E-ME", batch=2, **sizes)
+    true, ids = exact(case), case.ids
+
+    def rank(comm):
+        shard = Shard(plan(case.cfg, tp, 1, 1), comm.rank)
+        m = part(case.cfg, case.read, torch_backend("bfloat16", compute="float32"), shard, comm)
+        assert m.backend.step.program(m), "the loops serve it"
+        states, told = new_states(m, shard, 2), []
+        for t in range(3):
+            logits, states = m.backend.step(m, ids[:, t], states)
+            told.append(logits)
+        return told
+
+    told, states = on_each(tp, rank), true.new_states(2)
+    for t in range(3):
+        expected, states = plain(true, ids[:, t], states)
+        for mine in told:
+            near(case, mine[t], expected)
+
+
+def test_what_stops_a_sum_of_ranks_stops_the_step():
+    case = Case(layers="MME", n_groups=2)
+
+    class Lost(Solo):
+        def sum(self, x, peers):
+            raise RankError("rank 1 is gone")
+
+    shard = Shard(plan(case.cfg, 2, 1, 1), 0)
+    m = part(case.cfg, case.read, torch_backend("bfloat16", compute="float32"), shard, Lost())
+    lost = replace(m.backend, ops=replace(m.backend.ops, embed=lambda ids, table: torch.zeros(len(ids), 26)))
+    with pytest.raises(RankError, match="rank 1 is gone"):
+        m.backend.step(replace(m, backend=lost), case.ids[:, 0], new_states(m, shard, 2))
 
 
 def test_a_backend_without_the_loops_does_not_promise_a_step():

@@ -84,7 +84,7 @@ def torch_backend(
     if not loops:
         return backend
     few = FEW if active == torch.float32 else FEW_BESIDE_UNITS
-    return Stepping(**vars(backend), step=Steps(loops, few))
+    return Stepping(**vars(backend), step=Steps(loops, few), across=Steps(loops, few, alone=False))
 
 
 def new_state(kind: str, cfg, batch: int, *, dtype, device) -> Recurrent | Cache | None:

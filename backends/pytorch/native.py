@@ -33,7 +33,7 @@ SIGNATURES = {
     "choose": (P, P, I, I, I, N, F, P, P),
     "attend_float32": (P, P, P, P, F, P, I, I, I, I, I, N),
     "attend_bfloat16": (P, P, P, P, F, P, I, I, I, I, I, N),
-    "step": (P, I, P, P, P, P, P, N),
+    "step": (P, I, P, P, P, P, P, P, P, N),
 }
 
 

@@ -49,20 +49,24 @@ class Program(NamedTuple):
     kept: tuple  # what it points to
 
 
-def compiled(model) -> Program | None:
-    """The program of a model, or None if the loops cannot serve it."""
+def compiled(model, alone: bool = True) -> Program | None:
+    """The program of a model, or None if the loops cannot serve it; of a rank of several, without the head.
+
+    A rank has a part of every matrix, so widths are those of the tensors.
+    """
     cfg, top = model.cfg, model.weights[""]
     head = top["embeddings.weight" if cfg.tie_word_embeddings else "lm_head.weight"]
     blocks = [model.weights[f"layers.{i}"] for i in range(len(cfg.layers))]
     try:
         parts = [LAYERS[kind](cfg, w, w["mixer"]) for kind, w in zip(cfg.layers, blocks, strict=True)]
-        final = vector(top["norm_f.weight"]), cfg.hidden_size, cfg.layer_norm_epsilon, matrix(head)
+        final = vector(top["norm_f.weight"]), cfg.hidden_size, cfg.layer_norm_epsilon
+        last = (matrix(head), len(head)) if alone else (None, 0)
     except Unknown:
         return None
     layers = (Layer * len(parts))(
         *((ord(kind), ctypes.addressof(part)) for kind, part in zip(cfg.layers, parts, strict=True))
     )
-    whole = Whole(*final, len(head), len(parts), ctypes.addressof(layers))
+    whole = Whole(*final, *last, len(parts), ctypes.addressof(layers))
     return Program(cfg.layers, whole, (parts, layers))
 
 
@@ -112,20 +116,19 @@ def experts(cfg, w, m) -> Experts:
     for pair in listed.matrices:
         for part in pair:
             matrix(part)
-    latent = cfg.moe_latent_size
+    latent, shared = cfg.moe_latent_size, m["shared_experts.up_proj.weight"]
     fc1, fc2 = (matrix(m[f"{key}_latent_proj.weight"]) if latent else None for key in ("fc1", "fc2"))
     return Experts(
         *norm(cfg, w), vector(m["gate.weight"]), vector(m["gate.e_score_correction_bias"]),
-        matrix(m["shared_experts.up_proj.weight"]), matrix(m["shared_experts.down_proj.weight"]), fc1, fc2,
+        matrix(shared), matrix(m["shared_experts.down_proj.weight"]), fc1, fc2,
         listed.up.data_ptr(), listed.down.data_ptr(), cfg.n_routed_experts, cfg.num_experts_per_tok,
-        cfg.moe_intermediate_size, cfg.moe_shared_expert_intermediate_size, latent or 0, cfg.norm_topk_prob,
-        cfg.routed_scaling_factor,
+        len(listed.matrices[0][0]), len(shared), latent or 0, cfg.norm_topk_prob, cfg.routed_scaling_factor,
     )  # fmt: skip
 
 
 def dense(cfg, w, m) -> Dense:
-    up, down = matrix(m["up_proj.weight"]), matrix(m["down_proj.weight"])
-    return Dense(*norm(cfg, w), up, down, cfg.intermediate_size)
+    up = m["up_proj.weight"]
+    return Dense(*norm(cfg, w), matrix(up), matrix(m["down_proj.weight"]), len(up))
 
 
 LAYERS = {"M": mamba, "*": attention, "E": experts, "-": dense}

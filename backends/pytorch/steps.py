@@ -18,16 +18,19 @@ import torch
 from backends.pytorch.products import FEW
 from backends.pytorch.program import Program, State, compiled
 
+REDUCE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)
+
 
 class Steps:
     """(model, ids [b], states) -> logits [b v] on the host, next states.
 
     few    rows up to which the loops serve
+    alone  whether no other rank has a part of the model
     taken  None, or 128 doubles to which seconds are added, by the letter of a layer's kind; 0: the head's
     """
 
-    def __init__(self, built: ctypes.CDLL, few: int = FEW, taken: ctypes.Array | None = None):
-        self.built, self.few, self.taken = built, few, taken
+    def __init__(self, built: ctypes.CDLL, few: int = FEW, alone: bool = True, taken=None):
+        self.built, self.few, self.alone, self.taken = built, few, alone, taken
         self.latest: tuple[dict, Program | None] = {}, None  # weights, and their program if there is one
 
     def __call__(self, model, ids, states: list):
@@ -37,17 +40,42 @@ class Steps:
         x = model.embed(ids).float()  # b d, a new tensor, which is changed
         before = [writable(kind, state) for kind, state in zip(program.kinds, states, strict=True)]
         places, length = remembered(program.kinds, before)
-        logits = torch.empty(len(ids), program.whole.vocabulary)
+        whole, delta = program.whole, torch.empty_like(x)
+        reduce = None if self.alone else Reduce(model.backend.ops.all_reduce, delta)
+        out = torch.empty(len(ids), whole.vocabulary if self.alone else whole.d)
         self.built.step(
-            ctypes.byref(program.whole), len(ids), x.data_ptr(), places, length, logits.data_ptr(),
-            self.taken, torch.get_num_threads(),
+            ctypes.byref(whole), len(ids), x.data_ptr(), delta.data_ptr(), places, length,
+            reduce and reduce.call, out.data_ptr(), self.taken, torch.get_num_threads(),
         )  # fmt: skip
-        return logits.numpy(), list(map(written, program.kinds, states, before))
+        if reduce:
+            out = reduce.checked(model.head, out)
+        return out.numpy(), list(map(written, program.kinds, states, before))
 
     def program(self, model) -> Program | None:
         if self.latest[0] is not model.weights:
-            self.latest = model.weights, compiled(model)
+            self.latest = model.weights, compiled(model, self.alone)
         return self.latest[1]
+
+
+class Reduce:
+    """The sum over ranks after each layer, called from the loops; what it raises is raised after them."""
+
+    def __init__(self, all_reduce, delta):
+        self.all_reduce, self.delta, self.failed = all_reduce, delta, None
+        self.call = REDUCE(self.run)
+
+    def run(self, kind: int) -> int:
+        try:
+            self.delta.copy_(self.all_reduce(self.delta, chr(kind)))
+        except BaseException as failed:
+            self.failed = failed
+        return self.failed is not None
+
+    def checked(self, verb, x):
+        """verb(x), if nothing was raised."""
+        if self.failed:
+            raise self.failed
+        return verb(x)
 
 
 def writable(kind: str, state):

@@ -174,12 +174,13 @@ static void mlp(const Dense& w, i64 b, float* x, const float* before, float* del
     dense(w.up, w.down, w.width, w.norm.d, h.get(), b, delta, threads);
 }
 
-// logits [b][v] after one more position of b sequences, of which length[b] are known; x [b][d] holds their
-// embeddings, and is changed. `taken`: null, or seconds by kind of layer, and of the head, to be added to.
-extern "C" void step(const Model& m, i64 b, float* x, State* states, const i64* length, float* logits,
-                     double* taken, int threads) {
+// out [b][v], logits after one more position of b sequences, of which length[b] are known; or, if there is no
+// head, the last norm [b][d]. x [b][d] holds their embeddings; it is changed, and so is delta [b][d].
+// reduce: null, or adds up delta over ranks after each layer, and says whether to stop.
+// taken: null, or seconds by kind of layer, and of the head, to be added to.
+extern "C" void step(const Model& m, i64 b, float* x, float* delta, State* states, const i64* length,
+                     int (*reduce)(int), float* out, double* taken, int threads) {
     using Clock = std::chrono::steady_clock;
-    auto delta = fresh(b * m.norm.d);
     const float* before = nullptr;
     auto began = Clock::now();
     auto lap = [&](i64 kind) {
@@ -187,20 +188,22 @@ extern "C" void step(const Model& m, i64 b, float* x, State* states, const i64* 
         if (taken) taken[kind] += std::chrono::duration<double>(now - began).count();
         began = now;
     };
-    for (i64 i = 0; i < m.count; i++, before = delta.get()) {
+    for (i64 i = 0; i < m.count; i++, before = delta) {
         const void* w = m.layers[i].weights;
         const i64 kind = m.layers[i].kind;
         switch (kind) {
-            case 'M': mamba2(*(const Mamba*)w, b, x, before, delta.get(), states[i], threads); break;
-            case '*':
-                attention(*(const Attention*)w, b, x, before, delta.get(), states[i], length, threads);
-                break;
-            case 'E': mixture(*(const Experts*)w, b, x, before, delta.get(), threads); break;
-            default: mlp(*(const Dense*)w, b, x, before, delta.get(), threads);
+            case 'M': mamba2(*(const Mamba*)w, b, x, before, delta, states[i], threads); break;
+            case '*': attention(*(const Attention*)w, b, x, before, delta, states[i], length, threads); break;
+            case 'E': mixture(*(const Experts*)w, b, x, before, delta, threads); break;
+            default: mlp(*(const Dense*)w, b, x, before, delta, threads);
         }
+        if (reduce && reduce((int)kind)) return;
         lap(kind);
     }
     auto h = normed(m.norm, b, x, before);
-    linear(m.head, m.vocabulary, m.norm.d, h.get(), b, logits, threads);
+    if (m.head)
+        linear(m.head, m.vocabulary, m.norm.d, h.get(), b, out, threads);
+    else
+        memcpy(out, h.get(), b * m.norm.d * sizeof(float));
     lap(0);
 }
