@@ -57,6 +57,12 @@ class Checkpoint:
         """Bytes that a row of the table takes on disk."""
         return self.stored[row.name].nbytes
 
+    def in_large_pages(self) -> Checkpoint:
+        """The same, for one process that wants all of it: see SafetensorsFile."""
+        for file in self.files:
+            file.in_large_pages()
+        return self
+
     def release(self, names: Iterable[str] | None = None) -> None:
         """Give back the memory that reading these tensors (or all) filled; views stay valid and refill it."""
         for name in self.stored if names is None else names:

@@ -54,7 +54,7 @@ def load(
     """
     began = time.perf_counter()
     limit_threads(threads)
-    checkpoint = Checkpoint.open(model)
+    checkpoint = Checkpoint.open(model).in_large_pages()
     cfg = checkpoint.config
     chosen = backends.make(backend, cfg, dtype, device, threads, deterministic)
     with progress("loading", len(table(cfg)), "tensor") as bar:

@@ -75,7 +75,6 @@ class SafetensorsFile:
             with open(path, "rb") as file:
                 self.header = _header(path, self.size, file)
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            _in_large_pages(self.map)
         except InputError:
             raise
         except (OSError, ValueError) as error:
@@ -87,18 +86,20 @@ class SafetensorsFile:
         """The first byte of the data."""
         return 8 + len(self.header)
 
+    def in_large_pages(self) -> None:
+        """Ask that what has yet to be read from the disk be kept in large pages: a look into them is cheaper.
+
+        Not for whoever wants a part of the file only: pages are filled whole.
+        """
+        with suppress(AttributeError, OSError):  # where there is no such advice
+            self.map.madvise(mmap.MADV_HUGEPAGE)
+
     def close(self) -> None:
         """Unmap the file, or leave that to the last array that still looks into it."""
         try:
             self.map.close()
         except BufferError:
             del self.map
-
-
-def _in_large_pages(mapped: mmap.mmap) -> None:
-    """Ask that what has yet to be read from the disk be kept in large pages: a look into them is cheaper."""
-    with suppress(AttributeError, OSError):  # where there is no such advice
-        mapped.madvise(mmap.MADV_HUGEPAGE)
 
 
 def _header(path: Path, size: int, file: BinaryIO) -> bytes:

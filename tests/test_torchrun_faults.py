@@ -46,6 +46,12 @@ def test_a_rank_may_compute_for_longer_than_the_other_is_patient(job, layout, ra
     assert done.out == alone("generate", "Once upon a time", "-n", 30, "-t", 0)
 
 
+def test_the_other_rank_says_why_from_within_a_compiled_step():
+    how = ["--backend", "torch", "--dtype", "bfloat16", "--tp", 2, "--patience", PATIENCE]
+    job = torchrun(2, "generate", "Once upon a time", "-n", 30, *how, fault=(0, "sum", "vanish"))
+    ended_badly(job, {1}, "rank 0 is lost")
+
+
 @pytest.mark.parametrize("when", ["meet", "decode"])
 def test_a_rank_that_is_killed_ends_the_job(job, when):
     """torchrun ends the other one, which may not have come so far that it can speak."""

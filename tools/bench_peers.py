@@ -36,7 +36,7 @@ def ours(model: str, dtype: str, threads: int):
     from spec.model import Model
 
     torch.set_num_threads(threads)
-    checkpoint = Checkpoint.open(model)
+    checkpoint = Checkpoint.open(model).in_large_pages()
     built = Model.build(checkpoint.config, checkpoint.read, torch_backend(dtype))
 
     def work(task: str, size: int, steps: int) -> float:

@@ -147,7 +147,7 @@ def main() -> None:
     contexts(clock)
     if not arguments.model:
         return
-    checkpoint = Checkpoint.open(arguments.model)
+    checkpoint = Checkpoint.open(arguments.model).in_large_pages()
     model = Model.build(checkpoint.config, checkpoint.read, torch_backend(arguments.dtype))
     rng = torch.Generator().manual_seed(0)
     vocabulary, rows = model.cfg.vocab_size, {}

@@ -83,7 +83,7 @@ def of_one(asked: dict, how: dict) -> Iterator[dict]:
     from refengine.engine import limit_threads
     from spec.model import Model
 
-    checkpoint = checked(how["model"], asked)
+    checkpoint = checked(how["model"], asked).in_large_pages()
     on_host = how["backend"] != "cuda" and how["device"] in (None, "cpu")
     device = how["device"] or ("cpu" if on_host else "cuda")
     limit_threads(threads := how["threads"] or backends.processors())
