@@ -104,8 +104,7 @@ def test_errors_are_no_larger_than_those_of_transformers(how, record_property):
 
 
 def main() -> None:
-    for how in (Torch("torch-float32", "float32"), Torch("torch-bfloat16", "bfloat16", "float32"),
-                Torch("torch-bfloat16-units", "bfloat16", "bfloat16")):  # fmt: skip
+    for how in (how for how in BENCHES if isinstance(how, Torch)):
         head = ("experts", "ours", "a token at a time", "transformers", "ratio", "")
         print("", f"| {how.name} | {' | '.join(head)} |", "|---|---|---|---|---|---|---|", sep="\n")
         for case in cases():
