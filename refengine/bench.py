@@ -15,14 +15,13 @@ from statistics import median
 
 import numpy as np
 
+from refengine.backend import BYTES
 from refengine.engine import PREFILL
 from refengine.report import forget_peak, peak_memory
 from spec.config import Config
 from spec.model import Model
 from spec.ops import Backend, Stepping
 from spec.tensors import active_parameters, table
-
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def seconds(work: Callable, repeat: int) -> float:

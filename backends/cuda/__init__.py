@@ -12,8 +12,9 @@ Where each verb is:
 
 kernels/ has the kernels, an equation in each header.
 
-device.py is the only file that knows CuPy; tools/cuda_on_cpu has a device for machines without a GPU, which
-runs the same kernels and finds more mistakes. docs/cuda.md has what is expected of a GPU and what was seen.
+device.py is the only file that uses CuPy (requirements.py imports it); tools/cuda_on_cpu has a device for
+machines without a GPU, which runs the same kernels and finds more mistakes. docs/cuda.md has what is expected
+of a GPU and what was seen.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A CUDA device: the only file that knows CuPy.
+"""A CUDA device: the only file that uses CuPy.
 
 All work goes to one stream of its own, in the order of the calls. Kernels are compiled by NVRTC when they are
 first launched (CuPy keeps the result on disk); matrices are multiplied by cuBLAS, summed in float32.
