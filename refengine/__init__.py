@@ -1,14 +1,14 @@
 """refengine: the executable specification of Nemotron 3, and an engine that runs it.
 
-    import refengine
-    engine = refengine.load("tiny")
-    for event in engine.generate("Once upon a time", max_tokens=100, seed=1):
-        print(event.text, end="")
+import refengine
+engine = refengine.load("tiny")
+for event in engine.generate("Once upon a time", max_tokens=100, seed=1):
+    print(event.text, end="")
 """
 
 from typing import TYPE_CHECKING
 
-from spec.keys import InputError
+from refengine.spec.keys import InputError
 
 if TYPE_CHECKING:
     from refengine.engine import End, Engine, Token, load

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections import Counter
 
 from refengine.checkpoint import Checkpoint
-from refengine.report import bytes_text, count_text
-from spec.arrays import DTYPES
-from spec.config import NAME_OF, Config
-from spec.tensors import active_parameters, parameters, table
+from refengine.spec.arrays import DTYPES
+from refengine.spec.config import NAME_OF, Config
+from refengine.spec.tensors import active_parameters, parameters, table
+from refengine.units import bytes_text, count_text
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
@@ -19,8 +19,10 @@ def anatomy(checkpoint: Checkpoint) -> dict:
     cfg, rows = checkpoint.config, table(checkpoint.config)
     roles: dict[str, dict] = {}
     for row in rows:
-        part = roles.setdefault(f"mtp {row.role}" if row.block.startswith("mtp.") else row.role,
-                                {"tensors": 0, "parameters": 0, "bytes": 0})  # fmt: skip
+        part = roles.setdefault(
+            f"mtp {row.role}" if row.block.startswith("mtp.") else row.role,
+            {"tensors": 0, "parameters": 0, "bytes": 0},
+        )
         part["tensors"] += 1
         part["parameters"] += row.size
         part["bytes"] += checkpoint.bytes_of(row)
@@ -70,17 +72,23 @@ def text(a: dict) -> str:
         f"context {c['max_position_embeddings']}",
     ]
     if "mamba_num_heads" in c:
-        lines += [f"mamba         {c['mamba_num_heads']} heads x {c['mamba_head_dim']}, "
-                  f"state {c['ssm_state_size']}, {c['n_groups']} groups, "
-                  f"convolution {c['conv_kernel']}, chunk {c['chunk_size']}"]  # fmt: skip
+        lines += [
+            f"mamba         {c['mamba_num_heads']} heads x {c['mamba_head_dim']}, "
+            f"state {c['ssm_state_size']}, {c['n_groups']} groups, "
+            f"convolution {c['conv_kernel']}, chunk {c['chunk_size']}"
+        ]
     if "num_attention_heads" in c:
-        lines += [f"attention     {c['num_attention_heads']} query heads, "
-                  f"{c['num_key_value_heads']} key/value heads x {c['head_dim']}, no positions"]  # fmt: skip
+        lines += [
+            f"attention     {c['num_attention_heads']} query heads, "
+            f"{c['num_key_value_heads']} key/value heads x {c['head_dim']}, no positions"
+        ]
     if "n_routed_experts" in c:
         latent = f", latent {c['moe_latent_size']}" if c["moe_latent_size"] else ""
-        lines += [f"experts       {c['num_experts_per_tok']} of {c['n_routed_experts']}, "
-                  f"width {c['moe_intermediate_size']}{latent}, "
-                  f"shared {c['moe_shared_expert_intermediate_size']}"]  # fmt: skip
+        lines += [
+            f"experts       {c['num_experts_per_tok']} of {c['n_routed_experts']}, "
+            f"width {c['moe_intermediate_size']}{latent}, "
+            f"shared {c['moe_shared_expert_intermediate_size']}"
+        ]
     if "intermediate_size" in c:
         lines += [f"mlp           width {c['intermediate_size']}"]
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in a["dtypes"].items())
@@ -94,8 +102,10 @@ def text(a: dict) -> str:
         f"{'role':22}{'tensors':>9}{'parameters':>18}{'bytes':>12}{'share':>9}",
     ]
     for role, part in sorted(a["roles"].items(), key=lambda item: -item[1]["bytes"]):
-        lines += [f"{role:22}{part['tensors']:9,}{part['parameters']:18,}{bytes_text(part['bytes']):>12}"
-                  f"{part['bytes'] / a['bytes']:9.1%}"]  # fmt: skip
+        lines += [
+            f"{role:22}{part['tensors']:9,}{part['parameters']:18,}{bytes_text(part['bytes']):>12}"
+            f"{part['bytes'] / a['bytes']:9.1%}"
+        ]
     fixed = s["ssm_bytes"] + s["conv_bytes"]
     lines += [
         "",

@@ -1,14 +1,13 @@
-"""Which backend computes: a name becomes a `spec.ops.Backend`, and is imported only when it is chosen."""
+"""Which backend computes: a name becomes a `Backend` of the spec, imported only when it is chosen."""
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 
-from spec.config import Config, InputError
-from spec.ops import Backend, numpy_backend
-from spec.tensors import parameters, table
+from refengine.machine import available_memory
+from refengine.spec.config import Config, InputError
+from refengine.spec.ops import Backend, numpy_backend
+from refengine.spec.tensors import parameters, table
 
 NAMES = ("numpy", "torch", "cuda")
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -32,7 +31,7 @@ def make(
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise InputError(f"threads = {threads} is not a number from 1 to {MOST_THREADS}")
     if name == "cuda":
-        from backends.cuda import cuda_backend
+        from refengine.backends.cuda import cuda_backend
 
         return cuda_backend(dtype, "cuda" if device is None else device, cfg, share=share)
     device = "cpu" if device is None else device
@@ -44,7 +43,7 @@ def make(
         return numpy_backend(np.dtype(dtype), resident=fits(cfg, dtype, share))
     if name == "torch":
         try:
-            from backends.pytorch import torch_backend
+            from refengine.backends.pytorch import torch_backend
         except ModuleNotFoundError as error:
             if error.name != "torch":
                 raise
@@ -59,18 +58,3 @@ def fits(cfg: Config, dtype: str, share: float = 1.0) -> bool:
     If not, they stay in the file's dtype in the memory map, and one matrix or expert at a time is widened.
     """
     return share * parameters(table(cfg)) * BYTES.get(dtype, 4) <= available_memory() / 2
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def available_memory() -> int:
-    """Bytes that can be had without swapping, as far as the system tells."""
-    try:
-        with open("/proc/meminfo") as meminfo:
-            fields = dict(line.split(":", 1) for line in meminfo)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -17,11 +17,11 @@ import numpy as np
 
 from refengine.backend import BYTES
 from refengine.engine import PREFILL
-from refengine.report import forget_peak, peak_memory
-from spec.config import Config
-from spec.model import Model
-from spec.ops import Backend, Stepping
-from spec.tensors import active_parameters, table
+from refengine.machine import forget_peak, peak_memory
+from refengine.spec.config import Config
+from refengine.spec.model import Model
+from refengine.spec.ops import Backend, Stepping
+from refengine.spec.tensors import active_parameters, table
 
 
 def seconds(work: Callable, repeat: int) -> float:
@@ -51,8 +51,8 @@ def matrix_peak(model: Model, size: int = 2048) -> float:
     """Operations a second in the backend's product of 512 rows and a square matrix."""
     from types import SimpleNamespace
 
-    from spec.arrays import DTYPES
-    from spec.tensors import Group
+    from refengine.spec.arrays import DTYPES
+    from refengine.spec.tensors import Group
 
     rng, here = np.random.default_rng(0), model.backend
     values = rng.standard_normal((size, size), np.float32).astype(DTYPES["BF16"])
@@ -134,9 +134,16 @@ def decode_seconds(model: Model, batch: int, context: int, steps: int) -> float:
 
 
 def bench(
-    model: Model, dtype: str, threads: int, prompts: list[int], batches: list[int], contexts: list[int],
-    repeat: int = 3, steps: int = 16, host: bool = True,
-) -> Iterator[dict]:  # fmt: skip
+    model: Model,
+    dtype: str,
+    threads: int,
+    prompts: list[int],
+    batches: list[int],
+    contexts: list[int],
+    repeat: int = 3,
+    steps: int = 16,
+    host: bool = True,
+) -> Iterator[dict]:
     """A row for the machine, then one a measurement. Not on the `host`: no shares of the machine."""
     cfg = model.cfg
     peak, bandwidth = (matrix_peak(model), read_bandwidth(threads)) if host else (None, None)
@@ -158,13 +165,22 @@ def bench(
 
 def prefill_row(length: int, took: float, share: float | None, memory: int) -> dict:
     return {
-        "what": "prefill", "batch": 1, "tokens": length, "tokens_per_second": length / took,
-        "share": share, "peak_memory": memory,
-    }  # fmt: skip
+        "what": "prefill",
+        "batch": 1,
+        "tokens": length,
+        "tokens_per_second": length / took,
+        "share": share,
+        "peak_memory": memory,
+    }
 
 
 def decode_row(batch: int, context: int, took: float, share: float | None, memory: int) -> dict:
     return {
-        "what": "decode", "batch": batch, "tokens": context, "tokens_per_second": batch / took,
-        "milliseconds": 1e3 * took, "share": share, "peak_memory": memory,
-    }  # fmt: skip
+        "what": "decode",
+        "batch": batch,
+        "tokens": context,
+        "tokens_per_second": batch / took,
+        "milliseconds": 1e3 * took,
+        "share": share,
+        "peak_memory": memory,
+    }

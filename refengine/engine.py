@@ -22,16 +22,16 @@ from tqdm import tqdm
 
 from refengine import backend as backends
 from refengine import generation
-from refengine.chat import ChatTemplate
 from refengine.checkpoint import Checkpoint
 from refengine.generation import Draw, End, Options, Text, Token
-from refengine.tokenizer import Tokenizer
-from spec import mtp, state
-from spec.config import Config, InputError
-from spec.model import Model
-from spec.ops import Stepping
-from spec.sample import checked, log_probs
-from spec.tensors import table
+from refengine.spec import mtp, state
+from refengine.spec.config import Config, InputError
+from refengine.spec.model import Model
+from refengine.spec.ops import Stepping
+from refengine.spec.sample import checked, log_probs
+from refengine.spec.tensors import table
+from refengine.text.chat_template import ChatTemplate
+from refengine.text.tokenizer import Tokenizer
 
 PREFILL = 512  # positions in one call, at most; cut at whole chunks of the model
 BATCH = 32  # sequences side by side, at most
@@ -50,7 +50,7 @@ def load(
     `device` is the processor unless it is named, of the cuda backend the first GPU. `threads` limits the
     threads of matrix products in this process; `deterministic` asks for the same bits on every run, where
     a device would not give them. InputError says in one sentence what is wrong with the files or with the
-    choice. For several ranks see refengine.ranks.
+    choice. For several ranks see refengine.ranks.load.
     """
     began = time.perf_counter()
     limit_threads(threads)

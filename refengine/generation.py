@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from refengine.report import peak_memory
-from refengine.tokenizer import StopStrings, Tokenizer
-from spec.config import InputError
-from spec.sample import Sampling, alternatives, log_probs, sample
+from refengine.machine import peak_memory
+from refengine.spec.config import InputError
+from refengine.spec.sample import Sampling, alternatives, log_probs, sample
+from refengine.text.stop_strings import StopStrings
+from refengine.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

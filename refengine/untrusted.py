@@ -13,7 +13,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from spec.config import InputError
+from refengine.spec.config import InputError
 
 MAX_JSON = 64 * 2**20  # bytes; the largest config.json and index in use are below 20 MB
 

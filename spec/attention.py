@@ -12,9 +12,9 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int
 
-from spec.arrays import Array
-from spec.numerics import wide
-from spec.state import Cache
+from refengine.spec.arrays import Array
+from refengine.spec.numerics import wide
+from refengine.spec.state import Cache
 
 
 def attention(

@@ -22,13 +22,16 @@ from __future__ import annotations
 import re
 from itertools import groupby
 
-from spec.tools import describe, write_call
+from refengine.spec.tools import describe, write_call
 
 
 def chat(
-    messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = True,
-    enable_thinking: bool = True, truncate_history_thinking: bool = True,
-) -> str:  # fmt: skip
+    messages: list[dict],
+    tools: list[dict] | None = None,
+    add_generation_prompt: bool = True,
+    enable_thinking: bool = True,
+    truncate_history_thinking: bool = True,
+) -> str:
     """The text of messages {"role", "content", and of a reply "reasoning_content", "tool_calls"}."""
     told = [content(message) for message in messages[:1] if message["role"] == "system"]
     turns = messages[len(told) :]

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
 
-from spec.keys import FIXED, KINDS, NAME_OF, REAL, REQUIRED, InputError, read, shown
+from refengine.spec.keys import FIXED, KINDS, NAME_OF, REAL, REQUIRED, InputError, read, shown
 
 __all__ = ["NAME_OF", "Config", "InputError"]
 
@@ -96,11 +96,15 @@ class Config:
         out = {k: v for k, v in out.items() if set(REQUIRED.get(k, KINDS)) & set(letters + mtp)}
         if self.time_step_limit == (0.0, math.inf):  # JSON cannot write it, and its absence means it
             del out["time_step_limit"]
-        out |= {"model_type": "nemotron_h", "architectures": ["NemotronHForCausalLM"],
-                "num_hidden_layers": len(letters), "hybrid_override_pattern": letters,
-                "layers_block_type": [NAME_OF[k] for k in letters],
-                "num_nextn_predict_layers": 1 if mtp else 0,
-                "eos_token_id": list(self.eos_token_id)}  # fmt: skip
+        out |= {
+            "model_type": "nemotron_h",
+            "architectures": ["NemotronHForCausalLM"],
+            "num_hidden_layers": len(letters),
+            "hybrid_override_pattern": letters,
+            "layers_block_type": [NAME_OF[k] for k in letters],
+            "num_nextn_predict_layers": 1 if mtp else 0,
+            "eos_token_id": list(self.eos_token_id),
+        }
         if mtp:
             out |= {"mtp_hybrid_override_pattern": mtp, "mtp_layers_block_type": [NAME_OF[k] for k in mtp]}
         return out | FIXED

@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int
 
-from spec.arrays import Array
-from spec.numerics import silu
+from refengine.spec.arrays import Array
+from refengine.spec.numerics import silu
 
 
 def causal_conv(

@@ -21,8 +21,14 @@ import math
 from reprlib import repr as shown  # a value of config.json in a sentence: short, whatever it is
 
 KINDS = "M*E-"
-LETTER_OF = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "moe": "E",
-             "mlp": "-"}  # fmt: skip
+LETTER_OF = {
+    "mamba": "M",
+    "linear_attention": "M",
+    "attention": "*",
+    "full_attention": "*",
+    "moe": "E",
+    "mlp": "-",
+}
 NAME_OF = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 
 
@@ -59,8 +65,14 @@ FIXED = {
     "n_shared_experts": 1,
 }  # fmt: skip
 # SPELLINGS of the layers, and of the layers of the prediction head; a list decides over a pattern.
-SPELLINGS = {"layers_block_type", "layer_types", "hybrid_override_pattern",
-             "num_nextn_predict_layers", "mtp_layers_block_type", "mtp_hybrid_override_pattern"}  # fmt: skip
+SPELLINGS = {
+    "layers_block_type",
+    "layer_types",
+    "hybrid_override_pattern",
+    "num_nextn_predict_layers",
+    "mtp_layers_block_type",
+    "mtp_hybrid_override_pattern",
+}
 # DERIVED from other keys, even where it stands and is stale.
 DERIVED = {"num_hidden_layers"}
 # IGNORED: for training, initialisation, or another program; they do not change what the model computes.
@@ -142,5 +154,3 @@ def _number(value) -> float:
         return float(value["__float__"] if isinstance(value, dict) else value)
     except (TypeError, ValueError, KeyError, OverflowError):
         raise InputError(f"time_step_limit holds {shown(value)}, which is not a number") from None
-
-

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from spec.config import Config, InputError
+from refengine.spec.config import Config, InputError
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ def obstacles(c: Config, tp: int = 1, ep: int = 1, pp: int = 1) -> Iterator[str]
         return
     kinds, count = c.layers + c.mtp_layers, len(c.layers)
     for kind, heads, groups in (
-        ("M", "mamba_num_heads", "n_groups"), ("*", "num_attention_heads", "num_key_value_heads")
-    ):  # fmt: skip
+        ("M", "mamba_num_heads", "n_groups"),
+        ("*", "num_attention_heads", "num_key_value_heads"),
+    ):
         many, few = getattr(c, heads), getattr(c, groups)
         if kind in kinds and many % tp:
             yield f"{heads} = {many} is not a multiple of {tp}"
@@ -56,10 +57,12 @@ def obstacles(c: Config, tp: int = 1, ep: int = 1, pp: int = 1) -> Iterator[str]
     if ep > 1 and c.n_routed_experts < ep:
         yield f"n_routed_experts = {c.n_routed_experts} is less than {ep}"
     for there, key, parts in (
-        (True, "vocab_size", tp), (c.mtp_layers, "hidden_size", tp), ("-" in kinds, "intermediate_size", tp),
+        (True, "vocab_size", tp),
+        (c.mtp_layers, "hidden_size", tp),
+        ("-" in kinds, "intermediate_size", tp),
         ("E" in kinds, "moe_intermediate_size", tp),
         ("E" in kinds, "moe_shared_expert_intermediate_size", tp),
-    ):  # fmt: skip
+    ):
         width = getattr(c, key)
         if there and width // unit(width) < parts:
             yield f"{key} = {width} has not {parts} parts" + " of 16 or more" * (unit(width) > 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from spec.arrays import heads, merge, split
+from refengine.spec.arrays import heads, merge, split
 
 
 def mamba2(h, w, cfg, state, n, ops):  # b l d -> b l d

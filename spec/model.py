@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spec.config import Config
-from spec.mixers import MIXERS
-from spec.ops import Backend
-from spec.tensors import Group, placed, table
+from refengine.spec.config import Config
+from refengine.spec.mixers import MIXERS
+from refengine.spec.ops import Backend
+from refengine.spec.tensors import Group, placed, table
 
 
 @dataclass(frozen=True)

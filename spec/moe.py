@@ -23,9 +23,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from spec.arrays import Array, widen
-from spec.config import Config
-from spec.numerics import relu2, sigmoid, wide
+from refengine.spec.arrays import Array, widen
+from refengine.spec.config import Config
+from refengine.spec.numerics import relu2, sigmoid, wide
 
 
 class Routing(NamedTuple):

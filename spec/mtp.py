@@ -12,7 +12,7 @@ with h := o and the token it guessed. docs/model.md, "Multi-token prediction".
 
 from __future__ import annotations
 
-from spec.model import Model, run
+from refengine.spec.model import Model, run
 
 
 def new_states(model: Model, batch: int) -> list:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
-from spec.arrays import Array, heads, merge
-from spec.numerics import silu, wide
+from refengine.spec.arrays import Array, heads, merge
+from refengine.spec.numerics import silu, wide
 
 
 def rms_norm(
@@ -29,9 +29,13 @@ def rms_norm(
 
 
 def gated_rms_norm(
-    y: Float[Array, "b l c"], z: Float[Array, "b l c"], weight: Float[Array, " c"], eps: float, groups: int,
+    y: Float[Array, "b l c"],
+    z: Float[Array, "b l c"],
+    weight: Float[Array, " c"],
+    eps: float,
+    groups: int,
     mean=lambda squares: squares,
-) -> Float[Array, "b l c"]:  # fmt: skip
+) -> Float[Array, "b l c"]:
     """Gate `y` by `z`, then normalise each group of c / groups channels by itself.
 
     Where c is only a part of a group, `mean` turns the mean of squares here into the group's (chapter 22).

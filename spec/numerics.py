@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
-from spec.arrays import Array
+from refengine.spec.arrays import Array
 
 
 def wide(dtype) -> np.dtype:

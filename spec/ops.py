@@ -20,16 +20,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from spec import moe
-from spec.arrays import Array, widen
-from spec.attention import attention, attention_in_blocks
-from spec.config import Config
-from spec.conv import causal_conv
-from spec.norm import gated_rms_norm, rms_norm
-from spec.numerics import wide
-from spec.scan import ssd_scan, ssd_scan_chunked
-from spec.state import new_state
-from spec.tensors import Group
+from refengine.spec import moe
+from refengine.spec.arrays import Array, widen
+from refengine.spec.attention import attention, attention_in_blocks
+from refengine.spec.config import Config
+from refengine.spec.conv import causal_conv
+from refengine.spec.norm import gated_rms_norm, rms_norm
+from refengine.spec.numerics import wide
+from refengine.spec.scan import ssd_scan, ssd_scan_chunked
+from refengine.spec.state import new_state
+from refengine.spec.tensors import Group
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from spec.config import Config
-from spec.layout import span, unit
-from spec.model import Model
-from spec.ops import Backend, Stepping
-from spec.shard import Shard, cut, rows
-from spec.tensors import Group, placed
+from refengine.spec.config import Config
+from refengine.spec.layout import span, unit
+from refengine.spec.model import Model
+from refengine.spec.ops import Backend, Stepping
+from refengine.spec.shard import Shard, cut, rows
+from refengine.spec.tensors import Group, placed
 
 
 @runtime_checkable

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from spec.arrays import Array
-from spec.config import InputError
-from spec.keys import shown
+from refengine.spec.arrays import Array
+from refengine.spec.config import InputError
+from refengine.spec.keys import shown
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import math
 import numpy as np
 from jaxtyping import Float, Int
 
-from spec.arrays import Array, valid_positions
-from spec.numerics import softplus, wide
+from refengine.spec.arrays import Array, valid_positions
+from refengine.spec.numerics import softplus, wide
 
 
 def time_steps(

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from spec.arrays import DTYPES, Array
-from spec.config import Config
-from spec.layout import Layout, span, unit
-from spec.tensors import Tensor, table
+from refengine.spec.arrays import DTYPES, Array
+from refengine.spec.config import Config
+from refengine.spec.layout import Layout, span, unit
+from refengine.spec.tensors import Tensor, table
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,13 @@ def held(row: Tensor, cfg: Config, shard: Shard) -> tuple[int, list[range]]:
             return axis, [range(length)]
         case "tp":
             return axis, [span(length, tp, t, unit(length))]
-    heads_of = {"x": (cfg.mamba_num_heads, cfg.mamba_head_dim), "B": (cfg.n_groups, cfg.ssm_state_size),
-                "dt": (cfg.mamba_num_heads, 1), "q": (cfg.num_attention_heads, cfg.head_dim),
-                "kv": (cfg.num_key_value_heads, cfg.head_dim)}  # fmt: skip
+    heads_of = {
+        "x": (cfg.mamba_num_heads, cfg.mamba_head_dim),
+        "B": (cfg.n_groups, cfg.ssm_state_size),
+        "dt": (cfg.mamba_num_heads, 1),
+        "q": (cfg.num_attention_heads, cfg.head_dim),
+        "kv": (cfg.num_key_value_heads, cfg.head_dim),
+    }
     ranges, start = [], 0
     for heads, width in map(heads_of.get, segments.split()):
         mine = span(heads, tp, t)

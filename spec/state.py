@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from spec.arrays import Array
-from spec.config import Config
-from spec.numerics import wide
+from refengine.spec.arrays import Array
+from refengine.spec.config import Config
+from refengine.spec.numerics import wide
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from itertools import groupby
 from math import prod
 from typing import Any, NamedTuple
 
-from spec.config import Config
+from refengine.spec.config import Config
 
 
 class Tensor(NamedTuple):

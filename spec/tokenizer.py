@@ -20,7 +20,7 @@ from functools import cached_property
 from itertools import pairwise
 from unicodedata import category
 
-from spec.config import InputError
+from refengine.spec.config import InputError
 
 # KINDS. Whether to cut between characters depends only on what kind of character each is:
 #     U upper or title case   l lower case   o letter without case   m mark put on a letter   d digit

@@ -1,7 +1,7 @@
 """What all tests share: how hard Hypothesis tries, and the backends under test.
 
 `HYPOTHESIS_PROFILE=thorough pytest` draws many more and new cases; the default draws the same few each time.
-A backend joins the laws and the recorded vectors by one line in `tests/benches.py`.
+A backend joins the laws and the recorded vectors by one line in `tests/support/benches.py`.
 """
 
 import os
@@ -29,15 +29,15 @@ def one_thread_each():
 # Nothing here may import `spec` when pytest starts: its shapes are checked only if it is imported after that.
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
-        from tests.benches import BENCHES
+        from tests.support.benches import BENCHES
 
         metafunc.parametrize("backend", BENCHES, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
 def backend(request):
-    """One backend in one precision: all of spec.ops.Backend, and `dtype`."""
-    from tests.benches import BENCHES
+    """One backend in one precision: all of refengine.spec.ops.Backend, and `dtype`."""
+    from tests.support.benches import BENCHES
 
     return BENCHES[request.param]()
 

@@ -1,6 +1,6 @@
 """The CUDA backend: CuPy, cuBLAS, and a kernel for each verb that is not a product of matrices.
 
-    cuda_backend("bfloat16", "cuda") -> spec.ops.Backend
+    cuda_backend("bfloat16", "cuda") -> refengine.spec.ops.Backend
 
 Where each verb is:
 
@@ -12,7 +12,7 @@ Where each verb is:
 
 kernels/ has the kernels, an equation in each header.
 
-device.py is the only file that uses CuPy (requirements.py imports it); tools/cuda_on_cpu has a device for
+device.py is the only file that uses CuPy (requirements.py imports it); tools/cuda/emulator has a device for
 machines without a GPU, which runs the same kernels and finds more mistakes. docs/cuda.md has what is expected
 of a GPU and what was seen.
 """
@@ -25,20 +25,20 @@ from typing import Any
 
 import numpy as np
 
-from backends.cuda.array import DTYPES, DeviceArray
-from backends.cuda.attention import Attention
-from backends.cuda.base import Device
-from backends.cuda.experts import Experts
-from backends.cuda.layers import Layers
-from backends.cuda.products import Products
-from backends.cuda.requirements import check_room, find_index
-from backends.cuda.sample import Tokens
-from backends.cuda.scan import Scan
-from backends.cuda.state import new_state
-from backends.cuda.steps import Steps
-from backends.cuda.weights import place
-from spec.config import InputError
-from spec.ops import Ops, Stepping
+from refengine.backends.cuda.array import DTYPES, DeviceArray
+from refengine.backends.cuda.attention import Attention
+from refengine.backends.cuda.base import Device
+from refengine.backends.cuda.experts import Experts
+from refengine.backends.cuda.layers import Layers
+from refengine.backends.cuda.products import Products
+from refengine.backends.cuda.requirements import check_room, find_index
+from refengine.backends.cuda.sample import Tokens
+from refengine.backends.cuda.scan import Scan
+from refengine.backends.cuda.state import new_state
+from refengine.backends.cuda.steps import Steps
+from refengine.backends.cuda.weights import place
+from refengine.spec.config import InputError
+from refengine.spec.ops import Ops, Stepping
 
 BUILDS = {"float32": (), "bfloat16": ("REAL_BF16",)}
 
@@ -68,7 +68,7 @@ def cuda_backend(
     if state not in ("float32", "float16"):
         raise InputError(f"the cuda backend keeps states in float32 or float16, not in {state}")
     if not isinstance(device, Device):
-        from backends.cuda.device import CupyDevice
+        from refengine.backends.cuda.device import CupyDevice
 
         device = CupyDevice(find_index(device))
     if cfg is not None:
@@ -77,12 +77,21 @@ def cuda_backend(
     products, layers, tokens = Products(*build), Layers(*build), Tokens(*build)
     scan = Scan(device, (*BUILDS[dtype], *(("STATE_F16",) if state == "float16" else ())))
     ops = Ops(
-        embed=tokens.embed, linear=products.linear, linear_pair=products.linear_pair, mlp=products.mlp,
-        logits=products.logits, rms_norm=layers.rms_norm, gated_rms_norm=layers.gated_rms_norm,
-        causal_conv=layers.causal_conv, ssd_scan=scan.ssd_scan, attention=Attention(*build).attention,
-        route=layers.route, experts=Experts(*build).experts, announce=lambda routing: None,
+        embed=tokens.embed,
+        linear=products.linear,
+        linear_pair=products.linear_pair,
+        mlp=products.mlp,
+        logits=products.logits,
+        rms_norm=layers.rms_norm,
+        gated_rms_norm=layers.gated_rms_norm,
+        causal_conv=layers.causal_conv,
+        ssd_scan=scan.ssd_scan,
+        attention=Attention(*build).attention,
+        route=layers.route,
+        experts=Experts(*build).experts,
+        announce=lambda routing: None,
         all_reduce=lambda x, kind: x,
-    )  # fmt: skip
+    )
     return CudaBackend(
         name="cuda",
         ops=ops,

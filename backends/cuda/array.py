@@ -11,10 +11,13 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 DTYPES = {
-    "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16), "int32": np.dtype(np.int32), "int64": np.dtype(np.int64),
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "int32": np.dtype(np.int32),
+    "int64": np.dtype(np.int64),
     "uint8": np.dtype(np.uint8),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from backends.cuda.array import DeviceArray
-from backends.cuda.verbs import Verbs, tiles
-from spec.config import InputError
+from refengine.backends.cuda.array import DeviceArray
+from refengine.backends.cuda.verbs import Verbs, tiles
+from refengine.spec.config import InputError
 
 HEAD = 128  # of keys.cuh: the largest head_dim
 MANY = {4: (64, 16), 2: (128, 32)}  # of attention.cu, by bytes of an activation: queries and keys of a block

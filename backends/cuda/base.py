@@ -6,8 +6,8 @@ from math import prod
 
 import numpy as np
 
-from backends.cuda import kernel
-from backends.cuda.array import DTYPES, DeviceArray, packed_strides
+from refengine.backends.cuda import kernel
+from refengine.backends.cuda.array import DTYPES, DeviceArray, packed_strides
 
 THREADS = 256  # of a block, in kernels that treat each element alike
 BLOCKS = 4096  # of such a kernel, at most: a thread takes several elements

@@ -12,10 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from backends.cuda.array import DTYPES, DeviceArray
-from backends.cuda.base import Device
-from backends.cuda.requirements import check_capability, check_driver, check_libraries, gib, imported
-from spec.config import InputError
+from refengine.backends.cuda.array import DTYPES, DeviceArray
+from refengine.backends.cuda.base import Device
+from refengine.backends.cuda.requirements import (
+    check_capability,
+    check_driver,
+    check_libraries,
+    gib,
+    imported,
+)
+from refengine.spec.config import InputError
 
 __all__ = ["CupyDevice", "Device", "DeviceArray"]
 STAGE = 32 << 20  # bytes of one of the two pinned buffers that copies from and to the host go through
@@ -115,12 +121,26 @@ class CupyDevice(Device):
         cublas = self.cupy.cuda.cublas
         with self.handle, self.stream:
             cublas.gemmEx(
-                self.blas, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, o, m, i,
-                self.one.ctypes.data, weight.pointer, CUDA_DTYPES[weight.dtype], leading(weight),
-                x.pointer, CUDA_DTYPES[x.dtype], leading(x),
-                self.zero.ctypes.data, out.pointer, CUDA_DTYPES[out.dtype], leading(out),
-                GEMM["compute"], GEMM["algorithm"],
-            )  # fmt: skip
+                self.blas,
+                cublas.CUBLAS_OP_T,
+                cublas.CUBLAS_OP_N,
+                o,
+                m,
+                i,
+                self.one.ctypes.data,
+                weight.pointer,
+                CUDA_DTYPES[weight.dtype],
+                leading(weight),
+                x.pointer,
+                CUDA_DTYPES[x.dtype],
+                leading(x),
+                self.zero.ctypes.data,
+                out.pointer,
+                CUDA_DTYPES[out.dtype],
+                leading(out),
+                GEMM["compute"],
+                GEMM["algorithm"],
+            )
         return out
 
     # ---- Graphs ----

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from backends.cuda.array import DeviceArray
-from backends.cuda.verbs import Verbs, rows, tiles
-from spec.config import InputError
+from refengine.backends.cuda.array import DeviceArray
+from refengine.backends.cuda.verbs import Verbs, rows, tiles
+from refengine.spec.config import InputError
 
 CHOICES, EXPERTS = 1024, 1024  # limits and sizes of experts_sort.cu
 COLUMNS = {16: {4: 128, 2: 128}, 64: {4: 128, 2: 256}}  # of experts_grouped.cu, by rows and bytes of a Real

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from backends.cuda.array import DTYPES, DeviceArray
-from spec.config import InputError
+from refengine.backends.cuda.array import DTYPES, DeviceArray
+from refengine.spec.config import InputError
 
 KERNELS = Path(__file__).parent / "kernels"
 ENTRY = re.compile(r'extern\s+"C"\s+__global__\s+void\b')
@@ -99,8 +99,14 @@ def allowed(kind: str, defines: tuple[str, ...]) -> tuple[str, ...]:
     return POINTERS[kind]
 
 
-def check(file: str, kernel: str, args: tuple[Argument, ...], defines: tuple[str, ...], device,
-          kernels: Path = KERNELS) -> None:  # fmt: skip
+def check(
+    file: str,
+    kernel: str,
+    args: tuple[Argument, ...],
+    defines: tuple[str, ...],
+    device,
+    kernels: Path = KERNELS,
+) -> None:
     """TypeError where `args` are not what the kernel takes. None is a null pointer."""
     known = signatures(kernels / f"{file}.cu")
     if kernel not in known:

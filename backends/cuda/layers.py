@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from backends.cuda.verbs import Verbs, rows, tiles
-from spec.config import InputError
-from spec.moe import Routing
+from refengine.backends.cuda.verbs import Verbs, rows, tiles
+from refengine.spec.config import InputError
+from refengine.spec.moe import Routing
 
 TAPS = 4  # the limits of causal_conv.cu
 SPAN = 16

@@ -6,8 +6,8 @@ from math import prod
 
 import numpy as np
 
-from backends.cuda.array import DeviceArray
-from backends.cuda.verbs import Verbs
+from refengine.backends.cuda.array import DeviceArray
+from refengine.backends.cuda.verbs import Verbs
 
 
 class Products(Verbs):

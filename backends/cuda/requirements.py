@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from spec.config import InputError
-from spec.tensors import parameters, table
+from refengine.spec.config import InputError
+from refengine.spec.tensors import parameters, table
 
 OLDEST = 80  # the compute capability that has bfloat16 and cp.async
 ROOM = 0.9  # of the free memory for weights; the rest is for states, and for what lies between launches

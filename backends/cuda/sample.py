@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from backends.cuda.verbs import Verbs, tiles
-from spec.config import InputError
+from refengine.backends.cuda.verbs import Verbs, tiles
+from refengine.spec.config import InputError
 
 WIDTH = 1024  # of candidates.cu
 CANDIDATES = WIDTH // 2  # at most: each round halves what is left, or better

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from backends.cuda.verbs import Verbs, rows, tiles
+from refengine.backends.cuda.verbs import Verbs, rows, tiles
 
 CHUNK, TILE, THREADS, PAIRS = 128, 64, 128, 3  # of ssd.cuh
 FEW = 16  # positions that are faster one after another than as a chunk
@@ -68,9 +68,26 @@ class Scan(Verbs):
         grid = tiles(p, STEP_ROWS), h, b
         (x, x_stride), (dt, dt_stride), (B, B_stride), (C, C_stride) = map(positions, (x, dt, B, C))
         self.run(
-            "ssd_step", grid, x, dt, A_log, B, C, D, dt_bias, S, y, n, self.calls(grid),
-            *map(np.int32, (length, h, p, g, state)), x_stride, dt_stride, B_stride, C_stride, *limit,
-        )  # fmt: skip
+            "ssd_step",
+            grid,
+            x,
+            dt,
+            A_log,
+            B,
+            C,
+            D,
+            dt_bias,
+            S,
+            y,
+            n,
+            self.calls(grid),
+            *map(np.int32, (length, h, p, g, state)),
+            x_stride,
+            dt_stride,
+            B_stride,
+            C_stride,
+            *limit,
+        )
 
     def chunks(self, x, dt, A_log, B, C, D, dt_bias, S, n, limit, y, first: int, last: int):
         """Positions first .. last - 1 of each row, a chunk at a time and all chunks at once."""
@@ -84,20 +101,59 @@ class Scan(Verbs):
         sizes = tuple(map(np.int32, (first, length, h, p, g, state)))
         (x, x_stride), (dt, dt_stride), (B, B_stride), (C, C_stride) = map(positions, (x, dt, B, C))
         self.run(
-            "ssd_states", (chunks, heads, b), x, dt, A_log, B, dt_bias, step, high, low, decay, added,
-            n, *sizes, x_stride, dt_stride, B_stride, *limit, held=2 if self.dtype == "float32" else 3,
-        )  # fmt: skip
+            "ssd_states",
+            (chunks, heads, b),
+            x,
+            dt,
+            A_log,
+            B,
+            dt_bias,
+            step,
+            high,
+            low,
+            decay,
+            added,
+            n,
+            *sizes,
+            x_stride,
+            dt_stride,
+            B_stride,
+            *limit,
+            held=2 if self.dtype == "float32" else 3,
+        )
         grid = tiles(p * state, 4 * THREADS), h, b
         counts = map(np.int32, (chunks, h, p * state))
         self.run("ssd_pass", grid, S, decay, added, before, self.calls(grid), *counts)
         self.run(
-            "ssd_scores", (chunks * PAIRS, g, b), B, C, scores,
-            n, *map(np.int32, (first, length, g, state)), B_stride, C_stride, held=2,
-        )  # fmt: skip
+            "ssd_scores",
+            (chunks * PAIRS, g, b),
+            B,
+            C,
+            scores,
+            n,
+            *map(np.int32, (first, length, g, state)),
+            B_stride,
+            C_stride,
+            held=2,
+        )
         self.run(
-            "ssd_outputs", (tiles(last - first, TILE), heads, b), x, C, D, step, high, low, before, scores, y,
-            n, *sizes, x_stride, C_stride, held=2,
-        )  # fmt: skip
+            "ssd_outputs",
+            (tiles(last - first, TILE), heads, b),
+            x,
+            C,
+            D,
+            step,
+            high,
+            low,
+            before,
+            scores,
+            y,
+            n,
+            *sizes,
+            x_stride,
+            C_stride,
+            held=2,
+        )
 
 
 def chunks_at_once(x: tuple[int, ...], B: tuple[int, ...], size: int) -> int:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from backends.cuda.attention import Cache
-from spec import state
+from refengine.backends.cuda.attention import Cache
+from refengine.spec import state
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from backends.cuda.array import DeviceArray
-from backends.cuda.attention import Cache
+from refengine.backends.cuda.array import DeviceArray
+from refengine.backends.cuda.attention import Cache
 
 KEPT = 4  # graphs: each keeps the memory between its launches
 

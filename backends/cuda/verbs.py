@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from backends.cuda.array import DTYPES
+from refengine.backends.cuda.array import DTYPES
 
 
 class Verbs:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from backends.cuda.array import DTYPES, DeviceArray
-from backends.cuda.experts import Stacked
-from spec.arrays import widen
+from refengine.backends.cuda.array import DTYPES, DeviceArray
+from refengine.backends.cuda.experts import Stacked
+from refengine.spec.arrays import widen
 
 
 def place(group, values: list[np.ndarray], *, device, dtype: str):

@@ -1,6 +1,6 @@
-"""The PyTorch backend: the vocabulary of `spec.ops` on a CPU or a CUDA device.
+"""The PyTorch backend: the vocabulary of `refengine.spec.ops` on a CPU or a CUDA device.
 
-    torch_backend("bfloat16", device="cuda") -> spec.ops.Backend
+    torch_backend("bfloat16", device="cuda") -> refengine.spec.ops.Backend
 
 Where each verb is:
 
@@ -22,18 +22,18 @@ from functools import partial
 
 import torch
 
-from backends.pytorch import native
-from backends.pytorch.attention import Cache, attention
-from backends.pytorch.decode import with_loops
-from backends.pytorch.experts import Experts, route
-from backends.pytorch.layers import causal_conv, gated_rms_norm, rms_norm
-from backends.pytorch.products import FEW, FEW_BESIDE_UNITS, Products, activations
-from backends.pytorch.scan import ssd_scan
-from backends.pytorch.state import Recurrent
-from backends.pytorch.steps import Steps
-from backends.pytorch.weights import Host, place
-from spec.config import InputError
-from spec.ops import Backend, Ops, Stepping
+from refengine.backends.pytorch import native
+from refengine.backends.pytorch.attention import Cache, attention
+from refengine.backends.pytorch.decode import with_loops
+from refengine.backends.pytorch.experts import Experts, route
+from refengine.backends.pytorch.layers import causal_conv, gated_rms_norm, rms_norm
+from refengine.backends.pytorch.products import FEW, FEW_BESIDE_UNITS, Products, activations
+from refengine.backends.pytorch.scan import ssd_scan
+from refengine.backends.pytorch.state import Recurrent
+from refengine.backends.pytorch.steps import Steps
+from refengine.backends.pytorch.weights import Host, place
+from refengine.spec.config import InputError
+from refengine.spec.ops import Backend, Ops, Stepping
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -68,11 +68,21 @@ def torch_backend(
     products = Products(active, exact=weights == torch.float32, native=loops)
     host = Host(where)
     ops = Ops(
-        embed=products.embed, linear=products.linear, linear_pair=products.linear_pair, mlp=products.mlp,
-        logits=products.logits, rms_norm=rms_norm, gated_rms_norm=gated_rms_norm, causal_conv=causal_conv,
-        ssd_scan=ssd_scan, attention=attention, route=route, experts=Experts(products),
-        announce=lambda routing: None, all_reduce=lambda x, kind: x,
-    )  # fmt: skip
+        embed=products.embed,
+        linear=products.linear,
+        linear_pair=products.linear_pair,
+        mlp=products.mlp,
+        logits=products.logits,
+        rms_norm=rms_norm,
+        gated_rms_norm=gated_rms_norm,
+        causal_conv=causal_conv,
+        ssd_scan=ssd_scan,
+        attention=attention,
+        route=route,
+        experts=Experts(products),
+        announce=lambda routing: None,
+        all_reduce=lambda x, kind: x,
+    )
     backend = Backend(
         name="torch",
         ops=with_loops(ops, loops) if loops else ops,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 
-from backends.pytorch.state import index, with_rows
+from refengine.backends.pytorch.state import index, with_rows
 
 
 class Tip:

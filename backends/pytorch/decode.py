@@ -14,8 +14,8 @@ from functools import wraps
 
 import torch
 
-from backends.pytorch.experts import Routing
-from spec.ops import Ops
+from refengine.backends.pytorch.experts import Routing
+from refengine.spec.ops import Ops
 
 LOG2E = math.log2(math.e)
 

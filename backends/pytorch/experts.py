@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from backends.pytorch.products import FEW, Products, relu2
+from refengine.backends.pytorch.products import FEW, Products, relu2
 
 
 class Routing(NamedTuple):
@@ -108,10 +108,20 @@ class Experts:
         tokens, expert, weight = tokens.contiguous(), expert.contiguous(), weight.contiguous()
         (width, n), y = experts.matrices[0][0].shape, torch.empty_like(tokens)
         self.products.native.experts(
-            experts.up.data_ptr(), experts.down.data_ptr(), first, len(experts.up), expert.data_ptr(),
-            weight.data_ptr(), len(tokens), k, n, width, tokens.data_ptr(), y.data_ptr(),
+            experts.up.data_ptr(),
+            experts.down.data_ptr(),
+            first,
+            len(experts.up),
+            expert.data_ptr(),
+            weight.data_ptr(),
+            len(tokens),
+            k,
+            n,
+            width,
+            tokens.data_ptr(),
+            y.data_ptr(),
             torch.get_num_threads(),
-        )  # fmt: skip
+        )
         return y
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from backends.pytorch.decode import LOG2E
-from backends.pytorch.experts import Listed
+from refengine.backends.pytorch.decode import LOG2E
+from refengine.backends.pytorch.experts import Listed
 
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "n": ctypes.c_int, "f": ctypes.c_float}
 MOST = 3e38  # stands for infinity
@@ -93,20 +93,32 @@ def mamba(cfg, w, m) -> Mamba:
     if m["conv1d.weight"].stride(0) != 1:
         raise Unknown
     return Mamba(
-        *norm(cfg, w), matrix(m["in_proj.weight"]), matrix(m["out_proj.weight"]),
+        *norm(cfg, w),
+        matrix(m["in_proj.weight"]),
+        matrix(m["out_proj.weight"]),
         *(vector(m[key]) for key in ("conv1d.weight", "conv1d.bias", "A_log", "D", "dt_bias", "norm.weight")),
-        cfg.mamba_num_heads, cfg.mamba_head_dim, cfg.n_groups, cfg.ssm_state_size, cfg.conv_kernel,
-        low, min(high, MOST),
-    )  # fmt: skip
+        cfg.mamba_num_heads,
+        cfg.mamba_head_dim,
+        cfg.n_groups,
+        cfg.ssm_state_size,
+        cfg.conv_kernel,
+        low,
+        min(high, MOST),
+    )
 
 
 def attention(cfg, w, m) -> Attention:
     qkv = m["qkv_proj"]
     parts = qkv if isinstance(qkv, tuple) else qkv.split(cfg.qkv_widths)
     return Attention(
-        *norm(cfg, w), *map(matrix, parts), matrix(m["o_proj.weight"]), cfg.num_attention_heads,
-        cfg.num_key_value_heads, cfg.head_dim, LOG2E / math.sqrt(cfg.head_dim),
-    )  # fmt: skip
+        *norm(cfg, w),
+        *map(matrix, parts),
+        matrix(m["o_proj.weight"]),
+        cfg.num_attention_heads,
+        cfg.num_key_value_heads,
+        cfg.head_dim,
+        LOG2E / math.sqrt(cfg.head_dim),
+    )
 
 
 def experts(cfg, w, m) -> Experts:
@@ -119,11 +131,23 @@ def experts(cfg, w, m) -> Experts:
     latent, shared = cfg.moe_latent_size, m["shared_experts.up_proj.weight"]
     fc1, fc2 = (matrix(m[f"{key}_latent_proj.weight"]) if latent else None for key in ("fc1", "fc2"))
     return Experts(
-        *norm(cfg, w), vector(m["gate.weight"]), vector(m["gate.e_score_correction_bias"]),
-        matrix(shared), matrix(m["shared_experts.down_proj.weight"]), fc1, fc2,
-        listed.up.data_ptr(), listed.down.data_ptr(), cfg.n_routed_experts, cfg.num_experts_per_tok,
-        len(listed.matrices[0][0]), len(shared), latent or 0, cfg.norm_topk_prob, cfg.routed_scaling_factor,
-    )  # fmt: skip
+        *norm(cfg, w),
+        vector(m["gate.weight"]),
+        vector(m["gate.e_score_correction_bias"]),
+        matrix(shared),
+        matrix(m["shared_experts.down_proj.weight"]),
+        fc1,
+        fc2,
+        listed.up.data_ptr(),
+        listed.down.data_ptr(),
+        cfg.n_routed_experts,
+        cfg.num_experts_per_tok,
+        len(listed.matrices[0][0]),
+        len(shared),
+        latent or 0,
+        cfg.norm_topk_prob,
+        cfg.routed_scaling_factor,
+    )
 
 
 def dense(cfg, w, m) -> Dense:

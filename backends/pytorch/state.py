@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from spec import state
+from refengine.spec import state
 
 
 def index(rows, device):

@@ -15,8 +15,8 @@ from dataclasses import replace
 
 import torch
 
-from backends.pytorch.products import FEW
-from backends.pytorch.program import Program, State, compiled
+from refengine.backends.pytorch.products import FEW
+from refengine.backends.pytorch.program import Program, State, compiled
 
 REDUCE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)
 
@@ -44,9 +44,17 @@ class Steps:
         reduce = None if self.alone else Reduce(model.backend.ops.all_reduce, delta)
         out = torch.empty(len(ids), whole.vocabulary if self.alone else whole.d)
         self.built.step(
-            ctypes.byref(whole), len(ids), x.data_ptr(), delta.data_ptr(), places, length,
-            reduce and reduce.call, out.data_ptr(), self.taken, torch.get_num_threads(),
-        )  # fmt: skip
+            ctypes.byref(whole),
+            len(ids),
+            x.data_ptr(),
+            delta.data_ptr(),
+            places,
+            length,
+            reduce and reduce.call,
+            out.data_ptr(),
+            self.taken,
+            torch.get_num_threads(),
+        )
         if reduce:
             out = reduce.checked(model.head, out)
         return out.numpy(), list(map(written, program.kinds, states, before))

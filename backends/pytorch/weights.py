@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from backends.pytorch.experts import Listed, Stacked
+from refengine.backends.pytorch.experts import Listed, Stacked
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 

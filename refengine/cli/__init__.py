@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import click
 
-from refengine.place import place, speak_when_ended
+from refengine.ranks.launcher import place, speak_when_ended
 
 COMMANDS = ("generate", "chat", "inspect", "score", "bench")
 
@@ -39,8 +39,14 @@ def show_version(ctx, param, value):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=show_version,
-              help="Print the version.")  # fmt: skip
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=show_version,
+    help="Print the version.",
+)
 def cli():
     """Run, look into and measure Nemotron 3 (nemotron_h) models; without --model, the one in this package."""
 
@@ -59,7 +65,7 @@ def main(args: list[str] | None = None) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (rank 0 prints, for all)
     code, why = run(lambda: command(args), "--debug" in args)
     if place().count > 1:
-        from refengine.comm.launch import leave
+        from refengine.ranks.comm.connect import leave
 
         leave(code, why)
     sys.exit(code)
@@ -100,7 +106,7 @@ def run(work: Callable[[], None], debug: bool) -> tuple[int, str]:
 
 def sentence(error: Exception) -> str:
     """What went wrong, on one line."""
-    from spec.config import InputError
+    from refengine.spec.config import InputError
 
     text = " ".join(str(error).split())
     if isinstance(error, InputError):

@@ -10,9 +10,9 @@ import click
 from refengine.anatomy import state_bytes
 from refengine.checkpoint import Checkpoint
 from refengine.cli import options
-from refengine.place import place
-from refengine.report import bytes_text
-from spec.config import Config, InputError
+from refengine.ranks.launcher import place
+from refengine.spec.config import Config, InputError
+from refengine.units import bytes_text
 
 
 class Numbers(click.ParamType):
@@ -79,17 +79,18 @@ def bench(prompts, batches, contexts, repeat, steps, as_json, **how):
 def of_one(asked: dict, how: dict) -> Iterator[dict]:
     """The machine, then what was asked for, by this process alone."""
     from refengine import backend as backends
+    from refengine import machine
     from refengine.bench import bench as measured
     from refengine.engine import limit_threads
-    from spec.model import Model
+    from refengine.spec.model import Model
 
     checkpoint = checked(how["model"], asked).in_large_pages()
     on_host = how["backend"] != "cuda" and how["device"] in (None, "cpu")
     device = how["device"] or ("cpu" if on_host else "cuda")
-    limit_threads(threads := how["threads"] or backends.processors())
+    limit_threads(threads := how["threads"] or machine.processors())
     cfg, dtype = checkpoint.config, how["dtype"]
     if on_host:
-        check_room(cfg, dtype, max(asked["batches"]), max(asked["contexts"]), backends.available_memory())
+        check_room(cfg, dtype, max(asked["batches"]), max(asked["contexts"]), machine.available_memory())
     chosen = backends.make(how["backend"], cfg, dtype, device, threads, how["deterministic"])
     built = Model.build(cfg, checkpoint.read, chosen)
     rows = measured(built, dtype, threads, **asked, host=on_host)

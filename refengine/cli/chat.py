@@ -9,8 +9,8 @@ import click
 
 from refengine.cli import options
 from refengine.cli.generate import summary
-from refengine.comm import RankError
-from spec.config import InputError
+from refengine.ranks.comm import RankError
+from refengine.spec.config import InputError
 
 
 @click.command(short_help="Talk, through the chat template.")
@@ -94,7 +94,7 @@ def answer(events, thinking: bool, quiet: bool) -> dict:
         end = event
     if not quiet:
         click.echo()
-    from refengine.chat import split_reasoning
+    from refengine.text.chat_template import split_reasoning
 
     reasoning, content = split_reasoning(text, thinking)
     return {"content": content, "reasoning": reasoning, "reason": end.reason, "statistics": end.statistics}

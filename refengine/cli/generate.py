@@ -8,17 +8,26 @@ import time
 import click
 
 from refengine.cli import options
-from spec.config import InputError
+from refengine.spec.config import InputError
 
 
 @click.command(short_help="Go on from a prompt.")
 @click.argument("prompt", required=False)
-@click.option("--file", "-f", "file", metavar="FILE",
-              help="The prompt is in a file, less its last line end; - is stdin.")  # fmt: skip
+@click.option(
+    "--file",
+    "-f",
+    "file",
+    metavar="FILE",
+    help="The prompt is in a file, less its last line end; - is stdin.",
+)
 @click.option("--prompts", metavar="FILE", help="One prompt a line; all run side by side.")
 @click.option("--echo/--no-echo", default=True, help="Print the prompt before the text.  [default: echo]")
-@click.option("--logprobs", type=click.IntRange(0), metavar="N",
-              help="A line a token: log-probability and the N likeliest.")  # fmt: skip
+@click.option(
+    "--logprobs",
+    type=click.IntRange(0),
+    metavar="N",
+    help="A line a token: log-probability and the N likeliest.",
+)
 @options.sampling
 @options.as_json
 @options.engine
@@ -119,15 +128,21 @@ def as_objects(engine, texts: list[str], events) -> dict[int, dict]:
             continue
         *new, end = tokens[i]
         record = {
-            "index": i, "prompt": texts[i], "text": "".join(e.text for e in tokens[i]), "reason": end.reason,
+            "index": i,
+            "prompt": texts[i],
+            "text": "".join(e.text for e in tokens[i]),
+            "reason": end.reason,
             "token_ids": [e.id for e in new],
-        }  # fmt: skip
+        }
         if new and new[0].logprob is not None:
             record["logprobs"] = [
-                {"token_id": e.id, "logprob": e.logprob,
-                 "top": [{"token_id": token, "logprob": logprob} for token, logprob in e.top]}
+                {
+                    "token_id": e.id,
+                    "logprob": e.logprob,
+                    "top": [{"token_id": token, "logprob": logprob} for token, logprob in e.top],
+                }
                 for e in new
-            ]  # fmt: skip
+            ]
         done[i] = end.statistics
         click.echo(json.dumps(record | {"statistics": end.statistics}, ensure_ascii=False))
     return done
@@ -139,13 +154,16 @@ def say_statistics(done: dict[int, dict], seconds: float) -> None:
         click.echo((f"{i}  " if len(done) > 1 else "") + summary(statistics), err=True)
     if len(done) > 1:
         read, new = (sum(s[count] for s in done.values()) for count in ("prompt_tokens", "new_tokens"))
-        click.echo(f"all {len(done)}: prompts of {read} tokens and {new} new ones in {seconds:.2f} s, "
-                   f"{new / seconds:.0f} new tokens/s", err=True)  # fmt: skip
+        click.echo(
+            f"all {len(done)}: prompts of {read} tokens and {new} new ones in {seconds:.2f} s, "
+            f"{new / seconds:.0f} new tokens/s",
+            err=True,
+        )
 
 
 def summary(s: dict) -> str:
     """The statistics of one text in one line."""
-    from refengine.report import bytes_text
+    from refengine.units import bytes_text
 
     speed = s["decode_tokens_per_second"]
     return (

@@ -10,9 +10,9 @@ from pathlib import Path
 import click
 
 from refengine.backend import BYTES, MOST_THREADS, NAMES
-from refengine.comm import PATIENCE
-from refengine.place import place
-from spec.config import InputError
+from refengine.ranks.comm import PATIENCE
+from refengine.ranks.launcher import place
+from refengine.spec.config import InputError
 
 
 def together(*decorators):
@@ -46,32 +46,63 @@ def some_text(ctx, param, values):
 debug = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object a line.")
 
-model = click.option("--model", "-m", default="tiny", show_default=True, metavar="PATH",
-                     help="A checkpoint directory, or tiny, the model in this package.")  # fmt: skip
+model = click.option(
+    "--model",
+    "-m",
+    default="tiny",
+    show_default=True,
+    metavar="PATH",
+    help="A checkpoint directory, or tiny, the model in this package.",
+)
 
 engine = together(
     model,
-    click.option("--backend", type=click.Choice(NAMES), default="numpy", show_default=True,
-                 help="What computes."),
-    click.option("--dtype", type=click.Choice(tuple(BYTES)), default="float32", show_default=True,
-                 help="In which numbers."),
-    click.option("--device", metavar="NAME",
-                 help="Where: cpu, cuda, cuda:N, auto.  [default: cpu; of the cuda backend, cuda]"),
-    click.option("--threads", type=click.IntRange(1, MOST_THREADS), metavar="N",
-                 help="Threads of the matrix products."),
-    click.option("--deterministic", is_flag=True,
-                 help="The same bits on every run, also where a device is faster without."),
-)  # fmt: skip
+    click.option(
+        "--backend", type=click.Choice(NAMES), default="numpy", show_default=True, help="What computes."
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(tuple(BYTES)),
+        default="float32",
+        show_default=True,
+        help="In which numbers.",
+    ),
+    click.option(
+        "--device",
+        metavar="NAME",
+        help="Where: cpu, cuda, cuda:N, auto.  [default: cpu; of the cuda backend, cuda]",
+    ),
+    click.option(
+        "--threads", type=click.IntRange(1, MOST_THREADS), metavar="N", help="Threads of the matrix products."
+    ),
+    click.option(
+        "--deterministic",
+        is_flag=True,
+        help="The same bits on every run, also where a device is faster without.",
+    ),
+)
 
 ranks = together(
-    click.option("--tp", type=click.IntRange(1), default=1, metavar="N",
-                 help="Ranks that share each layer, under mpiexec or torchrun."),
-    click.option("--ep", type=click.IntRange(1), default=1, metavar="N",
-                 help="Times as many, that share the experts."),
+    click.option(
+        "--tp",
+        type=click.IntRange(1),
+        default=1,
+        metavar="N",
+        help="Ranks that share each layer, under mpiexec or torchrun.",
+    ),
+    click.option(
+        "--ep", type=click.IntRange(1), default=1, metavar="N", help="Times as many, that share the experts."
+    ),
     click.option("--pp", type=click.IntRange(1), default=1, metavar="N", help="Times as many: stages."),
-    click.option("--patience", type=Finite(0, 1e6, min_open=True), default=PATIENCE, show_default=True,
-                 metavar="S", help="Seconds until a rank that does not answer is given up."),
-)  # fmt: skip
+    click.option(
+        "--patience",
+        type=Finite(0, 1e6, min_open=True),
+        default=PATIENCE,
+        show_default=True,
+        metavar="S",
+        help="Seconds until a rank that does not answer is given up.",
+    ),
+)
 
 
 def load(tp: int, ep: int, pp: int, patience: float, **how):
@@ -80,7 +111,7 @@ def load(tp: int, ep: int, pp: int, patience: float, **how):
         import refengine
 
         return refengine.load(**how)
-    from refengine import ranks
+    from refengine.ranks.load import load as ranks
 
     return ranks.load(**how, tp=tp, ep=ep, pp=pp, patience=patience)
 
@@ -95,9 +126,9 @@ def say_ranks(engine) -> None:
     """What each rank has of the checkpoint, on stderr; nothing where there is one."""
     if not hasattr(engine, "shard"):
         return
-    from refengine.ranks import bytes_read
-    from refengine.report import bytes_text
-    from spec.shard import Shard
+    from refengine.ranks.load import bytes_read
+    from refengine.spec.shard import Shard
+    from refengine.units import bytes_text
 
     for rank in range(engine.shard.layout.ranks):
         read = bytes_read(engine.checkpoint.config, Shard(engine.shard.layout, rank))
@@ -112,24 +143,53 @@ def follows() -> bool:
 
 
 sampling = together(
-    click.option("--max-tokens", "-n", type=click.IntRange(0), default=256, show_default=True, metavar="N",
-                 help="At most this many new tokens."),
-    click.option("--temperature", "-t", type=Finite(0), metavar="T",
-                 help="0: the likeliest. [default of this and the next: what the checkpoint recommends]"),
+    click.option(
+        "--max-tokens",
+        "-n",
+        type=click.IntRange(0),
+        default=256,
+        show_default=True,
+        metavar="N",
+        help="At most this many new tokens.",
+    ),
+    click.option(
+        "--temperature",
+        "-t",
+        type=Finite(0),
+        metavar="T",
+        help="0: the likeliest. [default of this and the next: what the checkpoint recommends]",
+    ),
     click.option("--top-k", type=click.IntRange(0), metavar="K", help="Only the K likeliest; 0: all."),
-    click.option("--top-p", type=Finite(0, 1, min_open=True), metavar="P",
-                 help="Only the likeliest that reach P together."),
-    click.option("--min-p", type=Finite(0, 1), metavar="P",
-                 help="Only those at least P times as likely as the likeliest."),
-    click.option("--repetition-penalty", type=Finite(0, min_open=True), metavar="R",
-                 help="Above 1: discourage repetition."),
-    click.option("--seed", type=click.IntRange(0, 2**63), metavar="N",
-                 help="The same seed, the same text; prompt i has N + i."),
-    click.option("--stop", multiple=True, metavar="TEXT", callback=some_text,
-                 help="End before this text (repeatable)."),
+    click.option(
+        "--top-p",
+        type=Finite(0, 1, min_open=True),
+        metavar="P",
+        help="Only the likeliest that reach P together.",
+    ),
+    click.option(
+        "--min-p",
+        type=Finite(0, 1),
+        metavar="P",
+        help="Only those at least P times as likely as the likeliest.",
+    ),
+    click.option(
+        "--repetition-penalty",
+        type=Finite(0, min_open=True),
+        metavar="R",
+        help="Above 1: discourage repetition.",
+    ),
+    click.option(
+        "--seed",
+        type=click.IntRange(0, 2**63),
+        metavar="N",
+        help="The same seed, the same text; prompt i has N + i.",
+    ),
+    click.option(
+        "--stop", multiple=True, metavar="TEXT", callback=some_text, help="End before this text (repeatable)."
+    ),
     click.option("--ignore-eos", is_flag=True, help="Go on after end tokens."),
     click.option("--stats", is_flag=True, help="Speed and memory, on stderr."),
-)  # fmt: skip
+)
 
 
 def named(path: str) -> str:

@@ -8,7 +8,7 @@ import math
 import click
 
 from refengine.cli import options
-from spec.config import InputError
+from refengine.spec.config import InputError
 
 
 @click.command(short_help="How likely a text is.")

@@ -1,0 +1,13 @@
+"""Checkpoints on disk: where they lie, what their files hold, and how they are matched and written.
+
+locate           what a user calls a model -> its directory
+safetensors_file one file: its header, its tensors as read-only views of a memory map
+match            the tensors in the files <-> the tensor table of the spec
+directory        a Hugging Face directory, opened: `Checkpoint`
+write            a directory, written
+random_values    values for the tensors of a random model
+"""
+
+from refengine.checkpoint.directory import INDEX, Checkpoint
+
+__all__ = ["INDEX", "Checkpoint"]

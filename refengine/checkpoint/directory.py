@@ -1,0 +1,130 @@
+"""A checkpoint: a directory in the Hugging Face layout, checked against the tensor table.
+
+    directory -> config.json -> Config -> table -> where each of its tensors lies in the memory-mapped files
+
+Opening reads headers only, whatever the size of the model, and succeeds when all of the table is there in the
+right shapes. Nothing is executed from a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from refengine.checkpoint.locate import locate
+from refengine.checkpoint.match import by_name, match, quantized, without_lost_head
+from refengine.checkpoint.safetensors_file import SafetensorsFile, Stored
+from refengine.spec.config import Config, InputError
+from refengine.spec.tensors import Tensor
+from refengine.untrusted import read_json, shown
+
+INDEX = "model.safetensors.index.json"
+EDGE = 64 * 2**10  # bytes at either end of a file's data that the fingerprint covers
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """An open checkpoint: `stored` says where each tensor lies, `notes` what is not read and why."""
+
+    directory: Path
+    config: Config
+    files: tuple[SafetensorsFile, ...] = field(repr=False)
+    stored: dict[str, Stored] = field(repr=False)
+    notes: tuple[str, ...]
+
+    @classmethod
+    def open(cls, model: str | Path) -> Checkpoint:
+        """Open a model by its directory or its embedded name; InputError says what is wrong with it."""
+        directory = locate(model)
+        cfg = _config(directory)
+        files, unread = _files(directory)
+        found = by_name(files)
+        cfg, head = without_lost_head(cfg, found)
+        stored, ignored = match(cfg, found, directory, sum(file.size for file in files))
+        return cls(directory, cfg, files, stored, (*unread, *head, *ignored))
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor by its name in the table, in the file's dtype: a read-only view, nothing is copied."""
+        return self.stored[name].array()
+
+    def bytes_of(self, row: Tensor) -> int:
+        """Bytes that a row of the table takes on disk."""
+        return self.stored[row.name].nbytes
+
+    def in_large_pages(self) -> Checkpoint:
+        """The same, for one process that wants all of it: see SafetensorsFile."""
+        for file in self.files:
+            file.in_large_pages()
+        return self
+
+    def release(self, names: Iterable[str] | None = None) -> None:
+        """Give back the memory that reading these tensors (or all) filled; views stay valid and refill it."""
+        for name in self.stored if names is None else names:
+            self.stored[name].release()
+
+    def fingerprint(self) -> str:
+        """What a saved state knows its model by: the configuration, all headers, both ends of all data."""
+        digest = hashlib.sha256(json.dumps(self.config.to_hf(), sort_keys=True).encode())
+        for file in self.files:
+            digest.update(file.header)
+            digest.update(file.map[file.start : file.start + EDGE])
+            digest.update(file.map[max(file.start, file.size - EDGE) :])
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Unmap the files; arrays that were read stay valid for as long as they are kept."""
+        for file in self.files:
+            file.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def _config(directory: Path) -> Config:
+    hf = read_json(directory / "config.json")
+    if not isinstance(hf, dict):
+        raise InputError(f"{directory / 'config.json'} is not a JSON object")
+    if hf.get("quantization_config") or "hf_quant_config.json" in os.listdir(directory):
+        raise quantized(directory)
+    try:
+        return Config.from_hf(hf)
+    except InputError as error:
+        raise InputError(f"{directory}: {error}") from None
+
+
+def _files(directory: Path) -> tuple[tuple[SafetensorsFile, ...], list[str]]:
+    """The files with weights: those of the index, else model.safetensors, else all there are; and notes."""
+    names = sorted(os.listdir(directory))
+    here = [name for name in names if name.endswith(".safetensors")]
+    index = _index(directory, here) if INDEX in names else {}
+    chosen = sorted(set(index.values())) or [name for name in here if name == "model.safetensors"] or here
+    unread = [name for name in here if name not in chosen]
+    if "model.safetensors" in unread:
+        raise InputError(f"{directory} has a model.safetensors and an index without it: remove the stale one")
+    files = {name: SafetensorsFile(directory / name) for name in chosen}
+    for tensor, name in index.items():
+        if tensor not in files[name].tensors:
+            raise InputError(f"{directory / INDEX} places {shown(tensor)} in {name}, which does not hold it")
+    return tuple(files.values()), [f"{name} is not part of the model: not read" for name in unread]
+
+
+def _index(directory: Path, here: list[str]) -> dict[str, str]:
+    """Tensor name -> file name. A file is one of the directory's own: no path leads out of it."""
+    index = read_json(directory / INDEX)
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise InputError(f"{directory / INDEX} has no weight_map from tensor names to file names")
+    for name in sorted(set(files.values()) - set(here)):
+        if "/" in name or "\\" in name:
+            raise InputError(f"{directory / INDEX} names {shown(name)}, a path where only a file name may be")
+        raise InputError(f"{directory / INDEX} names {shown(name)}, which is not there: download it too")
+    return files

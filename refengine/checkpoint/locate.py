@@ -1,0 +1,64 @@
+"""From what a user calls a model to its directory: a path, or the name of a model inside this package."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from refengine.spec.config import InputError
+from refengine.untrusted import unreadable
+
+EMBEDDED = Path(__file__).parent.parent / "models"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def locate(model: str | Path) -> Path:
+    """The directory of `model`. An embedded model goes before a directory of its name: that is `./tiny`."""
+    name = os.fspath(model)
+    if not name:
+        raise InputError("the name of the model is empty")
+    embedded = sorted(path.name for path in EMBEDDED.iterdir())
+    path = EMBEDDED / name if name in embedded else Path(name)
+    try:
+        names = sorted(os.listdir(path))
+    except NotADirectoryError:
+        raise _not_a_directory(path) from None
+    except FileNotFoundError:
+        raise _absent(name, embedded) from None
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from None
+    if not any(name.endswith(".safetensors") for name in names):
+        raise _no_weights(path, names)
+    return path
+
+
+def _not_a_directory(path: Path) -> InputError:
+    if path.suffix == ".gguf":
+        return InputError(f"{path} is a GGUF file: not supported yet")
+    if path.suffix in PICKLES:
+        return _pickle(path)
+    return InputError(f"{path} is not a directory: give the one with config.json and *.safetensors files")
+
+
+def _absent(name: str, embedded: list[str]) -> InputError:
+    if hub := re.fullmatch(r"[\w.-]+/([\w.-]+)", name):
+        how = f"'hf download {name} --local-dir {hub[1]}', then give {hub[1]}"
+        return InputError(f"there is no directory {name}; if this is a model on the Hugging Face hub, {how}")
+    known = ", ".join(embedded)
+    return InputError(f"there is no model {name!r}: give a directory or an embedded model ({known})")
+
+
+def _no_weights(path: Path, names: list[str]) -> InputError:
+    for name in names:
+        if name.endswith(".gguf"):
+            return InputError(f"{path} holds a model in GGUF files: not supported yet")
+        if name.endswith(PICKLES):
+            return _pickle(path / name)
+    if "config.json" in names:
+        return InputError(f"{path} has a config.json but no *.safetensors files: download them too")
+    return InputError(f"{path} is not a model: it has neither config.json nor *.safetensors files")
+
+
+def _pickle(path: Path) -> InputError:
+    return InputError(f"{path} may be a pickle, which could run any code: convert it to safetensors")

@@ -1,0 +1,201 @@
+"""One safetensors file: a length, a JSON header, and the bytes of all tensors, mapped into memory.
+
+    8 bytes: n  |  n bytes: {"name": {"dtype", "shape", "data_offsets": [begin, end]}, ...}  |  data
+
+The `safetensors` library copies what it reads and does not tell where a tensor lies, so the map is our own:
+opening costs the header alone, and what nobody touches is never read from the disk. The header is checked as
+strictly as by the library (a test holds one against the other), in sentences that say what to do.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from contextlib import suppress
+from math import prod
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from refengine.spec.arrays import DTYPES
+from refengine.spec.config import InputError
+from refengine.untrusted import parse_json, shown, size_of, unreadable
+
+MAX_HEADER = 100_000_000  # bytes, as the format has it
+MAX_AXES = 32
+BITS = {
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+    "C64": 64,
+    "F32": 32,
+    "I32": 32,
+    "U32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I16": 16,
+    "U16": 16,
+    "BOOL": 8,
+    "I8": 8,
+    "U8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
+}
+
+
+class Stored(NamedTuple):
+    """Where one tensor lies: in which file, under which name there, from which byte on."""
+
+    file: SafetensorsFile
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def array(self) -> np.ndarray:
+        """The tensor in the file's dtype: a read-only view of the map; a copy where the file misaligns it."""
+        a = np.frombuffer(self.file.map, DTYPES[self.dtype], prod(self.shape), self.offset)
+        if not a.flags.aligned:
+            a = a.copy()
+            a.flags.writeable = False
+        return a.reshape(self.shape)
+
+    @property
+    def raw(self) -> bytes:
+        return self.file.map[self.offset : self.offset + self.nbytes]
+
+    def part(self, i: int) -> Stored:
+        """Slice i of the first axis, as a tensor of its own."""
+        step = self.nbytes // self.shape[0]
+        return self._replace(shape=self.shape[1:], offset=self.offset + i * step, nbytes=step)
+
+    def release(self) -> None:
+        """Let the system take back the memory that reading filled; a later read fills it again."""
+        page = self.offset - self.offset % mmap.PAGESIZE
+        if hasattr(self.file.map, "madvise"):
+            self.file.map.madvise(mmap.MADV_DONTNEED, page, self.offset + self.nbytes - page)
+
+
+class SafetensorsFile:
+    """An open file: its `path` and `size`, the raw `header`, the `map`, and its `tensors` by name."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.size = size_of(path)
+        try:
+            with open(path, "rb") as file:
+                self.header = _header(path, self.size, file)
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except InputError:
+            raise
+        except (OSError, ValueError) as error:
+            raise unreadable(path, error) from None
+        self.tensors = {at.name: at for at in _tensors(self)}
+
+    @property
+    def start(self) -> int:
+        """The first byte of the data."""
+        return 8 + len(self.header)
+
+    def in_large_pages(self) -> None:
+        """Ask that what has yet to be read from the disk be kept in large pages: a look into them is cheaper.
+
+        Not for whoever wants a part of the file only: pages are filled whole.
+        """
+        with suppress(AttributeError, OSError):  # where there is no such advice
+            self.map.madvise(mmap.MADV_HUGEPAGE)
+
+    def close(self) -> None:
+        """Unmap the file, or leave that to the last array that still looks into it."""
+        try:
+            self.map.close()
+        except BufferError:
+            del self.map
+
+
+def _header(path: Path, size: int, file: BinaryIO) -> bytes:
+    """The bytes of the header, whose length is believed only where it can be true."""
+    start = file.read(8)
+    if start == b"version ":
+        raise InputError(f"{path} is a Git LFS pointer, not the file itself: run 'git lfs pull' there")
+    if size < 8:
+        what = "too short for a safetensors file" if size else "empty"
+        raise InputError(f"{path} is {what}: download it again")
+    length = int.from_bytes(start, "little")
+    if length > MAX_HEADER:
+        raise InputError(f"{path} is not a safetensors file: its header would be {length} bytes long")
+    if 8 + length > size:
+        raise _truncated(path, 8 + length, size)
+    return file.read(length)
+
+
+def _tensors(file: SafetensorsFile) -> list[Stored]:
+    """The tensors in the order of their bytes; each byte of the data belongs to one, or it is an error."""
+    header = parse_json(file.header, f"the header of {file.path}")
+    if not isinstance(header, dict):
+        raise InputError(f"the header of {file.path} is not a JSON object")
+    remarks = header.pop("__metadata__", {})
+    if not isinstance(remarks, dict) or not all(_is_text(k) and _is_text(v) for k, v in remarks.items()):
+        raise InputError(f"the header of {file.path} has a __metadata__ that is not text")
+    found = [_tensor(file, name, entry) for name, entry in header.items()]
+    found.sort(key=lambda at: (at.offset, at.nbytes))
+    again = "download it again"
+    end = file.start
+    for at in found:
+        if at.offset != end:
+            what = "overlaps another" if at.offset < end else "leaves a hole before it"
+            raise InputError(f"{file.path} is damaged: the tensor {shown(at.name)} {what}; {again}")
+        end += at.nbytes
+    if end > file.size:
+        raise _truncated(file.path, end, file.size)
+    if end < file.size:
+        raise InputError(f"{file.path} is damaged: {file.size - end} bytes follow its last tensor; {again}")
+    return found
+
+
+def _tensor(file: SafetensorsFile, name: str, entry) -> Stored:
+    """One entry of the header, which holds for itself."""
+
+    def wrong(what: str) -> InputError:
+        return InputError(f"{file.path} is damaged: the tensor {shown(name)} has {what}")
+
+    if not _is_text(name):
+        raise wrong("a name that is not text")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise wrong("an entry that is not {dtype, shape, data_offsets}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise wrong(f"the unknown dtype {shown(dtype)}")
+    if not _sizes(shape):
+        raise wrong(f"the impossible shape {shown(shape)}")
+    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise wrong(f"the impossible data_offsets {shown(offsets)}")
+    begin, end = offsets
+    if 8 * (end - begin) != prod(shape) * BITS[dtype]:
+        raise wrong(f"{end - begin} bytes, which is not what {dtype} {shown(shape)} takes")
+    return Stored(file, name, dtype, tuple(shape), file.start + begin, end - begin)
+
+
+def _is_text(value) -> bool:
+    """A string of whole characters; JSON can spell halves of them."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def _sizes(value) -> bool:
+    """A short list of sizes that an array could have."""
+    if not isinstance(value, list) or len(value) > MAX_AXES:
+        return False
+    return all(type(size) is int and 0 <= size < 2**63 for size in value)
+
+
+def _truncated(path: Path, promised: int, size: int) -> InputError:
+    what = f"its header promises {promised} bytes, the file has {size}"
+    return InputError(f"{path} is truncated: {what}; download it again")

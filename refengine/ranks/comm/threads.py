@@ -1,0 +1,60 @@
+"""Ranks as threads of one process: what one sends lies in a queue until the other takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from queue import Empty, Queue
+from threading import Event
+from time import monotonic
+from typing import Any
+
+from refengine.ranks.comm import PATIENCE, RankError, Ranks, memory
+
+
+class Threads(Ranks):
+    """One of the ranks that `on_each` starts."""
+
+    name = "threads"
+
+    def __init__(self, rank: int, count: int, patience: float, queues: dict, stop: Event):
+        super().__init__(rank, count, patience)
+        self.queues, self.stop = queues, stop
+
+    def exchange(self, out, into, idle=False):
+        for peer, x in out.items():
+            self.post(x, peer)
+        until = monotonic() + self.patience
+        for peer, x in into.items():
+            memory(x)[:] = self._next(peer, None if idle else until)
+
+    def post(self, x, to):
+        self.queues[self.rank, to].put(memory(x).copy())
+
+    def _next(self, peer: int, until: float | None):
+        while True:
+            try:
+                return self.queues[peer, self.rank].get(timeout=0.05)
+            except Empty:
+                if self.stop.is_set():
+                    raise self.lost(peer) from None
+                if until is not None and monotonic() > until:
+                    raise self.silent([peer]) from None
+
+
+def on_each(count: int, work: Callable[[Threads], Any], patience: float = PATIENCE) -> list:
+    """work(comm) of every rank, at the same time; the first error that is not another rank's absence."""
+    queues, stop = {(a, b): Queue() for a in range(count) for b in range(count)}, Event()
+
+    def one(rank: int):
+        try:
+            return work(Threads(rank, count, patience, queues, stop))
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(count) as pool:
+        jobs = [pool.submit(one, rank) for rank in range(count)]
+    if errors := [error for job in jobs if (error := job.exception())]:
+        raise next((error for error in errors if not isinstance(error, RankError)), errors[0])
+    return [job.result() for job in jobs]

@@ -1,0 +1,147 @@
+"""A rank of several: how its part of a model is loaded, and what all of them must have in common.
+
+    mpiexec -n 4 refengine generate --tp 2 --ep 2 ...
+    torchrun --nproc-per-node 2 -m refengine generate --backend torch --tp 2 ...
+
+`load` is refengine.load for one rank; what it returns is in rank_engine.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+
+from refengine import backend as backends
+from refengine.checkpoint import Checkpoint
+from refengine.engine import limit_threads, progress
+from refengine.machine import processors
+from refengine.ranks.comm import PATIENCE, Ranks
+from refengine.ranks.comm.connect import connect
+from refengine.ranks.engine import RankEngine
+from refengine.ranks.launcher import Place, place
+from refengine.spec import ranks
+from refengine.spec.arrays import DTYPES
+from refengine.spec.config import Config, InputError
+from refengine.spec.layout import Layout, plan
+from refengine.spec.ops import Backend
+from refengine.spec.shard import Shard, held, rows
+from refengine.spec.tensors import parameters, table
+
+
+def load(
+    model: str = "tiny",
+    backend: str = "numpy",
+    dtype: str = "float32",
+    device: str | None = None,
+    threads: int | None = None,
+    deterministic: bool = False,
+    *,
+    tp: int = 1,
+    ep: int = 1,
+    pp: int = 1,
+    patience: float = PATIENCE,
+) -> RankEngine:
+    """This rank's part of a model; every rank of the job makes the same call.
+
+    Arguments are those of refengine.load; threads: of each rank, or None for its share of the processors;
+    patience: seconds after which a rank that does not answer counts as lost. InputError says what is wrong
+    with the files or the choice, RankError which rank is gone or unlike the others.
+    """
+    began = time.perf_counter()
+    here = place()
+    check_count(here.launcher, here.count, tp, ep, pp)
+    if backend == "cuda":
+        raise InputError(
+            "the cuda backend runs on one GPU; for several: torchrun, --backend torch --device cuda"
+        )
+    device = own_device(device or "cpu", here)
+    comm = connect(patience, device, deterministic)
+    threads = threads or max(1, processors() // here.local_count)
+    limit_threads(threads)
+    checkpoint = Checkpoint.open(model)
+    cfg = checkpoint.config
+    shard = Shard(plan(cfg, tp, ep, pp), comm.rank)
+    comm.compare(identity(checkpoint, shard.layout, backend, dtype))
+    mine = rows(cfg, shard)
+    share = here.local_count * sum(sizes(row, cfg, shard)[0] for row in mine) / parameters(table(cfg))
+    chosen = speaking(backends.make(backend, cfg, dtype, device, threads, deterministic, share), comm)
+    with progress("loading", len(mine), "tensor", silent=comm.rank > 0) as bar:
+
+        def read(name: str) -> np.ndarray:
+            bar.update()
+            comm.at_work()
+            return checkpoint.read(name)
+
+        built = ranks.part(cfg, read, chosen, shard, comm)
+    checkpoint.release()
+    return RankEngine(checkpoint, built, time.perf_counter() - began, comm, shard, chosen)
+
+
+def speaking(backend: Backend, comm: Ranks) -> Backend:
+    """The same verbs; before each layer, the ranks that wait hear that this one is at work."""
+
+    def rms_norm(*args):
+        comm.at_work()
+        return backend.ops.rms_norm(*args)
+
+    return replace(backend, ops=replace(backend.ops, rms_norm=rms_norm))
+
+
+def own_device(device: str, here: Place) -> str:
+    """Each rank of a machine has its own GPU, under torchrun."""
+    if here.launcher != "torchrun" or device not in ("cuda", "auto"):
+        return device
+    from torch import cuda
+
+    return "cpu" if device == "auto" and not cuda.is_available() else f"cuda:{here.local_rank}"
+
+
+def check_count(launcher: str, count: int, tp: int, ep: int, pp: int) -> None:
+    """InputError unless as many ranks were started as the layout has."""
+    if count == tp * ep * pp:
+        return
+    layout = f"tp = {tp}, ep = {ep}, pp = {pp}"
+    if not launcher:
+        n = tp * ep * pp
+        raise InputError(
+            f"{layout} needs {n} ranks: start them with mpiexec -n {n} refengine ..., "
+            f"or torchrun --nproc-per-node {n} -m refengine ..."
+        )
+    raise InputError(f"{launcher} started {count} ranks, and {layout} needs {tp * ep * pp}")
+
+
+def identity(checkpoint: Checkpoint, layout: Layout, backend: str, dtype: str) -> dict[str, str]:
+    """What all ranks must have in common."""
+    from refengine import __version__
+
+    return {
+        "version of refengine": __version__,
+        "layout": f"tp {layout.tp}, ep {layout.ep}, pp {layout.pp}",
+        "checkpoint": f"{checkpoint.directory.name} ({checkpoint.fingerprint()[:16]})",
+        "backend": backend,
+        "dtype": dtype,
+    }
+
+
+def sizes(row, cfg: Config, shard: Shard) -> tuple[int, int]:
+    """How many numbers of a tensor of `rows` this rank keeps, and how many it passes over to get them."""
+    axis, ranges = held(row, cfg, shard)
+    kept = row.size // row.shape[axis] * sum(map(len, ranges))
+    return kept, kept if axis == 0 else row.size
+
+
+def bytes_read(cfg: Config, shard: Shard) -> dict[str, Counter[str]]:
+    """Bytes of the checkpoint by role: `kept` by this rank, and `touched` to get them.
+
+    A cut across columns reads through its whole tensor; every other cut touches its own rows only.
+    """
+    kept, touched = Counter(), Counter()
+    for row in rows(cfg, shard):
+        width = DTYPES[row.dtype].itemsize
+        mine, passed = sizes(row, cfg, shard)
+        kept[row.role] += mine * width
+        touched[row.role] += passed * width
+    return {"kept": kept, "touched": touched}

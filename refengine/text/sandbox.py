@@ -1,0 +1,213 @@
+"""Jinja's sandbox, with a budget: a template is a program that someone else wrote, perhaps a hostile one.
+
+Jinja keeps it from reaching into Python. Here it is also kept from running for ever and from filling memory:
+what it makes is paid for from a budget (`spend`), and an operation that could make far more than it is given
+(`text * number`, `replace`, a column of a billion characters) is looked at before it runs (`fits`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import time
+from collections.abc import ItemsView, KeysView, Mapping, ValuesView
+from datetime import datetime
+
+import jinja2
+from jinja2 import ext, nodes
+from jinja2.filters import make_attrgetter
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+
+BUDGET = 2**25  # characters that a template may make of nothing,
+PER_CHARACTER = 64  # and of each character that it is given
+STEP = 128  # what a turn of a loop, a call or an item of a list costs, in characters
+SECONDS = 20
+# Methods and filters by which a number becomes a length; no chat template has a use for them,
+LENGTHENING = {"center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes", "batch", "slice", "wordwrap"}
+# and those that have one, for small numbers.
+WIDE_PERCENT = re.compile(r"%(\([^)]*\))?[^a-zA-Z%]*(\d{4}|\*)")  # "%9999d", "%*d"
+WIDE_COLUMN = {"%": WIDE_PERCENT, "format": WIDE_PERCENT, "{}": re.compile(r"\{[^{}]*(\d{4}|\{)")}
+WIDENING = {"indent", "round", "tojson"}
+# These make at most the product of the two largest of what they are given.
+MULTIPLYING = {"%", "format", "{}", "indent", "replace", "tojson", "translate", "xmlattr"}
+
+
+class Refused(jinja2.TemplateError):
+    """The template asked for more than it may have."""
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """What transformers gives a chat template: the same options, filters and functions."""
+
+    intercepted_binops = frozenset(("*", "**", "+", "%"))
+
+    def __init__(self):
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, Generation])
+        self.allow({})
+        self.finalize = self.written  # Jinja passes it every value on its way into the text
+        filters = {name: f for name, f in self.filters.items() if name not in LENGTHENING}
+        filters |= {"tojson": tojson, "join": self.join}
+        self.filters = {name: self.watched(name, f) for name, f in filters.items()}
+        self.globals |= {"namespace": SafeNamespace, "raise_exception": fail, "strftime_now": strftime_now}
+        del self.globals["lipsum"]
+
+    def allow(self, given: dict) -> None:
+        """A fresh budget, for a template that is given these variables."""
+        self.left = BUDGET + PER_CHARACTER * text_size(given, limit=2**40)
+        self.until = time.monotonic() + SECONDS
+
+    def spend(self, characters: int) -> None:
+        self.left -= characters + STEP
+        if self.left < 0 or time.monotonic() > self.until:
+            raise Refused("it runs for too long or makes too much text")
+
+    def written(self, value):
+        """A value that is about to become text."""
+        self.spend(text_size(value, self.left))
+        return value
+
+    def made(self, value):
+        """A value that a call or an operator has made."""
+        if isinstance(value, int) and value.bit_length() > 4096:
+            raise Refused("it makes too large a number")
+        many = isinstance(value, list | tuple)
+        self.spend(STEP * len(value) if many else len(value) if isinstance(value, str) else 0)
+        return value
+
+    def fits(self, name: str, *values) -> None:
+        """Nothing that the operation could make of these values is more than what is left."""
+        *_, a, b = 1, 1, *sorted(text_size(value, self.left) for value in values)
+        if (a * b if name in MULTIPLYING else b) > self.left:
+            raise Refused("it makes too much text")
+        if name in WIDE_COLUMN and WIDE_COLUMN[name].search(str(values[0]).replace("{{", "")):
+            raise Refused("it makes too wide a column")
+        if name in WIDENING and any(isinstance(v, int) and v > 1000 for v in values[1:]):
+            raise Refused("it makes too wide a column")
+
+    def watched(self, name: str, function, *subject):
+        @functools.wraps(function)
+        def call(*values, **named):
+            self.fits(name, *subject, *values, *named.values())
+            return self.made(function(*values, **named))
+
+        return call
+
+    def join(self, value, d="", attribute=None):
+        items = list(value if attribute is None else map(make_attrgetter(self, attribute), value))
+        self.spend(text_size(items, self.left) + len(items) * text_size(d, self.left))
+        return str(d).join(map(str, items))
+
+    # What Jinja calls: before it compiles; for an attribute, `text.format`, any other call, an operator.
+    def _generate(self, source, *args, **kwargs):
+        return super()._generate(Metered().visit(source), *args, **kwargs)
+
+    def is_safe_attribute(self, obj, attr, value):
+        return attr not in LENGTHENING and super().is_safe_attribute(obj, attr, value)
+
+    def unsafe_undefined(self, obj, attribute):
+        raise SecurityError(f"it reaches for {attribute!r}")
+
+    def wrap_str_format(self, value):
+        wrapped = super().wrap_str_format(value)
+        return wrapped and self.watched("{}", wrapped, value.__self__)
+
+    def call(__self, __context, __obj, *args, **kwargs):  # as in Jinja: one of kwargs may be `self`
+        subject, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        if isinstance(subject, str):
+            if name == "join" and len(args) == 1:
+                return __self.join(args[0], subject)
+            __self.fits(name, subject, *args, *kwargs.values())
+        return __self.made(super().call(__context, __obj, *args, **kwargs))
+
+    def call_binop(self, context, operator, left, right):
+        if operator == "*":
+            for what, times in ((left, right), (right, left)):
+                repeats = isinstance(what, str | list | tuple) and isinstance(times, int)
+                if repeats and text_size(what, self.left) * times > self.left:
+                    raise Refused("it makes too much text")
+        if operator == "%" and isinstance(left, str):
+            self.fits("%", left, right)
+        if operator == "**" and not (abs(left) <= 2**64 and abs(right) <= 64):
+            raise Refused("it makes too large a number")
+        return self.made(super().call_binop(context, operator, left, right))
+
+
+class Metered(NodeTransformer):
+    """Every turn of a loop, every call of a macro and every part of a joined text is paid for."""
+
+    def turn(self, node):
+        self.generic_visit(node)
+        constant = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
+        node.body.insert(0, nodes.ExprStmt(metered("spend", nodes.Const(constant))).set_lineno(node.lineno))
+        return node
+
+    visit_For = visit_Macro = visit_CallBlock = turn
+
+    def visit_Concat(self, node):
+        self.generic_visit(node)
+        node.nodes = [metered("written", part) for part in node.nodes]
+        return node
+
+
+def metered(method: str, value: nodes.Expr) -> nodes.Call:
+    return nodes.Call(nodes.EnvironmentAttribute(method), [value], [], None, None)
+
+
+class Generation(ext.Extension):
+    """`{% generation %}` marks what to train on; it has no other meaning."""
+
+    tags = frozenset(("generation",))
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class SafeNamespace(Namespace):
+    """A namespace without the names that Python gives a meaning to."""
+
+    def __init__(*args, **kwargs):  # as in Jinja: one of the names may be `self`
+        self, *given = args
+        Namespace.__init__(self)
+        for name, value in dict(*given, **kwargs).items():
+            self[name] = value
+
+    def __setitem__(self, name, value):
+        if str(name).startswith("_"):
+            raise Refused(f"it calls a variable {name}")
+        super().__setitem__(name, value)
+
+
+def text_size(value, limit: int) -> int:
+    """About how many characters a value is when written out; counted until they are more than the limit."""
+    total, todo = 0, [value]
+    while todo and total <= limit:
+        value = todo.pop()
+        if isinstance(value, str | bytes):
+            total += len(value)
+        elif isinstance(value, Mapping):
+            todo.append(value.items())
+        elif isinstance(value, list | tuple | set | KeysView | ValuesView | ItemsView):
+            total += STEP * len(value)
+            todo.extend(value)
+        else:
+            total += 1
+    return total
+
+
+def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """Jinja's own escapes what HTML would take for markup, which a model was never trained on."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def fail(message):
+    raise jinja2.TemplateError(str(message))
+
+
+def strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)

@@ -1,0 +1,163 @@
+"""The tokenizer at run time: Hugging Face `tokenizers` does the work; here are loading and streaming.
+
+What it computes is spec/tokenizer.py; a test holds the two equal. Text can be taken token by token, in whole
+characters (`Stream`); `stop_strings` finds the strings that end it.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+
+from refengine.spec.config import Config, InputError
+from refengine.spec.sample import Sampling
+from refengine.spec.tokenizer import BYTE_OF
+from refengine.untrusted import MAX_JSON, read_json, shown, size_of, unreadable
+
+
+@dataclass
+class Tokenizer:
+    hf: tokenizers.Tokenizer
+    stop_ids: frozenset[int] = frozenset()  # any of them ends a text
+    generation: dict = field(default_factory=dict)  # its advice on sampling: {"top_p": 0.95, ...}
+
+    @classmethod
+    def load(cls, directory: Path | str, config: Config | None = None) -> Tokenizer:
+        """Read tokenizer.json and, where they exist, the files that say which tokens end a text."""
+        directory = Path(directory)
+        hf = open_tokenizer(directory / "tokenizer.json")
+        largest = max(hf.get_vocab().values(), default=0)
+        if config and largest >= config.vocab_size:
+            what = f"{directory / 'tokenizer.json'} has a token with the id {largest}"
+            raise InputError(f"{what}, but config.json has a vocabulary of {config.vocab_size}")
+        advice = optional_json(directory / "generation_config.json")
+        stop_ids = eos_ids(advice, directory) | eos_tokens(directory, hf)
+        stop_ids |= set(config.eos_token_id) if config else set()
+        return cls(hf, frozenset(stop_ids), recommended(advice, directory))
+
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool = False
+    ) -> list[int]:
+        """Ids of a text.
+
+        `add_special_tokens` adds what the file adds to every text; a rendered chat has that already.
+        `split_special_tokens` reads `<|im_end|>` and the like in the text as ordinary characters.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"the text is not valid Unicode at its character {error.start}") from None
+        hf = self.without_specials if split_special_tokens else self.hf
+        return hf.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of ids; bytes that are no character become U+FFFD."""
+        return b"".join(self.bytes_of(i, skip_special_tokens) for i in ids).decode(errors="replace")
+
+    def stream(self, *, skip_special_tokens: bool = False) -> Stream:
+        return Stream(self, skip_special_tokens)
+
+    def bytes_of(self, token_id: int, skip_special_tokens: bool = False) -> bytes:
+        """What a token adds to a text; nothing, if the tokenizer does not know it."""
+        if skip_special_tokens and token_id in self.specials:
+            return b""
+        if token_id not in self.known:
+            token = self.hf.id_to_token(token_id) if token_id >= 0 else None
+            self.known[token_id] = b"".join(BYTES_OF.get(char) or char.encode() for char in token or "")
+        return self.known[token_id]
+
+    @cached_property
+    def specials(self) -> frozenset[int]:
+        return frozenset(i for i, token in self.hf.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def known(self) -> dict[int, bytes]:
+        """The bytes of tokens, of the added ones to begin with; the others join when they are first seen."""
+        return {i: token.content.encode() for i, token in self.hf.get_added_tokens_decoder().items()}
+
+    @cached_property
+    def without_specials(self) -> tokenizers.Tokenizer:
+        hf = tokenizers.Tokenizer.from_str(self.hf.to_str())
+        hf.encode_special_tokens = True  # their name for: treat them as text
+        return hf
+
+
+BYTES_OF = {char: bytes([byte]) for char, byte in BYTE_OF.items()}
+
+
+class Stream:
+    """Tokens in, text out as soon as its characters are whole. All together are what `decode` gives."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = False):
+        self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        return self.utf8.decode(self.tokenizer.bytes_of(token_id, self.skip_special_tokens))
+
+    def flush(self) -> str:
+        """What is left when no token follows: U+FFFD for a character that was never finished."""
+        return self.utf8.decode(b"", final=True)
+
+
+def open_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    if size_of(path) > MAX_JSON:
+        raise InputError(f"{path} is far larger than a tokenizer: is it another file?")
+    try:
+        hf = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except Exception as error:  # the library raises nothing more precise
+        raise InputError(f"{path} is not a tokenizer that can be read: {shown(str(error))}") from None
+    if not isinstance(hf.decoder, tokenizers.decoders.ByteLevel):
+        raise InputError(f"{path} is not a byte-level tokenizer, as all models of the family have")
+    hf.no_truncation()  # a file may ask for either; here a prompt is what it is
+    hf.no_padding()
+    return hf
+
+
+def optional_json(path: Path) -> dict:
+    value = read_json(path) if path.exists() else {}
+    if not isinstance(value, dict):
+        raise InputError(f"{path} has to hold a JSON object")
+    return value
+
+
+def eos_ids(advice: dict, directory: Path) -> set[int]:
+    """The end tokens of generation_config.json: one id or several."""
+    ids = advice.get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if any(type(i) is not int for i in ids):
+        what = "eos_token_id has to be an id or a list of ids"
+        raise InputError(f"{directory / 'generation_config.json'}: {what}")
+    return set(ids)
+
+
+def eos_tokens(directory: Path, hf: tokenizers.Tokenizer) -> set[int]:
+    """The end tokens that the tokenizer's own settings name, by their text."""
+    files = [optional_json(directory / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    tokens = [file.get("eos_token") for file in files]
+    names = [token.get("content") if isinstance(token, dict) else token for token in tokens]
+    return {hf.token_to_id(name) for name in names if isinstance(name, str)} - {None}
+
+
+def recommended(advice: dict, directory: Path) -> dict:
+    """The sampling options of generation_config.json, checked."""
+    path = directory / "generation_config.json"
+    options = {name: advice[name] for name in Sampling.__dataclass_fields__ if advice.get(name) is not None}
+    if type(options.get("top_k", 0)) is not int:
+        raise InputError(f"{path}: top_k = {shown(options['top_k'])} is not a whole number")
+    if wrong := [name for name, value in options.items() if type(value) not in (int, float)]:
+        raise InputError(f"{path}: {wrong[0]} = {shown(options[wrong[0]])} is not a number")
+    if advice.get("do_sample") is False:
+        options["temperature"] = 0
+    try:
+        Sampling(**options)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return options

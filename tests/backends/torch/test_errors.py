@@ -1,0 +1,128 @@
+"""The error bar: ours over transformers', both against the definition in float64, at the same dtype.
+
+`python -m tests.backends.torch.test_errors` prints the table of all cases. In two thirds of them every token
+visits every expert; in the others experts are chosen, and a case where that was close is set apart: one
+flipped expert is not rounding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from refengine.spec.model import Model
+from tests.support.cases import Case
+from tests.support.torch_benches import Torch, needs_cuda, torch
+from tests.support.truth import truth
+
+LAYERS = ("M", "*", "E", "-", "M*", "ME", "M*E-", "MEM*E", "MM-*-", "MEMEM*EME", "M-M-M*-M-", "EEM*M")
+BAR = 1.1
+# a margin of the router that rounding may overcome
+CLOSE = {"float32": 1e-5, "float16": 0.004, "bfloat16": 0.03}
+BENCHES = [
+    Torch("torch-float32", "float32"),
+    Torch("torch-float16", "float16"),
+    Torch("torch-bfloat16", "bfloat16", "float32"),
+    Torch("torch-bfloat16-units", "bfloat16", "bfloat16"),
+    pytest.param(Torch("cuda-bfloat16", "bfloat16", device="cuda"), marks=[pytest.mark.gpu, needs_cuda]),
+]
+
+
+def cases() -> list[Case]:
+    sizes = dict(
+        batch=1,
+        length=40,
+        hidden_size=64,
+        n_groups=2,
+        heads_per_group=4,
+        mamba_head_dim=16,
+        head_dim=16,
+        ssm_state_size=32,
+        chunk_size=16,
+        attention=(8, 2),
+        n_routed_experts=8,
+    )
+    return [
+        Case(layers=layers, seed=seed, num_experts_per_tok=k, moe_latent_size=latent, **sizes)
+        for seed, (k, latent) in enumerate(((8, None), (8, 24), (2, 24)))
+        for layers in LAYERS
+    ]
+
+
+def rms(a) -> float:
+    return float(np.sqrt(np.mean(np.square(a))))
+
+
+def ours(case: Case, how: Torch, one_by_one: bool = False) -> np.ndarray:
+    m = Model.build(case.cfg, case.read, how())
+    states, pieces = m.new_states(1), []
+    for ids in np.split(case.ids, case.length, axis=1) if one_by_one else [case.ids]:
+        h, states = m.blocks(m.embed(m.backend.array(ids)), states)
+        pieces.append(m.backend.fetch(m.head(h))[0])
+    return np.concatenate(pieces)
+
+
+def theirs(case: Case, dtype: str) -> np.ndarray:
+    """The same of transformers, whose limit of dt is set right."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.nemotron_h import NemotronHConfig
+
+    stale = {"model_type", "architectures", "num_hidden_layers", "dtype"}
+    hf = NemotronHConfig(**{k: v for k, v in case.cfg.to_hf().items() if k not in stale})
+    hf._experts_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(hf, dtype=torch.float32)
+    weights = {}
+    for key, there in model.state_dict().items():
+        name = key.replace("model.", "backbone.", 1)
+        if ".experts." in name:
+            before, after = name.split(".experts.")
+            names = [f"{before}.experts.{e}.{after}.weight" for e in range(len(there))]
+            value = np.stack([case.read(n).astype(np.float32) for n in names])
+        else:
+            value = case.read(name).astype(np.float32)
+        weights[key] = torch.from_numpy(value.reshape(there.shape))
+    model.load_state_dict(weights)
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, float("inf"))
+    model = model.to(getattr(torch, dtype)).eval()
+    with torch.no_grad():
+        return model(torch.from_numpy(case.ids), use_cache=False).logits.float().numpy()[0]
+
+
+def compare(case: Case, how: Torch) -> tuple[float, float, float, bool]:
+    """Our rms error, ours when read a token at a time, theirs; and whether an expert was all but a tie."""
+    true = truth(case, 0)
+    errors = [
+        rms(logits - true.logits)
+        for logits in (ours(case, how), ours(case, how, True), theirs(case, how.dtype))
+    ]
+    return *errors, bool(true.margin.min() < CLOSE[how.dtype])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", BENCHES, ids=lambda how: how.name)
+def test_errors_are_no_larger_than_those_of_transformers(how, record_property):
+    rows = [compare(case, how) for case in cases()]
+    sure = np.array([row[:3] for row in rows if not row[3]])
+    at_once, one_by_one = (np.exp(np.mean(np.log(sure[:, i] / sure[:, 2]))) for i in (0, 1))
+    record_property(f"worst rms error over transformers', {how.name}", float(at_once))
+    record_property(f"worst rms error over transformers', {how.name}, token by token", float(one_by_one))
+    assert len(sure) >= 20
+    assert at_once <= BAR and one_by_one <= BAR
+
+
+def main() -> None:
+    for how in (how for how in BENCHES if isinstance(how, Torch)):
+        head = ("experts", "ours", "a token at a time", "transformers", "ratio", "")
+        print("", f"| {how.name} | {' | '.join(head)} |", "|---|---|---|---|---|---|---|", sep="\n")
+        for case in cases():
+            whole, single, other, close = compare(case, how)
+            chosen = f"{case.num_experts_per_tok} of {case.n_routed_experts}" if "E" in case.layers else ""
+            errors = " | ".join(f"{error:.2e}" for error in (whole, single, other))
+            note = "near a tie" if close else ""
+            print(f"| `{case.layers}` | {chosen} | {errors} | {whole / other:.2g} | {note} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Files that do not hold what config.json calls for are refused: too little, too much, or another thing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.checkpoints import CONFIGS, add, alter_json, random_checkpoint, refusal, rename
+
+
+@pytest.fixture
+def weights(tmp_path) -> Path:
+    """The one file of a good checkpoint."""
+    return random_checkpoint(tmp_path, CONFIGS["latent"]) / "model.safetensors"
+
+
+def test_the_first_missing_tensor_is_named_and_the_others_counted(weights):
+    rename(weights, lambda name: None if ".k_proj." in name or ".experts.7." in name else name)
+    said = refusal(weights.parent)
+    assert "lacks the tensor backbone.layers.1.mixer.experts.7.up_proj.weight and 4 more" in said
+
+
+def test_half_a_prediction_head_is_refused(tmp_path):
+    random_checkpoint(tmp_path, CONFIGS["head"])
+    rename(tmp_path / "model.safetensors", lambda name: None if name.startswith("mtp.layers.1") else name)
+    assert "lacks the tensor mtp.layers.1.norm.weight and" in refusal(tmp_path)
+
+
+def test_a_tensor_that_the_model_does_not_have_is_refused(weights):
+    for name in ("backbone.layers.0.mixer.q_norm.weight", "backbone.layers.9.norm.weight"):
+        add(weights, name, np.ones(26, np.float32), "F32")
+    said = refusal(weights.parent)
+    assert "q_norm.weight' and 1 more, which config.json has no use for" in said
+
+
+def test_an_expert_may_not_come_alone_and_in_a_stack(tmp_path):
+    path = random_checkpoint(tmp_path, CONFIGS["latent"], stacked=True) / "model.safetensors"
+    add(path, "backbone.layers.1.mixer.experts.2.up_proj.weight", np.ones((13, 20), np.float32), "F32")
+    assert "are the same tensor" in refusal(tmp_path)
+
+
+def test_a_stack_of_too_few_experts_is_refused(tmp_path):
+    random_checkpoint(tmp_path, CONFIGS["latent"], stacked=True)
+    alter_json(tmp_path / "config.json", n_routed_experts=12)
+    assert "[9, 26], where config.json calls for [12, 26]" in refusal(tmp_path)
+
+
+def test_two_spellings_of_one_name_are_refused(weights):
+    add(weights, "model.norm_f.weight", np.ones(26, np.float32), "F32")
+    assert "are the same tensor" in refusal(weights.parent)
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "weight_scale_2", "input_scale"])
+def test_scales_of_packed_weights_are_not_ignored(name, weights):
+    add(weights, f"backbone.layers.0.mixer.in_proj.{name}", np.ones((), np.float32), "F32")
+    assert "is quantized (NVFP4, FP8 or another packed format): not supported yet" in refusal(weights.parent)
+
+
+def test_a_quantized_model_is_refused_by_its_configuration(weights):
+    model = weights.parent
+    (model / "hf_quant_config.json").write_text("{}")
+    assert "is quantized" in refusal(model)
+    (model / "hf_quant_config.json").unlink()
+    alter_json(model / "config.json", quantization_config={"quant_method": "modelopt"})
+    assert "is quantized" in refusal(model)

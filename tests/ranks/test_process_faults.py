@@ -1,0 +1,193 @@
+"""When one rank fails, the job ends, soon, and every rank that lives says in one sentence why.
+
+A fault is (rank, when, what) of faulty_rank.py. mpiexec kills all ranks as soon as it sees that one has died,
+before they can speak: so some die unseen ("vanish"), as if with their machine.
+"""
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+import refengine
+from tests.support.processes import by_mpiexec, ended_badly, finish, mpiexec, start
+
+PATIENCE = 3  # seconds
+ALL = {0, 1, 2, 3}
+TINY = Path(refengine.__file__).parent / "models" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A job of four ranks, with two prompts."""
+    path = tmp_path_factory.mktemp("prompts") / "two"
+    path.write_text("Once upon a time\nOne day, Lily\n")
+    args = ["generate", "--prompts", path, "-n", 30, "-t", 0, "--patience", PATIENCE]
+    return lambda *fault, layout="--tp=2 --ep=2": mpiexec(4, *args, *layout.split(), fault=fault)
+
+
+@pytest.mark.parametrize("when", ["start", "meet", "load", "prefill", "decode"])
+def test_a_rank_that_is_killed_ends_the_job(job, when):
+    ended_badly(job(1, when, "kill"))
+
+
+VERBS = [("--tp=2 --ep=2", verb) for verb in ("sum", "gather", "scatter", "share", "tell", "compare")]
+VERBS += [("--tp=2 --pp=2", verb) for verb in ("send", "receive")]
+MOMENTS = [("--tp=2 --ep=2", "load"), ("--tp=2 --ep=2", "prefill"), ("--tp=2 --pp=2", "decode")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout, when", MOMENTS + VERBS)
+def test_a_rank_that_dies_with_its_machine_is_named_by_all_others(job, layout, when):
+    rank = 2 if when == "receive" else 1
+    done = job(rank, when, "vanish", layout=layout)
+    ended_badly(done, ALL - {rank}, rf"\brank {rank}\b")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout, when", MOMENTS + [("--tp=2 --ep=2", "share"), ("--pp=4", "end")])
+def test_a_rank_that_hangs_is_named_by_all_others(job, layout, when):
+    ended_badly(job(1, when, "stop", layout=layout), ALL - {1}, r"\brank 1\b")
+
+
+@pytest.mark.parametrize("when", ["start", "meet", "leave"])
+def test_ranks_do_not_wait_for_ever_for_one_that_never_comes(job, when):
+    done = job(1, when, "stop")
+    ended_badly(done, done.said or {0}, "not all ranks came (to the end )?within 3 s")
+
+
+@pytest.mark.slow
+def test_a_rank_may_load_for_longer_than_others_are_patient(job):
+    done = job(1, "load", "dawdle")
+    assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > 2 * PATIENCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout, rank, when",
+    [
+        ("--tp=2 --ep=2", 1, "decode"),
+        ("--tp=2 --pp=2", 0, "prefill"),
+        ("--ep=2 --pp=2", 3, "decode"),
+        ("--pp=4", 1, "prefill"),
+    ],
+)
+def test_a_rank_may_compute_for_longer_than_others_are_patient(job, layout, rank, when):
+    """Between two layers it says that it lives; and so do those that wait for it, for whom others wait."""
+    done = job(rank, when, "dawdle", layout=layout)
+    assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > PATIENCE
+    assert done.out == job(rank, "is", refengine.__version__).out
+
+
+TALKS = """
+from refengine.ranks.comm.mpi import MPI
+comm = MPI()
+comm.signs.patience = 0  # it is always time for a sign
+for _ in range(50 * comm.rank):
+    comm.at_work()
+comm.signs.patience = comm.patience
+comm.leave(0)
+"""
+
+
+def test_signs_that_nobody_has_heard_yet_do_not_spoil_the_end():
+    """(MPI_Finalize fails if a message was not received.)"""
+    done = finish(start([*by_mpiexec(3), "-c", TALKS]))
+    assert (done.code, done.err, done.left) == (0, "", ())
+
+
+@pytest.mark.parametrize(
+    "rank, when, what, says",
+    [
+        (0, "load", "OSError", "No space left on device"),
+        (1, "load", "MemoryError", "not enough memory"),
+        (1, "decode", "MemoryError", "not enough memory"),
+        (0, "draws", "nan", "the logits hold NaN"),
+        (2, "draws", "nan", "the logits hold NaN"),
+    ],
+)
+def test_what_stops_one_rank_is_said_by_all(job, rank, when, what, says):
+    """(Ranks 0 and 2 draw, for one prompt each.)"""
+    done = job(rank, when, what)
+    ended_badly(done, ALL, says)
+    ended_badly(done, ALL - {rank}, rf"^rank {rank} stopped: ")
+
+
+@pytest.mark.parametrize(
+    "when, what, says",
+    [
+        ("says", "--dtype=float64", "another dtype than .*float64"),
+        ("says", "--backend=torch", "another backend than .*torch"),
+        ("says", "--tp=4 --ep=1", "another layout than .*tp 4, ep 1, pp 1"),
+        ("is", "0.0.9", r"another version of refengine than .*0\.0\.9"),
+        ("says", "--tp=3", "started 4 ranks, and tp = 3, ep = 2, pp = 1 needs 6"),
+        ("says", "--model=nowhere", "there is no model 'nowhere'"),
+        ("says", "--colour", "No such option"),
+    ],
+)
+def test_a_rank_unlike_the_others_is_named(job, when, what, says):
+    speak = ALL - {1} if what == "--colour" else ALL
+    ended_badly(job(1, when, what), speak, says)
+
+
+def other(directory: Path, change) -> Path:
+    """The embedded model with another file of weights."""
+    shutil.copytree(TINY, directory)
+    weights = directory / "model.safetensors"
+    weights.write_bytes(change(weights.read_bytes()))
+    return directory
+
+
+def last_byte_changed(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+def test_a_rank_with_other_weights_is_named_by_their_fingerprint(job, tmp_path):
+    other(tmp_path / "tiny", last_byte_changed)
+    done = job(1, "says", f"--model={tmp_path / 'tiny'}")
+    ended_badly(done, ALL, r"another checkpoint than .*tiny \(\w{16}\), not tiny \(\w{16}\)")
+
+
+def test_a_truncated_file_on_one_rank_ends_the_job(job, tmp_path):
+    other(tmp_path / "tiny", lambda data: data[:-1000])
+    done = job(1, "says", f"--model={tmp_path / 'tiny'}")
+    ended_badly(done, ALL, "is truncated")
+
+
+def test_a_missing_library_is_one_sentence(job):
+    ended_badly(job("all", "lacks", "mpi4py"), ALL, "need mpi4py: pip install")
+    ended_badly(job(1, "lacks", "mpi4py"), ALL, "need mpi4py|not all ranks came")
+
+
+def test_a_wrong_command_is_explained_once():
+    """(The exit code is 2, unless mpiexec sees one rank end before the others and kills them.)"""
+    done = mpiexec(4, "generate", "x", "--colour")
+    ended_badly(done)
+    assert done.err.count("No such option") == 1
+
+
+ENDLESS = ["-m", "refengine", "generate", "Once", "-n", 9000, "--ignore-eos", "--tp", 2]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_ranks_end_with_their_launcher(sign):
+    process = start([*by_mpiexec(2), *ENDLESS])
+    assert process.stdout.read(9)
+    process.send_signal(sign)
+    ended_badly(finish(process))
+
+
+def test_whoever_reads_the_output_may_leave():
+    process = start([*by_mpiexec(2), *ENDLESS])
+    assert process.stdout.read(1)
+    process.stdout.close()
+    process.stdout = None
+    done = finish(process)
+    assert done.left == () and "Traceback" not in done.err
+
+
+def test_a_full_disk_ends_all_ranks():
+    """It is mpiexec that writes, and that says so."""
+    with open("/dev/full", "wb") as full:
+        ended_badly(finish(start([*by_mpiexec(2), *ENDLESS], stdout=full)), about="No space left")

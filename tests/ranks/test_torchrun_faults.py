@@ -1,0 +1,86 @@
+"""The same under torchrun: what ends one rank ends all, and the other says why.
+
+Its agent keeps the store by which ranks meet and tell each other what stopped them: when a rank dies unseen
+("vanish"), the agent stands still, and the store with it.
+"""
+
+import pytest
+
+from tests.support.processes import by_torchrun, ended_badly, finish, start, torchrun
+from tests.support.ranks.test_processes import alone
+
+pytestmark = pytest.mark.slow
+PATIENCE = 6  # seconds: importing torch takes some
+
+
+@pytest.fixture(scope="module")
+def job():
+    args = ["generate", "Once upon a time", "-n", 30, "-t", 0, "--patience", PATIENCE]
+    return lambda *fault, layout="--tp=2": torchrun(2, *args, layout, fault=fault)
+
+
+@pytest.mark.parametrize(
+    "rank, when, what, says",
+    [
+        (1, "load", "vanish", "connection to rank 1 is lost"),
+        (0, "sum", "vanish", "rank 0 is lost"),
+        (1, "decode", "vanish", "connection to rank 1 is lost"),
+        (0, "tell", "vanish", "rank 0 is lost"),
+        (1, "start", "stop", "the 2 ranks did not meet at"),
+        (1, "decode", "stop", "rank 1 did not answer within 6 s"),
+        (1, "load", "MemoryError", "rank 1 stopped: there is not enough memory"),
+        (0, "draws", "nan", "rank 0 stopped: the logits hold NaN"),
+        (1, "is", "0.0.9", r"another version of refengine than .*0\.0\.9"),
+        (1, "says", "--dtype=float64", "another dtype than .*float64"),
+        (1, "lacks", "torch", "ended by the launcher"),
+    ],
+)
+def test_the_other_rank_says_why(job, rank, when, what, says):
+    ended_badly(job(rank, when, what), {1 - rank}, says)
+
+
+def test_a_rank_may_load_for_longer_than_the_other_is_patient(job):
+    done = job(1, "load", "dawdle")
+    assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > PATIENCE
+
+
+@pytest.mark.parametrize("layout, rank, when", [("--tp=2", 1, "prefill"), ("--pp=2", 0, "decode")])
+def test_a_rank_may_compute_for_longer_than_the_other_is_patient(job, layout, rank, when):
+    done = job(rank, when, "dawdle", layout=layout)
+    assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > PATIENCE
+    assert done.out == alone("generate", "Once upon a time", "-n", 30, "-t", 0)
+
+
+def test_the_other_rank_says_why_from_within_a_compiled_step():
+    how = ["--backend", "torch", "--dtype", "bfloat16", "--tp", 2, "--patience", PATIENCE]
+    job = torchrun(2, "generate", "Once upon a time", "-n", 30, *how, fault=(0, "sum", "vanish"))
+    ended_badly(job, {1}, "rank 0 is lost")
+
+
+@pytest.mark.parametrize("when", ["meet", "decode"])
+def test_a_rank_that_is_killed_ends_the_job(job, when):
+    """torchrun ends the other one, which may not have come so far that it can speak."""
+    ended_badly(job(1, when, "kill"))
+
+
+def test_a_full_disk_ends_all_ranks():
+    with open("/dev/full", "wb") as full:
+        job = torchrun(2, "generate", "Once", "-n", 9, "--tp", 2, "--patience", PATIENCE, stdout=full)
+    ended_badly(job, {0, 1}, "No space left on device")
+
+
+def test_a_missing_library_and_a_wrong_command_are_explained_by_every_rank_and_by_one(job):
+    ended_badly(job("all", "lacks", "torch"), {0, 1}, "need PyTorch: pip install")
+    done = job("all", "says", "--colour")
+    ended_badly(done)
+    assert done.err.count("No such option") == 1
+
+
+def test_whoever_reads_the_output_may_leave():
+    command = [*by_torchrun(2), "-m", "refengine", "generate", "Once", "-n", 9000, "--ignore-eos", "--tp", 2]
+    process = start(command)
+    assert process.stdout.read(1)
+    process.stdout.close()
+    process.stdout = None
+    done = finish(process)
+    assert (done.code, done.said, done.left) == (0, {}, ())

@@ -1,0 +1,57 @@
+"""The book in docs/ is the book in spec/."""
+
+import ast
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WEAVE = runpy.run_path(str(ROOT / "tools" / "weave.py"))
+CHAPTERS = WEAVE["CHAPTERS"]
+
+
+def module(name):
+    return ast.parse((ROOT / "spec" / f"{name}.py").read_text())
+
+
+def test_the_book_is_woven_from_the_spec_as_it_is():
+    """After an edit of spec/: python tools/write/book.py"""
+    command = [sys.executable, ROOT / "tools" / "weave.py", "--check"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_chapter_opens_with_its_number_and_title(name):
+    number, opening = CHAPTERS.index(name) + 1, ast.get_docstring(module(name))
+    assert re.match(rf"Chapter {number}\. [A-Z][^:\n]*: \w", opening)
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_page_has_all_of_its_chapter_but_the_imports(name):
+    text = WEAVE["chapter"](CHAPTERS.index(name), (ROOT / "spec" / f"{name}.py").read_text())
+    shown = ast.parse("\n".join(re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)))
+    written = [node for node in module(name).body[1:] if not isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert [code(node) for node in shown.body] == [code(node) for node in written]
+    for docstring in filter(None, map(docstring_of, module(name).body)):
+        assert set(words(docstring)) <= set(words(text))
+
+
+def docstring_of(node):
+    return ast.get_docstring(node) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else None
+
+
+def code(node):
+    """A statement without its docstring, if more is left of it."""
+    if docstring_of(node) and len(node.body) > 1:
+        node.body = node.body[1:]
+    return ast.unparse(node)
+
+
+def words(text):
+    """The words of a text; the target of a link is none."""
+    return re.findall(r"\w+", re.sub(r"\]\([^)]*\)", "", text))

@@ -1,0 +1,1 @@
+"""Cases, witnesses, planted faults and processes that the tests share. Start at cases.py."""

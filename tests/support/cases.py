@@ -1,0 +1,190 @@
+"""Seeded cases. Hypothesis draws the sizes of a model, which shrink; a seeded generator fills the arrays.
+
+A `Case` is a handful of small numbers; its repr, which a failing test prints, runs it again.
+Axes that meet in an array are drawn from menus without a common member, so no two can be confused.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+from itertools import pairwise
+
+import numpy as np
+from hypothesis import strategies as st
+
+from refengine.spec.arrays import DTYPES
+from refengine.spec.config import Config
+from refengine.spec.numerics import tolerance
+from refengine.spec.tensors import Tensor, table
+
+MENUS = {
+    "hidden_size": (26, 28),
+    "n_groups": (1, 2, 8), "heads_per_group": (1, 3), "mamba_head_dim": (7, 9), "ssm_state_size": (4, 5),
+    "conv_kernel": (4, 2, 3), "chunk_size": (11, 1, 2, 16, 64),
+    "attention": ((6, 2), (6, 3), (5, 1)), "head_dim": (10, 12),
+    "n_routed_experts": (9, 12), "num_experts_per_tok": (4, 1, 6), "moe_latent_size": (20, None),
+    "n_group": (1, 3), "norm_topk_prob": (True, False),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Case:
+    """A model of these layers and sizes, with random weights, and `batch` sequences of `length` tokens."""
+
+    layers: str = "M*E-"
+    mtp_layers: str = ""
+    seed: int = 0
+    batch: int = 2
+    length: int = 17
+    hidden_size: int = 26
+    n_groups: int = 2
+    heads_per_group: int = 3
+    mamba_head_dim: int = 7
+    ssm_state_size: int = 5
+    conv_kernel: int = 4
+    chunk_size: int = 11
+    attention: tuple[int, int] = (6, 2)
+    head_dim: int = 10
+    n_routed_experts: int = 9
+    num_experts_per_tok: int = 4
+    moe_latent_size: int | None = 20
+    n_group: int = 1
+    norm_topk_prob: bool = True
+    tied: bool = False
+    disk: str = "BF16"
+
+    def __repr__(self) -> str:
+        """One line to copy into a test: what differs from the case above."""
+        told = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in told)})"
+
+    def _repr_pretty_(self, printer, cycle):
+        """Hypothesis would print all fields."""
+        printer.text(repr(self))
+
+    @cached_property
+    def cfg(self) -> Config:
+        drawn = {key: getattr(self, key) for key in MENUS if key not in ("heads_per_group", "attention")}
+        heads, kv = self.attention
+        return Config.from_hf(
+            drawn
+            | {
+                "model_type": "nemotron_h",
+                "hybrid_override_pattern": self.layers,
+                "vocab_size": 61,
+                "max_position_embeddings": 512,
+                "layer_norm_epsilon": 1e-5,
+                "tie_word_embeddings": self.tied,
+                "mamba_num_heads": self.n_groups * self.heads_per_group,
+                "num_attention_heads": heads,
+                "num_key_value_heads": kv,
+                "moe_intermediate_size": 13,
+                "moe_shared_expert_intermediate_size": 17,
+                "intermediate_size": 31,
+                "routed_scaling_factor": 2.5,
+                "topk_group": 2 if self.n_group > 1 else 1,
+                "num_nextn_predict_layers": int(bool(self.mtp_layers)),
+                "mtp_hybrid_override_pattern": self.mtp_layers,
+            }
+        )
+
+    def rng(self, *what: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *what])
+
+    def normal(self, what: int, *shape: int) -> np.ndarray:
+        """Activations of size 1, exact in float32 too; `what` tells the arrays of a case apart."""
+        return self.rng(2, what).standard_normal(shape).astype(np.float32).astype(np.float64)
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor by its name in the checkpoint, in the file's dtype."""
+        return random_tensors(self.cfg, self.seed, self.disk)[name]
+
+    def exact(self, key: str, block: str = "layers.0") -> np.ndarray:
+        """A weight of one mixer, in float64."""
+        prefix = "" if block.startswith("mtp.") else "backbone."
+        return self.read(f"{prefix}{block}.mixer.{key}").astype(np.float64)
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self.rng(1).integers(0, self.cfg.vocab_size, (self.batch, self.length))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """How many of its tokens each row really has: n[b], at least one row full."""
+        n = self.rng(3).integers(0, self.length + 1, self.batch)
+        n[self.seed % self.batch] = self.length
+        return n
+
+
+@lru_cache(maxsize=64)
+def random_tensors(cfg: Config, seed: int, disk: str = "BF16") -> dict[str, np.ndarray]:
+    """A checkpoint whose every tensor matters: values by role, about as large as in a trained model."""
+    rng = np.random.default_rng([seed, 0])
+    return {
+        row.name: random_tensor(row, rng).astype(DTYPES["F32" if row.dtype == "F32" else disk])
+        for row in table(cfg)
+    }
+
+
+def random_tensor(row: Tensor, rng: np.random.Generator) -> np.ndarray:
+    match row.key.removeprefix("mixer."):
+        case "A_log":
+            return np.log(rng.uniform(1, 16, row.shape))
+        case "dt_bias":  # softplus of it spans 0.0003 .. 1.3
+            return rng.uniform(-8, 1, row.shape)
+        case "gate.e_score_correction_bias" | "conv1d.bias":
+            return 0.1 * rng.standard_normal(row.shape)
+        case "embeddings.weight":
+            return rng.standard_normal(row.shape)
+        case _ if len(row.shape) == 1:
+            return 1 + 0.2 * rng.standard_normal(row.shape)
+        case _:
+            return 1.5 * rng.standard_normal(row.shape) / math.sqrt(row.shape[-1])
+
+
+ANY_LAYERS = st.text("M*E-", min_size=1, max_size=5)
+
+
+@st.composite
+def cases(draw, layers: str | st.SearchStrategy = ANY_LAYERS, max_length: int = 20, **fixed) -> Case:
+    """A case with these layers, or with one to five of any kind."""
+    letters = layers if isinstance(layers, str) else draw(layers)
+    sizes = {key: fixed[key] if key in fixed else draw(st.sampled_from(menu)) for key, menu in MENUS.items()}
+    sizes |= {"batch": draw(st.integers(1, 3)), "length": draw(st.integers(1, max_length))} | fixed
+    return Case(layers=letters, seed=draw(st.integers(0, 9999)), **sizes)
+
+
+def cut(case: Case, cuts) -> list[slice]:
+    """The positions of a case in consecutive pieces, from any numbers at all."""
+    ends = sorted({0, case.length} | {c % case.length for c in cuts})
+    return [slice(a, b) for a, b in pairwise(ends)]
+
+
+CUTS = st.lists(st.integers(0, 63), max_size=4)
+
+
+def terms(cfg: Config, length: int) -> int:
+    """Products that one logit may be a sum of: a row of every matrix on its way, and the positions."""
+    per_row = {}
+    for row in table(cfg):
+        if row.precision != "small":
+            per_row[row.block, row.role] = max(row.shape[-1], per_row.get((row.block, row.role), 0))
+    return sum(per_row.values()) + length * sum(kind in "M*" for kind in cfg.layers)
+
+
+def agree(actual, expected, dtype, terms: int, what: str = "", stretch: float = 1.0) -> float:
+    """Both are the same sum of `terms` products of numbers about as large as the largest of `expected`, or 1.
+
+    `stretch`: by how much a division enlarged the rounding of what it divided. Returns the relative error.
+    """
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape} for {expected.shape}"
+    if not expected.size:
+        return 0.0
+    error = np.abs(actual - expected) / max(1.0, np.abs(expected).max())
+    worst, allowed = error.max(), tolerance(dtype, terms) * stretch
+    where = tuple(int(i) for i in np.unravel_index(error.argmax(), error.shape))
+    assert worst <= allowed, f"{what}: off by {worst:.3g} at {where}; {dtype} is allowed {allowed:.3g}"
+    return float(worst)

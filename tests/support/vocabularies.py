@@ -1,0 +1,38 @@
+"""The vocabularies that tokenizer tests run on: the embedded model's, and the real one of 131,072 tokens."""
+
+import functools
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+from refengine.spec.tokenizer import from_json
+from refengine.text.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "refengine" / "models" / "tiny"
+NAMES = ("tiny", "real")
+
+
+@functools.cache
+def file(name: str) -> str:
+    """The text of tokenizer.json."""
+    if name == "tiny":
+        return (TINY / "tokenizer.json").read_text(encoding="utf-8")
+    pytest.importorskip("mistral_common", reason="the real vocabulary is rebuilt from mistral-common")
+    where = importlib.util.spec_from_file_location("tekken_tokenizer", ROOT / "tools" / "tekken_tokenizer.py")
+    module = importlib.util.module_from_spec(where)
+    where.loader.exec_module(module)
+    return json.dumps(module.tokenizer_json())
+
+
+@functools.cache
+def spec_of(name: str):
+    return from_json(json.loads(file(name)))
+
+
+@functools.cache
+def engine_of(name: str) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(file(name)))

@@ -1,0 +1,98 @@
+"""The specification of the tokenizer and Hugging Face's are the same function, on both vocabularies.
+
+Characters are those assigned in Unicode 14, which Python 3.11 knows. A later Unicode gives categories to code
+points that have none there, and the two libraries need not be of one age: on those they may cut differently.
+"""
+
+import json
+import re
+import unicodedata
+from copy import deepcopy
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refengine.spec.config import InputError
+from refengine.spec.tokenizer import Tokenizer, from_json
+from tests.support.vocabularies import NAMES, engine_of, file, spec_of
+
+ASSIGNED = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Cs")]
+TROUBLE = ["camelCase", "\r\n\n", "don't"]
+TROUBLE += list("aZ1 /\n\r\t\u00a0\u3000\u0085\x1c\u2028.'é\u0301ǅʰ文Ⅷ²🎉\u200d\ufeff\x00")
+SPECIALS = ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "</s>", "<unk>", "<|im", "<s"]
+pieces = st.sampled_from(TROUBLE) | st.sampled_from(ASSIGNED) | st.sampled_from(SPECIALS)
+texts = st.lists(pieces, max_size=40).map("".join)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=300)
+@given(text=texts)
+def test_the_spec_and_hugging_face_give_the_same_ids(name, text):
+    assert spec_of(name).encode(text) == engine_of(name).hf.encode(text).ids
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_character_is_cut_alike_wherever_it_stands(name):
+    hf, spec = engine_of(name).hf, spec_of(name)
+    some = ASSIGNED[:: 211 if name == "real" else 41]
+    words = [f"{a}{c}{b}" for c in some for a in ("a", " ") for b in ("b", "1")]
+    assert [spec.encode(word) for word in words] == [code.ids for code in hf.encode_batch(words)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(text=texts)
+def test_decoding_undoes_encoding(name, text):
+    assert spec_of(name).decode(spec_of(name).encode(text)) == text
+    assert engine_of(name).decode(engine_of(name).encode(text)) == text
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=200)
+@given(data=st.data())
+def test_any_ids_decode_alike_and_broken_characters_are_marked(name, data):
+    engine = engine_of(name)
+    ids = data.draw(st.lists(st.integers(0, engine.hf.get_vocab_size() - 1), max_size=30))
+    expected = engine.hf.decode(ids, skip_special_tokens=False)
+    assert spec_of(name).decode(ids) == engine.decode(ids) == expected
+    assert engine.decode(ids, skip_special_tokens=True) == engine.hf.decode(ids, skip_special_tokens=True)
+
+
+def test_the_real_vocabulary_gives_the_published_ids():
+    system, question = "<|im_start|>system\n<|im_end|>\n", "<|im_start|>user\nWhat is 2+2?<|im_end|>\n"
+    ids = [10, 25708, 1010, 11, 1010, 10, 3263, 1010, 7493, 1395, 1032, 1050, 1043, 1050, 1063, 11, 1010]
+    ids += [10, 1503, 19464, 1010, 12, 1010]
+    for tokenizer in spec_of("real"), engine_of("real"):
+        assert tokenizer.encode(f"{system}{question}<|im_start|>assistant\n<think>\n") == ids
+        assert tokenizer.encode("<|im_start|>assistant\n<think></think>")[-4:] == [19464, 1010, 12, 13]
+        assert tokenizer.encode("<|im_start|>user\nHi<|im_end|>") == [10, 3263, 1010, 37133, 11]
+    assert len(spec_of("real").ids) + len(spec_of("real").specials) == 131072
+    assert len(spec_of("real").ranks) == 129816
+
+
+def test_the_merge_of_lowest_rank_is_made_first_and_of_equal_ones_the_leftmost():
+    letters = {bytes([byte]): byte for byte in b"abc"}
+    ranks = {(b"b", b"c"): 0, (b"a", b"b"): 1, (b"a", b"a"): 2, (b"aa", b"bc"): 3}
+    spec = Tokenizer(letters, {}, ranks, re.compile(""))
+    assert spec.merge(b"abc") == [b"a", b"bc"]
+    assert spec.merge(b"aaa") == [b"aa", b"a"]
+    assert spec.merge(b"aabc") == [b"aabc"]
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (
+            lambda f: f["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\w+|\s+"),
+            r"pattern: \\w\+",
+        ),
+        (lambda f: f.update(normalizer={"type": "NFC"}), "only byte-level BPE"),
+        (lambda f: f["model"].update(type="WordPiece"), "only byte-level BPE"),
+        (lambda f: f["added_tokens"][0].update(lstrip=True), "only byte-level BPE"),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_refused_not_misread(change, says):
+    changed = deepcopy(json.loads(file("tiny")))
+    change(changed)
+    with pytest.raises(InputError, match=says):
+        from_json(changed)

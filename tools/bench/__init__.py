@@ -1,0 +1,1 @@
+"""Measure speed, memory and rounding, of this engine and of its peers."""

@@ -1,0 +1,1 @@
+"""Train the embedded model, and measure what it learned."""

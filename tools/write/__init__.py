@@ -1,0 +1,1 @@
+"""Write files: the book, random checkpoints, the tokenizer of the released models."""
