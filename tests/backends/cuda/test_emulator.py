@@ -69,7 +69,7 @@ def test_blocks_that_write_one_element_race():
         "divergent_barrier": "one barrier, two places",
         "early_exit": "thread (5,0,0) of block (0,0,0) ended before it",
         "barrier_and_shuffle": "neither can go on",
-        "exit_before_shuffle": "waits in __shfl_xor_sync at planted.cu:.* for lane 9 of its warp, which has e",
+        "exit_before_shuffle": "in __shfl_xor_sync at planted.cu:.* for lane 9 of its warp, which has end",
         "not_in_mask": "is not in its own mask 0000ffff",
         "source_not_in_mask": "which the mask 0000ffff does not name",
         "different_masks": "with mask ffffffff for lane 31, thread .* with mask 80000001",
