@@ -1,4 +1,4 @@
-"""The configurations of the released models, as they were published (docs/model.md, "Configurations")."""
+"""The configurations of the released models, as they were published (docs/model.md, "Configuration")."""
 
 from refengine.spec.config import Config
 

@@ -111,9 +111,9 @@ def load(tp: int, ep: int, pp: int, patience: float, **how):
         import refengine
 
         return refengine.load(**how)
-    from refengine.ranks.load import load as ranks
+    from refengine.ranks.load import load as load_rank
 
-    return ranks.load(**how, tp=tp, ep=ep, pp=pp, patience=patience)
+    return load_rank(**how, tp=tp, ep=ep, pp=pp, patience=patience)
 
 
 def parted(others: dict) -> tuple[dict, dict]:

@@ -65,7 +65,7 @@ def test_the_readme_shows_what_the_program_prints(cli):
 
 def test_what_the_python_interface_may_be_told_the_command_may_too():
     options = {parameter.name for parameter in generate.params}
-    assert set(inspect.signature(refengine.ranks.load).parameters) <= options
+    assert set(inspect.signature(refengine.ranks.load.load).parameters) <= options
     assert set(Options.__dataclass_fields__) <= options
 
 

@@ -12,7 +12,7 @@ from refengine import End, InputError, Token
 from refengine.checkpoint.locate import EMBEDDED
 from refengine.spec.numerics import tolerance
 from refengine.spec.sample import log_probs
-from tests.support.ranks.test_reads import filled
+from tests.ranks.test_reads import filled
 
 PROMPT = "Once upon a time"
 
@@ -228,9 +228,9 @@ def test_a_choice_there_is_not_is_refused_in_one_sentence(choice, says):
 
 def test_a_single_rank_is_the_engine():
     """refengine.ranks.load, without a launcher, has nobody to talk to."""
-    from refengine.ranks.load import load as ranks
+    from refengine.ranks.load import load as load_rank
 
-    alone, engine = ranks.load("tiny"), refengine.load("tiny")
+    alone, engine = load_rank("tiny"), refengine.load("tiny")
     asked = {"max_tokens": 12, "temperature": 0.0}
     assert [e.id for e in list(alone.generate("Once", **asked))[:-1]] == [
         e.id for e in list(engine.generate("Once", **asked))[:-1]

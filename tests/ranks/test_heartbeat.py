@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refengine.ranks.comm import Solo, signs
+from refengine.ranks.comm import Solo
+from refengine.ranks.comm import heartbeat as signs
 from refengine.ranks.comm.heartbeat import Signs, culprits
 from refengine.ranks.load import speaking
 from refengine.spec.layout import plan

@@ -6,8 +6,8 @@ import ml_dtypes
 import pytest
 
 from refengine.spec.numerics import tolerance
+from tests.ranks.test_processes import LONG, ONCE, alone, printed
 from tests.support.processes import ended_badly, mpiexec, torchrun
-from tests.support.ranks.test_processes import LONG, ONCE, alone, printed
 
 
 @pytest.fixture

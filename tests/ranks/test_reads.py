@@ -89,7 +89,7 @@ def directory(tmp_path_factory):
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="there is no /proc/self/smaps")
 @pytest.mark.parametrize("tp, ep, pp, rank", [(1, 4, 1, 3), (1, 2, 2, 0), (4, 1, 1, 3), (2, 2, 1, 0)])
 def test_a_rank_touches_the_bytes_that_it_says_and_a_page_a_piece(directory, tp, ep, pp, rank):
-    command = [sys.executable, "-m", "tests.support.ranks.test_reads", directory, rank, tp, ep, pp]
+    command = [sys.executable, "-m", "tests.ranks.test_reads", directory, rank, tp, ep, pp]
     found = json.loads(subprocess.check_output(list(map(str, command))))
     shard = Shard(plan(WIDE, tp, ep, pp), rank)
     said = bytes_read(WIDE, shard)

@@ -6,8 +6,8 @@ Its agent keeps the store by which ranks meet and tell each other what stopped t
 
 import pytest
 
+from tests.ranks.test_processes import alone
 from tests.support.processes import by_torchrun, ended_badly, finish, start, torchrun
-from tests.support.ranks.test_processes import alone
 
 pytestmark = pytest.mark.slow
 PATIENCE = 6  # seconds: importing torch takes some

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks.test_processes import ONCE, alone
 from tests.support.processes import by_mpiexec, by_torchrun, ended_badly, finish, living, name, program, start
-from tests.support.ranks.test_processes import ONCE, alone
 
 pytestmark = pytest.mark.slow
 ADDRESSES = ("10.231.7.1", "10.231.7.2")

@@ -1,4 +1,4 @@
-"""Imports run one way, spec <- backends <- refengine, and the book can be read in its order."""
+"""Imports run one way, refengine.spec <- refengine.backends <- the rest, and the book keeps its order."""
 
 import ast
 import subprocess
@@ -14,6 +14,19 @@ ORDER = ("spec", "backends", "refengine")
 SPEC_MAY = {"numpy", "ml_dtypes", "jaxtyping"}
 CHOSEN_BY_THE_USER = {"torch", "cupy", "mpi4py", "gguf", "transformers"}
 FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]
+MODULES = {"refengine/*.py": 16, "tests/*.py": 6, "tools/*.py": 8}  # more is a drawer, not a room
+
+
+def package_of(module: str) -> str:
+    """Return the package of ORDER that a module of ours belongs to, or the top-level name of another's."""
+    top, *rest = module.split(".")
+    return rest[0] if top == "refengine" and rest and rest[0] in ORDER[:2] else top
+
+
+def module_of(path: Path) -> str:
+    """Return the dotted name under which a file is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in ("refengine",) * (parts[0] in ORDER[:2]) + parts if part != "__init__")
 
 
 def is_for_types_only(node) -> bool:
@@ -35,7 +48,10 @@ def imports(path: Path, at_import_time: bool = False):
             assert node.level == 0, f"{path.name}: a relative import hides where it goes"
             # `from refengine.spec import moe` names a chapter; `from refengine.spec.moe import experts` too
             named = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from (named if node.module in ORDER else [node.module])
+            yield from (name if name in NAMES else node.module for name in named)
+
+
+NAMES = {module_of(path) for path in FILES}
 
 
 def each(files):
@@ -47,7 +63,8 @@ def test_imports_run_one_way(path):
     package = path.relative_to(ROOT).parts[0]
     later = ORDER[ORDER.index(package) + 1 :]
     for name in imports(path):
-        top = name.split(".")[0]
+        top = package_of(name)
+        assert name.split(".")[0] not in {"spec", "backends"}, f"{name} is found from this folder only"
         assert top not in later, f"{package} may not know of {name}"
         assert top not in {"tests", "tools"}, f"{name} is not shipped"
         if package == "spec":
@@ -62,7 +79,9 @@ def test_what_the_user_may_choose_is_imported_only_when_chosen(path):
 
 def test_importing_refengine_brings_no_heavy_library():
     """In a process of its own, where nothing has been imported yet."""
-    script = "import sys, spec, refengine, refengine.cli; print(*{m.split('.')[0] for m in sys.modules})"
+    script = (
+        "import sys, refengine.spec, refengine, refengine.cli; print(*{m.split('.')[0] for m in sys.modules})"
+    )
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not set(run.stdout.split()) & CHOSEN_BY_THE_USER
 
@@ -75,7 +94,38 @@ def test_every_file_of_the_book_is_a_chapter():
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_a_chapter_uses_only_earlier_ones(chapter):
     path = ROOT / "spec" / f"{chapter}.py"
-    used = {name.split(".")[1] for name in imports(path) if name.startswith("spec.")}
+    used = {name.split(".")[2] for name in imports(path) if name.startswith("refengine.spec.")}
     assert used <= set(CHAPTERS[: CHAPTERS.index(chapter)]), f"{chapter} uses {used}"
     title = ast.get_docstring(ast.parse(path.read_text())) or ""
     assert title.strip(), f"{chapter} does not say what it is about"
+
+
+def test_no_import_circle():
+    """Among what is imported when a module is; an import inside a function is made later."""
+    arrows = {module_of(path): set(imports(path, at_import_time=True)) & NAMES for path in FILES}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail[trail.index(module) :], module))
+        if module not in done:
+            for other in sorted(arrows[module]):
+                visit(other, (*trail, module))
+            done.add(module)
+
+    for module in sorted(arrows):
+        visit(module, ())
+
+
+def test_tools_never_import_tests():
+    for path in sorted((ROOT / "tools").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        froms = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        names = [
+            alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+        ]
+        assert not [name for name in froms + names if name.split(".")[0] == "tests"], path
+
+
+@pytest.mark.parametrize("pattern, most", MODULES.items())
+def test_a_folder_holds_few_modules(pattern, most):
+    assert len(list(ROOT.glob(pattern))) <= most

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-WEAVE = runpy.run_path(str(ROOT / "tools" / "weave.py"))
-CHAPTERS = WEAVE["CHAPTERS"]
+BOOK = runpy.run_path(str(ROOT / "tools" / "write" / "book.py"))
+CHAPTERS = BOOK["CHAPTERS"]
 
 
 def module(name):
@@ -20,7 +20,7 @@ def module(name):
 
 def test_the_book_is_woven_from_the_spec_as_it_is():
     """After an edit of spec/: python tools/write/book.py"""
-    command = [sys.executable, ROOT / "tools" / "weave.py", "--check"]
+    command = [sys.executable, ROOT / "tools" / "write" / "book.py", "--check"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
@@ -33,7 +33,7 @@ def test_a_chapter_opens_with_its_number_and_title(name):
 
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_a_page_has_all_of_its_chapter_but_the_imports(name):
-    text = WEAVE["chapter"](CHAPTERS.index(name), (ROOT / "spec" / f"{name}.py").read_text())
+    text = BOOK["chapter"](CHAPTERS.index(name), (ROOT / "spec" / f"{name}.py").read_text())
     shown = ast.parse("\n".join(re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)))
     written = [node for node in module(name).body[1:] if not isinstance(node, (ast.Import, ast.ImportFrom))]
     assert [code(node) for node in shown.body] == [code(node) for node in written]

@@ -65,9 +65,9 @@ def work(arguments) -> None:
         engine, comm = refengine.load(arguments.model, **how), SimpleNamespace(rank=0, sent={})
         comm.tell = lambda task, idle=True: task
     else:
-        from refengine.ranks.load import load as ranks
+        from refengine.ranks.load import load as load_rank
 
-        engine = ranks.load(arguments.model, **how, tp=tp, ep=ep, pp=pp, patience=600)
+        engine = load_rank(arguments.model, **how, tp=tp, ep=ep, pp=pp, patience=600)
         comm = engine.comm
     if comm.rank == 0:
         print("ready", file=out, flush=True)
