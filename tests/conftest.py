@@ -1,4 +1,8 @@
-"""What all tests share: how hard Hypothesis tries, and the backends under test.
+"""Shared by all tests: the tiers, how hard Hypothesis tries, and the backends under test.
+
+    pytest -m "not slow"    quick: 3 minutes on two quiet cores
+    pytest                  default: 10 minutes
+    pytest --thorough       all: also the tests marked `thorough`, as .ci/run does
 
 `HYPOTHESIS_PROFILE=thorough pytest` draws many more and new cases; the default draws the same few each time.
 A backend joins the laws and the recorded vectors by one line in `tests/support/benches.py`.
@@ -15,9 +19,24 @@ settings.register_profile("thorough", max_examples=200, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--thorough", action="store_true", help="run the tests marked thorough too")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Mark thorough tests as slow too; leave them out unless they are asked for."""
+    asked = config.getoption("--thorough") or "thorough" in (config.getoption("-m") or "")
+    left_out = [item for item in items if item.get_closest_marker("thorough")]
+    for item in left_out:
+        item.add_marker(pytest.mark.slow)
+    if left_out and not asked:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread_each():
-    """Several test processes whose threads spin would stand in each other's way."""
+    """Limit the libraries to one thread: spinning threads of several test processes block each other."""
     from threadpoolctl import threadpool_limits
 
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # for the processes that tests start

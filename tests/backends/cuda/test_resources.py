@@ -47,7 +47,7 @@ def planted(tmp_path, nvrtc):
     return compiled
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_page_says_what_the_compiler_says(nvrtc, pytestconfig):
     """Every kernel, build and architecture; no spill, and nothing that no multiprocessor could hold."""
     text = PAGE.read_text()
