@@ -19,7 +19,7 @@ def module(name):
 
 
 def test_the_book_is_woven_from_the_spec_as_it_is():
-    """After an edit of spec/: python tools/write/book.py"""
+    """After an edit of spec/: python -m tools.write.book"""
     command = [sys.executable, ROOT / "tools" / "write" / "book.py", "--check"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

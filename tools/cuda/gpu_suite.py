@@ -1,6 +1,6 @@
 """All that only a GPU can tell, in one command of at most ten minutes, as one table.
 
-    python tools/cuda/gpu_suite.py [--model DIRECTORY] [--minutes 10]
+    python -m tools.cuda.gpu_suite [--model DIRECTORY] [--minutes 10]
 
 The tests marked gpu; compute-sanitizer, where it is installed, over prompts and steps of the embedded model;
 then `refengine bench`. Needs a driver, and `pip install -e '.[cuda,test]'`. Ends with 1 if a check failed.

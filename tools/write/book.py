@@ -1,6 +1,6 @@
 """Render the chapters of spec/ to docs/book/ as Markdown: the docstrings as prose, then the code.
 
-`python tools/write/book.py` writes the book and removes other files from docs/book/; with `--check` it writes
+`python -m tools.write.book` writes the book and removes other files from docs/book/; with `--check` it writes
 nothing and exits 1, naming the pages that are stale. The output depends on spec/ alone.
 """
 
@@ -30,7 +30,7 @@ def pages() -> dict[str, str]:
         for page, (title, lead, _) in zip(PAGES, titles, strict=True)
     ]
     note = (
-        "This is `spec/`, rendered by `python tools/write/book.py`; the code shown is the code that runs.\n"
+        "This is `spec/`, rendered by `python -m tools.write.book`; the code shown is the code that runs.\n"
     )
     return book | {"index.md": "\n\n".join(["# The book", linked(opening), "\n".join(contents), note])}
 
@@ -125,7 +125,7 @@ def main(check: bool) -> None:
     there = {path.name: path.read_text() for path in BOOK.glob("*")}
     stale = sorted(name for name in book.keys() | there.keys() if book.get(name) != there.get(name))
     if check:
-        sys.exit(f"docs/book is stale ({', '.join(stale)}): run python tools/write/book.py" if stale else 0)
+        sys.exit(f"docs/book is stale ({', '.join(stale)}): run python -m tools.write.book" if stale else 0)
     BOOK.mkdir(parents=True, exist_ok=True)
     for name in stale:
         (BOOK / name).write_text(book[name]) if name in book else (BOOK / name).unlink()

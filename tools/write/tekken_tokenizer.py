@@ -1,6 +1,6 @@
 """Rebuild the 131,072-token vocabulary of Nemotron 3 as a Hugging Face `tokenizer.json`.
 
-    python tools/write/tekken_tokenizer.py OUT_DIRECTORY
+    python -m tools.write.tekken_tokenizer OUT_DIRECTORY
 
 The vocabulary descends from Mistral's tekken, whose tokens `mistral-common` ships as byte strings in order of
 rank. Nemotron 3 keeps ids 0-999 for special tokens and gives the text token of rank `r` the id `1000 + r`.
