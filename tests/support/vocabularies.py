@@ -1,7 +1,6 @@
 """The vocabularies that tokenizer tests run on: the embedded model's, and the real one of 131,072 tokens."""
 
 import functools
-import importlib.util
 import json
 from pathlib import Path
 
@@ -22,10 +21,9 @@ def file(name: str) -> str:
     if name == "tiny":
         return (TINY / "tokenizer.json").read_text(encoding="utf-8")
     pytest.importorskip("mistral_common", reason="the real vocabulary is rebuilt from mistral-common")
-    where = importlib.util.spec_from_file_location("tekken_tokenizer", ROOT / "tools" / "tekken_tokenizer.py")
-    module = importlib.util.module_from_spec(where)
-    where.loader.exec_module(module)
-    return json.dumps(module.tokenizer_json())
+    from tools.write.tekken_tokenizer import tokenizer_json
+
+    return json.dumps(tokenizer_json())
 
 
 @functools.cache
