@@ -71,7 +71,8 @@ def checks(model: str, minutes: float):
 
 
 def cuda_tests() -> list[str]:
-    return sorted(str(path) for path in (ROOT / "tests").glob("test_cuda_*.py"))
+    """Return the test files of the CUDA backend."""
+    return sorted(str(path) for path in (ROOT / "tests" / "backends" / "cuda").glob("test_*.py"))
 
 
 def last_line(out: str, err: str) -> str:

@@ -57,3 +57,7 @@ def test_without_a_device_the_suite_is_one_sentence(monkeypatch, capsys):
     assert gpu_suite.main([]) == 1
     out, err = capsys.readouterr()
     assert not out and err == "gpu_suite: the cuda backend needs CuPy: pip install 'refengine[cuda]'\n"
+
+
+def test_the_suite_runs_the_tests_of_the_cuda_backend():
+    assert __file__ in gpu_suite.cuda_tests() and len(gpu_suite.cuda_tests()) > 10
