@@ -129,3 +129,16 @@ def test_tools_never_import_tests():
 @pytest.mark.parametrize("pattern, most", MODULES.items())
 def test_a_folder_holds_few_modules(pattern, most):
     assert len(list(ROOT.glob(pattern))) <= most
+
+
+def test_a_wrong_shape_goes_red():
+    """The suite runs with --jaxtyping-packages: signatures of the spec are assertions here."""
+    import numpy as np
+    from jaxtyping import TypeCheckError
+
+    from refengine.spec.norm import rms_norm
+
+    x, weight = np.zeros((1, 2, 3), np.float32), np.zeros(3, np.float32)
+    rms_norm(x, None, weight, 1e-5)
+    with pytest.raises(TypeCheckError):
+        rms_norm(x, None, np.zeros(4, np.float32), 1e-5)
