@@ -1,5 +1,7 @@
 """refengine: the executable specification of Nemotron 3, and an engine that runs it.
 
+Example:
+
     import refengine
     engine = refengine.load("tiny")
     for event in engine.generate("Once upon a time", max_tokens=100, seed=1):

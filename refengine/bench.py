@@ -20,7 +20,7 @@ from refengine.engine import PREFILL
 from refengine.machine import forget_peak, peak_memory
 from refengine.spec.config import Config
 from refengine.spec.model import Model
-from refengine.spec.ops import Backend, Stepping
+from refengine.spec.ops import Backend
 from refengine.spec.tensors import active_parameters, table
 
 
@@ -124,7 +124,7 @@ def decode_seconds(model: Model, batch: int, context: int, steps: int) -> float:
     for _ in range(steps + 2):
         began = time.perf_counter()
         ids = rng.integers(0, model.cfg.vocab_size, (batch, 1))
-        if isinstance(here, Stepping):
+        if here.step:
             _, states = here.step(model, ids[:, 0], states)
         else:
             h, states = model.blocks(model.embed(here.array(ids)), states)

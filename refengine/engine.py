@@ -27,7 +27,6 @@ from refengine.generation import Draw, End, Options, Text, Token
 from refengine.spec import mtp, state
 from refengine.spec.config import Config, InputError
 from refengine.spec.model import Model
-from refengine.spec.ops import Stepping
 from refengine.spec.sample import checked, log_probs
 from refengine.spec.tensors import table
 from refengine.text.chat_template import ChatTemplate
@@ -187,7 +186,7 @@ class Engine:
     def decode(self, ids: list[int], states: list) -> tuple[np.ndarray, list]:
         """One more token for each sequence: logits [b, v], states."""
         here = self.model.backend
-        if isinstance(here, Stepping):
+        if here.step:
             return here.step(self.model, ids, states)
         h, states = self.step(np.array(ids)[:, None], states)
         return self.head(h)[:, 0], states

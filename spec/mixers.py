@@ -43,7 +43,6 @@ def attention(h, w, cfg, state, n, ops):  # b l d -> b l d
 def experts(h, w, cfg, state, n, ops):  # b l d -> b l d
     # ROUTE, by the full-width input
     routing = ops.route(h, w["gate.weight"], w["gate.e_score_correction_bias"], cfg)
-    ops.announce(routing)
     # SHARED expert, at full width
     shared = ops.mlp(h, w["shared_experts.up_proj.weight"], w["shared_experts.down_proj.weight"])
     # ROUTED experts, in the latent width where there is one

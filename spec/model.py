@@ -3,8 +3,9 @@
     x <- embeddings[ids]      x <- x + mixer(rms_norm(x)), each layer      logits = rms_norm(x) lm_head'
 
 In three calls, because pipeline stages, traces and the prediction head of chapter 15 begin and end between
-them: `embed(ids)`, `blocks(x, states)`, `head(h)`. This is the only assembly of the model; every backend,
-every division over ranks and every feature goes through it.
+them: `embed(ids)`, `blocks(x, states)`, `head(h)`. Prompts, ranks, traces and every feature go
+through this assembly. A backend may add a second one, for a decoding step in one call (`Backend.step`); tests
+hold it to this one: tests/backends/torch/test_steps.py, tests/backends/cuda/test_steps.py.
 """
 
 from __future__ import annotations

@@ -45,7 +45,6 @@ class Ops:
     gated_rms_norm: Callable  # (y [b l c], z [b l c], weight [c], eps, groups, mean=...) -> [b l c]
     attention: Callable  # (q [b l h e], k [b l kv e], v [b l kv e], cache, n) -> y [b l h e], cache
     route: Callable  # (h [b l d], gate [E d], bias [E], cfg) -> routing
-    announce: Callable  # (routing) -> None: these experts will be wanted soon
     experts: Callable  # (u [b l x], experts, routing, first=0) -> [b l x]: experts first, first + 1, ...
     mlp: Callable  # (h [b l d], up [f d], down [d f]) -> [b l d]
     logits: Callable  # (h [.. d], lm_head [v d]) -> [.. v], float32 or wider
@@ -65,14 +64,10 @@ class Backend:
     new_state: Callable[[str, Config, int], Any]  # layer letter, config, batch -> an empty state (or None)
     array: Callable[[Array], Any]  # host -> here: token ids, row lengths, hidden states
     fetch: Callable[[Any], Array]  # here -> host: logits, hidden states
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stepping(Backend):
-    """A backend that wraps a whole decoding step, as one compiled or recorded piece."""
-
-    step: Callable  # (model, ids [b], states) -> logits [b v] on the host, next states
-    across: Callable | None = None  # the same on ranks of tp, by the embed, all_reduce and logits of the ops
+    # A whole decoding step in one compiled or recorded call, where there is one:
+    step: Callable | None = None  # (model, ids [b], states) -> logits [b v] on the host, next states
+    # The same for tensor-parallel ranks: it calls the embed, all_reduce and logits of the model's ops.
+    step_of_ranks: Callable | None = None
 
 
 def embed(ids: Int[Array, "*b"], table: Float[Array, "v d"], dtype=np.float32) -> Float[Array, "*b d"]:
@@ -103,7 +98,7 @@ def recurrence(x, dt, A_log, B, C, D, dt_bias, S, n, limit, chunk):
 DEFINITION = Ops(
     embed=embed, linear=linear, linear_pair=linear_pair, rms_norm=rms_norm, causal_conv=causal_conv,
     ssd_scan=recurrence, gated_rms_norm=gated_rms_norm, attention=attention, route=moe.route,
-    announce=lambda routing: None, experts=moe.experts, mlp=moe.mlp, logits=logits,
+    experts=moe.experts, mlp=moe.mlp, logits=logits,
     all_reduce=lambda x, kind: x,
 )  # fmt: skip
 REFERENCE = replace(

@@ -24,7 +24,7 @@ the same bits on each of its ranks. docs/ranks.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,7 +33,7 @@ import numpy as np
 from refengine.spec.config import Config
 from refengine.spec.layout import span, unit
 from refengine.spec.model import Model
-from refengine.spec.ops import Backend, Stepping
+from refengine.spec.ops import Backend
 from refengine.spec.shard import Shard, cut, rows
 from refengine.spec.tensors import Group, placed
 
@@ -101,12 +101,10 @@ def sharded(
             return comm.scatter(ops.experts(u, matrices, type(routing)(*routes), first), others, split)
 
         verbs["experts"] = experts
-    kept = {field.name: getattr(backend, field.name) for field in fields(Backend)}
-    kept["ops"] = replace(ops, **verbs)
+    # A whole step meets other ranks at the end of a mixer only, not at its experts, its norm or a stage.
     whole = len(others) == 1 and shard.layout.pp == 1 and not tp > cfg.n_groups > 0
-    if whole and isinstance(backend, Stepping) and backend.across:
-        return Stepping(**kept, step=backend.across)
-    return Backend(**kept)  # without a step that would know of no other ranks
+    step = backend.step_of_ranks if whole else None
+    return replace(backend, ops=replace(ops, **verbs), step=step, step_of_ranks=None)
 
 
 def sizes(width: int, parts: int) -> list[int]:

@@ -38,13 +38,13 @@ from refengine.backends.cuda.state import new_state
 from refengine.backends.cuda.steps import Steps
 from refengine.backends.cuda.weights import place
 from refengine.spec.config import InputError
-from refengine.spec.ops import Ops, Stepping
+from refengine.spec.ops import Backend, Ops
 
 BUILDS = {"float32": (), "bfloat16": ("REAL_BF16",)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class CudaBackend(Stepping):
+class CudaBackend(Backend):
     """A backend whose decode step is a CUDA graph."""
 
     device: Any
@@ -89,7 +89,6 @@ def cuda_backend(
         attention=Attention(*build).attention,
         route=layers.route,
         experts=Experts(*build).experts,
-        announce=lambda routing: None,
         all_reduce=lambda x, kind: x,
     )
     return CudaBackend(

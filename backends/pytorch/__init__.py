@@ -18,6 +18,7 @@ and nearer.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -33,7 +34,7 @@ from refengine.backends.pytorch.state import Recurrent
 from refengine.backends.pytorch.steps import Steps
 from refengine.backends.pytorch.weights import Host, place
 from refengine.spec.config import InputError
-from refengine.spec.ops import Backend, Ops, Stepping
+from refengine.spec.ops import Backend, Ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,7 +81,6 @@ def torch_backend(
         attention=attention,
         route=route,
         experts=Experts(products),
-        announce=lambda routing: None,
         all_reduce=lambda x, kind: x,
     )
     backend = Backend(
@@ -94,7 +94,7 @@ def torch_backend(
     if not loops:
         return backend
     few = FEW if active == torch.float32 else FEW_BESIDE_UNITS
-    return Stepping(**vars(backend), step=Steps(loops, few), across=Steps(loops, few, alone=False))
+    return replace(backend, step=Steps(loops, few), step_of_ranks=Steps(loops, few, alone=False))
 
 
 def new_state(kind: str, cfg, batch: int, *, dtype, device) -> Recurrent | Cache | None:

@@ -40,20 +40,16 @@ class Tokenizer:
         stop_ids |= set(config.eos_token_id) if config else set()
         return cls(hf, frozenset(stop_ids), recommended(advice, directory))
 
-    def encode(
-        self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool = False
-    ) -> list[int]:
-        """Ids of a text.
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of a text.
 
         `add_special_tokens` adds what the file adds to every text; a rendered chat has that already.
-        `split_special_tokens` reads `<|im_end|>` and the like in the text as ordinary characters.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the text is not valid Unicode at its character {error.start}") from None
-        hf = self.without_specials if split_special_tokens else self.hf
-        return hf.encode(text, add_special_tokens=add_special_tokens).ids
+        return self.hf.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Text of ids; bytes that are no character become U+FFFD."""
@@ -79,12 +75,6 @@ class Tokenizer:
     def known(self) -> dict[int, bytes]:
         """The bytes of tokens, of the added ones to begin with; the others join when they are first seen."""
         return {i: token.content.encode() for i, token in self.hf.get_added_tokens_decoder().items()}
-
-    @cached_property
-    def without_specials(self) -> tokenizers.Tokenizer:
-        hf = tokenizers.Tokenizer.from_str(self.hf.to_str())
-        hf.encode_special_tokens = True  # their name for: treat them as text
-        return hf
 
 
 BYTES_OF = {char: bytes([byte]) for char, byte in BYTE_OF.items()}

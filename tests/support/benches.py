@@ -16,7 +16,7 @@ from refengine.spec.tensors import placed, table
 from tools.cuda.emulator import EmulatedDevice, compiler
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Bench(Backend):
     """A backend that knows its dtype, so that a test can give it arrays and weigh its errors."""
 

@@ -24,7 +24,6 @@ from refengine.backends.pytorch.products import Products
 from refengine.backends.pytorch.steps import Steps
 from refengine.checkpoint import Checkpoint
 from refengine.spec.model import Model
-from refengine.spec.ops import Stepping
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 64, 128, 512)
 INSIDE = {0: "logits", ord("M"): "mamba2", ord("*"): "attention", ord("E"): "experts", ord("-"): "mlp"}
@@ -116,7 +115,7 @@ def by_verb(model: Model, clock, work, times: int = 3) -> dict[str, float]:
     here = model.backend
     changed = {"ops": replace(here.ops, **{name: timed(name, verb) for name, verb in here.ops})}
     inside = (ctypes.c_double * 128)()
-    if isinstance(here, Stepping):
+    if here.step:
         changed["step"] = Steps(here.step.built, taken=inside)
     model = replace(model, backend=replace(here, **changed))
     work(model)
@@ -170,7 +169,7 @@ def token_steps(token, states: list):
     def work(model: Model) -> None:
         nonlocal states
         here = model.backend
-        if isinstance(here, Stepping):
+        if here.step:
             _, states = here.step(model, token[:, 0], states)
         else:
             h, states = model.blocks(model.embed(token), states)
