@@ -230,5 +230,5 @@ def test_ctrl_c_ends_with_130_and_says_nothing():
     process.stdout.read(5)
     time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
-    assert process.wait(20) == 130
+    assert process.wait(120) == 130  # generous: the machine may be busy
     assert b"Traceback" not in process.stderr.read()
