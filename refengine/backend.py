@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from refengine.machine import available_memory
+from refengine.spec.arrays import ITEMSIZE
 from refengine.spec.config import Config, InputError
 from refengine.spec.ops import Backend, numpy_backend
 from refengine.spec.tensors import parameters, table
 
 NAMES = ("numpy", "torch", "cuda")
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 MOST_THREADS = 1024  # far more end the process inside a library
 
 
@@ -57,4 +57,4 @@ def fits(cfg: Config, dtype: str, share: float = 1.0) -> bool:
 
     If not, they stay in the file's dtype in the memory map, and one matrix or expert at a time is widened.
     """
-    return share * parameters(table(cfg)) * BYTES.get(dtype, 4) <= available_memory() / 2
+    return share * parameters(table(cfg)) * ITEMSIZE.get(dtype, 4) <= available_memory() / 2

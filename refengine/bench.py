@@ -15,9 +15,9 @@ from statistics import median
 
 import numpy as np
 
-from refengine.backend import BYTES
 from refengine.engine import PREFILL
 from refengine.machine import forget_peak, peak_memory
+from refengine.spec.arrays import ITEMSIZE
 from refengine.spec.config import Config
 from refengine.spec.model import Model
 from refengine.spec.ops import Backend
@@ -158,7 +158,7 @@ def bench(
     for context in contexts:
         for batch in batches:
             took = decode_seconds(model, batch, context, steps)
-            need = bytes_a_step(cfg, BYTES[dtype], cached, batch, context)
+            need = bytes_a_step(cfg, ITEMSIZE[dtype], cached, batch, context)
             share = need / took / bandwidth if host else None
             yield decode_row(batch, context, took, share, peak_memory())
 

@@ -22,6 +22,7 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
 }  # fmt: skip
+ITEMSIZE = {dtype.name: dtype.itemsize for dtype in DTYPES.values()}  # "bfloat16": 2, ...
 
 
 def widen(a: Array, dtype) -> Array:

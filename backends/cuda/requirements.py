@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from refengine.spec.arrays import ITEMSIZE
 from refengine.spec.config import InputError
 from refengine.spec.tensors import parameters, table
 
 OLDEST = 80  # the compute capability that has bfloat16 and cp.async
 ROOM = 0.9  # of the free memory for weights; the rest is for states, and for what lies between launches
-BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def imported():
@@ -67,14 +67,14 @@ def find_index(name: str) -> int:
 def check_room(cfg, dtype: str, device, share: float = 1.0) -> None:
     """Whether this share of the weights fits; what fits instead."""
     held, (free, _) = share * parameters(table(cfg)), device.memory
-    if held * BYTES[dtype] <= ROOM * free:
+    if held * ITEMSIZE[dtype] <= ROOM * free:
         return
-    fits = ROOM * free / BYTES[dtype] / share
-    narrow = dtype == "float32" and held * BYTES["bfloat16"] <= ROOM * free
+    fits = ROOM * free / ITEMSIZE[dtype] / share
+    narrow = dtype == "float32" and held * ITEMSIZE["bfloat16"] <= ROOM * free
     advice = "; in bfloat16 this one does" if narrow else ""
     raise InputError(
-        f"the model has {gib(held * BYTES[dtype])} of weights in {dtype}, and {device.name} has {gib(free)} "
-        f"free: a model of up to {fits / 1e9:.2f} billion parameters fits{advice}"
+        f"the model has {gib(held * ITEMSIZE[dtype])} of weights in {dtype}, and {device.name} has "
+        f"{gib(free)} free: a model of up to {fits / 1e9:.2f} billion parameters fits{advice}"
     )
 
 

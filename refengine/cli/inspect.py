@@ -1,4 +1,4 @@
-"""refengine inspect: what a checkpoint is."""
+"""refengine inspect: show what a checkpoint is made of, and what a sequence costs in memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import click
 
 from refengine.cli import options
+from refengine.units import bytes_text, count_text
 
 
 @click.command(short_help="Say what a model is.")
@@ -15,8 +16,65 @@ from refengine.cli import options
 @options.debug
 def inspect(model, as_json):
     """What MODEL is: layers, sizes, tensors and bytes by role, active parameters, state per sequence."""
-    from refengine.anatomy import anatomy, text
+    from refengine.anatomy import anatomy
     from refengine.checkpoint import Checkpoint
 
     found = anatomy(Checkpoint.open(model))
     click.echo(json.dumps(found) if as_json else text(found))
+
+
+def text(a: dict) -> str:
+    """Return one screen that shows what `anatomy` found."""
+    c, s, head = a["config"], a["state"], a["mtp_pattern"]
+    lines = [
+        a["path"],
+        f"pattern       {a['pattern']}" + (f"   prediction head {head}" if head else ""),
+        f"layers        {len(a['pattern'])}: " + ", ".join(f"{n} {kind}" for kind, n in a["layers"].items()),
+        f"sizes         hidden {c['hidden_size']}, vocabulary {c['vocab_size']}, "
+        f"context {c['max_position_embeddings']}",
+    ]
+    if "mamba_num_heads" in c:
+        lines += [
+            f"mamba         {c['mamba_num_heads']} heads x {c['mamba_head_dim']}, "
+            f"state {c['ssm_state_size']}, {c['n_groups']} groups, "
+            f"convolution {c['conv_kernel']}, chunk {c['chunk_size']}"
+        ]
+    if "num_attention_heads" in c:
+        lines += [
+            f"attention     {c['num_attention_heads']} query heads, "
+            f"{c['num_key_value_heads']} key/value heads x {c['head_dim']}, no positions"
+        ]
+    if "n_routed_experts" in c:
+        latent = f", latent {c['moe_latent_size']}" if c["moe_latent_size"] else ""
+        lines += [
+            f"experts       {c['num_experts_per_tok']} of {c['n_routed_experts']}, "
+            f"width {c['moe_intermediate_size']}{latent}, "
+            f"shared {c['moe_shared_expert_intermediate_size']}"
+        ]
+    if "intermediate_size" in c:
+        lines += [f"mlp           width {c['intermediate_size']}"]
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in a["dtypes"].items())
+    lines += [
+        f"parameters    {a['parameters']:,} ({count_text(a['parameters'])})"
+        + (f", {a['parameters_without_head']:,} without the prediction head" if head else ""),
+        f"active        {count_text(a['active_parameters'])} a token, "
+        f"{count_text(a['active_parameters_with_lm_head'])} with the output layer",
+        f"tensors       {a['tensors']:,} ({dtypes}), {bytes_text(a['bytes'])}",
+        "",
+        f"{'role':22}{'tensors':>9}{'parameters':>18}{'bytes':>12}{'share':>9}",
+    ]
+    for role, part in sorted(a["roles"].items(), key=lambda item: -item[1]["bytes"]):
+        lines += [
+            f"{role:22}{part['tensors']:9,}{part['parameters']:18,}{bytes_text(part['bytes']):>12}"
+            f"{part['bytes'] / a['bytes']:9.1%}"
+        ]
+    fixed = s["ssm_bytes"] + s["conv_bytes"]
+    lines += [
+        "",
+        f"a sequence    {bytes_text(fixed)} of state whatever its length "
+        f"(S {bytes_text(s['ssm_bytes'])} in float32, "
+        f"convolution {bytes_text(s['conv_bytes'])} in {s['dtype']})",
+        f"a token       {bytes_text(s['kv_bytes_per_token'])} of keys and values in {s['dtype']}"
+        + (f", and {bytes_text(s['mtp_kv_bytes_per_token'])} for the prediction head" if head else ""),
+    ]
+    return "\n".join(lines + [f"note          {note}" for note in a["notes"]])

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import click
 
-from refengine.backend import BYTES, MOST_THREADS, NAMES
+from refengine.backend import MOST_THREADS, NAMES
 from refengine.ranks.comm import PATIENCE
 from refengine.ranks.launcher import place
+from refengine.spec.arrays import ITEMSIZE
 from refengine.spec.config import InputError
 
 
@@ -62,7 +63,7 @@ engine = together(
     ),
     click.option(
         "--dtype",
-        type=click.Choice(tuple(BYTES)),
+        type=click.Choice(tuple(ITEMSIZE)),
         default="float32",
         show_default=True,
         help="In which numbers.",

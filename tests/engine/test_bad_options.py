@@ -12,6 +12,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import refengine
 from refengine import backend, bench
+from refengine.spec.arrays import ITEMSIZE
 from refengine.spec.config import Config, InputError
 from refengine.spec.model import Model
 from refengine.spec.ops import numpy_backend
@@ -124,7 +125,7 @@ def test_threads_are_those_of_the_products():
 
 @pytest.mark.parametrize("dtype, share", [("float32", 1.0), ("float64", 1.0), ("bfloat16", 0.25)])
 def test_weights_may_take_half_of_the_free_memory_and_no_more(monkeypatch, dtype, share):
-    need = share * parameters(table(CFG)) * backend.BYTES[dtype]
+    need = share * parameters(table(CFG)) * ITEMSIZE[dtype]
     for free, enough in ((2 * need, True), (2 * need - 2, False)):
         monkeypatch.setattr(backend, "available_memory", lambda free=free: free)
         assert backend.fits(CFG, dtype, share) is enough

@@ -118,7 +118,7 @@ def test_questions_about_a_story_are_answered_from_its_cast(told):
 def test_chats_are_rendered_as_the_template_renders_them():
     jinja = pytest.importorskip("jinja2.sandbox")
     template = jinja.ImmutableSandboxedEnvironment().from_string(
-        (ROOT / "tools/tiny/chat_template.jinja").read_text()
+        (ROOT / "refengine/models/tiny/chat_template.jinja").read_text()
     )
     rng = random.Random(6)
     for _ in range(60):

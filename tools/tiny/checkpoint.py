@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from . import tokenizer as tiny_tokenizer
 from .model import TinyModel, export_state, import_state
 
+PACKAGED = Path(__file__).resolve().parents[2] / "refengine" / "models" / "tiny"  # and its chat template
 PATTERN, MTP_PATTERN = "M*MEM*EME", "*E"
 KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 CONFIG = {
@@ -81,9 +82,8 @@ def write_checkpoint(directory, model, tokenizer, record):
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tiny_tokenizer.save(tokenizer, directory)
-    template = Path(__file__).parent / "chat_template.jinja"
-    if template.exists():
-        (directory / "chat_template.jinja").write_text(template.read_text())
+    if directory.resolve() != PACKAGED.resolve():
+        (directory / "chat_template.jinja").write_text((PACKAGED / "chat_template.jinja").read_text())
     (directory / "config.json").write_text(json.dumps(model.cfg, indent=2) + "\n")
     save_file(export_state(model), directory / "model.safetensors.part", metadata={"format": "pt"})
     (directory / "model.safetensors.part").chmod(0o644)
