@@ -1,4 +1,4 @@
-"""What this machine has and what this process uses: processors and memory."""
+"""Processors and memory: those of this machine, and those that this process uses."""
 
 from __future__ import annotations
 

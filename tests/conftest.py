@@ -1,7 +1,7 @@
 """Shared by all tests: the tiers, how hard Hypothesis tries, and the backends under test.
 
-    pytest -m "not slow"    quick: 3 minutes on two quiet cores
-    pytest                  default: 10 minutes
+    pytest -m "not slow"    quick: aims at 3 minutes on two quiet cores
+    pytest                  default: aims at 10 minutes
     pytest --thorough       all: also the tests marked `thorough`, as .ci/run does
 
 `HYPOTHESIS_PROFILE=thorough pytest` draws many more and new cases; the default draws the same few each time.

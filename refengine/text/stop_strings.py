@@ -32,6 +32,6 @@ class StopStrings:
         return text[:certain], None
 
     def flush(self) -> str:
-        """What was held back, when no text follows."""
+        """Return the text held back; call it when no more text follows."""
         text, self.held = self.held, ""
         return text

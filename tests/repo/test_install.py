@@ -1,4 +1,4 @@
-"""What is installed is `refengine` alone, and files of other names beside a user's script do it no harm."""
+"""Only `refengine` is installed, and a `spec.py` or a `backends/` beside a user's script does not break it."""
 
 import os
 import subprocess
