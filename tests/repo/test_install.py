@@ -1,4 +1,4 @@
-"""Only `refengine` is installed, and a `spec.py` or a `backends/` beside a user's script does not break it."""
+"""Only `refengine` is installed; a `spec.py` or a `backends/` beside a script does not break it."""
 
 import os
 import subprocess
