@@ -45,9 +45,13 @@ class Comm(Protocol):
     `sizes` are the lengths, along the axis that is cut, of what each of the peers has or gets.
     """
 
-    def sum(self, x: Any, peers: tuple[int, ...]) -> Any: ...  # each peer gets the same bits
-    def gather(self, x: Any, peers: tuple[int, ...], sizes: list[int], axis: int) -> Any: ...  # end to end
-    def scatter(self, x: Any, peers: tuple[int, ...], sizes: list[int]) -> Any: ...  # its rows of the sum
+    def all_reduce(self, x: Any, peers: tuple[int, ...]) -> Any: ...  # each peer gets the same bits
+    def all_gather(
+        self, x: Any, peers: tuple[int, ...], sizes: list[int], axis: int
+    ) -> Any: ...  # end to end
+    def reduce_scatter(
+        self, x: Any, peers: tuple[int, ...], sizes: list[int]
+    ) -> Any: ...  # its rows of the sum
     def send(self, x: Any, to: int) -> None: ...
     def receive(self, source: int, like: Any) -> Any: ...  # in the library and on the device of `like`
 
@@ -76,29 +80,29 @@ def sharded(
 
         def embed(ids, table):
             here = (ids >= mine.start) & (ids < mine.stop)
-            return comm.sum(ops.embed((ids - mine.start) * here, table) * here[..., None], peers)
+            return comm.all_reduce(ops.embed((ids - mine.start) * here, table) * here[..., None], peers)
 
         def logits(h, lm_head):
-            return comm.gather(ops.logits(h, lm_head), peers, vocabulary, -1)
+            return comm.all_gather(ops.logits(h, lm_head), peers, vocabulary, -1)
 
         def linear_pair(x, y, weight):
-            return comm.gather(ops.linear_pair(x, y, weight), peers, widths, -1)
+            return comm.all_gather(ops.linear_pair(x, y, weight), peers, widths, -1)
 
         verbs |= {"embed": embed, "logits": logits, "linear_pair": linear_pair}
-        verbs["all_reduce"] = lambda x, kind: comm.sum(x, peers)
+        verbs["all_reduce"] = lambda x, kind: comm.all_reduce(x, peers)
     if tp > cfg.n_groups > 0:
         of_group = shard.peers(tp // cfg.n_groups)
         verbs["gated_rms_norm"] = partial(
-            ops.gated_rms_norm, mean=lambda squares: comm.sum(squares, of_group) / len(of_group)
+            ops.gated_rms_norm, mean=lambda squares: comm.all_reduce(squares, of_group) / len(of_group)
         )
     if len(others) > 1:
         first = shard.experts(cfg).start
 
         def experts(u, matrices, routing):
             if split is None:
-                return comm.sum(ops.experts(u, matrices, routing, first), others)
-            u, *routes = (comm.gather(x, others, split, 0) for x in (u, *routing))
-            return comm.scatter(ops.experts(u, matrices, type(routing)(*routes), first), others, split)
+                return comm.all_reduce(ops.experts(u, matrices, routing, first), others)
+            u, *routes = (comm.all_gather(x, others, split, 0) for x in (u, *routing))
+            return comm.reduce_scatter(ops.experts(u, matrices, type(routing)(*routes), first), others, split)
 
         verbs["experts"] = experts
     # A whole step meets other ranks at the end of a mixer only, not at its experts, its norm or a stage.

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import click
 
-from refengine.ranks.launcher import place, speak_when_ended
+from refengine.ranks.launcher import launched, report_termination
 
 COMMANDS = ("generate", "chat", "inspect", "score", "bench")
 
@@ -59,12 +59,12 @@ def main(args: list[str] | None = None) -> None:
             stream.reconfigure(encoding="utf-8", errors="replace")
     if "--debug" not in args:
         warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, about numbers that we then refuse
-    if place().count > 1:
-        speak_when_ended()
-    if place().rank > 0:
+    if launched().count > 1:
+        report_termination()
+    if launched().rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (rank 0 prints, for all)
     code, why = run(lambda: command(args), "--debug" in args)
-    if place().count > 1:
+    if launched().count > 1:
         from refengine.ranks.comm.connect import leave
 
         leave(code, why)
@@ -87,7 +87,7 @@ def run(work: Callable[[], None], debug: bool) -> tuple[int, str]:
     except click.exceptions.Exit as done:
         return done.exit_code, ""
     except click.ClickException as error:
-        if place().local_rank == 0:  # the ranks of a machine have one command line
+        if launched().local_rank == 0:  # the ranks of a machine have one command line
             error.show()
         return error.exit_code, error.format_message()
     except BrokenPipeError:
@@ -98,7 +98,7 @@ def run(work: Callable[[], None], debug: bool) -> tuple[int, str]:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        here = place()
+        here = launched()
         name = f"refengine, rank {here.rank}" if here.count > 1 else "refengine"
         click.echo(f"{name}: {sentence(error)}", err=True)
         return 1, sentence(error)

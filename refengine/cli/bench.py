@@ -10,7 +10,7 @@ import click
 from refengine.anatomy import state_bytes
 from refengine.checkpoint import Checkpoint
 from refengine.cli import options
-from refengine.ranks.launcher import place
+from refengine.ranks.launcher import launched
 from refengine.spec.config import Config, InputError
 from refengine.units import bytes_text
 
@@ -56,7 +56,7 @@ def bench(prompts, batches, contexts, repeat, steps, as_json, **how):
         options.load(**how).follow()
         return
     asked = {"prompts": prompts, "batches": batches, "contexts": contexts, "repeat": repeat, "steps": steps}
-    several = [how[name] for name in ("tp", "ep", "pp")] != [1, 1, 1] or place().count > 1
+    several = [how[name] for name in ("tp", "ep", "pp")] != [1, 1, 1] or launched().count > 1
     rows = of_ranks(asked, how) if several else of_one(asked, how)
     if as_json:
         for row in rows:

@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 
 from refengine.backend import MOST_THREADS, NAMES
-from refengine.ranks.comm import PATIENCE
-from refengine.ranks.launcher import place
+from refengine.ranks.comm import TIMEOUT
+from refengine.ranks.launcher import launched
 from refengine.spec.arrays import ITEMSIZE
 from refengine.spec.config import InputError
 
@@ -96,30 +96,33 @@ ranks = together(
     ),
     click.option("--pp", type=click.IntRange(1), default=1, metavar="N", help="Times as many: stages."),
     click.option(
+        "--timeout",
         "--patience",
+        "timeout",
         type=Finite(0, 1e6, min_open=True),
-        default=PATIENCE,
+        default=TIMEOUT,
         show_default=True,
-        metavar="S",
-        help="Seconds until a rank that does not answer is given up.",
+        metavar="SECONDS",
+        envvar=("REFENGINE_TIMEOUT", "REFENGINE_PATIENCE"),
+        help="Seconds without a heartbeat after which a rank counts as lost.",
     ),
 )
 
 
-def load(tp: int, ep: int, pp: int, patience: float, **how):
+def load(tp: int, ep: int, pp: int, timeout: float, **how):
     """The engine, of this process alone or of one rank of several."""
-    if tp * ep * pp == place().count == 1:
+    if tp * ep * pp == launched().count == 1:
         import refengine
 
         return refengine.load(**how)
     from refengine.ranks.load import load as load_rank
 
-    return load_rank(**how, tp=tp, ep=ep, pp=pp, patience=patience)
+    return load_rank(**how, tp=tp, ep=ep, pp=pp, timeout=timeout)
 
 
 def parted(others: dict) -> tuple[dict, dict]:
     """Options of `load`, and the others."""
-    names = ("model", "backend", "dtype", "device", "threads", "deterministic", "tp", "ep", "pp", "patience")
+    names = ("model", "backend", "dtype", "device", "threads", "deterministic", "tp", "ep", "pp", "timeout")
     return {name: others[name] for name in names}, {k: v for k, v in others.items() if k not in names}
 
 
@@ -140,7 +143,7 @@ def say_ranks(engine) -> None:
 
 def follows() -> bool:
     """Whether this is a rank that another tells what to do."""
-    return place().rank > 0
+    return launched().rank > 0
 
 
 sampling = together(

@@ -24,7 +24,7 @@ def bench(
 
     def read(rows: list[list[int]]) -> None:
         engine.prefill(rows)
-        engine.meet()
+        engine.barrier()
 
     for length in prompts:
         rows = rng.integers(0, engine.config.vocab_size, (1, length)).tolist()
@@ -40,12 +40,12 @@ def decode_seconds(engine: RankEngine, batch: int, context: int, steps: int) -> 
     """The median time of one step."""
     rng, times = np.random.default_rng(1), []
     states = with_context(engine, batch, context)
-    engine.meet()
+    engine.barrier()
     for _ in range(steps + 2):
         began = time.perf_counter()
         ids = rng.integers(0, engine.config.vocab_size, batch)
         _, states = engine.decode(ids.tolist(), states)
-        engine.meet()
+        engine.barrier()
         times.append(time.perf_counter() - began)
     return median(times[2:])
 

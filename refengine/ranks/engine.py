@@ -43,12 +43,12 @@ class RankEngine(Engine):
 
     def ask(self, what: str, **how) -> Iterator:
         """All ranks do the same, and rank 0 uses what comes out of it."""
-        self.comm.tell({"what": what} | how)
+        self.comm.broadcast({"what": what} | how)
         return self.part(what, **how)
 
     def follow(self) -> None:
         """Do a rank's part in all that rank 0 is asked for, until it ends."""
-        while request := self.comm.tell(idle=True):
+        while request := self.comm.broadcast(idle=True):
             for _ in self.part(**request):
                 pass
 
@@ -80,7 +80,7 @@ class RankEngine(Engine):
             scores = Scores(ids, heard[leader][:size].tolist(), heard[leader][size:].tolist())
         return scores
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Go on when the last stage has done what came before."""
         heard = {self._leader(e): np.zeros(1) for e in range(self.shard.layout.ep)}
         self.comm.share(heard.get(self.comm.rank), heard)
@@ -93,7 +93,7 @@ class RankEngine(Engine):
 
     def close(self) -> None:
         """Nothing more will be asked."""
-        self.comm.tell(None)
+        self.comm.broadcast(None)
 
     @property
     def is_last(self) -> bool:

@@ -18,7 +18,7 @@ MPIEXEC = (
 
 
 @dataclass(frozen=True)
-class Place:
+class Launch:
     """Where a process stands among all that were started, and among those of its machine."""
 
     launcher: str = ""
@@ -28,24 +28,24 @@ class Place:
     local_count: int = 1
 
 
-def place() -> Place:
+def launched() -> Launch:
     if {"MASTER_ADDR", *TORCHRUN[:2]} <= os.environ.keys():
-        return Place("torchrun", *_numbers(TORCHRUN))
+        return Launch("torchrun", *_numbers(TORCHRUN))
     for names in MPIEXEC:
         if set(names[:2]) <= os.environ.keys():
-            return Place("mpiexec", *_numbers(names))
-    return Place()
+            return Launch("mpiexec", *_numbers(names))
+    return Launch()
 
 
 def _numbers(names: tuple[str, ...]) -> list[int]:
     return [int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0, 1), strict=True)]
 
 
-def speak_when_ended(who=lambda: "another rank") -> None:
+def report_termination(who=lambda: "another rank") -> None:
     """What launchers send to the ranks that are left, SIGTERM, gets a sentence, and exit code 1."""
 
     def ended(*_) -> None:
-        text = f"refengine, rank {place().rank}: ended by the launcher, because {who()} ended\n"
+        text = f"refengine, rank {launched().rank}: ended by the launcher, because {who()} ended\n"
         os.write(2, text.encode())
         os._exit(1)
 

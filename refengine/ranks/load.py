@@ -18,10 +18,10 @@ from refengine import backend as backends
 from refengine.checkpoint import Checkpoint
 from refengine.engine import limit_threads, progress
 from refengine.machine import processors
-from refengine.ranks.comm import PATIENCE, Ranks
+from refengine.ranks.comm import TIMEOUT, Ranks
 from refengine.ranks.comm.connect import connect
 from refengine.ranks.engine import RankEngine
-from refengine.ranks.launcher import Place, place
+from refengine.ranks.launcher import Launch, launched
 from refengine.spec import ranks
 from refengine.spec.arrays import DTYPES
 from refengine.spec.config import Config, InputError
@@ -42,23 +42,23 @@ def load(
     tp: int = 1,
     ep: int = 1,
     pp: int = 1,
-    patience: float = PATIENCE,
+    timeout: float = TIMEOUT,
 ) -> RankEngine:
     """This rank's part of a model; every rank of the job makes the same call.
 
     Arguments are those of refengine.load; threads: of each rank, or None for its share of the processors;
-    patience: seconds after which a rank that does not answer counts as lost. InputError says what is wrong
+    timeout: seconds after which a rank that does not answer counts as lost. InputError says what is wrong
     with the files or the choice, RankError which rank is gone or unlike the others.
     """
     began = time.perf_counter()
-    here = place()
+    here = launched()
     check_count(here.launcher, here.count, tp, ep, pp)
     if backend == "cuda":
         raise InputError(
             "the cuda backend runs on one GPU; for several: torchrun, --backend torch --device cuda"
         )
     device = own_device(device or "cpu", here)
-    comm = connect(patience, device, deterministic)
+    comm = connect(timeout, device, deterministic)
     threads = threads or max(1, processors() // here.local_count)
     limit_threads(threads)
     checkpoint = Checkpoint.open(model)
@@ -90,7 +90,7 @@ def speaking(backend: Backend, comm: Ranks) -> Backend:
     return replace(backend, ops=replace(backend.ops, rms_norm=rms_norm))
 
 
-def own_device(device: str, here: Place) -> str:
+def own_device(device: str, here: Launch) -> str:
     """Each rank of a machine has its own GPU, under torchrun."""
     if here.launcher != "torchrun" or device not in ("cuda", "auto"):
         return device

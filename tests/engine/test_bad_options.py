@@ -28,7 +28,7 @@ CFG = Config.from_hf(NANO)
     "args, says",
     [
         (["--threads", 1025], "1<=x<=1024"),
-        (["--patience", 1e7], "0<x<=1000000"),
+        (["--timeout", 1e7], "0<x<=1000000"),
         (["--patience", "inf"], "0<x<=1000000"),
         (["--prompts", "y"], "give one of"),
     ],

@@ -49,7 +49,7 @@ def sum_over(count):
 
     def change(plain, ops, cfg, here, comm):
         def all_reduce(x, kind):
-            return comm.sum(x, here.peers(count(kind, here.layout.tp, here.layout.ep)))
+            return comm.all_reduce(x, here.peers(count(kind, here.layout.tp, here.layout.ep)))
 
         return {"all_reduce": all_reduce}
 
@@ -59,7 +59,7 @@ def sum_over(count):
 def answers_for_all_experts(plain, ops, cfg, here, comm):
     def experts(u, matrices, routing):
         here_all = Routing(routing.expert % len(matrices), routing.weight)
-        return comm.sum(plain.experts(u, matrices, here_all), here.across)
+        return comm.all_reduce(plain.experts(u, matrices, here_all), here.across)
 
     return {"experts": experts}
 
@@ -76,7 +76,9 @@ def weighs_its_own_experts_only(plain, ops, cfg, here, comm):
 
 def looks_up_tokens_of_others(plain, ops, cfg, here, comm):
     return {
-        "embed": lambda ids, table: comm.sum(plain.embed(ids % len(table), table), here.peers(here.layout.tp))
+        "embed": lambda ids, table: comm.all_reduce(
+            plain.embed(ids % len(table), table), here.peers(here.layout.tp)
+        )
     }
 
 
@@ -95,34 +97,36 @@ def sums_experts_twice(plain, ops, cfg, here, comm):
     """In the latent width, and then again over everyone."""
 
     def experts(u, matrices, routing):
-        return comm.sum(ops.experts(u, matrices, routing), here.peers(here.layout.tp * here.layout.ep))
+        return comm.all_reduce(ops.experts(u, matrices, routing), here.peers(here.layout.tp * here.layout.ep))
 
     return {"experts": experts}
 
 
 def counts_experts_from_nought(plain, ops, cfg, here, comm):
     def experts(u, matrices, routing):
-        return comm.sum(plain.experts(u, matrices, routing), here.across)
+        return comm.all_reduce(plain.experts(u, matrices, routing), here.across)
 
     return {"experts": experts}
 
 
 def hands_back_rows_of_others(patch):
-    right = Ranks.scatter
+    right = Ranks.reduce_scatter
     patch.setattr(
-        Ranks, "scatter", lambda self, x, peers, sizes: right(self, np.roll(x, 1, axis=0), peers, sizes)
+        Ranks,
+        "reduce_scatter",
+        lambda self, x, peers, sizes: right(self, np.roll(x, 1, axis=0), peers, sizes),
     )
 
 
 def asks_with_its_own_choice(patch):
     """The latents of all rows, but the experts that this rank's rows chose."""
-    right = Ranks.gather
+    right = Ranks.all_gather
 
-    def gather(self, x, peers, sizes, axis):
+    def all_gather(self, x, peers, sizes, axis):
         whole = right(self, x, peers, sizes, axis)
         return whole if axis or x.dtype.kind == "f" else np.resize(x, whole.shape)
 
-    patch.setattr(Ranks, "gather", gather)
+    patch.setattr(Ranks, "all_gather", all_gather)
 
 
 def shares_in_turn(patch):

@@ -2,9 +2,11 @@
 
 import json
 
+import click
 import ml_dtypes
 import pytest
 
+from refengine.cli import options
 from refengine.spec.numerics import tolerance
 from tests.ranks.test_processes import LONG, ONCE, alone, printed
 from tests.support.processes import ended_badly, mpiexec, torchrun
@@ -62,3 +64,20 @@ def test_what_needs_no_ranks_is_printed_once_and_well(args):
 def test_ranks_of_torchrun_score_as_one_process_does_and_print_once(scored):
     same_scores(printed(torchrun(2, *scored, "--pp", 2)), alone(*scored))
     assert printed(torchrun(2, "inspect")) == alone("inspect")
+
+
+@pytest.mark.parametrize("spelled", ["--timeout", "--patience", "REFENGINE_TIMEOUT", "REFENGINE_PATIENCE"])
+def test_the_timeout_has_an_option_a_variable_and_their_old_names(spelled, monkeypatch):
+    seen = []
+
+    @click.command()
+    @options.ranks
+    def command(**how):
+        seen.append(how["timeout"])
+
+    args = [spelled, "7"] if spelled.startswith("--") else []
+    if not args:
+        monkeypatch.setenv(spelled, "7")
+    command.main(args, standalone_mode=False)
+    command.main([*args, "--timeout", "8"], standalone_mode=False)
+    assert seen == [7.0, 8.0]

@@ -13,7 +13,7 @@ import pytest
 import refengine
 from tests.support.processes import by_mpiexec, ended_badly, finish, mpiexec, start
 
-PATIENCE = 3  # seconds
+TIMEOUT = 3  # seconds
 ALL = {0, 1, 2, 3}
 TINY = Path(refengine.__file__).parent / "models" / "tiny"
 
@@ -23,7 +23,7 @@ def job(tmp_path_factory):
     """A job of four ranks, with two prompts."""
     path = tmp_path_factory.mktemp("prompts") / "two"
     path.write_text("Once upon a time\nOne day, Lily\n")
-    args = ["generate", "--prompts", path, "-n", 30, "-t", 0, "--patience", PATIENCE]
+    args = ["generate", "--prompts", path, "-n", 30, "-t", 0, "--timeout", TIMEOUT]
     return lambda *fault, layout="--tp=2 --ep=2": mpiexec(4, *args, *layout.split(), fault=fault)
 
 
@@ -32,7 +32,10 @@ def test_a_rank_that_is_killed_ends_the_job(job, when):
     ended_badly(job(1, when, "kill"))
 
 
-VERBS = [("--tp=2 --ep=2", verb) for verb in ("sum", "gather", "scatter", "share", "tell", "compare")]
+VERBS = [
+    ("--tp=2 --ep=2", verb)
+    for verb in ("all_reduce", "all_gather", "reduce_scatter", "share", "broadcast", "compare")
+]
 VERBS += [("--tp=2 --pp=2", verb) for verb in ("send", "receive")]
 MOMENTS = [("--tp=2 --ep=2", "load"), ("--tp=2 --ep=2", "prefill"), ("--tp=2 --pp=2", "decode")]
 
@@ -60,7 +63,7 @@ def test_ranks_do_not_wait_for_ever_for_one_that_never_comes(job, when):
 @pytest.mark.slow
 def test_a_rank_may_load_for_longer_than_others_are_patient(job):
     done = job(1, "load", "dawdle")
-    assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > 2 * PATIENCE
+    assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > 2 * TIMEOUT
 
 
 @pytest.mark.slow
@@ -76,17 +79,17 @@ def test_a_rank_may_load_for_longer_than_others_are_patient(job):
 def test_a_rank_may_compute_for_longer_than_others_are_patient(job, layout, rank, when):
     """Between two layers it says that it lives; and so do those that wait for it, for whom others wait."""
     done = job(rank, when, "dawdle", layout=layout)
-    assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > PATIENCE
+    assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > TIMEOUT
     assert done.out == job(rank, "is", refengine.__version__).out
 
 
 TALKS = """
 from refengine.ranks.comm.mpi import MPI
 comm = MPI()
-comm.signs.patience = 0  # it is always time for a sign
+comm.heartbeat.timeout = 0  # it is always time for a sign
 for _ in range(50 * comm.rank):
     comm.at_work()
-comm.signs.patience = comm.patience
+comm.heartbeat.timeout = comm.timeout
 comm.leave(0)
 """
 

@@ -67,9 +67,9 @@ def traffic(case, layout) -> dict:
     return said
 
 
-STREAM, LATENT, GROUP = ("sum", 4, 26), ("sum", 4, 20), ("sum", 2, 1)
+STREAM, LATENT, GROUP = ("all_reduce", 4, 26), ("all_reduce", 4, 20), ("all_reduce", 2, 1)
 SAID = [
-    ("M", Layout(2), [("sum", 2, 26)]),
+    ("M", Layout(2), [("all_reduce", 2, 26)]),
     ("M", Layout(4), [GROUP, STREAM]),
     ("M", Layout(1, 4), []),
     ("*", Layout(4), [STREAM]),
@@ -78,7 +78,7 @@ SAID = [
     ("-", Layout(1, 4), []),
     ("E", Layout(4), [STREAM]),
     ("E", Layout(1, 4), [LATENT]),
-    ("E", Layout(2, 2), [("sum", 2, 20), ("sum", 2, 26)]),
+    ("E", Layout(2, 2), [("all_reduce", 2, 20), ("all_reduce", 2, 26)]),
 ]
 
 
@@ -89,12 +89,12 @@ def test_a_layer_says_what_docs_ranks_says(kind, layout, expected):
     for rank, words in traffic(case, layout).items():
         words = [(verb, len(peers), values) for verb, peers, values in words]
         if layout.tp > 1:
-            assert words.pop(0) == ("sum", layout.tp, 26), "the embedding"
+            assert words.pop(0) == ("all_reduce", layout.tp, 26), "the embedding"
             parts = [
                 case.cfg.vocab_size * (i + 1) // layout.tp - case.cfg.vocab_size * i // layout.tp
                 for i in range(layout.tp)
             ]
-            assert words.pop() == ("gather", layout.tp, parts[rank % layout.tp]), "the logits"
+            assert words.pop() == ("all_gather", layout.tp, parts[rank % layout.tp]), "the logits"
         assert words == expected
 
 

@@ -10,12 +10,12 @@ from tests.ranks.test_processes import alone
 from tests.support.processes import by_torchrun, ended_badly, finish, start, torchrun
 
 pytestmark = pytest.mark.slow
-PATIENCE = 6  # seconds: importing torch takes some
+TIMEOUT = 6  # seconds: importing torch takes some
 
 
 @pytest.fixture(scope="module")
 def job():
-    args = ["generate", "Once upon a time", "-n", 30, "-t", 0, "--patience", PATIENCE]
+    args = ["generate", "Once upon a time", "-n", 30, "-t", 0, "--timeout", TIMEOUT]
     return lambda *fault, layout="--tp=2": torchrun(2, *args, layout, fault=fault)
 
 
@@ -23,9 +23,9 @@ def job():
     "rank, when, what, says",
     [
         (1, "load", "vanish", "connection to rank 1 is lost"),
-        (0, "sum", "vanish", "rank 0 is lost"),
+        (0, "all_reduce", "vanish", "rank 0 is lost"),
         (1, "decode", "vanish", "connection to rank 1 is lost"),
-        (0, "tell", "vanish", "rank 0 is lost"),
+        (0, "broadcast", "vanish", "rank 0 is lost"),
         (1, "start", "stop", "the 2 ranks did not meet at"),
         (1, "decode", "stop", "rank 1 did not answer within 6 s"),
         (1, "load", "MemoryError", "rank 1 stopped: there is not enough memory"),
@@ -41,19 +41,19 @@ def test_the_other_rank_says_why(job, rank, when, what, says):
 
 def test_a_rank_may_load_for_longer_than_the_other_is_patient(job):
     done = job(1, "load", "dawdle")
-    assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > PATIENCE
+    assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > TIMEOUT
 
 
 @pytest.mark.parametrize("layout, rank, when", [("--tp=2", 1, "prefill"), ("--pp=2", 0, "decode")])
 def test_a_rank_may_compute_for_longer_than_the_other_is_patient(job, layout, rank, when):
     done = job(rank, when, "dawdle", layout=layout)
-    assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > PATIENCE
+    assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > TIMEOUT
     assert done.out == alone("generate", "Once upon a time", "-n", 30, "-t", 0)
 
 
 def test_the_other_rank_says_why_from_within_a_compiled_step():
-    how = ["--backend", "torch", "--dtype", "bfloat16", "--tp", 2, "--patience", PATIENCE]
-    job = torchrun(2, "generate", "Once upon a time", "-n", 30, *how, fault=(0, "sum", "vanish"))
+    how = ["--backend", "torch", "--dtype", "bfloat16", "--tp", 2, "--timeout", TIMEOUT]
+    job = torchrun(2, "generate", "Once upon a time", "-n", 30, *how, fault=(0, "all_reduce", "vanish"))
     ended_badly(job, {1}, "rank 0 is lost")
 
 
@@ -65,7 +65,7 @@ def test_a_rank_that_is_killed_ends_the_job(job, when):
 
 def test_a_full_disk_ends_all_ranks():
     with open("/dev/full", "wb") as full:
-        job = torchrun(2, "generate", "Once", "-n", 9, "--tp", 2, "--patience", PATIENCE, stdout=full)
+        job = torchrun(2, "generate", "Once", "-n", 9, "--tp", 2, "--timeout", TIMEOUT, stdout=full)
     ended_badly(job, {0, 1}, "No space left on device")
 
 

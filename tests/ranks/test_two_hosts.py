@@ -131,7 +131,7 @@ def test_ranks_of_torchrun_on_two_hosts_write_the_text_of_one_process(hosts):
 
 def test_mpi_ranks_end_when_the_cable_is_pulled(hosts):
     """mpiexec itself waits for the other host, until it hears what was said there."""
-    process = hosts.mpiexec(*ENDLESS, "--tp", 2, "--patience", 3)
+    process = hosts.mpiexec(*ENDLESS, "--tp", 2, "--timeout", 3)
     assert process.stdout.read(len(ONCE) + 9)
     hosts.cable("down")
     assert ranks_end([process], within=20)
@@ -141,7 +141,7 @@ def test_mpi_ranks_end_when_the_cable_is_pulled(hosts):
 
 
 def test_ranks_of_torchrun_end_when_the_cable_is_pulled(hosts):
-    processes = [hosts.torchrun(node, *ENDLESS, "--tp", 2, "--patience", 6) for node in (0, 1)]
+    processes = [hosts.torchrun(node, *ENDLESS, "--tp", 2, "--timeout", 6) for node in (0, 1)]
     assert processes[0].stdout.read(len(ONCE) + 9)
     hosts.cable("down")
     assert ranks_end(processes, within=30)

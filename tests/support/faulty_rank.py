@@ -25,12 +25,12 @@ NTH = {
     "load": 9,
     "prefill": 1,
     "decode": 5,
-    "sum": 30,
-    "gather": 3,
-    "scatter": 3,
+    "all_reduce": 30,
+    "all_gather": 3,
+    "reduce_scatter": 3,
     "send": 4,
     "receive": 4,
-    "tell": 2,
+    "broadcast": 2,
     "share": 3,
     "compare": 1,
 }
@@ -144,7 +144,7 @@ def plant(when: str, what: str, args: list[str]) -> list[str]:
 
         long = {"prefill": lambda x: x.shape[1] > 1, "decode": lambda x: x.shape[1] == 1}[when]
         if what == "dawdle":
-            pauses = [0.6 * float(args[args.index("--patience") + 1])] * 2
+            pauses = [0.6 * float(args[args.index("--timeout") + 1])] * 2
             model.MIXERS = {
                 kind: slowly(mixer, pauses, lambda h, *_: long(h)) for kind, mixer in model.MIXERS.items()
             }

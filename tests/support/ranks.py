@@ -13,17 +13,17 @@ class Overheard:
     def __init__(self, comm: Threads):
         self.comm, self.rank, self.said = comm, comm.rank, []
 
-    def sum(self, x, peers):
-        self.said.append(("sum", peers, x.size))
-        return self.comm.sum(x, peers)
+    def all_reduce(self, x, peers):
+        self.said.append(("all_reduce", peers, x.size))
+        return self.comm.all_reduce(x, peers)
 
-    def gather(self, x, peers, sizes, axis):
-        self.said.append(("gather", peers, x.size))
-        return self.comm.gather(x, peers, sizes, axis)
+    def all_gather(self, x, peers, sizes, axis):
+        self.said.append(("all_gather", peers, x.size))
+        return self.comm.all_gather(x, peers, sizes, axis)
 
-    def scatter(self, x, peers, sizes):
-        self.said.append(("scatter", peers, x.size))
-        return self.comm.scatter(x, peers, sizes)
+    def reduce_scatter(self, x, peers, sizes):
+        self.said.append(("reduce_scatter", peers, x.size))
+        return self.comm.reduce_scatter(x, peers, sizes)
 
     def send(self, x, to):
         self.said.append(("send", (self.rank, to), x.size))

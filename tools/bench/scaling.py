@@ -63,21 +63,21 @@ def work(arguments) -> None:
         import refengine
 
         engine, comm = refengine.load(arguments.model, **how), SimpleNamespace(rank=0, sent={})
-        comm.tell = lambda task, idle=True: task
+        comm.broadcast = lambda task, idle=True: task
     else:
         from refengine.ranks.load import load as load_rank
 
-        engine = load_rank(arguments.model, **how, tp=tp, ep=ep, pp=pp, patience=600)
+        engine = load_rank(arguments.model, **how, tp=tp, ep=ep, pp=pp, timeout=600)
         comm = engine.comm
     if comm.rank == 0:
         print("ready", file=out, flush=True)
         for line in sys.stdin:
-            task, before = comm.tell(json.loads(line)), sum(comm.sent.values())
+            task, before = comm.broadcast(json.loads(line)), sum(comm.sent.values())
             took = measure(engine, *task)
             print(json.dumps([took, sum(comm.sent.values()) - before]), file=out, flush=True)
-        comm.tell(None)
+        comm.broadcast(None)
     else:
-        while task := comm.tell(idle=True):
+        while task := comm.broadcast(idle=True):
             measure(engine, *task)
 
 

@@ -6,7 +6,7 @@
     torch_distributed.TorchDistributed     torch.distributed (gloo; NCCL between GPUs), under torchrun
 
 A subclass gives one verb, `exchange`: arrays that leave and arrays to be filled, all at the same time. A rank
-is waited for until `patience` seconds after its last sign of life (signs.py). A sum is added up in order of
+is waited for until `timeout` seconds after its last heartbeat (heartbeat.py). A sum is added up in order of
 rank by everyone, so its bits are the same on every rank and in every run: small ones whole, large ones in
 slices that are then put together, which sends what a ring would. Whoever waits yields the processor, and
 hears when another rank has stopped.
@@ -24,12 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from refengine.ranks.comm.heartbeat import Signs
+from refengine.ranks.comm.heartbeat import Heartbeat
 from refengine.spec.arrays import DTYPES
 from refengine.spec.config import InputError
 from refengine.spec.layout import span
 
-PATIENCE = 20.0  # seconds without a sign of life
+TIMEOUT = 20.0  # seconds without a sign of life
 WHOLE = 2**16  # bytes up to which a sum is sent whole to everyone: one round instead of two
 FLOATS = {dtype.name: dtype for dtype in DTYPES.values()}
 NAMES = list(FLOATS)  # their order is that of the numbers sent
@@ -46,11 +46,11 @@ class Ranks:
 
     name = "solo"
 
-    def __init__(self, rank: int = 0, count: int = 1, patience: float = PATIENCE):
-        self.rank, self.count, self.patience = rank, count, patience
+    def __init__(self, rank: int = 0, count: int = 1, timeout: float = TIMEOUT):
+        self.rank, self.count, self.timeout = rank, count, timeout
         self.sent: Counter[str] = Counter()  # bytes that this rank sent, by verb
         self.verb = ""
-        self.signs = Signs(rank, patience)
+        self.heartbeat = Heartbeat(rank, timeout)
         self.missed: int | None = None  # a rank whose connection has ended
         self.done = False  # rank 0 has said that nothing more will be asked
 
@@ -74,23 +74,23 @@ class Ranks:
     def leave(self, code: int) -> None:
         """End the connection; with a code other than 0 end the process too: no rank waits for another."""
 
-    def sum(self, x, peers):
+    def all_reduce(self, x, peers):
         if len(peers) == 1:
             return x
-        self.verb = "sum"
+        self.verb = "all_reduce"
         if len(peers) == 2 or x.nbytes <= WHOLE:
             x = solid(x)
             terms = {peer: x if peer == self.rank else empty(x.shape, x) for peer in peers}
             self._say(dict.fromkeys(terms, x), terms)
             return total([terms[peer] for peer in peers])
         sizes = [len(span(size(x), len(peers), i)) for i in range(len(peers))]
-        mine = self.scatter(x.reshape(-1), peers, sizes)
-        return self.gather(mine, peers, sizes, 0).reshape(x.shape)
+        mine = self.reduce_scatter(x.reshape(-1), peers, sizes)
+        return self.all_gather(mine, peers, sizes, 0).reshape(x.shape)
 
-    def gather(self, x, peers, sizes, axis):
+    def all_gather(self, x, peers, sizes, axis):
         if len(peers) == 1:
             return x
-        self.verb = "gather"
+        self.verb = "all_gather"
         x, axis = solid(x), axis % x.ndim
         shape, parts = list(x.shape), {}
         for peer, width in zip(peers, sizes, strict=True):
@@ -99,10 +99,10 @@ class Ranks:
         self._say(dict.fromkeys(parts, x), parts)
         return joined([parts[peer] for peer in peers], axis)
 
-    def scatter(self, x, peers, sizes):
+    def reduce_scatter(self, x, peers, sizes):
         if len(peers) == 1:
             return x
-        self.verb = "scatter"
+        self.verb = "reduce_scatter"
         stops = list(accumulate(sizes))
         rows = {p: solid(x[stop - n : stop]) for p, n, stop in zip(peers, sizes, stops, strict=True)}
         mine = rows[self.rank]
@@ -127,12 +127,12 @@ class Ranks:
         self.exchange({}, {source: x})
         return x
 
-    def tell(self, value: Any = None, idle: bool = False) -> Any:
+    def broadcast(self, value: Any = None, idle: bool = False) -> Any:
         """What rank 0 says, a JSON value, to all of them: None if it is the last, after which all finish.
 
         idle: they wait for it as long as it takes.
         """
-        self.verb = "tell"
+        self.verb = "broadcast"
         others = [rank for rank in range(self.count) if rank != 0]
         if self.rank == 0:
             text = np.array(list(json.dumps(value).encode()), np.uint8)
@@ -176,7 +176,7 @@ class Ranks:
 
     def silent(self, peers) -> RankError:
         names = f"rank{'s' * (len(peers) > 1)} {', '.join(map(str, sorted(peers)))}"
-        return RankError(f"{names} did not answer within {self.patience:g} s ({self.verb})")
+        return RankError(f"{names} did not answer within {self.timeout:g} s ({self.verb})")
 
     def lost(self, peer: int) -> RankError:
         return RankError(f"the connection to rank {peer} is lost ({self.verb})")

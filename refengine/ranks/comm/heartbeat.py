@@ -1,9 +1,11 @@
-"""Signs of life: how a rank that waits knows which other is gone, and which is only slow.
+"""Heartbeats: how a waiting rank tells a dead peer from a slow one.
 
-A rank says now and then, four times within the patience of the others, how many exchanges it has done and for
-whom it waits; for nobody if it is at work. Whoever waits for it goes on as long as it, or one that it waits
-for, perhaps by way of others, gets on. So patience is the time without a sign, not that of a computation. A
-rank that is dead or stopped gives none; and ranks that all wait for each other do not get on.
+Every rank sends a heartbeat four times within the timeout. It holds the number of the heartbeat, the number
+of exchanges that the rank has completed, and the ranks for which it waits (none while it computes). A peer
+makes progress if it computes or if its number of exchanges grew. A rank keeps waiting while its peer, or any
+rank for which that peer waits directly or through others, makes progress: the timeout bounds the time without
+progress, not the time of a computation. A dead or stopped rank sends no heartbeat, and ranks that all wait
+for each other make no progress.
 """
 
 from __future__ import annotations
@@ -12,56 +14,76 @@ from collections.abc import Collection, Iterable
 from time import monotonic
 
 
-class Signs:
-    """What a rank has heard of the others."""
+class Heartbeat:
+    """Send this rank's heartbeats, record those of the other ranks, and decide which peers are dead.
 
-    def __init__(self, rank: int, patience: float):
-        self.rank, self.patience = rank, patience
-        self.done = 0  # exchanges of this rank
-        self.given, self.told = 0, monotonic()  # signs, and when the last
-        self.seen: dict[int, float] = {}  # when a rank gave its last sign
-        self.said: dict[int, list[int]] = {}  # that sign: its number, exchanges, and for whom it waited
-        self.moved: dict[int, float] = {}  # when it was last known to get on
+    `timeout` is in seconds. `exchanges` is the number of exchanges that this rank has completed; its
+    connection counts them.
+    """
 
-    def sign(self, waits: Iterable[int] = ()) -> str:
-        """What to tell the others now, if it is time; ask as often as you like."""
-        now = monotonic()
-        if now - self.told < self.patience / 4:
+    def __init__(self, rank: int, timeout: float):
+        self.rank, self.timeout = rank, timeout
+        self.exchanges = 0
+        self.sent, self.sent_at = 0, monotonic()
+        self.latest: dict[int, list[int]] = {}  # by rank: number of the heartbeat, exchanges, ranks awaited
+        self.received_at: dict[int, float] = {}  # by rank: time of its latest heartbeat
+        self.progress_at: dict[int, float] = {}  # by rank: time of its latest heartbeat that showed progress
+
+    @property
+    def due(self) -> bool:
+        """Return whether the next heartbeat is due: a quarter of the timeout after the last."""
+        return monotonic() - self.sent_at >= self.timeout / 4
+
+    def beat(self, awaited: Iterable[int] = ()) -> str:
+        """Return the heartbeat to send to all ranks, or "" if none is due; `awaited`: ranks waited for."""
+        if not self.due:
             return ""
-        self.given, self.told = self.given + 1, now
-        return " ".join(map(str, (self.given, self.done, *waits)))
+        self.sent, self.sent_at = self.sent + 1, monotonic()
+        return " ".join(map(str, (self.sent, self.exchanges, *awaited)))
 
-    def hear(self, rank: int, sign: str) -> None:
-        """A sign, perhaps not for the first time."""
-        now, said = monotonic(), [int(number) for number in sign.split()]
-        before = self.said.get(rank, [0, -1])
-        if said[0] != before[0]:
-            self.seen[rank], self.said[rank] = now, said
-            if len(said) == 2 or said[1] != before[1]:
-                self.moved[rank] = now
+    def receive(self, rank: int, beat: str) -> None:
+        """Record a heartbeat of `rank`; one that was recorded before changes nothing."""
+        now, numbers = monotonic(), [int(number) for number in beat.split()]
+        before = self.latest.get(rank, [0, -1])
+        if numbers[0] != before[0]:
+            self.received_at[rank], self.latest[rank] = now, numbers
+            if len(numbers) == 2 or numbers[1] != before[1]:
+                self.progress_at[rank] = now
 
-    def lost(self, peers: Collection[int], since: float) -> list[int]:
-        """Whom to blame, if this rank has waited for `peers` since then; nobody while there is hope."""
-        latest = monotonic() - self.patience
-        if since > latest:
+    def dead(self, peers: Collection[int], since: float) -> list[int]:
+        """Return the ranks considered dead by this one, which has waited for `peers` since that time.
+
+        Empty while every awaited peer still makes progress, itself or through a rank that it waits for.
+        """
+        limit = monotonic() - self.timeout
+        if since > limit:
             return []
-        waits = {rank: said[2:] for rank, said in self.said.items() if self.seen[rank] > latest and said[2:]}
-        hopeless = [
+        waits = {
+            rank: beat[2:]
+            for rank, beat in self.latest.items()
+            if self.received_at[rank] > limit and beat[2:]
+        }
+        stuck = [
             peer
             for peer in peers
-            if all(self.moved.get(rank, 0) <= latest for rank in reached([peer], waits) if rank != self.rank)
+            if all(
+                self.progress_at.get(rank, 0) <= limit for rank in reached([peer], waits) if rank != self.rank
+            )
         ]
-        return culprits(hopeless, waits | {self.rank: list(peers)}) if hopeless else []
+        return ends(stuck, waits | {self.rank: list(peers)}) if stuck else []
 
 
 def reached(peers: Iterable[int], waits: dict[int, list[int]]) -> list[int]:
-    """The peers, those for whom they wait, those for whom these wait, and so on."""
+    """Return `peers` and all ranks that they wait for, directly or not; waits[rank]: ranks awaited."""
     found = list(peers)
     for rank in found:
         found += [other for other in dict.fromkeys(waits.get(rank, ())) if other not in found]
     return found
 
 
-def culprits(peers: Iterable[int], waits: dict[int, list[int]]) -> list[int]:
-    """Whom one waits for in vain, perhaps by way of others: of `waits`, who waits for whom, the ends."""
+def ends(peers: Iterable[int], waits: dict[int, list[int]]) -> list[int]:
+    """Return the ranks at the ends of the chains of waiting that begin at `peers`, sorted.
+
+    An end waits for no rank. Where there is none, because ranks wait for each other, `peers` are returned.
+    """
     return sorted(set(reached(peers, waits)) - waits.keys()) or sorted(peers)

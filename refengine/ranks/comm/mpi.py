@@ -12,11 +12,11 @@ from time import monotonic
 
 import numpy as np
 
-from refengine.ranks.comm import AHEAD, PATIENCE, Ranks, first_line, memory
-from refengine.ranks.launcher import place
+from refengine.ranks.comm import AHEAD, TIMEOUT, Ranks, first_line, memory
+from refengine.ranks.launcher import launched
 from refengine.spec.config import InputError
 
-WORD, ALARM, SIGN = 1, 2, 3  # tags
+WORD, ALARM, BEAT = 1, 2, 3  # tags
 EAGER = 0.002  # seconds of yielding before a rank that waits begins to sleep
 LISTEN = 0.02  # seconds between two looks for what other ranks say of themselves
 GRACE = 1.0  # seconds that others have to say why they end, before mpiexec ends them all
@@ -27,16 +27,16 @@ class MPI(Ranks):
 
     name = "mpi"
 
-    def __init__(self, patience: float = PATIENCE):
+    def __init__(self, timeout: float = TIMEOUT):
         try:
-            with watched(patience, "came"):
+            with watched(timeout, "came"):
                 from mpi4py import MPI as library
         except (ImportError, RuntimeError) as error:
             raise InputError(
                 f"ranks under mpiexec need mpi4py: pip install 'refengine[mpi]' ({error})"
             ) from None
         self.mpi, self.world = library, library.COMM_WORLD
-        super().__init__(self.world.rank, self.world.size, patience)
+        super().__init__(self.world.rank, self.world.size, timeout)
         self.posted: list = []  # (peer, request, array) under way
         self.given: list[int] = [0] * self.count  # signs of life, to each rank
         self.heard: list[int] = [0] * self.count  # and from each
@@ -72,13 +72,13 @@ class MPI(Ranks):
                 waiting = {peer for peer, _ in requests}
                 if not idle:
                     self._sign(waiting)
-                    if lost := self.signs.lost(waiting, began):
-                        raise self.silent(lost)
+                    if dead := self.heartbeat.dead(waiting, began):
+                        raise self.silent(dead)
             if now - began < EAGER:
                 os.sched_yield()
             else:
                 time.sleep(0.01 if idle and now - began > 1 else 0.0001)
-        self.signs.done += 1
+        self.heartbeat.exchanges += 1
 
     def _done(self, peer: int, request) -> bool:
         try:
@@ -89,22 +89,22 @@ class MPI(Ranks):
     def _listen(self) -> None:
         """Hear who stops, and signs of life."""
         status = self.mpi.Status()
-        for tag in (ALARM, SIGN):
+        for tag in (ALARM, BEAT):
             while self.world.Iprobe(self.mpi.ANY_SOURCE, tag, status):
                 text = bytearray(status.Get_count(self.mpi.BYTE))
                 self.world.Recv([text, self.mpi.BYTE], status.source, tag)
                 if tag == ALARM:
                     raise self.stopped(status.source, text.decode())
                 self.heard[status.source] += 1
-                self.signs.hear(status.source, text.decode())
+                self.heartbeat.receive(status.source, text.decode())
 
     def _sign(self, waits: Iterable[int] = ()) -> bool:
         """Give a sign of life, if it is time."""
-        if self.ending or not (text := self.signs.sign(waits)):
+        if self.ending or not (text := self.heartbeat.beat(waits)):
             return False
         self.calls = [(peer, call) for peer, call in self.calls if not self._done(peer, call)]
         busy = {peer for peer, _ in self.calls}  # has not even taken the last one
-        for peer, call in self._call(text, SIGN, busy):
+        for peer, call in self._call(text, BEAT, busy):
             self.calls.append((peer, call))
             self.given[peer] += 1
         return True
@@ -140,7 +140,7 @@ class MPI(Ranks):
         began = monotonic()
         while late := [rank for rank, given in theirs.items() if self.heard[rank] < given[0]]:
             self._listen()
-            if monotonic() - began > self.patience:
+            if monotonic() - began > self.timeout:
                 raise self.silent(late)
             os.sched_yield()
         self._wait(self.calls, idle=False)
@@ -151,7 +151,7 @@ class MPI(Ranks):
         if not self.ending:
             self.finish()
         try:
-            with watched(self.patience, "came to the end"):
+            with watched(self.timeout, "came to the end"):
                 self.mpi.Finalize()
         except self.mpi.Exception as error:
             os.write(2, f"refengine, rank {self.rank}: MPI does not end ({first_line(error)})\n".encode())
@@ -159,19 +159,19 @@ class MPI(Ranks):
 
 
 @contextmanager
-def watched(patience: float, did: str) -> Iterator[None]:
-    """Meet the others within `patience`, or end, saying what they did not.
+def watched(timeout: float, did: str) -> Iterator[None]:
+    """Meet the others within `timeout`, or end, saying what they did not.
 
     MPI_Init and MPI_Finalize wait for ever, and inside them Python cannot act: a child process waits for the
     end of the block, on a pipe.
     """
-    rank, parent = place().rank, os.getpid()
+    rank, parent = launched().rank, os.getpid()
     ending, held = os.pipe()
     child = os.fork()
     if not child:
         os.close(held)
-        if not select.select([ending], [], [], patience)[0]:
-            text = f"refengine, rank {rank}: not all ranks {did} within {patience:g} s\n"
+        if not select.select([ending], [], [], timeout)[0]:
+            text = f"refengine, rank {rank}: not all ranks {did} within {timeout:g} s\n"
             os.write(2, text.encode())
             time.sleep(GRACE)
             if os.getppid() == parent:

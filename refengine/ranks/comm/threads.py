@@ -9,7 +9,7 @@ from threading import Event
 from time import monotonic
 from typing import Any
 
-from refengine.ranks.comm import PATIENCE, RankError, Ranks, memory
+from refengine.ranks.comm import TIMEOUT, RankError, Ranks, memory
 
 
 class Threads(Ranks):
@@ -17,14 +17,14 @@ class Threads(Ranks):
 
     name = "threads"
 
-    def __init__(self, rank: int, count: int, patience: float, queues: dict, stop: Event):
-        super().__init__(rank, count, patience)
+    def __init__(self, rank: int, count: int, timeout: float, queues: dict, stop: Event):
+        super().__init__(rank, count, timeout)
         self.queues, self.stop = queues, stop
 
     def exchange(self, out, into, idle=False):
         for peer, x in out.items():
             self.post(x, peer)
-        until = monotonic() + self.patience
+        until = monotonic() + self.timeout
         for peer, x in into.items():
             memory(x)[:] = self._next(peer, None if idle else until)
 
@@ -42,13 +42,13 @@ class Threads(Ranks):
                     raise self.silent([peer]) from None
 
 
-def on_each(count: int, work: Callable[[Threads], Any], patience: float = PATIENCE) -> list:
+def on_each(count: int, work: Callable[[Threads], Any], timeout: float = TIMEOUT) -> list:
     """work(comm) of every rank, at the same time; the first error that is not another rank's absence."""
     queues, stop = {(a, b): Queue() for a in range(count) for b in range(count)}, Event()
 
     def one(rank: int):
         try:
-            return work(Threads(rank, count, patience, queues, stop))
+            return work(Threads(rank, count, timeout, queues, stop))
         except BaseException:
             stop.set()
             raise

@@ -13,10 +13,10 @@ from time import monotonic
 
 import numpy as np
 
-from refengine.ranks.comm import AHEAD, PATIENCE, Ranks, first_line, total
+from refengine.ranks.comm import AHEAD, TIMEOUT, Ranks, first_line, total
 from refengine.spec.config import InputError
 
-ALARM, SIGN = "refengine/alarm", "refengine/sign/{}"  # keys of the store
+ALARM, BEAT = "refengine/alarm", "refengine/heartbeat/{}"  # keys of the store
 LOOK = 0.25  # seconds between two looks for what other ranks say of themselves
 GRACE = 1.0  # seconds that others have to say why they end, before torchrun ends them all
 FOREVER = timedelta(days=365)
@@ -28,7 +28,7 @@ class TorchDistributed(Ranks):
 
     name = "torch"
 
-    def __init__(self, patience: float = PATIENCE, device: str = "cpu", deterministic: bool = False):
+    def __init__(self, timeout: float = TIMEOUT, device: str = "cpu", deterministic: bool = False):
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer gets our sentence, not a trace
         try:
             import torch
@@ -37,17 +37,17 @@ class TorchDistributed(Ranks):
             raise InputError("ranks under torchrun need PyTorch: pip install 'refengine[torch]'") from None
         self.torch, self.library, self.deterministic = torch, library, deterministic
         rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        super().__init__(rank, count, patience)
+        super().__init__(rank, count, timeout)
         try:
             gpu = device != "cpu" and torch.cuda.is_available()
             library.init_process_group(
-                "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(seconds=patience)
+                "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout)
             )
             self.store = library.distributed_c10d._get_default_store()
         except Exception as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise InputError(
-                f"the {count} ranks did not meet at {where} within {patience:g} s ({first_line(error)})"
+                f"the {count} ranks did not meet at {where} within {timeout:g} s ({first_line(error)})"
             ) from None
         self.groups: dict[tuple[int, ...], object] = {}
         self.posted: list = []  # (peer, work, array) under way
@@ -70,7 +70,7 @@ class TorchDistributed(Ranks):
         """Wait for works (peer, work, array): of NCCL on this thread, which only queues what is to follow."""
         began = monotonic()
         if any(on_gpu(x) for _, _, x in works):
-            failed = self._failure(works, timedelta(seconds=self.patience))
+            failed = self._failure(works, timedelta(seconds=self.timeout))
         else:
             self.works.put(works)
             while (failed := self._answer()) is WAITING:
@@ -78,7 +78,7 @@ class TorchDistributed(Ranks):
                     self._attend(self.waited_for, began)
         if failed:
             raise self._gone(*failed)
-        self.signs.done += 1
+        self.heartbeat.exchanges += 1
 
     def _wait(self) -> None:
         """In a thread of its own: a wait of gloo that ends by a limit ends the connection, too."""
@@ -100,10 +100,10 @@ class TorchDistributed(Ranks):
         except Empty:
             return WAITING
 
-    def sum(self, x, peers):
+    def all_reduce(self, x, peers):
         if len(peers) == 1 or not on_gpu(x):
-            return super().sum(x, peers)
-        self.sent["sum"] += x.nbytes * 2 * (len(peers) - 1) // len(peers)
+            return super().all_reduce(x, peers)
+        self.sent["all_reduce"] += x.nbytes * 2 * (len(peers) - 1) // len(peers)
         group = self._group(peers)
         if self.deterministic:
             terms = [self.torch.empty_like(x) for _ in peers]
@@ -149,20 +149,20 @@ class TorchDistributed(Ranks):
         """Waiting for a peer: hear who stops, and signs of life; give one."""
         if alarm := self._ask(self._news, [peer]):
             raise alarm
-        if lost := self.signs.lost([peer], since):
-            self.missed = lost[0]
-            raise self.silent(lost)
+        if dead := self.heartbeat.dead([peer], since):
+            self.missed = dead[0]
+            raise self.silent(dead)
 
     def _news(self, waits: Collection[int] = ()) -> Exception | None:
-        if text := self.signs.sign(waits):
-            self.store.set(SIGN.format(self.rank), text)
+        if text := self.heartbeat.beat(waits):
+            self.store.set(BEAT.format(self.rank), text)
         for rank in range(self.count):
-            if rank != self.rank and self.store.check([SIGN.format(rank)]):
-                self.signs.hear(rank, self.store.get(SIGN.format(rank)).decode())
+            if rank != self.rank and self.store.check([BEAT.format(rank)]):
+                self.heartbeat.receive(rank, self.store.get(BEAT.format(rank)).decode())
         return self._hear(0)
 
     def at_work(self):
-        if monotonic() - self.signs.told > self.patience / 4 and (alarm := self._ask(self._news)):
+        if self.heartbeat.due and (alarm := self._ask(self._news)):
             raise alarm
 
     def alarm(self, why):

@@ -139,6 +139,6 @@ def test_a_sum_of_bfloat16_is_added_in_float32():
 
     def rank(comm):
         x = torch.tensor([256.0 if comm.rank == 0 else 1.0], dtype=torch.bfloat16)
-        return float(comm.sum(x, (0, 1, 2)))
+        return float(comm.all_reduce(x, (0, 1, 2)))
 
     assert on_each(3, rank) == [258.0] * 3

@@ -180,7 +180,7 @@ def test_what_stops_a_sum_of_ranks_stops_the_step():
     case = Case(layers="MME", n_groups=2)
 
     class Lost(Solo):
-        def sum(self, x, peers):
+        def all_reduce(self, x, peers):
             raise RankError("rank 1 is gone")
 
     shard = Shard(plan(case.cfg, 2, 1, 1), 0)
