@@ -1,7 +1,7 @@
 """Chapter 2. The configuration: every size in the model has one name, the one it has in `config.json`.
 
 A `Config` is made once, at the door, and is never changed; whatever depends on a size takes it from here.
-What the sizes have to satisfy together is checked before there is one, so that no later chapter need ask.
+What the sizes have to satisfy together is checked before there is one, so that no later chapter has to check.
 Facts and sources: docs/model.md, "Configuration".
 """
 
@@ -11,14 +11,14 @@ import math
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
 
-from refengine.spec.keys import FIXED, KINDS, NAME_OF, REAL, REQUIRED, InputError, read, shown
+from refengine.spec.keys import FIXED, KINDS, NAME_OF, REAL, REQUIRED, InputError, first_line, read, shown
 
-__all__ = ["NAME_OF", "Config", "InputError"]
+__all__ = ["NAME_OF", "Config", "InputError", "first_line"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Fields are named as in `config.json`; sizes of layer kinds that the model does not have are 0."""
+    """Holds the fields of `config.json` under their names; sizes of absent kinds of layers are 0."""
 
     layers: str
     hidden_size: int
@@ -55,42 +55,44 @@ class Config:
     # Trap 4: the inner width is heads x head_dim, never expand x hidden_size.
     @property
     def mamba_inner(self) -> int:
+        """Return the width inside a Mamba mixer."""
         return self.mamba_num_heads * self.mamba_head_dim
 
     @property
     def conv_dim(self) -> int:
-        """Channels of the causal convolution: x | B | C."""
+        """Return the channels of the causal convolution: x | B | C."""
         return sum(self.conv_widths)
 
     @property
     def conv_widths(self) -> tuple[int, int, int]:
-        """Channels of x, B and C."""
+        """Return the channels of x, B and C."""
         return self.mamba_inner, self.n_groups * self.ssm_state_size, self.n_groups * self.ssm_state_size
 
     @property
     def in_proj_widths(self) -> tuple[int, int, int]:
-        """Rows of `in_proj`, in order: z | xBC | dt."""
+        """Return the rows of `in_proj`, in order: z | xBC | dt."""
         return self.mamba_inner, self.conv_dim, self.mamba_num_heads
 
     @property
     def qkv_widths(self) -> tuple[int, int, int]:
+        """Return the rows of `q_proj`, `k_proj` and `v_proj`."""
         kv = self.num_key_value_heads * self.head_dim
         return self.num_attention_heads * self.head_dim, kv, kv
 
     @property
     def expert_width(self) -> int:
-        """Width the routed experts read and write: the latent, or the hidden size without one."""
+        """Return the width that routed experts read and write: the latent, or the hidden size without one."""
         return self.moe_latent_size or self.hidden_size
 
     @classmethod
     def from_hf(cls, hf: dict) -> Config:
-        """Read a parsed `config.json`; InputError names the key that is missing or cannot hold."""
+        """Return the Config of a parsed `config.json`; InputError names the key that is missing or wrong."""
         values = read(hf)
         _check(SimpleNamespace(**{f.name: f.default for f in fields(cls)} | values))
-        return cls(**{key: float(v) if key in REAL else v for key, v in values.items()})
+        return cls(**values | {key: float(values[key]) for key in REAL if key in values})
 
     def to_hf(self) -> dict:
-        """The same configuration as a `config.json` that transformers reads too."""
+        """Return the same configuration as a `config.json` that transformers reads too."""
         out = {f.name: getattr(self, f.name) for f in fields(self)}
         letters, mtp = out.pop("layers"), out.pop("mtp_layers")
         out = {k: v for k, v in out.items() if set(REQUIRED.get(k, KINDS)) & set(letters + mtp)}
@@ -111,7 +113,7 @@ class Config:
 
 
 def _check(c: SimpleNamespace) -> None:
-    """Values that cannot all hold are refused by name, before there is a Config."""
+    """Refuse values that cannot all hold, by name, before there is a Config."""
 
     def need(holds, sentence: str):
         if not holds:

@@ -1,17 +1,18 @@
 """Chapter 1. The keys: what `config.json` may say of a model, and what each word of it means.
 
-    required   by some kind of layer: its absence is an error, for no default describes a release
+    required   by some kind of layer: its absence is an error, because no default describes a release
     optional   its absence has one stated meaning
     fixed      the family has one value; another would be another model
     spellings  of the list of layers: several, with one meaning
     derived    counted from other keys, even where it stands and is stale
     ignored    for training or for another program
+    aliases    other names of the keys above
 
 Releases spell their layers in three ways; here they become a string with one letter a layer:
 
     M  Mamba-2        *  attention        E  experts (MoE)        -  dense MLP
 
-Nemotron 3 Nano begins `MEMEM*EMEMEM*E`. After this chapter nobody asks how a release spelled a key.
+Nemotron 3 Nano begins `MEMEM*EMEMEM*E`. Later chapters see only the normalised names.
 Facts and sources: docs/model.md, "Configuration".
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import math
 from reprlib import repr as shown  # a value of config.json in a sentence: short, whatever it is
+from typing import Any
 
 KINDS = "M*E-"
 LETTER_OF = {
@@ -33,7 +35,12 @@ NAME_OF = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 
 
 class InputError(ValueError):
-    """The input is wrong, not the program; its message is one sentence that a user can act on."""
+    """Raised where the input is wrong, not the program; says in one sentence what to do about it."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text that is not empty or a rule, or else the name of its class."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip(" =")), type(error).__name__)
 
 
 # What each key means to us. REQUIRED: by which layer letters ("M*E-" means always).
@@ -49,7 +56,7 @@ REQUIRED = {
 }  # fmt: skip
 REAL = ("layer_norm_epsilon", "routed_scaling_factor")  # the others are integers
 # OPTIONAL: a missing key has this meaning.
-OPTIONAL = {
+OPTIONAL: dict[str, Any] = {
     "moe_latent_size": None,             # experts work at full width
     "n_group": 1, "topk_group": 1,       # routing is not limited to groups of experts
     "norm_topk_prob": True,
@@ -59,7 +66,7 @@ OPTIONAL = {
     "dtype": "bfloat16",                 # as the file says it was saved; each tensor's own dtype counts
 }  # fmt: skip
 # FIXED: the family has one value; another would be another model, and is refused.
-FIXED = {
+FIXED: dict[str, Any] = {
     "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
     "use_bias": False, "mamba_proj_bias": False, "use_conv_bias": True, "sliding_window": None,
     "n_shared_experts": 1,
@@ -84,29 +91,37 @@ IGNORED = {
     "moe_shared_expert_overlap", "output_router_logits", "auto_map", "architectures",
     "transformers_version", "model_type",
 }  # fmt: skip
-# ALIASES: older spellings. Where both are present the older one wins, as it does in transformers.
+# ALIASES: other names. Where both are present the older one wins, as it does in transformers.
 ALIASES = {
     "mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel", "mamba_expand": "expand",
     "mamba_dt_min": "time_step_min", "mamba_dt_max": "time_step_max",
     "mamba_dt_init_floor": "time_step_floor", "mamba_dt_limit": "time_step_limit",
     "mamba_conv_bias": "use_conv_bias", "mamba_chunk_size": "chunk_size",
-    "num_local_experts": "n_routed_experts", "norm_eps": "layer_norm_epsilon", "torch_dtype": "dtype",
+    "num_local_experts": "n_routed_experts", "torch_dtype": "dtype",
+}  # fmt: skip
+# SYNONYMS: names of other exporters. Where two are present they must agree: no rule says which one counts.
+SYNONYMS = {
+    "norm_eps": "layer_norm_epsilon", "rms_norm_eps": "layer_norm_epsilon",
+    "attention_head_dim": "head_dim", "kv_channels": "head_dim", "num_query_groups": "num_key_value_heads",
+    "mamba_n_heads": "mamba_num_heads", "mamba_d_head": "mamba_head_dim", "mamba_d_state": "ssm_state_size",
+    "mamba_state_dim": "ssm_state_size", "mamba_num_groups": "n_groups",
+    "ffn_hidden_size": "intermediate_size", "num_experts": "n_routed_experts",
+    "num_moe_experts": "n_routed_experts",
+    "moe_router_topk": "num_experts_per_tok", "moe_ffn_hidden_size": "moe_intermediate_size",
+    "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
+    "moe_router_topk_scaling_factor": "routed_scaling_factor", "mtp_num_layers": "num_nextn_predict_layers",
 }  # fmt: skip
 
 
-def read(hf: dict) -> dict:
-    """A parsed `config.json` as the fields of a Config, all spellings resolved; InputError names a key."""
+def read(hf: dict) -> dict[str, Any]:
+    """Return the fields of a Config from a parsed `config.json`; InputError names the key that is wrong."""
     if not isinstance(hf, dict):
         raise InputError("config.json does not hold a JSON object")
     model_type = hf.get("model_type")
     if model_type != "nemotron_h":
         hint = " (per-layer widths are not supported)" if model_type == "nemotron_h_puzzle" else ""
         raise InputError(f"model_type {shown(model_type)} is not supported{hint}: refengine runs nemotron_h")
-    eps, also = hf.get("norm_eps"), hf.get("layer_norm_epsilon")
-    if eps is not None and also is not None and eps != also:
-        raise InputError("config.json gives layer_norm_epsilon and norm_eps different values")
-    hf = hf | {new: hf[old] for old, new in ALIASES.items() if hf.get(old) is not None}
-    hf = {key: value for key, value in hf.items() if value is not None}
+    hf = _renamed(hf)
     for key, only in FIXED.items():
         if hf.get(key, only) != only:
             raise InputError(f"{key} = {shown(hf[key])} is not supported: nemotron_h has {only!r}")
@@ -117,11 +132,13 @@ def read(hf: dict) -> dict:
     if heads not in (0, 1):
         raise InputError(f"num_nextn_predict_layers = {shown(heads)} is not supported: 0 and 1 are")
     mtp = (_letters(hf, ("mtp_layers_block_type",), "mtp_hybrid_override_pattern") or "*E") if heads else ""
+    if "*" in layers + mtp and "head_dim" not in hf:
+        hf["head_dim"] = _head_dim(hf)
     for key, letters in REQUIRED.items():
-        if key not in hf and set(letters) & set(layers + mtp):
-            who = "the model" if letters == KINDS else f"its {NAME_OF[letters]} layers"
-            raise InputError(f"config.json lacks {key}, which {who} cannot do without")
-    out = {"layers": layers, "mtp_layers": mtp}
+        if hf.get(key) is None and set(letters) & set(layers + mtp):
+            needing = "the model" if letters == KINDS else f"its {NAME_OF[letters]} layers"
+            raise InputError(f"config.json lacks {key}, which {needing} cannot do without")
+    out: dict[str, Any] = {"layers": layers, "mtp_layers": mtp}
     out |= {key: hf[key] for key, letters in REQUIRED.items() if set(letters) & set(layers + mtp)}
     out |= {key: hf.get(key, meaning) for key, meaning in OPTIONAL.items()}
     out["time_step_limit"] = tuple(_number(v) for v in _listed(out["time_step_limit"]))
@@ -129,7 +146,36 @@ def read(hf: dict) -> dict:
     return out
 
 
+def _renamed(hf: dict) -> dict[str, Any]:
+    """Return the keys under the names of the tables; a null is as good as absent, but for key/value heads."""
+    first: dict[str, str] = {}
+    for other, key in [(key, key) for key in SYNONYMS.values()] + list(SYNONYMS.items()):
+        if hf.get(other) is not None and hf[other] != hf[first.setdefault(key, other)]:
+            what = f"{first[key]} = {shown(hf[first[key]])} and {other} = {shown(hf[other])}"
+            raise InputError(f"config.json gives {key} two values: {what}")
+    names = SYNONYMS | ALIASES
+    if "num_key_value_heads" in hf and hf["num_key_value_heads"] is None:  # every query head has its own
+        hf = hf | {"num_key_value_heads": hf.get("num_attention_heads")}
+    hf = hf | {key: hf[other] for other, key in names.items() if hf.get(other) is not None}
+    return {key: value for key, value in hf.items() if value is not None and key not in names}
+
+
+def _head_dim(hf: dict) -> int | None:
+    """Return hidden_size / num_attention_heads, which an absent head_dim means; None if either is absent."""
+    hidden, heads = hf.get("hidden_size"), hf.get("num_attention_heads")
+    for key, size in {"hidden_size": hidden, "num_attention_heads": heads}.items():
+        if size is not None and (type(size) is not int or size <= 0):
+            raise InputError(f"config.json: {key} = {shown(size)} is not a positive integer")
+    if hidden is None or heads is None:
+        return None
+    if hidden % heads:
+        what = f"hidden_size = {shown(hidden)} is no multiple of num_attention_heads = {shown(heads)}"
+        raise InputError(f"config.json lacks head_dim, and {what}")
+    return hidden // heads
+
+
 def _letters(hf: dict, list_keys: tuple[str, ...], pattern_key: str) -> str:
+    """Return the letters of the layers, from the first of the lists that is there, else from the pattern."""
     for key in list_keys:
         if names := hf.get(key):
             if not isinstance(names, list):
@@ -144,12 +190,13 @@ def _letters(hf: dict, list_keys: tuple[str, ...], pattern_key: str) -> str:
     return pattern
 
 
-def _listed(value):
+def _listed(value: Any) -> list | tuple:
+    """Return a list as it is, and any other value in a list of its own."""
     return value if isinstance(value, (list, tuple)) else [value]
 
 
-def _number(value) -> float:
-    """JSON cannot write infinity: it arrives as a float, a string, or {"__float__": "Infinity"}."""
+def _number(value: Any) -> float:
+    """Return a number. JSON cannot write infinity: it is a float, a string, or {"__float__": "Infinity"}."""
     try:
         return float(value["__float__"] if isinstance(value, dict) else value)
     except (TypeError, ValueError, KeyError, OverflowError):

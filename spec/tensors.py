@@ -129,7 +129,7 @@ def parameters(rows: Iterable[Tensor]) -> int:
 
 def active_parameters(cfg: Config) -> int:
     """Parameters of the trunk that one token meets, without the embedding table and the head."""
-    total = 0
+    total = 0.0
     for row in table(cfg):
         if row.block.startswith("layers."):
             share = cfg.num_experts_per_tok / cfg.n_routed_experts if row.role == "routed_expert" else 1

@@ -84,6 +84,7 @@ def pieces(
         stack = stacked and rows[0].role == "routed_expert"
 
         def made() -> np.ndarray:
+            assert values is not None
             arrays = [np.asarray(values(row)).astype(DTYPES[disk], copy=False) for row in rows]
             return np.stack(arrays) if stack else arrays[0]
 
@@ -120,7 +121,8 @@ def write_pieces(directory: str | Path, config: dict, pieces: list[Piece], shard
 
 def _shards(pieces: list[Piece], shards: int) -> dict[str, list[Piece]]:
     """File name -> its tensors: runs of the list, of about equal size."""
-    total, before, runs = sum(piece.nbytes for piece in pieces), 0, {}
+    total, before = sum(piece.nbytes for piece in pieces), 0
+    runs: dict[int, list[Piece]] = {}
     for piece in pieces:
         runs.setdefault(before * shards // total, []).append(piece)
         before += piece.nbytes
@@ -132,7 +134,8 @@ def _shards(pieces: list[Piece], shards: int) -> dict[str, list[Piece]]:
 def _write_file(path: Path, pieces: list[Piece]) -> None:
     """One safetensors file; wide dtypes first, so that every tensor is aligned."""
     pieces = sorted(pieces, key=lambda piece: -BITS[piece.dtype])
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for piece in pieces:
         begin, end = end, end + piece.nbytes
         header[piece.name] = {"dtype": piece.dtype, "shape": piece.shape, "data_offsets": [begin, end]}
@@ -141,13 +144,14 @@ def _write_file(path: Path, pieces: list[Piece]) -> None:
     with open(path, "wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for piece in pieces:
-            if piece.values:
-                file.write(_bytes(piece))
+            if piece.values is not None:
+                file.write(_bytes(piece, piece.values()).data)
         file.truncate(8 + len(raw) + end)
 
 
-def _bytes(piece: Piece) -> np.ndarray:
-    array = np.ascontiguousarray(piece.values())
+def _bytes(piece: Piece, values: np.ndarray) -> np.ndarray:
+    """Return the bytes of a tensor of a file, checked against what its header says."""
+    array = np.ascontiguousarray(values)
     if array.shape != piece.shape or array.nbytes != piece.nbytes:
         raise ValueError(f"{piece.name} is {array.dtype} {array.shape}, not {piece.dtype} {piece.shape}")
     return array.reshape(-1).view(np.uint8)

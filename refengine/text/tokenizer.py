@@ -133,7 +133,8 @@ def eos_tokens(directory: Path, hf: tokenizers.Tokenizer) -> set[int]:
     files = [optional_json(directory / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
     tokens = [file.get("eos_token") for file in files]
     names = [token.get("content") if isinstance(token, dict) else token for token in tokens]
-    return {hf.token_to_id(name) for name in names if isinstance(name, str)} - {None}
+    ids = [hf.token_to_id(name) for name in names if isinstance(name, str)]
+    return {i for i in ids if i is not None}
 
 
 def recommended(advice: dict, directory: Path) -> dict:

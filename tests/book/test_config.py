@@ -30,6 +30,7 @@ def test_every_key_of_a_release_is_in_exactly_one_table():
         keys.DERIVED,
         keys.IGNORED,
         keys.ALIASES,
+        keys.SYNONYMS,
     )
     counted = Counter(key for table in tables for key in table)
     assert [key for key, count in counted.items() if count > 1] == []
@@ -101,6 +102,27 @@ def test_an_older_spelling_wins(old, new, value):
 def test_an_older_spelling_of_what_is_ignored_is_ignored():
     assert nano(mamba_expand=3, mamba_dt_min=1, mamba_dt_max=2, mamba_dt_init_floor=0.5) == CONFIGS["nano"]
     assert nano(mamba_conv_bias=True) == CONFIGS["nano"]
+
+
+@pytest.mark.parametrize(("other", "key"), keys.SYNONYMS.items())
+def test_a_name_of_another_exporter_means_the_same(other, key):
+    value = (NANO | {"num_nextn_predict_layers": 1, "intermediate_size": 5})[key]
+    without = {k: v for k, v in NANO.items() if k != key and k not in keys.SYNONYMS}
+    expected = Config.from_hf(without | {key: value})
+    assert Config.from_hf(without | {other: value}) == Config.from_hf(without | {other: value, key: value})
+    assert Config.from_hf(without | {other: value}) == expected
+
+
+@pytest.mark.parametrize("given", [{}, {"head_dim": None}, {"attention_head_dim": None}])
+def test_without_a_head_dim_the_heads_share_the_hidden_size(given):
+    assert nano(without=["head_dim"], **given).head_dim == 2688 // 32
+    assert nano(without=["head_dim"], attention_head_dim=128) == CONFIGS["nano"]
+
+
+def test_key_value_heads_of_null_are_as_many_as_query_heads():
+    """As in transformers; an absent key has no meaning, because programs differ in their default."""
+    assert nano(num_key_value_heads=None).num_key_value_heads == 32
+    assert nano(num_key_value_heads=None, num_query_groups=2) == CONFIGS["nano"]
 
 
 @pytest.mark.parametrize("only", ["layer_norm_epsilon", "norm_eps"])

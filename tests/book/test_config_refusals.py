@@ -17,7 +17,8 @@ from refengine.spec.keys import FIXED, REQUIRED
 from tools.releases import DENSE, NANO
 
 ROOT = Path(__file__).resolve().parents[2]
-NANO_NEEDS = [key for key, kinds in REQUIRED.items() if kinds != "-" and key != "layer_norm_epsilon"]
+MEANT = {"head_dim", "layer_norm_epsilon"}  # a missing head_dim has a meaning; the other has a second name
+NANO_NEEDS = [key for key, kinds in REQUIRED.items() if kinds != "-" and key not in MEANT]
 READ = """
 import json, sys
 from refengine.spec.config import Config, InputError
@@ -57,7 +58,17 @@ def the_reader_ends_with_us():
 def test_a_missing_key_is_named(key):
     """Never a default: the class defaults of other programs belong to no released model."""
     assert key in refused({k: v for k, v in NANO.items() if k != key})
-    assert key in refused(NANO | {key: None})
+    if key != "num_key_value_heads":  # where null has a meaning
+        assert key in refused(NANO | {key: None})
+
+
+def test_a_head_dim_that_cannot_be_computed_is_named():
+    without = {k: v for k, v in NANO.items() if k != "head_dim"}
+    assert "lacks head_dim, and hidden_size = 2688 is no multiple" in refused(
+        without | {"num_attention_heads": 33}
+    )
+    assert "num_attention_heads" in refused(without | {"num_attention_heads": "32"})
+    assert "num_attention_heads" in refused(without | {"num_attention_heads": 0})
 
 
 def test_a_missing_epsilon_is_named():
@@ -89,6 +100,8 @@ def test_another_model_in_the_same_clothes_is_refused(key):
         ({"model_type": None}, "model_type"),
         ({"model_type": "nemotron_h_puzzle"}, "nemotron_h_puzzle"),
         ({"norm_eps": 1e-6}, "norm_eps"),
+        ({"attention_head_dim": 64}, "head_dim = 128 and attention_head_dim = 64"),
+        ({"num_experts": 64, "num_moe_experts": 64}, "n_routed_experts = 128 and num_experts = 64"),
         ({"hybrid_override_pattern": "MEX"}, "hybrid_override_pattern"),
         ({"hybrid_override_pattern": 7}, "hybrid_override_pattern"),
         ({"layers_block_type": ["mamba", "conv"]}, "conv"),
