@@ -16,25 +16,14 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+from refengine.backends.pytorch.interface import declared
+
 KERNELS = Path(__file__).parent / "kernels"
 SOURCES = sorted(KERNELS.glob("*.cpp"))
 FLAGS = (  # as fast as the order of sums is free, but with infinities and exact divisions
     "-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
     "-fno-signed-zeros", "-fassociative-math",
 )  # fmt: skip
-P, I, F, N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-SIGNATURES = {
-    "linear": (P, I, I, P, I, P, N),
-    "experts": (P, P, I, I, P, P, I, I, I, I, P, P, N),
-    "scan_step": (P, P, P, I, P, I, P, P, I, P, I, P, P, P, F, F, P, I, I, I, I, I, N),
-    "conv_step": (P, I, P, P, P, P, P, P, I, I, I, N),
-    "rms_norm": (P, P, P, F, P, P, I, I),
-    "gated_rms_norm": (P, P, I, P, F, P, I, I, I),
-    "choose": (P, P, I, I, I, N, F, P, P),
-    "attend_float32": (P, P, P, P, F, P, I, I, I, I, I, N),
-    "attend_bfloat16": (P, P, P, P, F, P, I, I, I, I, I, N),
-    "step": (P, I, P, P, P, P, P, P, P, N),
-}
 
 
 @lru_cache(maxsize=1)
@@ -83,10 +72,3 @@ def processor() -> str:
         return next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         return platform.processor()
-
-
-def declared(built: ctypes.CDLL) -> ctypes.CDLL:
-    for name, arguments in SIGNATURES.items():
-        function = getattr(built, name)
-        function.argtypes, function.restype = arguments, None
-    return built

@@ -1,4 +1,4 @@
-"""What the loops of kernels/mixers.cpp must know of a model: a structure of addresses and sizes a layer."""
+"""The structures of addresses and sizes that the loops of kernels/mixers.cpp read a model from."""
 
 from __future__ import annotations
 
@@ -10,31 +10,9 @@ import torch
 
 from refengine.backends.pytorch.decode import LOG2E
 from refengine.backends.pytorch.experts import Listed
+from refengine.backends.pytorch.interface import STRUCTURES, filled
 
-KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "n": ctypes.c_int, "f": ctypes.c_float}
 MOST = 3e38  # stands for infinity
-
-
-def structure(name: str, fields: str) -> type[ctypes.Structure]:
-    """A structure of C whose fields are written "name:kind ..."."""
-    pairs = [field.split(":") for field in fields.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": [(field, KINDS[kind]) for field, kind in pairs]})
-
-
-NORM = "norm:p d:i eps:f "
-Mamba = structure(
-    "Mamba", NORM + "in_proj:p out_proj:p conv:p conv_bias:p A_log:p D:p dt_bias:p gate:p "
-    "heads:i head_dim:i groups:i state:i kernel:i low:f high:f",
-)  # fmt: skip
-Attention = structure("Attention", NORM + "q:p k:p v:p o:p heads:i kv:i head_dim:i scale:f")
-Experts = structure(
-    "Experts", NORM + "gate:p bias:p shared_up:p shared_down:p fc1:p fc2:p up:p down:p "
-    "count:i chosen:i width:i shared_width:i latent:i normalise:n factor:f",
-)  # fmt: skip
-Dense = structure("Dense", NORM + "up:p down:p width:i")
-Layer = structure("Layer", "kind:i weights:p")
-Whole = structure("Model", NORM + "head:p vocabulary:i count:i layers:p")
-State = structure("State", "first:p second:p room:i narrow:i")
 
 
 class Unknown(Exception):
@@ -63,10 +41,12 @@ def compiled(model, alone: bool = True) -> Program | None:
         last = (matrix(head), len(head)) if alone else (None, 0)
     except Unknown:
         return None
-    layers = (Layer * len(parts))(
-        *((ord(kind), ctypes.addressof(part)) for kind, part in zip(cfg.layers, parts, strict=True))
-    )
-    whole = Whole(*final, *last, len(parts), ctypes.addressof(layers))
+    listed = [
+        filled("Layer", ord(kind), ctypes.addressof(part))
+        for kind, part in zip(cfg.layers, parts, strict=True)
+    ]
+    layers = (STRUCTURES["Layer"] * len(parts))(*listed)
+    whole = filled("Model", final, *last, len(parts), ctypes.addressof(layers))
     return Program(cfg.layers, whole, (parts, layers))
 
 
@@ -88,12 +68,13 @@ def norm(cfg, w) -> tuple:
     return vector(w["norm.weight"]), cfg.hidden_size, cfg.layer_norm_epsilon
 
 
-def mamba(cfg, w, m) -> Mamba:
+def mamba(cfg, w, m) -> ctypes.Structure:
     low, high = cfg.time_step_limit
     if m["conv1d.weight"].stride(0) != 1:
         raise Unknown
-    return Mamba(
-        *norm(cfg, w),
+    return filled(
+        "Mamba",
+        norm(cfg, w),
         matrix(m["in_proj.weight"]),
         matrix(m["out_proj.weight"]),
         *(vector(m[key]) for key in ("conv1d.weight", "conv1d.bias", "A_log", "D", "dt_bias", "norm.weight")),
@@ -107,11 +88,12 @@ def mamba(cfg, w, m) -> Mamba:
     )
 
 
-def attention(cfg, w, m) -> Attention:
+def attention(cfg, w, m) -> ctypes.Structure:
     qkv = m["qkv_proj"]
     parts = qkv if isinstance(qkv, tuple) else qkv.split(cfg.qkv_widths)
-    return Attention(
-        *norm(cfg, w),
+    return filled(
+        "Attention",
+        norm(cfg, w),
         *map(matrix, parts),
         matrix(m["o_proj.weight"]),
         cfg.num_attention_heads,
@@ -121,7 +103,7 @@ def attention(cfg, w, m) -> Attention:
     )
 
 
-def experts(cfg, w, m) -> Experts:
+def experts(cfg, w, m) -> ctypes.Structure:
     listed = m["experts"]
     if cfg.n_group > 1 or not isinstance(listed, Listed):
         raise Unknown
@@ -130,8 +112,9 @@ def experts(cfg, w, m) -> Experts:
             matrix(part)
     latent, shared = cfg.moe_latent_size, m["shared_experts.up_proj.weight"]
     fc1, fc2 = (matrix(m[f"{key}_latent_proj.weight"]) if latent else None for key in ("fc1", "fc2"))
-    return Experts(
-        *norm(cfg, w),
+    return filled(
+        "Experts",
+        norm(cfg, w),
         vector(m["gate.weight"]),
         vector(m["gate.e_score_correction_bias"]),
         matrix(shared),
@@ -150,9 +133,9 @@ def experts(cfg, w, m) -> Experts:
     )
 
 
-def dense(cfg, w, m) -> Dense:
+def dense(cfg, w, m) -> ctypes.Structure:
     up = m["up_proj.weight"]
-    return Dense(*norm(cfg, w), matrix(up), matrix(m["down_proj.weight"]), len(up))
+    return filled("Dense", norm(cfg, w), matrix(up), matrix(m["down_proj.weight"]), len(up))
 
 
 LAYERS = {"M": mamba, "*": attention, "E": experts, "-": dense}

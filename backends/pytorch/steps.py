@@ -15,8 +15,9 @@ from dataclasses import replace
 
 import torch
 
+from refengine.backends.pytorch.interface import STRUCTURES
 from refengine.backends.pytorch.products import FEW
-from refengine.backends.pytorch.program import Program, State, compiled
+from refengine.backends.pytorch.program import Program, compiled
 
 REDUCE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)
 
@@ -42,7 +43,7 @@ class Steps:
         places, length = remembered(program.kinds, before)
         whole, delta = program.whole, torch.empty_like(x)
         reduce = None if self.alone else Reduce(model.backend.ops.all_reduce, delta)
-        out = torch.empty(len(ids), whole.vocabulary if self.alone else whole.d)
+        out = torch.empty(len(ids), whole.vocabulary if self.alone else whole.norm.d)
         self.built.step(
             ctypes.byref(whole),
             len(ids),
@@ -103,7 +104,7 @@ def written(kind: str, before, state):
 
 def remembered(kinds: str, states: list) -> tuple[ctypes.Array, int | None]:
     """Where the states lie, and the lengths [b], which are the same in every layer that has them."""
-    places, length = (State * len(states))(), None
+    places, length = (STRUCTURES["State"] * len(states))(), None
     for place, kind, state in zip(places, kinds, states, strict=True):
         if kind == "M":
             place.first, place.second = state.tail.data_ptr(), state.S.data_ptr()

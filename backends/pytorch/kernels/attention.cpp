@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "vectors.h"
+#include "verbs.h"
 
 constexpr i64 PIECE = 480, BLOCK = 24576;  // keys; bytes of float32 keys that are scored, then weighed
 constexpr int FAR = 8;  // octaves by which a score may pass the one that weights relate to

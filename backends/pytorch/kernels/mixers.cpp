@@ -3,16 +3,13 @@
 //
 //     x += delta      delta = mixer(rms_norm(x))      x, delta [b][d] float32
 //
-// Matrices are bfloat16, small weights float32. What a layer remembers is changed in place. The structures
-// are those of program.py.
+// Matrices are bfloat16, small weights float32. What a layer remembers is changed in place. program.py fills
+// the structures of structures.h.
 #include <chrono>
 #include <cstring>
 #include <memory>
 
 #include "verbs.h"
-
-typedef const uint16_t* Matrix;
-typedef const float* Vector;
 
 static std::unique_ptr<float[]> fresh(i64 count) { return std::unique_ptr<float[]>(new float[count]); }
 
@@ -38,52 +35,6 @@ static void scores(Vector w, i64 outs, i64 n, const float* x, i64 rows, float* y
             y[r * outs + o] = total;
         }
 }
-
-struct Norm { Vector weight; i64 d; float eps; };
-
-struct Mamba {
-    Norm norm;
-    Matrix in_proj, out_proj;
-    Vector conv, conv_bias, A_log, D, dt_bias, gate;
-    i64 heads, head_dim, groups, state, kernel;
-    float low, high;
-};
-
-struct Attention {
-    Norm norm;
-    Matrix q, k, v, o;
-    i64 heads, kv, head_dim;
-    float scale;  // log2(e) / sqrt(head_dim)
-};
-
-struct Experts {
-    Norm norm;
-    Vector gate, bias;
-    Matrix shared_up, shared_down, fc1, fc2;  // fc1 and fc2: null where there is no latent
-    const Matrix *up, *down;
-    i64 count, chosen, width, shared_width, latent;
-    int normalise;
-    float factor;
-};
-
-struct Dense {
-    Norm norm;
-    Matrix up, down;
-    i64 width;
-};
-
-struct Layer { i64 kind; const void* weights; };  // 'M' '*' 'E' '-', and the structure of that kind
-
-struct Model {
-    Norm norm;
-    Matrix head;
-    i64 vocabulary, count;
-    const Layer* layers;
-};
-
-// What a layer remembers: Mamba the tail [b][k-1][c] and S [b][h][p][n]; attention keys and values
-// [b][kv][room][e], in float32, or in bfloat16 if `narrow`.
-struct State { void *first, *second; i64 room, narrow; };
 
 static void put(float& to, float x) { to = x; }
 static void put(uint16_t& to, float x) {  // to the nearest bfloat16, of two as near the even one

@@ -10,7 +10,8 @@
 #include <cstring>
 #include <vector>
 
-typedef int64_t i64;
+#include "verbs.h"
+
 typedef float f8 __attribute__((vector_size(32)));
 typedef uint32_t u8 __attribute__((vector_size(32)));
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "vectors.h"
+#include "verbs.h"
 
 constexpr i64 STRIP = 512;  // channels that a thread takes at a time
 

@@ -1,8 +1,9 @@
-// The verbs of a decoding step: what each does is said where it is defined.
+// The functions that Python calls; each is explained where it is defined. Every file that defines one includes
+// this, so that the compiler compares the two.
 #pragma once
 #include <cstdint>
 
-typedef int64_t i64;
+#include "structures.h"
 
 extern "C" {
 // products.cpp
@@ -27,4 +28,9 @@ void attend_float32(const float* q, const float* K, const float* V, const i64* l
                     i64 b, i64 h, i64 kv, i64 t, i64 e, int threads);
 void attend_bfloat16(const float* q, const uint16_t* K, const uint16_t* V, const i64* length, float scale,
                      float* y, i64 b, i64 h, i64 kv, i64 t, i64 e, int threads);
+// mixers.cpp
+void step(const Model& m, i64 b, float* x, float* delta, State* states, const i64* length, int (*reduce)(int),
+          float* out, double* taken, int threads);
+// interface.cpp
+const char* interface();
 }

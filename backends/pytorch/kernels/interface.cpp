@@ -1,0 +1,47 @@
+// The functions and structures that Python calls and fills in, as text: one line each, its name and then its
+// arguments or fields, separated by '|'. interface.py compares it with its own tables when the library is
+// loaded.
+#include <cstddef>
+#include <string>
+#include <type_traits>
+
+#include "verbs.h"
+
+template <class T>
+static std::string kind() {
+    if (std::is_pointer<T>::value || std::is_reference<T>::value) return "pointer";
+    if (std::is_same<T, i64>::value) return "int64";
+    if (std::is_same<T, int>::value) return "int";
+    if (std::is_same<T, float>::value) return "float";
+    if (std::is_same<T, Norm>::value) return "Norm";
+    return "unknown";
+}
+
+template <class... Arguments>
+static std::string arguments(void (*)(Arguments...)) {
+    return (std::string() + ... + ("|" + kind<Arguments>()));
+}
+
+static std::string described() {
+    std::string text;
+#define FUNCTION(name) text += std::string("function " #name) + arguments(name) + "\n";
+    FUNCTION(linear) FUNCTION(experts) FUNCTION(scan_step) FUNCTION(conv_step) FUNCTION(rms_norm)
+    FUNCTION(gated_rms_norm) FUNCTION(choose) FUNCTION(attend_float32) FUNCTION(attend_bfloat16)
+    FUNCTION(step)
+#define FIELD(type, name) text += "|" #name " " + kind<type>() + " at " + std::to_string(offsetof(Here, name));
+#define STRUCTURE(name, FIELDS)                                                                              \
+    {                                                                                                        \
+        using Here = name;                                                                                   \
+        text += "structure " #name;                                                                          \
+        FIELDS(FIELD)                                                                                        \
+        text += "|" + std::to_string(sizeof(Here)) + " bytes\n";                                             \
+    }
+    STRUCTURE(Norm, NORM) STRUCTURE(Mamba, MAMBA) STRUCTURE(Attention, ATTENTION) STRUCTURE(Experts, EXPERTS)
+    STRUCTURE(Dense, DENSE) STRUCTURE(Layer, LAYER) STRUCTURE(Model, MODEL) STRUCTURE(State, STATE)
+    return text;
+}
+
+extern "C" const char* interface() {
+    static const std::string text = described();
+    return text.c_str();
+}

@@ -1,0 +1,54 @@
+// Structures that Python fills in (interface.py). Each is a list of fields, from which the structure is made
+// here and its description in interface.cpp: so the description has every field.
+#pragma once
+#include <cstdint>
+
+typedef int64_t i64;
+typedef const uint16_t* Matrix;  // bfloat16
+typedef const float* Vector;
+
+#define NORM(FIELD) FIELD(Vector, weight) FIELD(i64, d) FIELD(float, eps)
+
+#define MAMBA(FIELD)                                                                                         \
+    FIELD(Norm, norm) FIELD(Matrix, in_proj) FIELD(Matrix, out_proj)                                         \
+    FIELD(Vector, conv) FIELD(Vector, conv_bias) FIELD(Vector, A_log) FIELD(Vector, D)                       \
+    FIELD(Vector, dt_bias) FIELD(Vector, gate)                                                               \
+    FIELD(i64, heads) FIELD(i64, head_dim) FIELD(i64, groups) FIELD(i64, state) FIELD(i64, kernel)           \
+    FIELD(float, low) FIELD(float, high)
+
+// scale: log2(e) / sqrt(head_dim)
+#define ATTENTION(FIELD)                                                                                     \
+    FIELD(Norm, norm) FIELD(Matrix, q) FIELD(Matrix, k) FIELD(Matrix, v) FIELD(Matrix, o)                    \
+    FIELD(i64, heads) FIELD(i64, kv) FIELD(i64, head_dim) FIELD(float, scale)
+
+// fc1 and fc2: null where there is no latent
+#define EXPERTS(FIELD)                                                                                       \
+    FIELD(Norm, norm) FIELD(Vector, gate) FIELD(Vector, bias)                                                \
+    FIELD(Matrix, shared_up) FIELD(Matrix, shared_down) FIELD(Matrix, fc1) FIELD(Matrix, fc2)                \
+    FIELD(const Matrix*, up) FIELD(const Matrix*, down)                                                      \
+    FIELD(i64, count) FIELD(i64, chosen) FIELD(i64, width) FIELD(i64, shared_width) FIELD(i64, latent)       \
+    FIELD(int, normalise) FIELD(float, factor)
+
+#define DENSE(FIELD) FIELD(Norm, norm) FIELD(Matrix, up) FIELD(Matrix, down) FIELD(i64, width)
+
+// kind: 'M' '*' 'E' '-'; weights: the structure of that kind
+#define LAYER(FIELD) FIELD(i64, kind) FIELD(const void*, weights)
+
+#define MODEL(FIELD)                                                                                         \
+    FIELD(Norm, norm) FIELD(Matrix, head) FIELD(i64, vocabulary) FIELD(i64, count)                           \
+    FIELD(const Layer*, layers)
+
+// What a layer remembers: Mamba the tail [b][k-1][c] and S [b][h][p][n]; attention keys and values
+// [b][kv][room][e], in float32, or in bfloat16 if `narrow`.
+#define STATE(FIELD) FIELD(void*, first) FIELD(void*, second) FIELD(i64, room) FIELD(i64, narrow)
+
+#define MEMBER(type, name) type name;
+struct Norm { NORM(MEMBER) };
+struct Mamba { MAMBA(MEMBER) };
+struct Attention { ATTENTION(MEMBER) };
+struct Experts { EXPERTS(MEMBER) };
+struct Dense { DENSE(MEMBER) };
+struct Layer { LAYER(MEMBER) };
+struct Model { MODEL(MEMBER) };
+struct State { STATE(MEMBER) };
+#undef MEMBER
