@@ -4,10 +4,15 @@ One function, `table`, says of each tensor what it is called, how large it is, w
 cut it and whether a quantization recipe may touch it. The loader validates files against it,
 `inspect` counts with it, and test checkpoints are written from it. Its totals are the published ones
 (docs/model.md, "Parameters").
+
+Exporters spell the names in other ways; `canonical` gives each the name it has in the table:
+
+    language_model.backbone.embedding.weight  ->  backbone.embeddings.weight
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from itertools import groupby
 from math import prod
@@ -17,7 +22,7 @@ from refengine.spec.config import Config
 
 
 class Tensor(NamedTuple):
-    """One row of the table.
+    """Holds one row of the table.
 
     name       in the checkpoint: `backbone.layers.3.mixer.in_proj.weight`
     block      the part of the model it belongs to: `layers.3`, `mtp.layers.0`, or "" for the outermost
@@ -43,16 +48,46 @@ class Tensor(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Return the number of elements."""
         return prod(self.shape)
 
     @property
     def layer(self) -> int | None:
-        """Index within the trunk or within the prediction head; None for the outermost tensors."""
+        """Return the index within the trunk or the prediction head; None for the outermost tensors."""
         return int(self.block.rsplit(".", 1)[1]) if self.block else None
 
 
+# PREFIXES. Any sequence of these may precede a name: the trunk, the wrapper of a model with images or sound,
+# and what training programs add.
+PREFIXES = ("backbone", "model", "language_model", "base_model", "module", "_orig_mod")
+PREFIX = re.compile(rf"^(?:(?:{'|'.join(PREFIXES)})\.)+")
+# ENDINGS that exporters spell in another way.
+ENDINGS = {
+    "embedding.weight": "embeddings.weight",
+    "embed_tokens.weight": "embeddings.weight",
+    "experts.up_proj.weight": "experts.up_proj",
+    "experts.down_proj.weight": "experts.down_proj",
+    "switch_mlp.fc1.weight": "experts.up_proj",
+    "switch_mlp.fc2.weight": "experts.down_proj",
+}
+TRUNK = ("layers.", "embeddings.weight", "norm_f.weight")
+OUTSIDE = ("lm_head.", "mtp.")
+
+
+def canonical(name: str) -> str | None:
+    """Return the table's name of a tensor that a file calls `name`; None if it is no part of a text model."""
+    name = PREFIX.sub("", name)
+    if name.endswith(tuple(ENDINGS)):
+        for ending, ours in ENDINGS.items():
+            if name == ending or name.endswith("." + ending):
+                name = name.removesuffix(ending) + ours
+    if name.startswith(TRUNK):
+        return "backbone." + name
+    return name if name.startswith(OUTSIDE) else None
+
+
 def table(cfg: Config) -> list[Tensor]:
-    """All tensors, in the order of the computation; names as in the released checkpoints."""
+    """Return all tensors, in the order of the computation; names as in the released checkpoints."""
     v, d = cfg.vocab_size, cfg.hidden_size
     rows = [_row("backbone.", "", "embeddings.weight", (v, d), "embedding", "vocab", "table")]
     for i, kind in enumerate(cfg.layers):
@@ -73,7 +108,7 @@ def table(cfg: Config) -> list[Tensor]:
 
 
 def _layer(prefix: str, block: str, kind: str, cfg: Config) -> list[Tensor]:
-    """The pre-norm of a layer, and its mixer."""
+    """Return the pre-norm of a layer, and its mixer."""
     mixer = {"M": _mamba, "*": _attention, "E": _experts, "-": _mlp}[kind](cfg)
     norm = _row(prefix, block, "norm.weight", (cfg.hidden_size,), "norm", "whole", "small")
     return [norm] + [_row(prefix, block, "mixer." + key, *rest) for key, *rest in mixer]
@@ -124,11 +159,12 @@ def _row(prefix, block, key, shape, role, cut, precision, group=None, dtype="BF1
 
 
 def parameters(rows: Iterable[Tensor]) -> int:
+    """Return the number of elements of all rows."""
     return sum(row.size for row in rows)
 
 
 def active_parameters(cfg: Config) -> int:
-    """Parameters of the trunk that one token meets, without the embedding table and the head."""
+    """Return the parameters of the trunk that one token meets, without the embedding table and the head."""
     total = 0.0
     for row in table(cfg):
         if row.block.startswith("layers."):
@@ -140,7 +176,7 @@ def active_parameters(cfg: Config) -> int:
 
 
 class Group(NamedTuple):
-    """Tensors that a backend places together."""
+    """Holds the tensors that a backend places together."""
 
     block: str
     in_mixer: bool
@@ -149,13 +185,13 @@ class Group(NamedTuple):
 
 
 def groups(rows: Iterable[Tensor]) -> list[Group]:
-    """The table cut into groups, in order."""
+    """Return the table cut into groups, in order."""
     by = groupby(rows, key=lambda row: (row.block, row.key.startswith("mixer."), row.group))
     return [Group(*key, list(members)) for key, members in by]
 
 
 def placed(rows: Iterable[Tensor], place: Callable[[Group], Any]) -> dict[str, dict[str, Any]]:
-    """The weights as the model reads them: weights["layers.3"]["mixer"]["in_proj.weight"] and so on."""
+    """Return the weights as the model reads them, as in weights["layers.3"]["mixer"]["in_proj.weight"]."""
     weights: dict[str, dict[str, Any]] = {}
     for group in groups(rows):
         block = weights.setdefault(group.block, {})

@@ -1,11 +1,23 @@
 """Checkpoints as they are met: re-saved, with strangers, with links. What is not read is noted."""
 
+import re
+
 import numpy as np
 import pytest
 
 from refengine.checkpoint import INDEX, Checkpoint
 from refengine.spec.config import InputError
-from tests.support.checkpoints import CONFIGS, add, alter_json, random_checkpoint, rename
+from refengine.spec.tensors import table
+from tests.support.checkpoints import (
+    CONFIGS,
+    add,
+    alter,
+    alter_json,
+    expected,
+    random_checkpoint,
+    refusal,
+    rename,
+)
 
 
 def test_a_prediction_head_lost_by_a_resave_is_noted(tmp_path):
@@ -55,6 +67,60 @@ def test_several_files_need_no_index_and_strangers_are_noted(tmp_path):
     (tmp_path / "adapter.safetensors").unlink()
     (tmp_path / INDEX).unlink()
     assert [file.path.name for file in Checkpoint.open(tmp_path).files] == names and len(names) == 3
+
+
+NAMINGS = {
+    "no prefix": lambda name: name.removeprefix("backbone."),
+    "under the wrapper": lambda name: "language_model." + name,
+    "under the wrapper of another program": lambda name: (
+        "model.language_model." + name.removeprefix("backbone.")
+    ),
+    "the head outside the wrapper": lambda name: (
+        name if name[:3] in ("lm_", "mtp") else f"language_model.{name}"
+    ),
+    "by a compiled or distributed trainer": lambda name: "_orig_mod.module." + name,
+    "a prefix for everything": lambda name: "model." + name.removeprefix("backbone."),
+    "embedding in the singular": lambda name: name.replace("embeddings.weight", "embedding.weight"),
+    "embedding as in most models": lambda name: name.replace("embeddings.weight", "embed_tokens.weight"),
+}
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_tensors_of_every_exporter_are_found(naming, tmp_path):
+    cfg = CONFIGS["head"]
+    rename(random_checkpoint(tmp_path, cfg) / "model.safetensors", NAMINGS[naming])
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.config == cfg and not checkpoint.notes
+    for row in table(cfg):
+        assert np.array_equal(checkpoint.read(row.name), expected(row, cfg)), row.name
+
+
+def test_stacked_experts_and_convolutions_as_mlx_saves_them(tmp_path):
+    cfg = CONFIGS["latent"]
+    path = random_checkpoint(tmp_path, cfg, stacked=True) / "model.safetensors"
+    rename(path, lambda name: re.sub(r"experts\.(up|down)_proj$", lambda m: MLX[m[1]], name))
+
+    def transposed(header, data):  # [c 1 k] -> [c k 1]
+        for name, entry in header.items():
+            if name.endswith("conv1d.weight"):
+                c, one, k = entry["shape"]
+                header[name] = entry | {"shape": [c, k, one]}
+        return header, data
+
+    alter(path, transposed)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert any("switch_mlp" in name for name in checkpoint.files[0].tensors)
+    for row in table(cfg):
+        assert np.array_equal(checkpoint.read(row.name), expected(row, cfg)), row.name
+
+
+MLX = {"up": "switch_mlp.fc1.weight", "down": "switch_mlp.fc2.weight"}
+
+
+def test_a_prefix_that_is_not_known_is_named(tmp_path):
+    path = random_checkpoint(tmp_path, CONFIGS["latent"]) / "model.safetensors"
+    rename(path, lambda name: name.replace("backbone.", "encoder.trunk."))
+    assert "have the prefix 'encoder.trunk.', which is none of backbone., model." in refusal(tmp_path)
 
 
 def test_links_to_files_elsewhere_are_followed(tmp_path):
