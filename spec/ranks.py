@@ -1,24 +1,24 @@
-"""Chapter 22. Ranks: several of them compute what one would, and this is all that they say to each other.
+"""Chapter 22. Ranks: how several ranks compute one model together, and every message they exchange.
 
     g(h up') down' = g(h up_1') down_1' + g(h up_2') down_2' + ...         g: each channel by itself
 
-A rank reads the whole of h and computes its share of the width in the middle (heads, groups, channels), so
-what it writes is one term of a sum, and one sum over the ranks of tp ends the mixer. Whatever stands between
-that share and the sum is linear and may as well come before it: `out_proj`, `fc2_latent_proj`. Routed
-experts are a sum already, and the ranks of ep have some of its terms each: they add them up in the latent
-width, which is up to four times narrower than the stream. Other words are few:
+A rank reads the whole of h and computes its share of the inner width (heads, groups or channels). Its output
+is one term of a sum, so one all_reduce over the ranks of tp ends each mixer. The layers between that share
+and the sum are linear and are applied before it: `out_proj`, `fc2_latent_proj`. The output of routed experts
+is a sum too, of which each rank of ep holds some terms; these are added in the latent width, up to four times
+narrower than the stream. The other messages:
 
-    a norm group on several ranks    the sum of their means of squares, one number a token
-    embedding                        a sum: a rank has some rows of the table, and zeros for other tokens
-    logits, eh_proj                  the ranks' parts end to end
-    a stage                          hands the stream to the next
+    a norm group on several ranks    all_reduce of their means of squares, one number per token
+    embedding                        all_reduce: a rank holds some rows of the table, zeros for other tokens
+    logits, eh_proj                  all_gather of the ranks' parts
+    a stage                          sends the stream to the next stage
 
-On one row the ranks of ep repeat what is not an expert. Several rows they can split: then each asks the
-others for their tokens' latents, and hands the sums back.
+With one sequence, every ep rank repeats all work except the routed experts. With several, each ep rank can
+have its own sequences: all_gather collects the latents of all tokens, and reduce_scatter returns the sums.
 
-To the mixers a rank is a smaller model: a smaller Config, smaller weights, and verbs that know of the others.
-The router is whole on every rank, and all that share a token must choose alike for it, so a sum has to have
-the same bits on each of its ranks. docs/ranks.md.
+For the mixers a rank is a smaller model: a smaller Config, smaller weights, and ops that communicate. Every
+rank holds the whole router, and all ranks that process a token must select the same experts for it, so an
+all_reduce must have the same bits on each of its ranks. docs/ranks.md.
 """
 
 from __future__ import annotations
@@ -40,24 +40,29 @@ from refengine.spec.tensors import Group, placed
 
 @runtime_checkable
 class Comm(Protocol):
-    """What connects ranks. Arrays are the backend's; `peers` are all the ranks that make the same call.
+    """Communication between ranks. Arrays are those of the backend; all `peers` make the same call.
 
-    `sizes` are the lengths, along the axis that is cut, of what each of the peers has or gets.
+    sizes[i] is the length, along the axis that is cut, of the part that peers[i] has or gets.
     """
 
-    def all_reduce(self, x: Any, peers: tuple[int, ...]) -> Any: ...  # each peer gets the same bits
-    def all_gather(
-        self, x: Any, peers: tuple[int, ...], sizes: list[int], axis: int
-    ) -> Any: ...  # end to end
-    def reduce_scatter(
-        self, x: Any, peers: tuple[int, ...], sizes: list[int]
-    ) -> Any: ...  # its rows of the sum
-    def send(self, x: Any, to: int) -> None: ...
-    def receive(self, source: int, like: Any) -> Any: ...  # in the library and on the device of `like`
+    def all_reduce(self, x: Any, peers: tuple[int, ...]) -> Any:
+        """Return the sum of `x` over the peers, with the same bits on each of them."""
+
+    def all_gather(self, x: Any, peers: tuple[int, ...], sizes: list[int], axis: int) -> Any:
+        """Return the peers' arrays concatenated along `axis`."""
+
+    def reduce_scatter(self, x: Any, peers: tuple[int, ...], sizes: list[int]) -> Any:
+        """Return this rank's rows of the sum of `x` over the peers."""
+
+    def send(self, x: Any, to: int) -> None:
+        """Send an array to the rank `to` without waiting for it."""
+
+    def receive(self, source: int, like: Any) -> Any:
+        """Return the array that `source` sent, in the library and on the device of `like`."""
 
 
 def part(cfg: Config, read: Callable[[str], np.ndarray], backend: Backend, shard: Shard, comm: Comm) -> Model:
-    """The model of one rank; `read(name)` is a whole tensor in the file's dtype, perhaps in a memory map."""
+    """Return the model of one rank; read(name) returns a whole tensor (or memory map) in the file's dtype."""
 
     def place(group: Group):
         return backend.place(group, [cut(row, read(row.name), cfg, shard) for row in group.rows])
@@ -68,9 +73,9 @@ def part(cfg: Config, read: Callable[[str], np.ndarray], backend: Backend, shard
 def sharded(
     backend: Backend, cfg: Config, shard: Shard, comm: Comm, split: list[int] | None = None
 ) -> Backend:
-    """The same backend, with verbs that know of the other ranks.
+    """Return the backend of one rank: its ops communicate with the other ranks where the model is cut.
 
-    split: how many rows of the batch each rank of ep has; None: all of them have all rows.
+    split: the number of rows of the batch that each rank of ep has; None: every rank has all rows.
     """
     ops, (t, _, _), tp = backend.ops, shard.at, shard.layout.tp
     peers, others, verbs = shard.peers(tp), shard.across, {}
@@ -105,25 +110,25 @@ def sharded(
             return comm.reduce_scatter(ops.experts(u, matrices, type(routing)(*routes), first), others, split)
 
         verbs["experts"] = experts
-    # A whole step meets other ranks at the end of a mixer only, not at its experts, its norm or a stage.
+    # A whole step communicates at the end of a mixer only, not in its experts, its norm or between stages.
     whole = len(others) == 1 and shard.layout.pp == 1 and not tp > cfg.n_groups > 0
     step = backend.step_of_ranks if whole else None
     return replace(backend, ops=replace(ops, **verbs), step=step, step_of_ranks=None)
 
 
 def sizes(width: int, parts: int) -> list[int]:
-    """How the parts of a width differ, where they do."""
+    """Return the sizes of the parts of a width."""
     return [len(span(width, parts, i, unit(width))) for i in range(parts)]
 
 
 def new_states(model: Model, shard: Shard, batch: int) -> list:
-    """What the layers of this rank's stage remember before the first token."""
+    """Return the initial states of the layers of this rank's stage, for `batch` sequences."""
     first, last = shard.layers(model.cfg)
     return [model.backend.new_state(kind, model.cfg, batch) for kind in model.cfg.layers[first:last]]
 
 
 def step(model: Model, shard: Shard, comm: Comm, ids, states: list, n=None):
-    """This stage's part of a call: ids b l -> the stream b l d, which on the last stage `head` reads."""
+    """Run this stage's layers: ids b l -> the stream b l d, for `head` on the last stage, and new states."""
     (first, last), stage = shard.layers(model.cfg), shard.layout.tp * shard.layout.ep
     x = model.embed(ids) if first == 0 else comm.receive(shard.rank - stage, ids)
     x, states = model.blocks(x, states, n, first, last)

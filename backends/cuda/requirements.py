@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from refengine.spec.arrays import ITEMSIZE
-from refengine.spec.config import InputError
+from refengine.spec.config import InputError, first_line
 from refengine.spec.tensors import parameters, table
 
 OLDEST = 80  # the compute capability that has bfloat16 and cp.async
@@ -80,7 +80,3 @@ def check_room(cfg, dtype: str, device, share: float = 1.0) -> None:
 
 def gib(nbytes: int) -> str:
     return f"{nbytes / 2**30:.2f} GiB"
-
-
-def first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip(" =")), type(error).__name__)

@@ -1,4 +1,4 @@
-"""Options that several commands share, named as the arguments of the Python API."""
+"""Options that several commands share; their names are those of the arguments of the Python API."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from refengine.spec.config import InputError
 
 
 def together(*decorators):
+    """Return one decorator that applies several, the first outermost."""
+
     def decorate(command):
         for decorator in reversed(decorators):
             command = decorator(command)
@@ -26,9 +28,10 @@ def together(*decorators):
 
 
 class Finite(click.FloatRange):
-    """A number in a range, which infinity and NaN are not."""
+    """A number in a range, infinity and NaN excluded."""
 
     def convert(self, value, param, ctx):
+        """Return the number; a usage error if it is not finite or not in the range."""
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
@@ -36,6 +39,7 @@ class Finite(click.FloatRange):
 
 
 def some_text(ctx, param, values):
+    """Return the values; a usage error if one is empty or not UTF-8."""
     try:
         if not all(checked_text(value) for value in values):
             raise click.BadParameter("a stop string is empty.")
@@ -44,8 +48,8 @@ def some_text(ctx, param, values):
     return values
 
 
-debug = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object a line.")
+debug = click.option("--debug", is_flag=True, expose_value=False, help="Print the traceback of an error.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per line.")
 
 model = click.option(
     "--model",
@@ -53,33 +57,38 @@ model = click.option(
     default="tiny",
     show_default=True,
     metavar="PATH",
-    help="A checkpoint directory, or tiny, the model in this package.",
+    help="Checkpoint directory; 'tiny' is the model in this package.",
 )
 
 engine = together(
     model,
     click.option(
-        "--backend", type=click.Choice(NAMES), default="numpy", show_default=True, help="What computes."
+        "--backend",
+        type=click.Choice(NAMES),
+        default="numpy",
+        show_default=True,
+        help="Library that computes.",
     ),
     click.option(
         "--dtype",
         type=click.Choice(tuple(ITEMSIZE)),
         default="float32",
         show_default=True,
-        help="In which numbers.",
+        help="Dtype of the weights and the computation.",
     ),
     click.option(
         "--device",
         metavar="NAME",
-        help="Where: cpu, cuda, cuda:N, auto.  [default: cpu; of the cuda backend, cuda]",
+        help="Device: cpu, cuda, cuda:N or auto.  [default: cpu; cuda for the cuda backend]",
     ),
     click.option(
-        "--threads", type=click.IntRange(1, MOST_THREADS), metavar="N", help="Threads of the matrix products."
+        "--threads",
+        type=click.IntRange(1, MOST_THREADS),
+        metavar="N",
+        help="Number of threads of the computation.",
     ),
     click.option(
-        "--deterministic",
-        is_flag=True,
-        help="The same bits on every run, also where a device is faster without.",
+        "--deterministic", is_flag=True, help="Compute the same bits in every run, even where that is slower."
     ),
 )
 
@@ -89,12 +98,22 @@ ranks = together(
         type=click.IntRange(1),
         default=1,
         metavar="N",
-        help="Ranks that share each layer, under mpiexec or torchrun.",
+        help="Tensor-parallel size: N ranks split each layer (under mpiexec or torchrun).",
     ),
     click.option(
-        "--ep", type=click.IntRange(1), default=1, metavar="N", help="Times as many, that share the experts."
+        "--ep",
+        type=click.IntRange(1),
+        default=1,
+        metavar="N",
+        help="Expert-parallel size: N ranks split the routed experts.",
     ),
-    click.option("--pp", type=click.IntRange(1), default=1, metavar="N", help="Times as many: stages."),
+    click.option(
+        "--pp",
+        type=click.IntRange(1),
+        default=1,
+        metavar="N",
+        help="Pipeline-parallel size: N ranks split the list of layers.",
+    ),
     click.option(
         "--timeout",
         "--patience",
@@ -110,7 +129,7 @@ ranks = together(
 
 
 def load(tp: int, ep: int, pp: int, timeout: float, **how):
-    """The engine, of this process alone or of one rank of several."""
+    """Return the engine of this process, or of this rank where several were started."""
     if tp * ep * pp == launched().count == 1:
         import refengine
 
@@ -121,13 +140,13 @@ def load(tp: int, ep: int, pp: int, timeout: float, **how):
 
 
 def parted(others: dict) -> tuple[dict, dict]:
-    """Options of `load`, and the others."""
+    """Split options into those of `load` and the others; return both."""
     names = ("model", "backend", "dtype", "device", "threads", "deterministic", "tp", "ep", "pp", "timeout")
     return {name: others[name] for name in names}, {k: v for k, v in others.items() if k not in names}
 
 
 def say_ranks(engine) -> None:
-    """What each rank has of the checkpoint, on stderr; nothing where there is one."""
+    """Print for each rank how much of the checkpoint it keeps, on stderr; prints nothing for one process."""
     if not hasattr(engine, "shard"):
         return
     from refengine.ranks.load import bytes_read
@@ -142,7 +161,7 @@ def say_ranks(engine) -> None:
 
 
 def follows() -> bool:
-    """Whether this is a rank that another tells what to do."""
+    """Return whether this is a rank other than 0, which follows the requests of rank 0."""
     return launched().rank > 0
 
 
@@ -154,55 +173,64 @@ sampling = together(
         default=256,
         show_default=True,
         metavar="N",
-        help="At most this many new tokens.",
+        help="Maximum number of new tokens.",
     ),
     click.option(
         "--temperature",
         "-t",
         type=Finite(0),
         metavar="T",
-        help="0: the likeliest. [default of this and the next: what the checkpoint recommends]",
+        help="Sampling temperature; 0 takes the likeliest token.  [default of this and the next four: the checkpoint's]",
     ),
-    click.option("--top-k", type=click.IntRange(0), metavar="K", help="Only the K likeliest; 0: all."),
+    click.option(
+        "--top-k",
+        type=click.IntRange(0),
+        metavar="K",
+        help="Sample from the K likeliest tokens; 0: from all.",
+    ),
     click.option(
         "--top-p",
         type=Finite(0, 1, min_open=True),
         metavar="P",
-        help="Only the likeliest that reach P together.",
+        help="Sample from the likeliest tokens that add up to P.",
     ),
     click.option(
         "--min-p",
         type=Finite(0, 1),
         metavar="P",
-        help="Only those at least P times as likely as the likeliest.",
+        help="Sample from tokens at least P times as likely as the likeliest.",
     ),
     click.option(
         "--repetition-penalty",
         type=Finite(0, min_open=True),
         metavar="R",
-        help="Above 1: discourage repetition.",
+        help="Values above 1 make repetition less likely.",
     ),
     click.option(
         "--seed",
         type=click.IntRange(0, 2**63),
         metavar="N",
-        help="The same seed, the same text; prompt i has N + i.",
+        help="Seed of the random numbers; prompt i uses N + i.",
     ),
     click.option(
-        "--stop", multiple=True, metavar="TEXT", callback=some_text, help="End before this text (repeatable)."
+        "--stop",
+        multiple=True,
+        metavar="TEXT",
+        callback=some_text,
+        help="Stop before this text (repeatable).",
     ),
-    click.option("--ignore-eos", is_flag=True, help="Go on after end tokens."),
-    click.option("--stats", is_flag=True, help="Speed and memory, on stderr."),
+    click.option("--ignore-eos", is_flag=True, help="Continue after an end token."),
+    click.option("--stats", is_flag=True, help="Print speed and memory on stderr."),
 )
 
 
 def named(path: str) -> str:
-    """What a sentence calls a file."""
+    """Return the name of a file for a message; "-" is standard input."""
     return "standard input" if path == "-" else path
 
 
 def text_of(path: str) -> str:
-    """The text of a file, or of standard input for "-"; InputError when it is not UTF-8."""
+    """Return the text of a file, or of standard input for "-"; InputError when it is not UTF-8."""
     name = named(path)
     if not path:
         raise InputError("the name of the file is empty")
@@ -214,12 +242,14 @@ def text_of(path: str) -> str:
 
 
 def standard_input():
+    """Return the binary stream of standard input; InputError when it is closed."""
     if sys.stdin is None:
         raise InputError("standard input is closed")
     return sys.stdin.buffer
 
 
 def decoded(data: bytes, name: str) -> str:
+    """Return UTF-8 bytes as text; InputError, with the name of their source, when they are not UTF-8."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -227,12 +257,12 @@ def decoded(data: bytes, name: str) -> str:
 
 
 def checked_text(text: str, name: str = "the prompt") -> str:
-    """A command-line argument as the text that its bytes spell, whatever the locale made of them."""
+    """Return a command-line argument decoded as UTF-8, whatever the locale; InputError if it is not UTF-8."""
     return decoded(os.fsencode(text), name)
 
 
 def say(text: str, **how) -> None:
-    """Print, now, without a line end."""
+    """Print text without a line end, and flush."""
     click.echo(text, nl=False, **how)
     if sys.stdout is not None:
         sys.stdout.flush()

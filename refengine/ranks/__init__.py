@@ -1,8 +1,8 @@
-"""One model on several ranks (processes): how they start, how they talk, and what each computes.
+"""One model on several ranks (processes).
 
-launcher   how this process was started: alone, by mpiexec, by torchrun
-comm       the messages between ranks, over MPI, torch.distributed or threads
-load       this rank's part of a checkpoint
+launcher   the launcher of this process (none, mpiexec or torchrun) and its rank
+comm       collective operations between ranks, over MPI, torch.distributed or threads
+load       loading this rank's part of a checkpoint
 engine     the engine of one rank
-seats      which rank of ep holds which sequences of a batch
+seats      the assignment of the sequences of a batch to the ranks of ep
 """

@@ -1,13 +1,13 @@
-"""How this process was started: alone, by mpiexec, or by torchrun; and what that means for it.
+"""The launcher of this process (none, mpiexec or torchrun) and its rank, read from environment variables.
 
-Both launchers say by environment variables which rank a process is. Nothing is imported for that, so a usage
-error is answered at once.
+This module imports no library of ranks, so a usage error is reported without delay.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -19,7 +19,7 @@ MPIEXEC = (
 
 @dataclass(frozen=True)
 class Launch:
-    """Where a process stands among all that were started, and among those of its machine."""
+    """The launcher, the rank of this process and the number of ranks, in the job and on this host."""
 
     launcher: str = ""
     rank: int = 0
@@ -29,6 +29,7 @@ class Launch:
 
 
 def launched() -> Launch:
+    """Return how this process was launched: rank 0 of 1 without a launcher."""
     if {"MASTER_ADDR", *TORCHRUN[:2]} <= os.environ.keys():
         return Launch("torchrun", *_numbers(TORCHRUN))
     for names in MPIEXEC:
@@ -41,8 +42,11 @@ def _numbers(names: tuple[str, ...]) -> list[int]:
     return [int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0, 1), strict=True)]
 
 
-def report_termination(who=lambda: "another rank") -> None:
-    """What launchers send to the ranks that are left, SIGTERM, gets a sentence, and exit code 1."""
+def report_termination(who: Callable[[], str] = lambda: "another rank") -> None:
+    """Install a handler of SIGTERM, with which launchers end the remaining ranks: one sentence, exit code 1.
+
+    who: returns the rank whose end is the cause, for the sentence.
+    """
 
     def ended(*_) -> None:
         text = f"refengine, rank {launched().rank}: ended by the launcher, because {who()} ended\n"

@@ -1,9 +1,9 @@
-"""A rank of several: how its part of a model is loaded, and what all of them must have in common.
+"""Load one rank's part of a model, and check that all ranks agree on version, checkpoint, layout and dtype.
 
     mpiexec -n 4 refengine generate --tp 2 --ep 2 ...
     torchrun --nproc-per-node 2 -m refengine generate --backend torch --tp 2 ...
 
-`load` is refengine.load for one rank; what it returns is in rank_engine.py.
+`load` is refengine.load for one rank; it returns the RankEngine of engine.py.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ def load(
     pp: int = 1,
     timeout: float = TIMEOUT,
 ) -> RankEngine:
-    """This rank's part of a model; every rank of the job makes the same call.
+    """Return the engine of this rank, with its part of the model; every rank of the job makes the same call.
 
-    Arguments are those of refengine.load; threads: of each rank, or None for its share of the processors;
-    timeout: seconds after which a rank that does not answer counts as lost. InputError says what is wrong
-    with the files or the choice, RankError which rank is gone or unlike the others.
+    Arguments are those of refengine.load, and: threads of each rank, by default its share of the host's
+    processors; tp, ep, pp: sizes of the layout; timeout: seconds without a heartbeat after which a rank
+    counts as lost. Raises InputError for files or options that are wrong, RankError for a rank that is lost
+    or differs from the others.
     """
     began = time.perf_counter()
     here = launched()
@@ -67,7 +68,7 @@ def load(
     comm.compare(identity(checkpoint, shard.layout, backend, dtype))
     mine = rows(cfg, shard)
     share = here.local_count * sum(sizes(row, cfg, shard)[0] for row in mine) / parameters(table(cfg))
-    chosen = speaking(backends.make(backend, cfg, dtype, device, threads, deterministic, share), comm)
+    chosen = with_heartbeats(backends.make(backend, cfg, dtype, device, threads, deterministic, share), comm)
     with progress("loading", len(mine), "tensor", silent=comm.rank > 0) as bar:
 
         def read(name: str) -> np.ndarray:
@@ -80,8 +81,8 @@ def load(
     return RankEngine(checkpoint, built, time.perf_counter() - began, comm, shard, chosen)
 
 
-def speaking(backend: Backend, comm: Ranks) -> Backend:
-    """The same verbs; before each layer, the ranks that wait hear that this one is at work."""
+def with_heartbeats(backend: Backend, comm: Ranks) -> Backend:
+    """Return the backend with a heartbeat before each layer, which keeps waiting ranks from timing out."""
 
     def rms_norm(*args):
         comm.at_work()
@@ -91,7 +92,7 @@ def speaking(backend: Backend, comm: Ranks) -> Backend:
 
 
 def own_device(device: str, here: Launch) -> str:
-    """Each rank of a machine has its own GPU, under torchrun."""
+    """Return the device of this rank: under torchrun, "cuda" and "auto" select the GPU of its local rank."""
     if here.launcher != "torchrun" or device not in ("cuda", "auto"):
         return device
     from torch import cuda
@@ -100,7 +101,7 @@ def own_device(device: str, here: Launch) -> str:
 
 
 def check_count(launcher: str, count: int, tp: int, ep: int, pp: int) -> None:
-    """InputError unless as many ranks were started as the layout has."""
+    """Raise InputError unless the number of ranks started is that of the layout."""
     if count == tp * ep * pp:
         return
     layout = f"tp = {tp}, ep = {ep}, pp = {pp}"
@@ -114,7 +115,7 @@ def check_count(launcher: str, count: int, tp: int, ep: int, pp: int) -> None:
 
 
 def identity(checkpoint: Checkpoint, layout: Layout, backend: str, dtype: str) -> dict[str, str]:
-    """What all ranks must have in common."""
+    """Return by name the values that must be equal on all ranks."""
     from refengine import __version__
 
     return {
@@ -127,18 +128,19 @@ def identity(checkpoint: Checkpoint, layout: Layout, backend: str, dtype: str) -
 
 
 def sizes(row, cfg: Config, shard: Shard) -> tuple[int, int]:
-    """How many numbers of a tensor of `rows` this rank keeps, and how many it passes over to get them."""
+    """Return how many elements of a tensor of `rows` this rank keeps, and how many it reads to get them."""
     axis, ranges = held(row, cfg, shard)
     kept = row.size // row.shape[axis] * sum(map(len, ranges))
     return kept, kept if axis == 0 else row.size
 
 
 def bytes_read(cfg: Config, shard: Shard) -> dict[str, Counter[str]]:
-    """Bytes of the checkpoint by role: `kept` by this rank, and `touched` to get them.
+    """Return the bytes of the checkpoint by role: `kept` by this rank, and `touched` to get them.
 
-    A cut across columns reads through its whole tensor; every other cut touches its own rows only.
+    A cut across columns reads its whole tensor; every other cut touches only its own rows.
     """
-    kept, touched = Counter(), Counter()
+    kept: Counter[str] = Counter()
+    touched: Counter[str] = Counter()
     for row in rows(cfg, shard):
         width = DTYPES[row.dtype].itemsize
         mine, passed = sizes(row, cfg, shard)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from refengine.ranks.comm import Solo, heartbeat
 from refengine.ranks.comm.heartbeat import Heartbeat, ends
-from refengine.ranks.load import speaking
+from refengine.ranks.load import with_heartbeats
 from refengine.spec.layout import plan
 from refengine.spec.model import Model
 from refengine.spec.ops import numpy_backend
@@ -115,7 +115,7 @@ def test_ranks_that_all_wait_for_each_other_do_not_wait_for_ever(ring):
 
 def test_a_heartbeat_precedes_every_layer():
     case, said = Case(layers="M*E-", batch=1), []
-    backend = speaking(numpy_backend(np.float64), SimpleNamespace(at_work=lambda: said.append(1)))
+    backend = with_heartbeats(numpy_backend(np.float64), SimpleNamespace(at_work=lambda: said.append(1)))
     model = Model.build(case.cfg, case.read, backend)
     model.blocks(model.embed(case.ids), model.new_states(1))
     assert len(said) == len(case.layers) + 1, "and before the final norm"

@@ -1,15 +1,15 @@
 """Connections between ranks, in processes and in threads, for arrays of NumPy and of PyTorch.
 
-    Solo                                   one rank, which has nobody to talk to
+    Solo                                   a single rank
     threads.Threads                        ranks of one process, for tests
     mpi.MPI                                mpi4py, under mpiexec
     torch_distributed.TorchDistributed     torch.distributed (gloo; NCCL between GPUs), under torchrun
 
-A subclass gives one verb, `exchange`: arrays that leave and arrays to be filled, all at the same time. A rank
-is waited for until `timeout` seconds after its last heartbeat (heartbeat.py). A sum is added up in order of
-rank by everyone, so its bits are the same on every rank and in every run: small ones whole, large ones in
-slices that are then put together, which sends what a ring would. Whoever waits yields the processor, and
-hears when another rank has stopped.
+A subclass implements `exchange`, which sends and receives several arrays at the same time, and `post`. A
+waiting rank gives up `timeout` seconds after the last heartbeat of its peer (heartbeat.py), yields the
+processor meanwhile, and raises as soon as another rank reports that it stopped. all_reduce adds in order of
+rank on every rank, so the result has the same bits on all ranks and in all runs. A small array is sent whole
+to every peer; a large one takes reduce_scatter and all_gather, which together send as many bytes as a ring.
 """
 
 from __future__ import annotations
@@ -29,96 +29,108 @@ from refengine.spec.arrays import DTYPES
 from refengine.spec.config import InputError
 from refengine.spec.layout import span
 
-TIMEOUT = 20.0  # seconds without a sign of life
-WHOLE = 2**16  # bytes up to which a sum is sent whole to everyone: one round instead of two
+TIMEOUT = 20.0  # seconds without a heartbeat
+WHOLE = 2**16  # bytes up to which all_reduce sends the whole array to every peer: one round instead of two
 FLOATS = {dtype.name: dtype for dtype in DTYPES.values()}
-NAMES = list(FLOATS)  # their order is that of the numbers sent
+NAMES = list(FLOATS)  # a dtype is sent as its index in this list
 AHEAD = 16  # messages that a stage may be ahead of the next
-RECORD = 4096  # bytes of what a rank says about itself
+RECORD = 4096  # bytes of the record that `compare` exchanges
 
 
 class RankError(InputError):
-    """Another rank is gone, does not answer, or is not what this one needs."""
+    """Another rank is gone, does not answer within the timeout, or differs in version, model or options."""
 
 
 class Ranks:
-    """One of `count` ranks; see refengine.spec.ranks.Comm for what its verbs mean."""
+    """One of `count` ranks; its collective operations are those of refengine.spec.ranks.Comm.
+
+    `timeout` is in seconds. Every wait raises RankError once a peer is considered dead, and the exception
+    that `stopped` returns once another rank reported that it stopped.
+    """
 
     name = "solo"
 
     def __init__(self, rank: int = 0, count: int = 1, timeout: float = TIMEOUT):
         self.rank, self.count, self.timeout = rank, count, timeout
-        self.sent: Counter[str] = Counter()  # bytes that this rank sent, by verb
-        self.verb = ""
+        self.sent: Counter[str] = Counter()  # bytes that this rank sent, by operation
+        self.verb = ""  # the operation under way, for messages
         self.heartbeat = Heartbeat(rank, timeout)
         self.missed: int | None = None  # a rank whose connection has ended
-        self.done = False  # rank 0 has said that nothing more will be asked
+        self.done = False  # rank 0 has broadcast the end
 
     def exchange(self, out: dict[int, Any], into: dict[int, Any], idle: bool = False) -> None:
-        """Send out[peer] and fill into[peer], by peer. idle: a rank that gives no sign is waited for too."""
+        """Send out[peer] to and fill into[peer] from each peer; return when all are done.
+
+        idle: wait without a timeout.
+        """
         raise NotImplementedError
 
     def post(self, x, to: int) -> None:
-        """Send without waiting for the receiver."""
+        """Send `x` to the rank `to` and return without waiting for its receiver."""
         raise NotImplementedError
 
     def alarm(self, why: str) -> None:
-        """Tell every rank that this one stops."""
+        """Send every rank the reason why this one stops; "": stdout was closed (broken pipe)."""
 
     def at_work(self) -> None:
-        """In the midst of a computation: this rank is not lost, it is busy."""
+        """Send a heartbeat if one is due; called during a computation. Raises if another rank has stopped."""
 
     def finish(self) -> None:
-        """When all ranks have done all that was asked for: whatever is still under way arrives."""
+        """Complete every message under way; called by all ranks when all requests are done."""
 
     def leave(self, code: int) -> None:
-        """End the connection; with a code other than 0 end the process too: no rank waits for another."""
+        """Close the connection; with a code other than 0, exit the process at once."""
 
     def all_reduce(self, x, peers):
+        """Return the sum of `x` over the peers, in its shape: the same bits on each of them."""
         if len(peers) == 1:
             return x
         self.verb = "all_reduce"
         if len(peers) == 2 or x.nbytes <= WHOLE:
-            x = solid(x)
+            x = contiguous(x)
             terms = {peer: x if peer == self.rank else empty(x.shape, x) for peer in peers}
-            self._say(dict.fromkeys(terms, x), terms)
+            self._exchange(dict.fromkeys(terms, x), terms)
             return total([terms[peer] for peer in peers])
         sizes = [len(span(size(x), len(peers), i)) for i in range(len(peers))]
         mine = self.reduce_scatter(x.reshape(-1), peers, sizes)
         return self.all_gather(mine, peers, sizes, 0).reshape(x.shape)
 
     def all_gather(self, x, peers, sizes, axis):
+        """Return the peers' arrays concatenated along `axis`; sizes[i]: the length of that of peers[i]."""
         if len(peers) == 1:
             return x
         self.verb = "all_gather"
-        x, axis = solid(x), axis % x.ndim
+        x, axis = contiguous(x), axis % x.ndim
         shape, parts = list(x.shape), {}
         for peer, width in zip(peers, sizes, strict=True):
             shape[axis] = width
             parts[peer] = x if peer == self.rank else empty(tuple(shape), x)
-        self._say(dict.fromkeys(parts, x), parts)
+        self._exchange(dict.fromkeys(parts, x), parts)
         return joined([parts[peer] for peer in peers], axis)
 
     def reduce_scatter(self, x, peers, sizes):
+        """Return this rank's rows of the sum of `x` over the peers; sizes[i]: number of rows of peers[i]."""
         if len(peers) == 1:
             return x
         self.verb = "reduce_scatter"
         stops = list(accumulate(sizes))
-        rows = {p: solid(x[stop - n : stop]) for p, n, stop in zip(peers, sizes, stops, strict=True)}
+        rows = {p: contiguous(x[stop - n : stop]) for p, n, stop in zip(peers, sizes, stops, strict=True)}
         mine = rows[self.rank]
         terms = {peer: mine if peer == self.rank else empty(mine.shape, x) for peer in peers}
-        self._say(rows, terms)
+        self._exchange(rows, terms)
         return total([terms[peer] for peer in peers])
 
     def send(self, x, to):
+        """Send an array of any shape, with its dtype and shape, to the rank `to`; does not wait for it."""
         self.verb = "send"
-        x = solid(x)
+        x = contiguous(x)
         shape = [NAMES.index(str(x.dtype).removeprefix("torch.")), x.ndim, *x.shape]
         self.post(np.array(shape + [0] * (8 - len(shape)), np.int64), to)
         self.post(x, to)
         self.sent["send"] += x.nbytes
 
     def receive(self, source, like):
+        """Return the array that the rank `source` sent, in the library and on the device of `like`."""
         self.verb = "receive"
         header = np.empty(8, np.int64)
         self.exchange({}, {source: header})
@@ -128,9 +140,9 @@ class Ranks:
         return x
 
     def broadcast(self, value: Any = None, idle: bool = False) -> Any:
-        """What rank 0 says, a JSON value, to all of them: None if it is the last, after which all finish.
+        """Return on every rank the JSON value that rank 0 passed; None is the last one, and calls `finish`.
 
-        idle: they wait for it as long as it takes.
+        idle: the other ranks wait for it without a timeout.
         """
         self.verb = "broadcast"
         others = [rank for rank in range(self.count) if rank != 0]
@@ -148,86 +160,90 @@ class Ranks:
         return value
 
     def share(self, mine: np.ndarray | None, heard: dict[int, np.ndarray]) -> None:
-        """What some ranks say to all: `mine` if this is one of them; `heard`, by rank, is filled."""
+        """Broadcast from several ranks at once: send `mine` to all ranks, fill heard[rank] for each sender.
+
+        mine: None if this rank is not one of the senders.
+        """
         self.verb = "share"
         others = [rank for rank in range(self.count) if rank != self.rank]
         out = {} if mine is None else dict.fromkeys(others, mine)
         self.exchange(out, {rank: x for rank, x in heard.items() if rank != self.rank})
 
     def compare(self, mine: dict[str, str]) -> None:
-        """RankError unless every rank says the same about itself."""
+        """Raise RankError, which names the first difference, unless every rank passes the same values."""
         self.verb = "compare"
         text = json.dumps(mine).encode().ljust(RECORD)
         others = [rank for rank in range(self.count) if rank != self.rank]
         theirs = {rank: np.empty(RECORD, np.uint8) for rank in others}
         self.exchange(dict.fromkeys(others, np.array(list(text), np.uint8)), theirs)
         for rank in others:
-            said = json.loads(theirs[rank].tobytes())
-            for key in mine | said:
-                if mine.get(key) != said.get(key):
-                    unlike = f"{said.get(key)}, not {mine.get(key)}"
+            other = json.loads(theirs[rank].tobytes())
+            for key in mine | other:
+                if mine.get(key) != other.get(key):
+                    unlike = f"{other.get(key)}, not {mine.get(key)}"
                     raise RankError(f"rank {rank} has another {key} than rank {self.rank}: {unlike}")
 
-    def _say(self, out: dict, into: dict) -> None:
-        """Exchange with all but oneself."""
+    def _exchange(self, out: dict, into: dict) -> None:
+        """Exchange with all peers but this rank, and count the bytes sent."""
         out = {peer: x for peer, x in out.items() if peer != self.rank}
         self.sent[self.verb] += sum(x.nbytes for x in out.values())
         self.exchange(out, {peer: x for peer, x in into.items() if peer != self.rank})
 
-    def silent(self, peers) -> RankError:
+    def timed_out(self, peers) -> RankError:
+        """Return the error for peers without a heartbeat within the timeout."""
         names = f"rank{'s' * (len(peers) > 1)} {', '.join(map(str, sorted(peers)))}"
         return RankError(f"{names} did not answer within {self.timeout:g} s ({self.verb})")
 
-    def lost(self, peer: int) -> RankError:
+    def connection_lost(self, peer: int) -> RankError:
+        """Return the error for a peer whose connection has ended."""
         return RankError(f"the connection to rank {peer} is lost ({self.verb})")
 
     def stopped(self, peer: int, why: str) -> Exception:
-        """An alarm without a reason: whoever read our output has left."""
+        """Return the error for a peer that reported why it stops; without a reason, its stdout was closed."""
         return RankError(f"rank {peer} stopped: {why}") if why else BrokenPipeError()
 
 
 class Solo(Ranks):
-    """One rank, which has nobody to talk to."""
+    """The connection of a single rank; its operations return their argument."""
 
     def exchange(self, out, into, idle=False):
+        """Check that there is no peer to exchange with."""
         assert not out and not into
 
 
 def empty(shape: tuple[int, ...], like, dtype: str | None = None):
-    """An array of the library (and device) of `like`, and of its dtype unless another is named."""
+    """Return an empty array in the library and on the device of `like`; dtype: by default its own."""
     if isinstance(like, np.ndarray):
         return np.empty(shape, FLOATS[dtype] if dtype else like.dtype)
     return like.new_empty(shape, dtype=getattr(sys.modules["torch"], dtype) if dtype else None)
 
 
-def solid(x):
-    """Contiguous."""
+def contiguous(x):
+    """Return `x` if its memory is contiguous, else a contiguous copy."""
     return np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x.contiguous()
 
 
 def size(x) -> int:
+    """Return the number of elements of an array."""
     return x.size if isinstance(x, np.ndarray) else x.numel()
 
 
 def joined(parts: list, axis: int):
+    """Return the arrays concatenated along `axis`."""
     if isinstance(parts[0], np.ndarray):
         return np.concatenate(parts, axis)
     return sys.modules["torch"].cat(parts, axis)
 
 
 def total(terms: list):
-    """The sum in the order given; of numbers shorter than float32, in float32."""
+    """Return the sum of the arrays in the order given; dtypes shorter than float32 are added in float32."""
     if isinstance(terms[0], np.ndarray) or terms[0].element_size() >= 4:
         return reduce(add, terms)
     return reduce(add, [term.float() for term in terms]).to(terms[0].dtype)
 
 
 def memory(x) -> np.ndarray:
-    """The bytes of an array in the memory of the processor, to be read or written."""
+    """Return the bytes of a contiguous array in host memory as a writable uint8 view."""
     if not isinstance(x, np.ndarray):
         x = x.reshape(-1).view(sys.modules["torch"].uint8).numpy() if x.numel() else np.empty(0, np.uint8)
     return x.reshape(-1).view(np.uint8)
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

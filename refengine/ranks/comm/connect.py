@@ -1,4 +1,4 @@
-"""The connection of this process: which kind, by how it was started, and how it ends."""
+"""Open and close the connection of this process; the launcher that started it decides its kind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ current: Ranks = Solo()  # this process has one connection at most
 
 
 def connect(timeout: float = TIMEOUT, device: str = "cpu", deterministic: bool = False) -> Ranks:
-    """Meet the other ranks; InputError when a library is missing or they do not come."""
+    """Return the connection to the other ranks; InputError when a library or a rank is missing.
+
+    timeout: in seconds. device, deterministic: as in refengine.load, for torch.distributed.
+    """
     global current
     if launched().count > 1:
         report_termination(lambda: "another rank" if current.missed is None else f"rank {current.missed}")
@@ -33,20 +36,23 @@ def connect(timeout: float = TIMEOUT, device: str = "cpu", deterministic: bool =
 
 
 def leave(code: int, why: str = "") -> None:
-    """Before this process exits with `code`: the others hear why, if it has failed or nobody listens."""
+    """Tell the other ranks why this one exits, on failure or on a broken pipe, and close the connection.
+
+    Returns only if the caller is to exit with `code`; otherwise the process ends here.
+    """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
     if code:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # why this rank ends is said
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # send the reason first
     if code and current.count == 1 and launched().launcher == "mpiexec":
         with contextlib.suppress(InputError):
-            connect()  # mpiexec lets the others wait for a rank that ends before it has come
+            connect()  # or the others would wait in MPI_Init for this rank
     if code and current.count == 1 and launched().launcher == "torchrun":
-        time.sleep(1)  # torchrun ends the others at once: let them be far enough to say so
-    unheard = current.count > 1 and not current.done and not code
-    if code or (unheard and current.rank == 0):
+        time.sleep(1)  # torchrun ends the others at once: give them time to install their signal handler
+    closed_early = current.count > 1 and not current.done and not code
+    if code or (closed_early and current.rank == 0):
         current.alarm(why)
-    if unheard:
+    if closed_early:
         os._exit(0)
     current.leave(code)

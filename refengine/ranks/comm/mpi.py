@@ -12,18 +12,18 @@ from time import monotonic
 
 import numpy as np
 
-from refengine.ranks.comm import AHEAD, TIMEOUT, Ranks, first_line, memory
+from refengine.ranks.comm import AHEAD, TIMEOUT, Ranks, memory
 from refengine.ranks.launcher import launched
-from refengine.spec.config import InputError
+from refengine.spec.config import InputError, first_line
 
 WORD, ALARM, BEAT = 1, 2, 3  # tags
-EAGER = 0.002  # seconds of yielding before a rank that waits begins to sleep
-LISTEN = 0.02  # seconds between two looks for what other ranks say of themselves
-GRACE = 1.0  # seconds that others have to say why they end, before mpiexec ends them all
+EAGER = 0.002  # seconds of yielding before a waiting rank begins to sleep
+LISTEN = 0.02  # seconds between two checks for alarms and heartbeats
+GRACE = 1.0  # seconds that the other ranks have to print their reason, before mpiexec ends them all
 
 
 class MPI(Ranks):
-    """This process, as one rank of MPI.COMM_WORLD."""
+    """The connection of one rank of MPI.COMM_WORLD; InputError if mpi4py is missing."""
 
     name = "mpi"
 
@@ -38,17 +38,19 @@ class MPI(Ranks):
         self.mpi, self.world = library, library.COMM_WORLD
         super().__init__(self.world.rank, self.world.size, timeout)
         self.posted: list = []  # (peer, request, array) under way
-        self.given: list[int] = [0] * self.count  # signs of life, to each rank
-        self.heard: list[int] = [0] * self.count  # and from each
-        self.calls: list = []  # signs under way
+        self.given: list[int] = [0] * self.count  # heartbeats sent to each rank
+        self.heard: list[int] = [0] * self.count  # and received from each
+        self.calls: list = []  # heartbeats under way
         self.ending = False
 
     def exchange(self, out, into, idle=False):
+        """Start all receives, then all sends, and wait for them."""
         requests = [(peer, self._start(self.world.Irecv, x, peer)) for peer, x in into.items()]
         requests += [(peer, self._start(self.world.Isend, x, peer)) for peer, x in out.items()]
         self._wait(requests, idle)
 
     def post(self, x, to):
+        """Start a send; waits for the oldest if AHEAD of them are under way."""
         self.posted = [entry for entry in self.posted if not self._done(*entry[:2])]
         if len(self.posted) >= AHEAD:
             self._wait([self.posted.pop(0)[:2]], idle=False)
@@ -60,7 +62,7 @@ class MPI(Ranks):
         try:
             return verb([memory(x), self.mpi.BYTE], peer, WORD)
         except self.mpi.Exception:
-            raise self.lost(peer) from None
+            raise self.connection_lost(peer) from None
 
     def _wait(self, requests: list, idle: bool) -> None:
         began = listened = monotonic()
@@ -73,7 +75,7 @@ class MPI(Ranks):
                 if not idle:
                     self._sign(waiting)
                     if dead := self.heartbeat.dead(waiting, began):
-                        raise self.silent(dead)
+                        raise self.timed_out(dead)
             if now - began < EAGER:
                 os.sched_yield()
             else:
@@ -84,10 +86,10 @@ class MPI(Ranks):
         try:
             return request.Test()
         except self.mpi.Exception:
-            raise self.lost(peer) from None
+            raise self.connection_lost(peer) from None
 
     def _listen(self) -> None:
-        """Hear who stops, and signs of life."""
+        """Receive the alarms and heartbeats that have arrived; an alarm raises."""
         status = self.mpi.Status()
         for tag in (ALARM, BEAT):
             while self.world.Iprobe(self.mpi.ANY_SOURCE, tag, status):
@@ -99,23 +101,25 @@ class MPI(Ranks):
                 self.heartbeat.receive(status.source, text.decode())
 
     def _sign(self, waits: Iterable[int] = ()) -> bool:
-        """Give a sign of life, if it is time."""
+        """Send a heartbeat if one is due, and return whether."""
         if self.ending or not (text := self.heartbeat.beat(waits)):
             return False
         self.calls = [(peer, call) for peer, call in self.calls if not self._done(peer, call)]
-        busy = {peer for peer, _ in self.calls}  # has not even taken the last one
+        busy = {peer for peer, _ in self.calls}  # have not received the previous one
         for peer, call in self._call(text, BEAT, busy):
             self.calls.append((peer, call))
             self.given[peer] += 1
         return True
 
     def at_work(self):
+        """Send a heartbeat if one is due, and check for alarms then."""
         if self._sign():
             self._listen()
 
     def alarm(self, why):
+        """Send every rank the reason why this one stops, and give them time to print it."""
         calls = self._call(why, ALARM)
-        until = monotonic() + GRACE  # so that others can speak before mpiexec ends them
+        until = monotonic() + GRACE  # the other ranks print their reason before mpiexec ends them
         while monotonic() < until:
             for _, call in calls:
                 with suppress(self.mpi.Exception):
@@ -126,12 +130,15 @@ class MPI(Ranks):
         data, calls = text.encode()[:2000], []
         for rank in range(self.count):
             if rank != self.rank and rank not in without:
-                with suppress(self.mpi.Exception):  # it is lost, which whoever waits for it says
+                with suppress(self.mpi.Exception):  # a lost rank is reported by the ranks that wait for it
                     calls.append((rank, self.world.Isend([data, self.mpi.BYTE], rank, tag)))
         return calls
 
     def finish(self):
-        """Each says how many signs it gave, and waits for as many: Finalize fails where one was not heard."""
+        """Complete every message under way, heartbeats too: MPI_Finalize fails if one was not received.
+
+        Each rank sends every other the number of heartbeats it sent, and waits for as many.
+        """
         self.verb = "end"
         self._wait([entry[:2] for entry in self.posted], idle=False)
         self.ending = True
@@ -141,11 +148,12 @@ class MPI(Ranks):
         while late := [rank for rank, given in theirs.items() if self.heard[rank] < given[0]]:
             self._listen()
             if monotonic() - began > self.timeout:
-                raise self.silent(late)
+                raise self.timed_out(late)
             os.sched_yield()
         self._wait(self.calls, idle=False)
 
     def leave(self, code):
+        """Finalize MPI; with a code other than 0, exit the process at once."""
         if code:
             os._exit(code)
         if not self.ending:
@@ -160,10 +168,10 @@ class MPI(Ranks):
 
 @contextmanager
 def watched(timeout: float, did: str) -> Iterator[None]:
-    """Meet the others within `timeout`, or end, saying what they did not.
+    """Run the block, in which all ranks meet; end this process with a sentence if it exceeds the timeout.
 
-    MPI_Init and MPI_Finalize wait for ever, and inside them Python cannot act: a child process waits for the
-    end of the block, on a pipe.
+    MPI_Init and MPI_Finalize wait without a limit, and Python code cannot run meanwhile: a child process
+    waits on a pipe for the end of the block.
     """
     rank, parent = launched().rank, os.getpid()
     ending, held = os.pipe()

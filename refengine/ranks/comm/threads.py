@@ -1,4 +1,4 @@
-"""Ranks as threads of one process: what one sends lies in a queue until the other takes it."""
+"""Ranks as threads of one process: each ordered pair of ranks has a queue of messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from refengine.ranks.comm import TIMEOUT, RankError, Ranks, memory
 
 
 class Threads(Ranks):
-    """One of the ranks that `on_each` starts."""
+    """The connection of one rank that `on_each` starts; `stop` is set when any rank raises."""
 
     name = "threads"
 
@@ -22,6 +22,7 @@ class Threads(Ranks):
         self.queues, self.stop = queues, stop
 
     def exchange(self, out, into, idle=False):
+        """Put `out` into the queues, then fill `into` from them; RankError after the timeout."""
         for peer, x in out.items():
             self.post(x, peer)
         until = monotonic() + self.timeout
@@ -29,6 +30,7 @@ class Threads(Ranks):
             memory(x)[:] = self._next(peer, None if idle else until)
 
     def post(self, x, to):
+        """Put a copy of `x` into the queue to the rank `to`."""
         self.queues[self.rank, to].put(memory(x).copy())
 
     def _next(self, peer: int, until: float | None):
@@ -37,14 +39,15 @@ class Threads(Ranks):
                 return self.queues[peer, self.rank].get(timeout=0.05)
             except Empty:
                 if self.stop.is_set():
-                    raise self.lost(peer) from None
+                    raise self.connection_lost(peer) from None
                 if until is not None and monotonic() > until:
-                    raise self.silent([peer]) from None
+                    raise self.timed_out([peer]) from None
 
 
 def on_each(count: int, work: Callable[[Threads], Any], timeout: float = TIMEOUT) -> list:
-    """work(comm) of every rank, at the same time; the first error that is not another rank's absence."""
-    queues, stop = {(a, b): Queue() for a in range(count) for b in range(count)}, Event()
+    """Return work(comm) of each rank, run at the same time; raises the error that caused the others."""
+    queues: dict[tuple[int, int], Queue] = {(a, b): Queue() for a in range(count) for b in range(count)}
+    stop = Event()
 
     def one(rank: int):
         try:

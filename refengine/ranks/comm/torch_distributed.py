@@ -13,23 +13,26 @@ from time import monotonic
 
 import numpy as np
 
-from refengine.ranks.comm import AHEAD, TIMEOUT, Ranks, first_line, total
-from refengine.spec.config import InputError
+from refengine.ranks.comm import AHEAD, TIMEOUT, Ranks, total
+from refengine.spec.config import InputError, first_line
 
 ALARM, BEAT = "refengine/alarm", "refengine/heartbeat/{}"  # keys of the store
-LOOK = 0.25  # seconds between two looks for what other ranks say of themselves
-GRACE = 1.0  # seconds that others have to say why they end, before torchrun ends them all
+LOOK = 0.25  # seconds between two checks for alarms and heartbeats
+GRACE = 1.0  # seconds that the other ranks have to print their reason, before torchrun ends them all
 FOREVER = timedelta(days=365)
 WAITING = object()
 
 
 class TorchDistributed(Ranks):
-    """This process, as one rank of the default process group."""
+    """The connection of one rank of the default process group; InputError if the ranks do not meet.
+
+    device: "cpu" or that of this rank. deterministic: all_reduce between GPUs adds in order of rank.
+    """
 
     name = "torch"
 
     def __init__(self, timeout: float = TIMEOUT, device: str = "cpu", deterministic: bool = False):
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer gets our sentence, not a trace
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one sentence, no C++ trace
         try:
             import torch
             import torch.distributed as library
@@ -51,23 +54,26 @@ class TorchDistributed(Ranks):
             ) from None
         self.groups: dict[tuple[int, ...], object] = {}
         self.posted: list = []  # (peer, work, array) under way
-        self.works, self.ended = SimpleQueue(), SimpleQueue()
+        self.works: SimpleQueue = SimpleQueue()
+        self.ended: SimpleQueue = SimpleQueue()
         self.waited_for = rank
         Thread(target=self._wait, daemon=True).start()
 
     def exchange(self, out, into, idle=False):
+        """Start all receives, then all sends, and wait for them."""
         works = []
         for start, arrays in ((self.library.irecv, into), (self.library.isend, out)):
             works += [(peer, self._start(start, x, peer), x) for peer, x in arrays.items()]
         self._finish(works, idle)
 
     def post(self, x, to):
+        """Start a send; waits for the oldest if AHEAD of them are under way."""
         if len(self.posted) >= AHEAD:
             self._finish([self.posted.pop(0)])
         self.posted.append((to, self._start(self.library.isend, x, to), x))
 
     def _finish(self, works: list, idle: bool = False) -> None:
-        """Wait for works (peer, work, array): of NCCL on this thread, which only queues what is to follow."""
+        """Wait for works (peer, work, array); those of NCCL here, where waiting only orders the queue."""
         began = monotonic()
         if any(on_gpu(x) for _, _, x in works):
             failed = self._failure(works, timedelta(seconds=self.timeout))
@@ -81,12 +87,12 @@ class TorchDistributed(Ranks):
         self.heartbeat.exchanges += 1
 
     def _wait(self) -> None:
-        """In a thread of its own: a wait of gloo that ends by a limit ends the connection, too."""
+        """Wait for works in a thread of its own: a wait of gloo that times out would close the connection."""
         while True:
             self.ended.put(self._failure(self.works.get(), FOREVER))
 
     def _failure(self, works: list, limit: timedelta) -> tuple[int, Exception] | None:
-        """The first peer for which one cannot wait, and why."""
+        """Return the first peer whose work failed and its error, or None."""
         for self.waited_for, work, _ in works:
             try:
                 work.wait(limit)
@@ -101,6 +107,7 @@ class TorchDistributed(Ranks):
             return WAITING
 
     def all_reduce(self, x, peers):
+        """Return the sum over the peers; arrays on a GPU are added by NCCL, or in order of rank."""
         if len(peers) == 1 or not on_gpu(x):
             return super().all_reduce(x, peers)
         self.sent["all_reduce"] += x.nbytes * 2 * (len(peers) - 1) // len(peers)
@@ -114,7 +121,7 @@ class TorchDistributed(Ranks):
         return x
 
     def _group(self, peers: tuple[int, ...]):
-        """NCCL wants a communicator for each set of ranks; only its members have to ask for it."""
+        """Return the communicator of a set of ranks, which NCCL needs; only its members create it."""
         if peers not in self.groups:
             self.groups[peers] = self.library.new_group(list(peers), use_local_synchronization=True)
         return self.groups[peers]
@@ -130,13 +137,14 @@ class TorchDistributed(Ranks):
         return x.reshape(-1).view(self.torch.uint8)
 
     def _gone(self, peer: int, error: Exception) -> Exception:
-        """Why a peer is not there: what a rank said that stopped, or how the connection ended."""
+        """Return the error for a failed peer: the reason reported by a rank, or how its connection ended."""
         self.missed = peer
-        silent = "imed out" in str(error)
-        return self._ask(self._hear, 2 * GRACE) or (self.silent([peer]) if silent else self.lost(peer))
+        if alarm := self._ask(self._hear, 2 * GRACE):
+            return alarm
+        return self.timed_out([peer]) if "imed out" in str(error) else self.connection_lost(peer)
 
     def _hear(self, seconds: float) -> Exception | None:
-        """An alarm that is there, or comes in time."""
+        """Return the error of an alarm that arrives within some seconds, or None."""
         until = monotonic() + seconds
         while not self.store.check([ALARM]):
             if monotonic() > until:
@@ -146,14 +154,15 @@ class TorchDistributed(Ranks):
         return self.stopped(int(rank), why)
 
     def _attend(self, peer: int, since: float) -> None:
-        """Waiting for a peer: hear who stops, and signs of life; give one."""
+        """Exchange heartbeats while waiting for a peer; raises for an alarm or a dead rank."""
         if alarm := self._ask(self._news, [peer]):
             raise alarm
         if dead := self.heartbeat.dead([peer], since):
             self.missed = dead[0]
-            raise self.silent(dead)
+            raise self.timed_out(dead)
 
     def _news(self, waits: Collection[int] = ()) -> Exception | None:
+        """Send a heartbeat if one is due, read those of the others; return the error of an alarm, if any."""
         if text := self.heartbeat.beat(waits):
             self.store.set(BEAT.format(self.rank), text)
         for rank in range(self.count):
@@ -162,15 +171,17 @@ class TorchDistributed(Ranks):
         return self._hear(0)
 
     def at_work(self):
+        """Send a heartbeat if one is due, and check for alarms then."""
         if self.heartbeat.due and (alarm := self._ask(self._news)):
             raise alarm
 
     def alarm(self, why):
+        """Store the reason why this rank stops, and give the others time to print it."""
         self._ask(self.store.compare_set, ALARM, "", f"{self.rank} {why}")
-        time.sleep(GRACE)  # so that others can speak before torchrun ends them
+        time.sleep(GRACE)  # the other ranks print their reason before torchrun ends them
 
     def _ask(self, verb, *args):
-        """The answer of the store, or None: one on a machine that is lost would be waited for."""
+        """Return the answer of the store, or None if there is none in time: its host may be lost."""
         answer: list = []
 
         def ask() -> None:
@@ -183,14 +194,17 @@ class TorchDistributed(Ranks):
         return answer[0] if answer else None
 
     def finish(self):
+        """Wait for every send under way."""
         self.verb = "end"
         self._finish(self.posted)
 
     def leave(self, code):
+        """Close the process group; with a code other than 0, exit the process at once."""
         if code:
             os._exit(code)
         self.library.destroy_process_group()
 
 
 def on_gpu(x) -> bool:
+    """Return whether an array is in the memory of a GPU."""
     return not isinstance(x, np.ndarray) and x.device.type != "cpu"
