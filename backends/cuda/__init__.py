@@ -6,7 +6,7 @@ Where each verb is:
 
     products   linear, linear_pair, mlp, logits      layers     rms_norm, gated_rms_norm, causal_conv, route
     scan       ssd_scan                              attention  attention, and its cache
-    experts    experts                               sample     embed, and the likeliest tokens
+    experts    experts                               embedding  embed
     weights    place                                 state      what a Mamba layer remembers
     steps      a decode step as a graph              verbs      what all of these share
 
@@ -28,11 +28,11 @@ import numpy as np
 from refengine.backends.cuda.array import DTYPES, DeviceArray
 from refengine.backends.cuda.attention import Attention
 from refengine.backends.cuda.base import Device
+from refengine.backends.cuda.embedding import Embedding
 from refengine.backends.cuda.experts import Experts
 from refengine.backends.cuda.layers import Layers
 from refengine.backends.cuda.products import Products
 from refengine.backends.cuda.requirements import check_room, find_index
-from refengine.backends.cuda.sample import Tokens
 from refengine.backends.cuda.scan import Scan
 from refengine.backends.cuda.state import new_state
 from refengine.backends.cuda.steps import Steps
@@ -74,10 +74,10 @@ def cuda_backend(
     if cfg is not None:
         check_room(cfg, dtype, device, share)
     build = device, BUILDS[dtype]
-    products, layers, tokens = Products(*build), Layers(*build), Tokens(*build)
+    products, layers = Products(*build), Layers(*build)
     scan = Scan(device, (*BUILDS[dtype], *(("STATE_F16",) if state == "float16" else ())))
     ops = Ops(
-        embed=tokens.embed,
+        embed=Embedding(*build).embed,
         linear=products.linear,
         linear_pair=products.linear_pair,
         mlp=products.mlp,

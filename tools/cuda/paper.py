@@ -20,7 +20,6 @@ from refengine.backends.cuda.array import DeviceArray
 from refengine.backends.cuda.attention import Cache
 from refengine.backends.cuda.base import Device
 from refengine.backends.cuda.experts import Stacked
-from refengine.backends.cuda.sample import Tokens
 from refengine.spec.config import Config
 from refengine.spec.model import Model
 from refengine.spec.tensors import Group, placed
@@ -90,7 +89,7 @@ class PaperDevice(Device):
 
 
 def launches(cfg: Config, batch: int, length: int, context: int, build: str = "bfloat16") -> list[Launch]:
-    """What one call of the model launches, from the ids to the likeliest next token of each sequence."""
+    """What one call of the model launches, from the ids to the logits of each last position."""
     device = PaperDevice()
     dtype, state = {"float16 state": ("bfloat16", "float16")}.get(build, (build, "float32"))
     backend = cuda_backend(dtype, device, state=state)
@@ -99,8 +98,7 @@ def launches(cfg: Config, batch: int, length: int, context: int, build: str = "b
     ids = device.empty((batch, length), "int32")
     device.launched.clear()
     h, _ = model.blocks(model.embed(ids), states)
-    logits = model.head(h[:, -1:])
-    Tokens(device).argmax(logits.reshape(batch, cfg.vocab_size))
+    model.head(h[:, -1:])
     return device.launched
 
 

@@ -13,7 +13,6 @@ from refengine.backends.cuda.attention import BLOCKS, FEW, FEW_ROWS, HEAD
 from refengine.backends.cuda.experts import FEW as EXPERTS_FEW
 from refengine.backends.cuda.experts import MANY
 from refengine.backends.cuda.layers import FEW as ROUTER_FEW
-from refengine.backends.cuda.sample import WIDTH
 from refengine.backends.cuda.scan import CHUNK, PAIRS, TILE, chunks_at_once
 from refengine.spec.config import Config
 from tools.cuda.call import ACTIVATION, FLOAT, Call, Work, chosen, weight_bytes
@@ -48,10 +47,6 @@ def outer(call: Call, first: bool):
         2 * call.batch * head[0].size,
         "cuBLAS",
     )
-    rounds, left = 0, c.vocab_size  # of candidates.cu, each of which leaves one of WIDTH
-    while left > 1:
-        rounds, left = rounds + 1, ceil(left / WIDTH)
-    yield call.one("", "candidates", "likeliest token", passing=logits, launches=rounds + 1)
 
 
 def mamba(call: Call):

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from refengine.backends.cuda.attention import Attention, Cache
+from refengine.backends.cuda.embedding import Embedding
 from refengine.backends.cuda.experts import Experts, Stacked
 from refengine.backends.cuda.kernel import KERNELS
 from refengine.backends.cuda.layers import Layers
-from refengine.backends.cuda.sample import Tokens
 from refengine.backends.cuda.scan import Scan
 from refengine.spec.moe import Routing
 from tests.backends.cuda.test_route import config
@@ -127,7 +127,7 @@ def test_an_embedding_is_found_beyond_32_bits(device):
     row = small(1, 1 << 15)
     device.upload(table[1 << 17], row)
     ids = device.from_host(np.array([1 << 17, 0], np.int32))
-    assert np.array_equal(device.to_host(Tokens(device).embed(ids, table)), [row, np.zeros_like(row)])
+    assert np.array_equal(device.to_host(Embedding(device).embed(ids, table)), [row, np.zeros_like(row)])
 
 
 @needs_compiler
