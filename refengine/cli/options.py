@@ -180,7 +180,8 @@ sampling = together(
         "-t",
         type=Finite(0),
         metavar="T",
-        help="Sampling temperature; 0 takes the likeliest token.  [default of this and the next four: the checkpoint's]",
+        help="Sampling temperature; 0 takes the likeliest token.  "
+        "[default of this and the next four: the checkpoint's]",
     ),
     click.option(
         "--top-k",
