@@ -1,9 +1,9 @@
-"""Chapter 18. Tools: how the model is told of functions, how it calls one, and how its calls are read.
+"""Chapter 18. Tools: describe functions to the model, write its calls, and read them back.
 
     <tool_call>
-    <function=NAME>            A value is text. Text stays as it is; numbers, lists and the like are
-    <parameter=KEY>            written as JSON, and read back by the type that the function declares.
-    VALUE
+    <function=NAME>            A value is text. A string is written as it is, a list or an object as JSON,
+    <parameter=KEY>            a number, a truth value or null as Python prints it; the schema that the
+    VALUE                      function declares decides how the text is read back.
     </parameter>
     </function>
     </tool_call>
@@ -14,7 +14,9 @@ form of tags and calls is the family's, the sentences around them are each templ
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import re
 
 INSTRUCTIONS = """To call one, write exactly this and nothing after it:
@@ -35,23 +37,25 @@ value
 
 
 def describe(tools: list[dict]) -> str:
-    """What the system turn says of the functions that may be called."""
+    """Return the part of the system turn that lists the functions which may be called."""
     functions = "".join(f"<function>\n{signature(function(tool))}</function>\n" for tool in tools)
     return f"# Tools\n\nThese functions may be called:\n\n<tools>\n{functions}</tools>\n\n{INSTRUCTIONS}"
 
 
 def function(tool: dict) -> dict:
-    """Interfaces wrap a function, and the call of one, as {"type": "function", "function": ...}."""
+    """Return a function, or the call of one, without the wrapper {"type": "function", "function": ...}."""
     return tool.get("function", tool)
 
 
 def signature(f: dict) -> str:
+    """Return the tags that describe one function: name, description, parameters, which are required."""
     schema = f.get("parameters") or {}
     text = tag("name", f["name"])
     if f.get("description"):
         text += tag("description", f["description"].strip())
     text += "<parameters>\n"
     for name, field in (schema.get("properties") or {}).items():
+        field = field if isinstance(field, dict) else {}  # true or null: any value
         known = {key: field[key] for key in ("type", "description", "enum") if key in field}
         tags = "".join(tag(key, value) for key, value in (known | field).items())
         text += f"<parameter>\n{tag('name', name)}{tags}</parameter>\n"
@@ -61,44 +65,176 @@ def signature(f: dict) -> str:
 
 
 def tag(name: str, value) -> str:
+    """Return a line <name>value</name>."""
     return f"<{name}>{as_text(value).strip()}</{name}>\n"
 
 
 def as_text(value) -> str:
+    """Return a value as the templates write it: lists and objects as JSON, all else as Python prints it."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list | tuple) else str(value)
 
 
 def write_call(call: dict) -> str:
+    """Return the text of a call {"name", "arguments": object}, which may be wrapped."""
     name, arguments = function(call)["name"], function(call).get("arguments") or {}
     blocks = (f"<parameter={key}>\n{as_text(value)}\n</parameter>\n" for key, value in arguments.items())
     return f"<tool_call>\n<function={name}>\n{''.join(blocks)}</function>\n</tool_call>\n"
 
 
-# A call or a value ends where its end is written, or where the next one begins, or with the text.
-CALL = re.compile(r"<function=([^>]+)>(.*?)(?:</function>|</tool_call>|(?=<function=)|\Z)", re.DOTALL)
-ARGUMENT = re.compile(r"<parameter=([^>]+)>(.*?)(?:</parameter>|(?=<parameter=)|\Z)", re.DOTALL)
+# A call begins where <function=NAME> begins a line or follows <tool_call>; both tags after it may be missing.
+CALL = re.compile(r"(?:<tool_call>\s*|^[ \t]*)<function=([^>\n]+)>", re.MULTILINE)
+# Next in a call: a parameter, or its end. A call also ends where another one begins, or with the text.
+PART = re.compile(
+    r"<parameter=([^>\n]+)>|</function>(?:\s*</tool_call>)?|</tool_call>|(?=<tool_call>|<function=)|\Z"
+)
+# A value that begins on a line of its own ends with a line that is a tag; tags inside a line belong to it.
+TAG_LINE = re.compile(
+    r"^[ \t]*(?:(</parameter>)|</?tool_call>|</function>|<(?:function|parameter)=[^>\n]+>)[ \t\r]*$|\Z",
+    re.MULTILINE,
+)
+INLINE_END = re.compile(r"(</parameter>)|(?=</function>|</tool_call>|<parameter=|<function=)|\Z")
 
 
 def read_calls(text: str, tools: list[dict]) -> list[dict]:
-    """The calls in a reply, also if the model forgot a tag around one or after one."""
-    declared = {f["name"]: (f.get("parameters") or {}).get("properties") or {} for f in map(function, tools)}
-    calls = []
-    for name, body in CALL.findall(text):
-        types = {key: field.get("type", "string") for key, field in declared.get(name, {}).items()}
-        arguments = {key: as_value(text, types.get(key, "string")) for key, text in ARGUMENT.findall(body)}
-        calls.append({"name": name, "arguments": arguments})
-    return calls
+    """Return the calls in a reply, [{"name", "arguments"}], also where tags after the first are missing."""
+    return read_reply(text, tools)[1]
 
 
-def as_value(text: str, declared: str | list):
-    """A value as its declared type; text that is not of that type stays text."""
-    text = text.removeprefix("\n").removesuffix("\n")
-    if declared == "string":
-        return text
-    try:
-        return json.loads(AS_IN_JSON.get(text, text))
-    except (ValueError, RecursionError):
-        return text
+def read_reply(text: str, tools: list[dict]) -> tuple[str, list[dict]]:
+    """Return (the text around the calls, the calls) of a reply."""
+    declared = {f["name"]: f.get("parameters") for f in map(function, tools)}
+    calls, words, at = [], "", 0
+    while begin := CALL.search(text, at):
+        words, at = words + text[at : begin.start()], begin.end()
+        root, arguments = declared.get(begin[1]), {}
+        fields = root.get("properties") if isinstance(root, dict) else None
+        while (part := PART.search(text, at)) and part[1]:
+            written, at = value_text(text, part.end())
+            field = fields.get(part[1]) if isinstance(fields, dict) else None
+            arguments[part[1]] = read_value(written, field, root)
+        at = part.end()
+        calls.append({"name": begin[1], "arguments": arguments})
+    return (words + text[at:]).strip("\n") if calls else text, calls
+
+
+def value_text(text: str, start: int) -> tuple[str, int]:
+    """Return (a value as it is written from `start` on, where the text goes on after it)."""
+    block = text.startswith("\n", start)
+    end = (TAG_LINE if block else INLINE_END).search(text, start + block)
+    if block and not end[1] and "</parameter>" in text[start : end.start()]:  # written as "VALUE</parameter>"
+        end = INLINE_END.search(text, start)
+    value = text[start : end.start()].removeprefix("\n").removesuffix("\n")
+    return value, end.end() if end[1] else end.start()
+
+
+def read_value(text: str, schema, root=None):
+    """Return the value that a text means: null, or the text itself, or what it is as JSON.
+
+    It is the first of the three that the schema accepts; where it accepts none, the first whose type it
+    accepts; else the text. `root` is the schema of all parameters, in which "$ref" is looked up.
+    """
+    readings = [text]
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(AS_IN_JSON.get(text.strip(), text), parse_constant=finite, parse_float=finite)
+        readings.insert(0 if text in ("null", "None") else 1, value)
+    for exact in (True, False):
+        for value in readings:
+            if accepts(schema, value, root, exact):
+                return value
+    return text
 
 
 AS_IN_JSON = {"True": "true", "False": "false", "None": "null"}  # templates write these as Python does
+
+
+def finite(text: str) -> float:
+    """Return a number; ValueError where it is too large for one (JSON has no infinity)."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(text)
+    return value
+
+
+TYPE_OF = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+ALIASES = {
+    "int": "integer",
+    "float": "number",
+    "str": "string",
+    "bool": "boolean",
+    "list": "array",
+    "dict": "object",
+}
+
+
+def accepts(schema, value, root=None, exact: bool = True, seen: tuple = ()) -> bool:
+    """Return whether a JSON schema accepts a value, by its types, enum, const, $ref, anyOf, oneOf and allOf.
+
+    Only the value itself is looked at, not what a list or an object holds. Not `exact`: of enum and const
+    only the types count. A schema that is no object (true, null) accepts everything.
+    """
+    if not isinstance(schema, dict) or len(seen) > 64:
+        return True
+    if schema.get("nullable") is True and value is None:  # as OpenAPI 3.0 writes it
+        return True
+    kind = TYPE_OF.get(type(value), "null")
+    whole = kind == "integer" or (kind == "number" and value.is_integer())  # 5.0 is an integer too
+    kinds = {"integer", "number"} if whole else {kind}
+    types = schema.get("type")
+    types = types if isinstance(types, list) else [types]
+    types = {ALIASES.get(name, name) for name in types if isinstance(name, str)} & {*TYPE_OF.values(), "null"}
+    if not types and not schema.keys() & {"anyOf", "oneOf", "allOf", "$ref", "enum", "const"}:
+        types = {type_ for key, type_ in (("properties", "object"), ("items", "array")) if key in schema}
+    if types and not types & kinds:
+        return False
+    listed = list(schema["enum"]) if isinstance(schema.get("enum"), list) else []
+    listed += [schema["const"]] if "const" in schema else []
+    if listed and not any(same(value, one) if exact else type(value) is type(one) for one in listed):
+        return False
+    here = (*seen, id(schema))
+    if isinstance(path := schema.get("$ref"), str):
+        target = resolve(path, root)
+        if target is not None and (id(target) in here or not accepts(target, value, root, exact, here)):
+            return False  # a schema that refers to itself adds nothing to what it accepts otherwise
+    some = [schema[key] for key in ("anyOf", "oneOf") if isinstance(schema.get(key), list) and schema[key]]
+    parts = schema.get("allOf") if isinstance(schema.get("allOf"), list) else []
+    return all(any(accepts(one, value, root, exact, here) for one in options) for options in some) and all(
+        accepts(one, value, root, exact, here) for one in parts
+    )
+
+
+def same(a, b) -> bool:
+    """Return whether two JSON values are equal; unlike in Python, true is not 1."""
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
+def resolve(path: str, root):
+    """Return the schema that "#/a/b" names within `root`; None (everything) where there is none."""
+    where, names = root, path.removeprefix("#").strip("/")
+    if not path.startswith("#"):
+        return None
+    for name in names.split("/") if names else ():
+        name = name.replace("~1", "/").replace("~0", "~")
+        where = where.get(name) if isinstance(where, dict) else None
+    return where
+
+
+JSON_CALLS = re.compile(r"<TOOLCALL>\s*(?=[\[{])")
+
+
+def read_json_reply(text: str) -> tuple[str, list[dict]]:
+    """Return (the text around the calls, the calls) of a reply as Nemotron Nano v2 writes it.
+
+    Its calls are <TOOLCALL>[{"name": ..., "arguments": {...}}, ...]</TOOLCALL>; a list cut off gives none.
+    """
+    calls, words, at = [], "", 0
+    while begin := JSON_CALLS.search(text, at):
+        words += text[at : begin.start()]
+        try:
+            found, at = json.JSONDecoder().raw_decode(text, begin.end())
+        except (ValueError, RecursionError):
+            found, at = [], len(text)
+        for call in found if isinstance(found, list) else [found]:
+            if isinstance(call, dict) and isinstance(call.get("name"), str):
+                calls.append({"name": call["name"], "arguments": call.get("arguments") or {}})
+        if end := re.compile(r"\s*</TOOLCALL>").match(text, at):
+            at = end.end()
+    return (words + text[at:]).strip("\n") if calls else text, calls
