@@ -78,7 +78,8 @@ def sharded(
     split: the number of rows of the batch that each rank of ep has; None: every rank has all rows.
     """
     ops, (t, _, _), tp = backend.ops, shard.at, shard.layout.tp
-    peers, others, verbs = shard.peers(tp), shard.across, {}
+    peers, others = shard.peers(tp), shard.across
+    verbs: dict[str, Callable] = {}
     if tp > 1:
         mine, vocabulary = span(cfg.vocab_size, tp, t, unit(cfg.vocab_size)), sizes(cfg.vocab_size, tp)
         widths = sizes(cfg.hidden_size, tp)

@@ -55,9 +55,14 @@ class Shard:
 
     def local(self, cfg: Config) -> Config:
         """The configuration that the mixers see: heads and groups of this rank, but all experts."""
-        keys = ("mamba_num_heads", "n_groups", "num_attention_heads", "num_key_value_heads")
         tp, t = self.layout.tp, self.at[0]
-        return replace(cfg, **{key: len(span(getattr(cfg, key), tp, t)) for key in keys})
+        return replace(
+            cfg,
+            mamba_num_heads=len(span(cfg.mamba_num_heads, tp, t)),
+            n_groups=len(span(cfg.n_groups, tp, t)),
+            num_attention_heads=len(span(cfg.num_attention_heads, tp, t)),
+            num_key_value_heads=len(span(cfg.num_key_value_heads, tp, t)),
+        )
 
 
 # CUTS of the tensor table: the axis, and the segments along it, each of which is cut by itself.
@@ -86,7 +91,7 @@ def held(row: Tensor, cfg: Config, shard: Shard) -> tuple[int, list[range]]:
         "kv": (cfg.num_key_value_heads, cfg.head_dim),
     }
     ranges, start = [], 0
-    for heads, width in map(heads_of.get, segments.split()):
+    for heads, width in (heads_of[segment] for segment in segments.split()):
         mine = span(heads, tp, t)
         ranges.append(range(start + mine.start * width, start + mine.stop * width))
         start += heads * width
@@ -104,7 +109,9 @@ def rows(cfg: Config, shard: Shard) -> list[Tensor]:
             return bool(looks_up)
         if row.role == "routed_expert" and int(row.key.split(".")[2]) not in shard.experts(cfg):
             return False
-        return first <= row.layer < last if row.block.startswith("layers.") else ends
+        if row.layer is None or not row.block.startswith("layers."):
+            return ends
+        return first <= row.layer < last
 
     return list(filter(mine, table(cfg)))
 
@@ -118,7 +125,7 @@ def cut(row: Tensor, value: Array, cfg: Config, shard: Shard) -> Array:
 
 def held_bytes(cfg: Config, shard: Shard) -> Counter[str]:
     """How many bytes of the checkpoint this rank holds, by role."""
-    total = Counter()
+    total: Counter[str] = Counter()
     for row in rows(cfg, shard):
         axis, ranges = held(row, cfg, shard)
         share = row.size // row.shape[axis] * sum(map(len, ranges))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from queue import Empty, SimpleQueue
 from threading import Thread
 from time import monotonic
+from typing import Any
 
 import numpy as np
 
@@ -180,7 +181,7 @@ class TorchDistributed(Ranks):
         self._ask(self.store.compare_set, ALARM, "", f"{self.rank} {why}")
         time.sleep(GRACE)  # the other ranks print their reason before torchrun ends them
 
-    def _ask(self, verb, *args):
+    def _ask(self, verb: Callable, *args: Any) -> Any:
         """Return the answer of the store, or None if there is none in time: its host may be lost."""
         answer: list = []
 
