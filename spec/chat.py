@@ -1,4 +1,4 @@
-"""Chapter 19. Chat: a conversation as text, and the text of a reply as a message.
+"""Chapter 19. Chat: write a conversation as text, and read the text of a reply as a message.
 
 A checkpoint brings its own template, and that one is used. What the templates of the family mean is this:
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 from itertools import groupby
 
-from refengine.spec.tools import describe, write_call
+from refengine.spec.tools import BEGINNING, describe, end_of_call, write_call
 
 
 def chat(
@@ -32,7 +32,7 @@ def chat(
     enable_thinking: bool = True,
     truncate_history_thinking: bool = True,
 ) -> str:
-    """The text of messages {"role", "content", and of a reply "reasoning_content", "tool_calls"}."""
+    """Return the prompt of messages {"role", "content", and of a reply "reasoning_content", "tool_calls"}."""
     told = [content(message) for message in messages[:1] if message["role"] == "system"]
     turns = messages[len(told) :]
     system = [*told, describe(tools)] if tools else told
@@ -52,16 +52,18 @@ def chat(
 
 
 def turn(role: str, text: str) -> str:
+    """Return one turn of a conversation as text."""
     return f"<|im_start|>{role}\n{text}<|im_end|>\n"
 
 
 def content(message: dict) -> str:
-    """A text, or a list of parts, of which the texts count."""
+    """Return the text of a message, whose content is a text or a list of parts."""
     parts = message.get("content") or ""
     return "".join(part if isinstance(part, str) else part.get("text", "") for part in parts)
 
 
 def reply(message: dict, forget_thinking: bool) -> str:
+    """Return the text of an assistant's turn: its thinking, unless forgotten, its words and its calls."""
     thinking, text = message.get("reasoning_content") or "", content(message)
     if "</think>" in text:  # as the model wrote it
         thinking = thinking or text.split("</think>")[0].split("<think>")[-1]
@@ -73,9 +75,26 @@ def reply(message: dict, forget_thinking: bool) -> str:
     return "<think>\n" + thinking.strip("\n") + "\n</think>\n" + words
 
 
-def split_reasoning(text: str, enable_thinking: bool = True) -> tuple[str, str]:
-    """(thinking, answer) of what the model wrote; a tool call ends its thinking too."""
-    if not enable_thinking:
-        return "", text
-    end = re.search(r"</think>|(?=<tool_call>)|\Z", text)
-    return text[: end.start()].strip("\n"), text[end.end() :].lstrip("\n")
+MARK = re.compile(rf"<think>|</think>|{BEGINNING.pattern}")
+
+
+def split_reasoning(text: str, inside: bool = True) -> tuple[str, str]:
+    """Return (thinking, answer) of what the model wrote, both without <think> and </think>.
+
+    `inside`: whether the reply begins inside a thought, which the end of the prompt decides. The model may
+    open another thought; </think> ends one, and so does a call where one really begins. What a call holds is
+    not searched for tags.
+    """
+    parts: dict[bool, list[str]] = {True: [], False: []}
+    at = 0
+    while mark := MARK.search(text, at):
+        parts[inside].append(text[at : mark.start()])
+        at, inside = mark.end(), mark[0] == "<think>"
+        if mark[0] not in ("<think>", "</think>"):
+            at, _ = end_of_call(text, mark)
+            parts[False].append(text[mark.start() : at])
+    parts[inside].append(text[at:])
+    thinking, answer = (
+        "\n".join(filter(None, (t.strip("\n") for t in parts[part]))) for part in (True, False)
+    )
+    return thinking, answer

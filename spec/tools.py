@@ -105,26 +105,39 @@ def read_reply(text: str, tools: list[dict]) -> tuple[str, list[dict]]:
     declared = {f["name"]: f.get("parameters") for f in map(function, tools)}
     calls, words, at = [], "", 0
     while begin := CALL.search(text, at):
-        words, at = words + text[at : begin.start()], begin.end()
-        root, arguments = declared.get(begin[1]), {}
+        root = declared.get(begin[1])
         fields = root.get("properties") if isinstance(root, dict) else None
-        while (part := PART.search(text, at)) and part[1]:
-            written, at = value_text(text, part.end())
-            field = fields.get(part[1]) if isinstance(fields, dict) else None
-            arguments[part[1]] = read_value(written, field, root)
-        at = part.end()
+        fields = fields if isinstance(fields, dict) else {}
+        values, end, _ = written_call(text, begin.end())
+        arguments = {key: read_value(value, fields.get(key), root) for key, value in values}
         calls.append({"name": begin[1], "arguments": arguments})
+        words, at = words + text[at : begin.start()], end
     return (words + text[at:]).strip("\n") if calls else text, calls
 
 
-def value_text(text: str, start: int) -> tuple[str, int]:
-    """Return (a value as it is written from `start` on, where the text goes on after it)."""
+def written_call(text: str, at: int) -> tuple[list[tuple[str, str]], int, bool]:
+    """Return (keys and values as written, where the call ends, whether that is certain).
+
+    `at` is behind <function=NAME>. The end is not certain where text that follows could change it.
+    """
+    values, certain = [], True
+    while (part := PART.search(text, at)) and part[1]:
+        value, at, ended = value_text(text, part.end())
+        certain &= ended
+        values.append((part[1], value))
+    certain &= part[0].endswith("</tool_call>") and text.startswith("\n", part.end())
+    return values, part.end(), certain
+
+
+def value_text(text: str, start: int) -> tuple[str, int, bool]:
+    """Return (a value as written from `start` on, where the text goes on after it, whether a tag ends it)."""
     block = text.startswith("\n", start)
     end = (TAG_LINE if block else INLINE_END).search(text, start + block)
+    ended = bool(end[0]) or end.start() < len(text)
     if block and not end[1] and "</parameter>" in text[start : end.start()]:  # written as "VALUE</parameter>"
         end = INLINE_END.search(text, start)
     value = text[start : end.start()].removeprefix("\n").removesuffix("\n")
-    return value, end.end() if end[1] else end.start()
+    return value, end.end() if end[1] else end.start(), ended
 
 
 def read_value(text: str, schema, root=None):
@@ -218,6 +231,7 @@ def resolve(path: str, root):
 
 
 JSON_CALLS = re.compile(r"<TOOLCALL>\s*(?=[\[{])")
+JSON_END = re.compile(r"\s*</TOOLCALL>")
 
 
 def read_json_reply(text: str) -> tuple[str, list[dict]]:
@@ -227,14 +241,29 @@ def read_json_reply(text: str) -> tuple[str, list[dict]]:
     """
     calls, words, at = [], "", 0
     while begin := JSON_CALLS.search(text, at):
-        words += text[at : begin.start()]
-        try:
-            found, at = json.JSONDecoder().raw_decode(text, begin.end())
-        except (ValueError, RecursionError):
-            found, at = [], len(text)
-        for call in found if isinstance(found, list) else [found]:
-            if isinstance(call, dict) and isinstance(call.get("name"), str):
-                calls.append({"name": call["name"], "arguments": call.get("arguments") or {}})
-        if end := re.compile(r"\s*</TOOLCALL>").match(text, at):
-            at = end.end()
+        found, end, _ = written_json(text, begin.end())
+        calls += [{"name": call["name"], "arguments": call.get("arguments") or {}} for call in found]
+        words, at = words + text[at : begin.start()], end
     return (words + text[at:]).strip("\n") if calls else text, calls
+
+
+def written_json(text: str, at: int) -> tuple[list[dict], int, bool]:
+    """Return (calls in JSON, where they end, whether that is certain); `at` is behind <TOOLCALL>."""
+    try:
+        found, at = json.JSONDecoder().raw_decode(text, at)
+    except (ValueError, RecursionError):
+        return [], len(text), False
+    end = JSON_END.match(text, at)
+    found = found if isinstance(found, list) else [found]
+    found = [call for call in found if isinstance(call, dict) and isinstance(call.get("name"), str)]
+    return found, end.end() if end else at, bool(end)
+
+
+# A call of either form; a mention of <tool_call> is none.
+BEGINNING = re.compile(r"<tool_call>\s*<function=[^>\n]+>|<TOOLCALL>\s*(?=[\[{])")
+
+
+def end_of_call(text: str, begin: re.Match) -> tuple[int, bool]:
+    """Return (where the call that BEGINNING has found ends, whether that is certain)."""
+    read = written_json if begin[0].startswith("<TOOLCALL>") else written_call
+    return read(text, begin.end())[1:]

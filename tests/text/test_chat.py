@@ -98,18 +98,18 @@ def test_tools_are_described_after_the_system_text():
 
 
 @pytest.mark.parametrize(
-    "text, thinking, parts",
+    "text, inside, parts",
     [
         ("\nSo.\n</think>\n\nYes.", True, ("So.", "Yes.")),
         ("Yes.", False, ("", "Yes.")),
         ("So", True, ("So", "")),
         ("Hm\n<tool_call>\n<function=f>", True, ("Hm", "<tool_call>\n<function=f>")),
-        ("a</think>b</think>c", True, ("a", "b</think>c")),
+        ("a</think>b</think>c", True, ("a", "b\nc")),
         ("", True, ("", "")),
     ],
 )
-def test_a_reply_is_thinking_up_to_where_it_is_closed(text, thinking, parts):
-    assert split_reasoning(text, thinking) == parts
+def test_a_reply_is_thinking_up_to_where_it_is_closed(text, inside, parts):
+    assert split_reasoning(text, inside) == parts
 
 
 @given(
