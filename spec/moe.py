@@ -77,7 +77,7 @@ def experts(
     """
     y = np.zeros_like(u)
     for at in np.ndindex(routing.expert.shape):
-        i = routing.expert[at] - first
+        i = int(routing.expert[at]) - first
         if 0 <= i < len(matrices):
             y[at[:-1]] += (routing.weight[at] * mlp(u[at[:-1]], *matrices[i])).astype(u.dtype)
     return y
@@ -94,5 +94,5 @@ def experts_grouped(
     y = np.zeros_like(tokens)
     for rows in np.split(order, np.flatnonzero(np.diff(chosen[order])) + 1):
         if len(rows) and 0 <= (i := chosen[rows[0]]) < len(matrices):
-            y[rows // k] += weight[rows] * mlp(tokens[rows // k], *matrices[i])  # no token twice
+            y[rows // k] += weight[rows] * mlp(tokens[rows // k], *matrices[int(i)])  # no token twice
     return y.reshape(u.shape)

@@ -96,8 +96,8 @@ def checked(logits):
 def penalised(logits, penalty: float, seen: Sequence[int]):
     logits = checked(logits).astype(np.float64)
     if penalty != 1:
-        seen = np.unique(np.asarray(seen, np.int64))  # however often it was seen, a token is penalised once
-        logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+        once = np.unique(np.asarray(seen, np.int64))  # however often it was seen, a token is penalised once
+        logits[once] = np.where(logits[once] > 0, logits[once] / penalty, logits[once] * penalty)
     return logits
 
 

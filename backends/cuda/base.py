@@ -140,7 +140,7 @@ class Device:
 
     def row_starts(self, x: DeviceArray, rows: list[np.ndarray]):
         """x with its rows packed, where each of these rows begins (in elements), and the shape of one."""
-        x, rest, starts = x.packed(), x.shape[len(rows) :], 0
+        x, rest, starts = x.packed(), x.shape[len(rows) :], np.zeros(1, np.int64)
         for row, length, stride in zip(np.broadcast_arrays(*rows), x.shape, x.strides, strict=False):
             if row.ndim != 1 or (row.size and not -length <= row.min() <= row.max() < length):
                 raise IndexError(f"rows {row.tolist()} of an axis of {length}")

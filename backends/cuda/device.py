@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +54,9 @@ class CupyDevice(Device):
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self.pool = cupy.cuda.MemoryPool() if pooled else Unpooled(cupy)
         self.stage = Stage(cupy, self.stream)
-        self.modules, self.functions, self.declared = {}, {}, {}
+        self.modules: dict[tuple, Any] = {}  # by file and defines
+        self.functions: dict[tuple, Any] = {}  # by file, kernel and defines
+        self.declared: dict[tuple, int] = {}  # dynamic shared memory of each function, in bytes
         self.blas = self.handle.cublas_handle  # made now: it cannot be while a graph is captured
         self.one, self.zero = np.ones((), np.float32), np.zeros((), np.float32)
 
@@ -262,7 +265,9 @@ def plain(argument):
 
 
 def three(sizes) -> tuple[int, int, int]:
-    return (*(int(size) for size in sizes), *(1,) * (3 - len(sizes)))
+    """Return the sizes (one, two or three) as three, filled up with 1."""
+    x, y, z = [*map(int, sizes), 1, 1][:3]
+    return x, y, z
 
 
 def leading(x: DeviceArray) -> int:

@@ -58,7 +58,7 @@ class Experts(Verbs):
         (tokens, k), (count, i, x) = expert.shape, experts.up.shape
         middle = self.device.empty((tokens * k, i), self.dtype)
         held = np.int32(k), np.int32(first), np.int32(count)
-        args = u, np.int64(u.strides[0]), experts.up, expert, middle, *held, np.int32(i), np.int32(x)
+        args: tuple = u, np.int64(u.strides[0]), experts.up, expert, middle, *held, np.int32(i), np.int32(x)
         grid = tiles(i, ROWS * WARPS), tokens * k
         self.launch("experts_decode", "experts_up_few", grid, 32 * WARPS, *args)
         args = middle, experts.down, expert, weight, y, *held, np.int32(x), np.int32(i)
@@ -75,7 +75,7 @@ class Experts(Verbs):
         shared = STAGES[self.size] * (rows + columns) * STAGE_BYTES[self.size]
         middle, out = (self.device.empty((choices, width), self.dtype) for width in (i, x))
         grid = tiles(i, columns), len(pieces)
-        args = u, np.int64(u.strides[0]), experts.up, order, pieces, middle, *map(np.int32, (k, x, i))
+        args: tuple = u, np.int64(u.strides[0]), experts.up, order, pieces, middle, *map(np.int32, (k, x, i))
         self.launch("experts_grouped", f"experts_up_{rows}", grid, 128, *args, shared_bytes=shared)
         grid = tiles(x, columns), len(pieces)
         args = middle, experts.down, pieces, out, np.int32(i), np.int32(x)
@@ -91,8 +91,8 @@ class Experts(Verbs):
         order, place = (device.empty((choices,), "int32") for _ in "op")
         pieces = device.empty((room, 3), "int32")
         which = np.int32(choices), np.int32(first), np.int32(count)
-        args, shared = (expert, counts, *which), 4 * count
-        self.launch("experts_sort", "experts_count", (warps,), 32, *args, shared_bytes=shared)
+        begin, shared = (expert, counts, *which), 4 * count
+        self.launch("experts_sort", "experts_count", (warps,), 32, *begin, shared_bytes=shared)
         sizes = map(np.int32, (warps, count, rows, room))
         self.launch("experts_sort", "experts_offsets", (1,), 32 * tiles(count, 32), counts, pieces, *sizes)
         args = expert, counts, order, place, *which

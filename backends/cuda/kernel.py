@@ -58,7 +58,7 @@ def entries(path: Path):
         if rest.startswith("__launch_bounds__"):
             bounds, rest = parenthesis(rest)
         inside, _ = parenthesis(rest)
-        yield re.match(r"\w+", rest.lstrip()).group(), bounds, inside
+        yield rest.split("(")[0].strip(), bounds, inside
 
 
 def parenthesis(text: str) -> tuple[str, str]:

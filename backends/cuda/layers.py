@@ -44,14 +44,14 @@ class Layers(Verbs):
         out = self.device.empty(shape, y.dtype)
         (y, y_stride), (z, z_stride) = rows(y), rows(z)
         grid, block = (y.shape[0] * groups,), self.threads(width)
-        sizes, eps = (np.int32(groups), np.int32(width), y_stride, z_stride), np.float32(eps)
+        sizes, small = (np.int32(groups), np.int32(width), y_stride, z_stride), np.float32(eps)
         if mean is None:
-            self.launch("gated_rms_norm", "gated_rms_norm", grid, block, y, z, weight, out, *sizes, eps)
+            self.launch("gated_rms_norm", "gated_rms_norm", grid, block, y, z, weight, out, *sizes, small)
             return out
         squares = self.device.empty((*shape[:-1], groups, 1), "float32")
         self.launch("gated_rms_norm", "gated_squares", grid, block, y, z, squares, *sizes)
         squares = mean(squares)
-        self.launch("gated_rms_norm", "gated_scale", grid, block, y, z, squares, weight, out, *sizes, eps)
+        self.launch("gated_rms_norm", "gated_scale", grid, block, y, z, squares, weight, out, *sizes, small)
         return out
 
     def causal_conv(self, x, weight, bias, tail, n=None):

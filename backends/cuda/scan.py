@@ -12,6 +12,7 @@ import math
 
 import numpy as np
 
+from refengine.backends.cuda.array import DeviceArray
 from refengine.backends.cuda.verbs import Verbs, rows, tiles
 
 CHUNK, TILE, THREADS, PAIRS = 128, 64, 128, 3  # of ssd.cuh
@@ -26,7 +27,9 @@ class Scan(Verbs):
     def __init__(self, device, defines: tuple[str, ...] = ()):
         super().__init__(device, defines)
         self.activations = tuple(name for name in defines if name == "REAL_BF16")
-        self.counts = {}  # how often each block of a grid was called, by the size of the grid
+        self.counts: dict[
+            int, DeviceArray
+        ] = {}  # how often each block of a grid was called, by the size of the grid
 
     def calls(self, grid):
         """The counters of random rounding, where there is any. They stay: captured graphs point to them."""

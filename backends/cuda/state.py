@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from refengine.backends.cuda.array import DeviceArray
 from refengine.backends.cuda.attention import Cache
-from refengine.spec import state
 
 
 @dataclass(frozen=True)
-class Recurrent(state.Recurrent):
-    """tail b k-1 c in the dtype of the activations; S b h p n in float32 or, if so chosen, in float16."""
+class Recurrent:
+    """What a Mamba layer remembers: tail b k-1 c in the activations' dtype; S b h p n, float32 or float16."""
+
+    tail: DeviceArray
+    S: DeviceArray
 
     @classmethod
     def empty(cls, cfg, batch: int, dtype: str, wide: str, device) -> Recurrent:

@@ -28,17 +28,16 @@ FLAGS = (  # as fast as the order of sums is free, but with infinities and exact
 
 @lru_cache(maxsize=1)
 def load() -> ctypes.CDLL | None:
-    """The compiled loops, or None."""
+    """Return the compiled loops, or None; InputError if they do not fit interface.py."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     try:
-        built = compiler and library(compiler)
-        return built and declared(ctypes.CDLL(str(built)))
+        return declared(ctypes.CDLL(str(library(compiler)))) if compiler else None
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def library(compiler: str) -> Path:
-    """The shared object for these sources, compiler and processor; compiled if it is not there yet."""
+    """Return the shared object for these sources, compiler and processor, compiled if it is not there yet."""
     texts = SOURCES + sorted(KERNELS.glob("*.h"))
     digest = hashlib.sha256(b"".join(text.read_bytes() for text in texts))
     for part in (compiler, *FLAGS, processor()):
@@ -48,25 +47,21 @@ def library(compiler: str) -> Path:
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            parts, whole = (
-                [Path(scratch) / f"{source.stem}.o" for source in SOURCES],
-                Path(scratch) / "decode.so",
-            )
-            for source, part in zip(SOURCES, parts, strict=True):
-                run(compiler, *FLAGS, "-c", str(source), "-o", str(part))
-            run(
-                compiler, "-shared", *map(str, parts), "-o", str(whole)
-            )  # OpenMP is the one PyTorch has loaded
+            objects, whole = [f"{scratch}/{source.stem}.o" for source in SOURCES], Path(scratch) / "decode.so"
+            for source, compiled in zip(SOURCES, objects, strict=True):
+                run(compiler, *FLAGS, "-c", str(source), "-o", compiled)
+            run(compiler, "-shared", *objects, "-o", str(whole))  # OpenMP is the one PyTorch has loaded
             whole.replace(path)
     return path
 
 
 def run(*command: str) -> None:
+    """Run a compiler; SubprocessError where it fails or takes two minutes."""
     subprocess.run(command, check=True, capture_output=True, timeout=120)
 
 
 def processor() -> str:
-    """What -march=native depends on."""
+    """Return what -march=native depends on: the processor's features."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))

@@ -103,7 +103,8 @@ class Products:
 
     def buffer(self, like, row: int):
         """Room for a piece, each thread's own, kept between calls: fresh pages cost more than the product."""
-        kept, key, size = self.scratch.__dict__, (like.device, like.dtype), max(PIECE, row)
+        kept: dict[tuple, torch.Tensor] = vars(self.scratch).setdefault("kept", {})
+        key, size = (like.device, like.dtype), max(PIECE, row)
         if key not in kept or kept[key].numel() < size:
             kept[key] = like.new_empty(size)
         return kept[key]

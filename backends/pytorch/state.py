@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from refengine.spec import state
-
 
 def index(rows, device):
     """Row numbers (a list, an array, a tensor) as a tensor."""
@@ -20,12 +18,14 @@ def with_rows(a, rows, values):
 
 
 @dataclass(frozen=True)
-class Recurrent(state.Recurrent):
-    """tail b t c in the dtype of the activations, S b h p n in float32.
+class Recurrent:
+    """What a Mamba layer remembers: tail b t c in the dtype of the activations, S b h p n in float32.
 
-    `forked` is shared with every fork: once it holds anything, whoever would write in place copies first.
+    `forked` is shared with every fork: once it holds anything, a write in place copies first.
     """
 
+    tail: torch.Tensor
+    S: torch.Tensor
     forked: list = field(default_factory=list)
 
     @classmethod
