@@ -85,9 +85,12 @@ class Config:
         return self.moe_latent_size or self.hidden_size
 
     @classmethod
-    def from_hf(cls, hf: dict) -> Config:
-        """Return the Config of a parsed `config.json`; InputError names the key that is missing or wrong."""
-        values = read(hf)
+    def from_hf(cls, hf: dict, notes: list[str] | None = None) -> Config:
+        """Return the Config of a parsed `config.json`; InputError names the key that is missing or wrong.
+
+        `notes`, if given, gets a sentence on each thing that a user should know and that is no error.
+        """
+        values = read(hf, [] if notes is None else notes)
         _check(SimpleNamespace(**{f.name: f.default for f in fields(cls)} | values))
         return cls(**values | {key: float(values[key]) for key in REAL if key in values})
 

@@ -113,8 +113,11 @@ SYNONYMS = {
 }  # fmt: skip
 
 
-def read(hf: dict) -> dict[str, Any]:
-    """Return the fields of a Config from a parsed `config.json`; InputError names the key that is wrong."""
+def read(hf: dict, notes: list[str]) -> dict[str, Any]:
+    """Return the fields of a Config from a parsed `config.json`; InputError names the key that is wrong.
+
+    `notes` gets a sentence on each thing that a user should know and that is no error.
+    """
     if not isinstance(hf, dict):
         raise InputError("config.json does not hold a JSON object")
     model_type = hf.get("model_type")
@@ -129,8 +132,10 @@ def read(hf: dict) -> dict[str, Any]:
     if not layers:
         raise InputError("config.json has neither layers_block_type nor hybrid_override_pattern")
     heads = hf.get("num_nextn_predict_layers", 0)
-    if heads not in (0, 1):
-        raise InputError(f"num_nextn_predict_layers = {shown(heads)} is not supported: 0 and 1 are")
+    if type(heads) is not int or not 0 <= heads < 2**31:
+        raise InputError(f"num_nextn_predict_layers = {shown(heads)} is not a number of prediction heads")
+    if heads > 1:  # exporters count steps of one head that is applied repeatedly (Megatron trains it so)
+        notes.append(f"num_nextn_predict_layers = {heads}: only the first prediction head is used")
     mtp = (_letters(hf, ("mtp_layers_block_type",), "mtp_hybrid_override_pattern") or "*E") if heads else ""
     if "*" in layers + mtp and "head_dim" not in hf:
         hf["head_dim"] = _head_dim(hf)

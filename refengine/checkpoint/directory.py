@@ -12,19 +12,22 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from refengine.checkpoint.locate import locate
-from refengine.checkpoint.match import by_name, match, quantized, without_lost_head
+from refengine.checkpoint.match import by_name, match, needed, refuse_packed, settled
 from refengine.checkpoint.safetensors_file import SafetensorsFile, Stored
 from refengine.spec.config import Config, InputError
+from refengine.spec.keys import SYNONYMS
 from refengine.spec.tensors import Tensor
 from refengine.untrusted import read_json, shown
 
 INDEX = "model.safetensors.index.json"
+HEAD_DIM = ("head_dim", *(other for other, key in SYNONYMS.items() if key == "head_dim"))
 EDGE = 64 * 2**10  # bytes at either end of a file's data that the fingerprint covers
 
 
@@ -42,12 +45,16 @@ class Checkpoint:
     def open(cls, model: str | Path) -> Checkpoint:
         """Open a model by its directory or its embedded name; InputError says what is wrong with it."""
         directory = locate(model)
-        cfg = _config(directory)
-        files, unread = _files(directory)
-        found = by_name(files)
-        cfg, head = without_lost_head(cfg, found)
-        stored, ignored = match(cfg, found, directory, sum(file.size for file in files))
-        return cls(directory, cfg, files, stored, (*unread, *head, *ignored))
+        notes: list[str] = []
+        hf = _json(directory)
+        cfg = _config(directory, hf, notes)
+        files, index = _files(directory, notes)
+        found = by_name(files, index, notes)
+        refuse_packed(found, directory)
+        notes += _quantization(directory, hf)
+        cfg = settled(cfg, found, any(hf.get(key) is not None for key in HEAD_DIM), notes)
+        stored = match(cfg, found, directory, sum(file.size for file in files), notes)
+        return cls(directory, cfg, files, stored, tuple(notes))
 
     def read(self, name: str) -> np.ndarray:
         """A tensor by its name in the table, in the file's dtype: a read-only view, nothing is copied."""
@@ -89,36 +96,70 @@ class Checkpoint:
         self.close()
 
 
-def _config(directory: Path) -> Config:
+def _json(directory: Path) -> dict:
+    """Return the object in config.json."""
     hf = read_json(directory / "config.json")
     if not isinstance(hf, dict):
         raise InputError(f"{directory / 'config.json'} is not a JSON object")
-    if hf.get("quantization_config") or "hf_quant_config.json" in os.listdir(directory):
-        raise quantized(directory)
+    return hf
+
+
+def _config(directory: Path, hf: dict, notes: list[str]) -> Config:
+    """Return the configuration; an error names the directory."""
     try:
-        return Config.from_hf(hf)
+        return Config.from_hf(hf, notes)
     except InputError as error:
         raise InputError(f"{directory}: {error}") from None
 
 
-def _files(directory: Path) -> tuple[tuple[SafetensorsFile, ...], list[str]]:
-    """The files with weights: those of the index, else model.safetensors, else all there are; and notes."""
+def _quantization(directory: Path, hf: dict) -> list[str]:
+    """Return a note if metadata says that a model is quantized; that its weights are not is known by now."""
+    said = {key: hf[key] for key in ("quantization_config", "compression_config") if hf.get(key)}
+    if (directory / "hf_quant_config.json").exists():
+        with suppress(InputError):  # it is not needed: what it says is decided by the tensors
+            said["hf_quant_config.json"] = read_json(directory / "hf_quant_config.json")
+    if not said:
+        return []
+    where = " and ".join(said)
+    settings = [value.get("quantization", value) for value in said.values() if isinstance(value, dict)]
+    keys = {key for value in settings if isinstance(value, dict) for key in value if value[key]}
+    if keys & {"kv_cache_quant_algo", "kv_cache_scheme"} and not keys & {"quant_algo", "config_groups"}:
+        return [f"{where} would quantize only the cache of keys and values, which is not done here"]
+    return [f"{where} speaks of quantized weights, but no tensor is packed: read as they are"]
+
+
+def _files(directory: Path, notes: list[str]) -> tuple[tuple[SafetensorsFile, ...], dict[str, str]]:
+    """Return the files with weights, and the index of their tensors without those that are absent.
+
+    The files are those of the index, else model.safetensors, else all there are.
+    """
     names = sorted(os.listdir(directory))
     here = [name for name in names if name.endswith(".safetensors")]
-    index = _index(directory, here) if INDEX in names else {}
+    listed = _index(directory, here) if INDEX in names else {}
+    index = {tensor: name for tensor, name in listed.items() if name in here}
     chosen = sorted(set(index.values())) or [name for name in here if name == "model.safetensors"] or here
     unread = [name for name in here if name not in chosen]
     if "model.safetensors" in unread:
         raise InputError(f"{directory} has a model.safetensors and an index without it: remove the stale one")
     files = {name: SafetensorsFile(directory / name) for name in chosen}
-    for tensor, name in index.items():
+    for tensor, name in list(index.items()):
         if tensor not in files[name].tensors:
-            raise InputError(f"{directory / INDEX} places {shown(tensor)} in {name}, which does not hold it")
-    return tuple(files.values()), [f"{name} is not part of the model: not read" for name in unread]
+            if needed(tensor):
+                what = f"{directory / INDEX} places {shown(tensor)} in {name}"
+                raise InputError(f"{what}, which does not hold it")
+            del index[tensor]
+    if absent := [tensor for tensor in listed if tensor not in index]:
+        what = f"{shown(absent[0])} and {len(absent) - 1} more" if len(absent) > 1 else shown(absent[0])
+        notes.append(f"{INDEX} lists {what}, which no file holds: left out")
+    notes += [f"{name} is not part of the model: not read" for name in unread]
+    return tuple(files.values()), index
 
 
 def _index(directory: Path, here: list[str]) -> dict[str, str]:
-    """Tensor name -> file name. A file is one of the directory's own: no path leads out of it."""
+    """Return {tensor name: file name}. A file is one of the directory's own: no path leads out of it.
+
+    A file that is not there is an error, unless it holds nothing that a model needs.
+    """
     index = read_json(directory / INDEX)
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
@@ -126,5 +167,7 @@ def _index(directory: Path, here: list[str]) -> dict[str, str]:
     for name in sorted(set(files.values()) - set(here)):
         if "/" in name or "\\" in name:
             raise InputError(f"{directory / INDEX} names {shown(name)}, a path where only a file name may be")
+        if not any(needed(tensor) for tensor, file in files.items() if file == name):
+            continue
         raise InputError(f"{directory / INDEX} names {shown(name)}, which is not there: download it too")
     return files

@@ -23,48 +23,142 @@ from refengine.untrusted import shown
 
 # Frequencies of a rotary embedding, which the family does not use (trap 3), and scales of an 8-bit cache of
 # keys and values, which a cache in floating point does not need.
-HARMLESS = re.compile(r"\.(rotary_emb\.inv_freq|k_proj\.k_scale|v_proj\.v_scale)$")
+HARMLESS = re.compile(r"\.(rotary_emb\.inv_freq|k_proj\.k_scale|v_proj\.v_scale|[kv]_proj\.output_scale)$")
+HEAD_BEGINS = re.compile(r"mtp\.layers\.(\d{1,4})\.eh_proj\.weight")
+MTP_LAYER = re.compile(r"mtp\.layers\.(\d{1,4})\.")
 LAYER = re.compile(r"(.*?)layers\.\d+\.(?:norm|mixer)\.")
-PACKED = re.compile(r"\.(weight_scale|weight_scale_2|weight_scale_inv|input_scale|pre_quant_scale)$")
-PACKED_DTYPES = {"U8", "I8", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0"}
+# Packed weights have a dtype of at most a byte (modelopt, FP8, bitsandbytes), or are words of 32 bits under
+# names of their own (GPTQ, AWQ, compressed-tensors) or under the usual one (mlx).
+PACKED_DTYPES = {"U8", "I8", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
+PACKED_WORDS = {"I32", "U32"}
+PACKED_NAMES = re.compile(r"\.(weight|qweight|qzeros|weight_packed)$")
+SCALES = (".weight_scale", ".weight_scale_2", ".weight_scale_inv", ".input_scale", ".pre_quant_scale")
 
 
-def by_name(files: Iterable[SafetensorsFile]) -> dict[str, Stored]:
-    """Return all tensors of the files, under the names of the table; others under their own names."""
+def needed(name: str) -> bool:
+    """Return whether a model cannot do without the tensor that an index calls `name`; its head can go."""
+    ours = canonical(name)
+    return ours is None or not (ours.startswith("mtp.") or HARMLESS.search(ours))
+
+
+def by_name(files: Iterable[SafetensorsFile], index: dict[str, str], notes: list[str]) -> dict[str, Stored]:
+    """Return all tensors of the files, under the names of the table; others under their own names.
+
+    Where two files hold the same tensor, the one that the index names counts.
+    """
     found: dict[str, Stored] = {}
+    stale: list[Stored] = []
     for file in files:
         for at in file.tensors.values():
             name = canonical(at.name) or at.name
-            if name in found:
-                raise _twice(found[name], at)
-            found[name] = at
+            other = found.setdefault(name, at)
+            if other is at:
+                continue
+            named = [each for each in (other, at) if index.get(each.name) == each.file.path.name]
+            if len(named) != 1:
+                raise _twice(other, at)
+            found[name] = named[0]
+            stale.append(at if named[0] is other else other)
+    if stale:
+        what = f"{stale[0].file.path.name} holds another {shown(stale[0].name)}{_and_more(stale)}"
+        notes.append(f"{what} than the file that the index names: not read")
     return found
 
 
-def without_lost_head(cfg: Config, found: dict[str, Stored]) -> tuple[Config, list[str]]:
-    """Return the configuration without a prediction head whose tensors are absent, and notes."""
+def refuse_packed(found: dict[str, Stored], directory: Path) -> None:
+    """Refuse packed weights, by what the files hold: metadata may be left over, or concern the cache only."""
+    suspects = [(name, at) for name, at in found.items() if at.dtype not in DTYPES]
+    if any(_is_packed(name, at) for name, at in suspects):
+        what = "is quantized (NVFP4, FP8 or another packed format)"
+        raise InputError(f"{directory} {what}: not supported yet")
+    for name, at in found.items():
+        if name.endswith(SCALES):
+            what = f"{at.file.path} holds {shown(at.name)}, a scale for packed weights"
+            raise InputError(f"{what}, but no weight is packed: it cannot be told what to multiply")
+
+
+def _is_packed(name: str, at: Stored) -> bool:
+    """Return whether a tensor holds packed weights: by its dtype, for words of 32 bits by its name too."""
+    if at.dtype in PACKED_DTYPES:
+        return canonical(name) is not None
+    return at.dtype in PACKED_WORDS and bool(PACKED_NAMES.search(name))
+
+
+def settled(cfg: Config, found: dict[str, Stored], head_dim_given: bool, notes: list[str]) -> Config:
+    """Return the configuration with what the tensors in the files say better than config.json, with notes.
+
+    Only what is unambiguous: prediction heads that are there or not, the rows of the embedding and lm_head
+    where both agree, the size of attention heads that config.json does not give, and key/value heads.
+    """
+    cfg = _settled_head(cfg, found, notes)
+    cfg = _settled_vocabulary(cfg, found, notes)
+    return _settled_attention(cfg, found, head_dim_given, notes)
+
+
+def _settled_head(cfg: Config, found: dict[str, Stored], notes: list[str]) -> Config:
+    """Return the configuration with the prediction head that is there; tensors of others leave `found`."""
     head = [name for name in found if name.startswith("mtp.")]
     if cfg.mtp_layers and not head:
-        note = "config.json declares a prediction head, but the files hold no mtp tensors: not loaded"
-        return replace(cfg, mtp_layers=""), [note]
+        notes.append("config.json declares a prediction head, but the files hold no mtp tensors: not loaded")
+        return replace(cfg, mtp_layers="")
     if head and not cfg.mtp_layers:
         for name in head:
             del found[name]
-        note = f"{len(head)} mtp tensors, of a prediction head that config.json does not declare: not read"
-        return cfg, [note]
-    return cfg, []
+        what = "of a prediction head that config.json does not declare"
+        notes.append(f"{len(head)} mtp tensors, {what}: not read")
+        return cfg
+    begins = sorted(int(at[1]) for name in head if (at := HEAD_BEGINS.fullmatch(name)))
+    if len(begins) < 2 or begins[0] != 0 or begins[1] > len(cfg.mtp_layers):
+        return cfg
+    further = [name for name in head if int((MTP_LAYER.match(name) or "00")[1]) >= begins[1]]
+    for name in further:
+        del found[name]
+    notes.append(f"{len(further)} mtp tensors, of prediction heads after the first: not read")
+    return replace(cfg, mtp_layers=cfg.mtp_layers[: begins[1]])
+
+
+def _settled_vocabulary(cfg: Config, found: dict[str, Stored], notes: list[str]) -> Config:
+    """Return the configuration with as many tokens as the embedding and lm_head have rows, if both agree."""
+    names = ["backbone.embeddings.weight"] + ["lm_head.weight"] * (not cfg.tie_word_embeddings)
+    shapes = {found[name].shape for name in names if name in found}
+    rows, width = next(iter(shapes)) if len(shapes) == 1 and len(next(iter(shapes))) == 2 else (0, 0)
+    if not all(name in found for name in names) or width != cfg.hidden_size or rows in (0, cfg.vocab_size):
+        return cfg
+    notes.append(f"config.json has vocab_size = {cfg.vocab_size}, the embedding {rows} rows: {rows} counts")
+    return replace(cfg, vocab_size=rows)
+
+
+def _settled_attention(cfg: Config, found: dict[str, Stored], given: bool, notes: list[str]) -> Config:
+    """Return the configuration with the size and number of heads that q_proj and k_proj have rows for."""
+    first = f"backbone.layers.{cfg.layers.find('*')}.mixer."
+    q, k = (found.get(f"{first}{each}_proj.weight") for each in "qk")
+    if q is None or k is None or len(q.shape) != 2 or len(k.shape) != 2:
+        return cfg
+    heads, size, kv = cfg.num_attention_heads, cfg.head_dim, cfg.num_key_value_heads
+    if not given and q.shape[0] % heads == 0:
+        size = q.shape[0] // heads
+    if size and q.shape[0] == heads * size and k.shape[0] and k.shape[0] % size == 0:
+        kv = k.shape[0] // size
+    if kv == 0 or heads % kv or (size, kv) == (cfg.head_dim, cfg.num_key_value_heads):
+        return cfg
+    if size != cfg.head_dim:
+        notes.append(f"config.json lacks head_dim, and q_proj has {q.shape[0]} rows: head_dim = {size}")
+    if kv != cfg.num_key_value_heads:
+        what = f"config.json has num_key_value_heads = {cfg.num_key_value_heads}"
+        notes.append(f"{what}, and k_proj {k.shape[0]} rows: {kv} counts")
+    return replace(cfg, head_dim=size, num_key_value_heads=kv)
 
 
 def match(
-    cfg: Config, found: dict[str, Stored], directory: Path, size: int
-) -> tuple[dict[str, Stored], list[str]]:
-    """Return where each tensor of the table lies, and notes on what was ignored; `size`: of all files."""
+    cfg: Config, found: dict[str, Stored], directory: Path, size: int, notes: list[str]
+) -> dict[str, Stored]:
+    """Return where each tensor of the table lies; `size` is that of all files in bytes."""
     if _expert_bytes(cfg) > size:  # before the table, which a false config.json can make enormous
         what = f"config.json calls for more experts than the {size} bytes of its files can hold"
         raise InputError(f"{directory}: {what}; is the download complete?")
-    if any(at.dtype in PACKED_DTYPES or PACKED.search(name) for name, at in found.items()):
-        raise quantized(directory)
-    stored, missing, used = {}, [], set()
+    stored: dict[str, Stored] = {}
+    missing: list[str] = []
+    used: set[str] = set()
     for row in table(cfg):
         name, at = _place(row, found, cfg)
         if at is None:
@@ -75,7 +169,8 @@ def match(
     if missing:
         raise _missing(directory, missing, found)
     left = {name: at for name, at in found.items() if name not in used}
-    return stored, _ignored(cfg, left, stored)
+    notes += _ignored(cfg, left, stored)
+    return stored
 
 
 def _missing(directory: Path, missing: list[str], found: dict[str, Stored]) -> InputError:
@@ -87,11 +182,6 @@ def _missing(directory: Path, missing: list[str], found: dict[str, Stored]) -> I
     (prefix, count), *_ = prefixes.most_common(1)
     known = ", ".join(f"{each}." for each in PREFIXES)
     return InputError(f"{what}; {count} tensors have the prefix {shown(prefix)}, which is none of {known}")
-
-
-def quantized(directory: Path) -> InputError:
-    """Return the error for a model with packed weights."""
-    return InputError(f"{directory} is quantized (NVFP4, FP8 or another packed format): not supported yet")
 
 
 def _place(row: Tensor, found: dict[str, Stored], cfg: Config) -> tuple[str, Stored | None]:

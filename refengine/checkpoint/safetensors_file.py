@@ -185,15 +185,17 @@ def _tensor(file: SafetensorsFile, name: str, entry) -> Stored:
 
 
 def _is_text(value) -> bool:
-    """A string of whole characters; JSON can spell halves of them."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+    """Return whether a value is a string of whole characters; JSON can spell halves of them."""
+    return isinstance(value, str) and (value.isascii() or not re.search("[\ud800-\udfff]", value))
 
 
 def _sizes(value) -> bool:
-    """A short list of sizes that an array could have."""
+    """Return whether a value is a short list of sizes that an array could have."""
     if not isinstance(value, list) or len(value) > MAX_AXES:
         return False
-    return all(type(size) is int and 0 <= size < 2**63 for size in value)
+    if not set(map(type, value)) <= {int}:
+        return False
+    return not value or (min(value) >= 0 and max(value) < 2**63)
 
 
 def _truncated(path: Path, promised: int, size: int) -> InputError:

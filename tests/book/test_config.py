@@ -73,6 +73,13 @@ def test_the_layers_of_the_head_may_be_a_list_in_either_naming(names):
     assert nano(num_nextn_predict_layers=0, mtp_hybrid_override_pattern="*E").mtp_layers == ""
 
 
+def test_a_head_that_is_applied_repeatedly_is_one_head():
+    """Megatron trains Super and Ultra with two steps of one head; exporters may write the number of steps."""
+    notes: list[str] = []
+    assert Config.from_hf(NANO | {"num_nextn_predict_layers": 2}, notes) == nano(num_nextn_predict_layers=1)
+    assert notes == ["num_nextn_predict_layers = 2: only the first prediction head is used"]
+
+
 def test_the_list_wins_over_the_pattern():
     assert nano(layers_block_type=["mamba", "moe", "attention"]).layers == "ME*"
 

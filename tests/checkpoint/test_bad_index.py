@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refengine.checkpoint import INDEX
+from refengine.checkpoint import INDEX, Checkpoint
 from tests.support.checkpoints import CONFIGS, add, random_checkpoint, refusal
 
 EMBEDDING, NORM = "backbone.embeddings.weight", "backbone.norm_f.weight"
@@ -70,10 +70,31 @@ def test_a_missing_file_of_several_is_named(sharded):
     assert "is the download complete?" in refusal(sharded)
 
 
-def test_the_same_tensor_in_two_files_is_refused(sharded):
+@pytest.mark.parametrize("name", [EMBEDDING, "model.embedding.weight"])
+def test_of_two_tensors_of_one_name_the_one_that_the_index_names_counts(name, sharded):
+    last = sharded / "model-00003-of-00003.safetensors"
+    add(last, name, np.ones((61, 26), np.float32), "F32")
+    checkpoint = Checkpoint.open(sharded)
+    (note,) = checkpoint.notes
+    assert note.startswith(f"{last.name} holds another {name!r}")
+    assert checkpoint.stored[EMBEDDING].file.path.name == "model-00001-of-00003.safetensors"
+    if name == EMBEDDING:
+        reindex(sharded, **{EMBEDDING: last.name})
+        assert (Checkpoint.open(sharded).read(EMBEDDING) == 1).all()
+
+
+def test_the_same_tensor_in_two_files_without_an_index_is_refused(sharded):
     add(sharded / "model-00003-of-00003.safetensors", EMBEDDING, np.ones((61, 26), np.float32), "F32")
+    (sharded / INDEX).unlink()
     said = refusal(sharded)
     assert "model-00001-of-00003.safetensors and" in said and "are the same tensor" in said
+
+
+def test_two_tensors_that_the_index_both_names_are_refused(sharded):
+    last = "model-00003-of-00003.safetensors"
+    add(sharded / last, "model.embedding.weight", np.ones((61, 26), np.float32), "F32")
+    reindex(sharded, **{"model.embedding.weight": last})
+    assert "are the same tensor" in refusal(sharded)
 
 
 def test_one_file_beside_an_index_of_others_is_refused(sharded):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.checkpoints import CONFIGS, add, alter_json, random_checkpoint, refusal, rename
+from tests.support.checkpoints import CONFIGS, add, alter, alter_json, random_checkpoint, refusal, rename
 
 
 @pytest.fixture
@@ -53,13 +53,37 @@ def test_two_spellings_of_one_name_are_refused(weights):
 @pytest.mark.parametrize("name", ["weight_scale", "weight_scale_2", "input_scale"])
 def test_scales_of_packed_weights_are_not_ignored(name, weights):
     add(weights, f"backbone.layers.0.mixer.in_proj.{name}", np.ones((), np.float32), "F32")
-    assert "is quantized (NVFP4, FP8 or another packed format): not supported yet" in refusal(weights.parent)
+    said = refusal(weights.parent)
+    assert f"in_proj.{name}', a scale for packed weights, but no weight is packed" in said
 
 
-def test_a_quantized_model_is_refused_by_its_configuration(weights):
-    model = weights.parent
-    (model / "hf_quant_config.json").write_text("{}")
-    assert "is quantized" in refusal(model)
-    (model / "hf_quant_config.json").unlink()
-    alter_json(model / "config.json", quantization_config={"quant_method": "modelopt"})
-    assert "is quantized" in refusal(model)
+PACKED = {
+    "NVFP4": ("mixer.in_proj.weight", "U8"),
+    "FP8": ("mixer.in_proj.weight", "F8_E4M3"),
+    "GPTQ": ("mixer.in_proj.qweight", "I32"),
+    "compressed-tensors": ("mixer.in_proj.weight_packed", "I32"),
+    "mlx": ("mixer.in_proj.weight", "U32"),
+}
+
+
+@pytest.mark.parametrize("scales", [True, False])
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_weights_are_called_so_whatever_the_metadata_says(kind, scales, weights):
+    """Small as they are, they are not taken for an incomplete download."""
+    (name, dtype), old = PACKED[kind], "backbone.layers.0.mixer.in_proj.weight"
+    keep = {"A_log", "conv1d.weight", "norm_f.weight"}
+    rename(
+        weights, lambda each: each if any(each.endswith(ending) for ending in keep) and each != old else None
+    )
+    add(weights, f"backbone.layers.0.{name}", np.ones(24, np.uint8), dtype if dtype[-2:] != "32" else "U8")
+    alter(weights, lambda header, data: (as_words(header, f"backbone.layers.0.{name}", dtype), data))
+    if scales:
+        add(weights, "backbone.layers.0.mixer.in_proj.weight_scale", np.ones((), np.float32), "F32")
+    sentence = "is quantized (NVFP4, FP8 or another packed format): not supported yet"
+    assert sentence in refusal(weights.parent)
+
+
+def as_words(header, name, dtype):
+    if dtype[-2:] == "32":
+        header[name] |= {"dtype": dtype, "shape": [6]}
+    return header

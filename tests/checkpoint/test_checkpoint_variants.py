@@ -1,5 +1,6 @@
 """Checkpoints as they are met: re-saved, with strangers, with links. What is not read is noted."""
 
+import json
 import re
 
 import numpy as np
@@ -8,12 +9,15 @@ import pytest
 from refengine.checkpoint import INDEX, Checkpoint
 from refengine.spec.config import InputError
 from refengine.spec.tensors import table
+from tests.support.cases import Case
 from tests.support.checkpoints import (
     CONFIGS,
     add,
     alter,
     alter_json,
     expected,
+    join,
+    parts,
     random_checkpoint,
     refusal,
     rename,
@@ -34,6 +38,133 @@ def test_a_prediction_head_that_is_not_declared_is_noted(tmp_path):
     alter_json(tmp_path / "config.json", num_nextn_predict_layers=0)
     checkpoint = Checkpoint.open(tmp_path)
     assert checkpoint.config.mtp_layers == "" and "mtp tensors" in checkpoint.notes[0]
+
+
+def index_of(directory):
+    """The weight_map of a directory: written from its files where it has none."""
+    names = {name: path.name for path in sorted(directory.glob("*.safetensors")) for name in parts(path)[0]}
+    names.pop("__metadata__", None)
+    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    return names
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_a_head_that_only_the_index_lists_is_noted(shards, tmp_path):
+    """The trainer lists the head, the exporter drops its tensors."""
+    random_checkpoint(tmp_path, CONFIGS["head"], shards=shards)
+    index_of(tmp_path)
+    for path in tmp_path.glob("*.safetensors"):
+        rename(path, lambda name: None if name.startswith("mtp.") else name)
+    listed, head = Checkpoint.open(tmp_path).notes
+    assert listed.startswith(f"{INDEX} lists 'mtp.layers.") and "not loaded" in head
+
+
+def test_a_shard_that_holds_only_the_head_may_be_absent(tmp_path):
+    cfg = CONFIGS["head"]
+    path = random_checkpoint(tmp_path, cfg) / "model.safetensors"
+    whole = path.read_bytes()
+    rename(path, lambda name: name if name.startswith("mtp.") else None)
+    path.rename(tmp_path / "model-00002-of-00002.safetensors")
+    path.write_bytes(whole)
+    rename(path, lambda name: None if name.startswith("mtp.") else name)
+    path.rename(tmp_path / "model-00001-of-00002.safetensors")
+    index_of(tmp_path)
+    assert Checkpoint.open(tmp_path).config == cfg and not Checkpoint.open(tmp_path).notes
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.config.mtp_layers == "" and len(checkpoint.notes) == 2
+    (tmp_path / "model-00001-of-00002.safetensors").unlink()
+    (tmp_path / "other.safetensors").touch()
+    assert "names 'model-00001-of-00002.safetensors', which is not there" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("declared", [0, 1, 2, 3])
+@pytest.mark.parametrize("stored", [0, 1, 2])
+def test_of_prediction_heads_those_that_are_there_count(declared, stored, tmp_path):
+    """Layers of further heads follow in one numbering: mtp.layers.2 begins the second of pattern *E."""
+    cfg = CONFIGS["head"]
+    path = random_checkpoint(tmp_path, cfg) / "model.safetensors"
+    if stored == 2:
+        header, data = parts(path)
+        copies = [name for name in header if name.startswith("mtp.layers.")]
+        for name in copies:
+            begin, end = header[name]["data_offsets"]
+            further = re.sub(r"\d+", lambda m: str(int(m[0]) + 2), name, count=1)
+            offsets = [len(data), len(data) + end - begin]
+            header[further] = header[name] | {"data_offsets": offsets}
+            data += data[begin:end]
+        path.write_bytes(join(header, data))
+    if stored == 0:
+        rename(path, lambda name: None if name.startswith("mtp.") else name)
+    alter_json(tmp_path / "config.json", num_nextn_predict_layers=declared)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.config.mtp_layers == ("*E" if declared and stored else "")
+    assert bool(checkpoint.notes) == ((declared, stored) not in [(0, 0), (1, 1)])
+    for row in table(checkpoint.config):
+        assert np.array_equal(checkpoint.read(row.name), expected(row, cfg)), row.name
+    alter_json(tmp_path / "config.json", mtp_hybrid_override_pattern="*E*E", mtp_layers_block_type=None)
+    if declared and stored == 2:
+        assert Checkpoint.open(tmp_path).config.mtp_layers == "*E", "a pattern that repeats"
+
+
+def test_the_rows_of_both_tables_count_and_not_a_stale_vocabulary(tmp_path):
+    cfg = CONFIGS["latent"]
+    random_checkpoint(tmp_path, cfg)
+    alter_json(tmp_path / "config.json", vocab_size=57)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.config == cfg
+    assert checkpoint.notes == ("config.json has vocab_size = 57, the embedding 61 rows: 61 counts",)
+
+
+@pytest.mark.parametrize("keys", [{"head_dim": None}, {"num_key_value_heads": 1}, {"num_key_value_heads": 6}])
+def test_attention_heads_are_those_of_the_projections(keys, tmp_path):
+    cfg = Case(layers="*M*", hidden_size=24).cfg
+    random_checkpoint(tmp_path, cfg)
+    text = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(text | keys))
+    assert (cfg.num_attention_heads, cfg.head_dim, cfg.num_key_value_heads) == (6, 10, 2)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.config == cfg and "_proj " in checkpoint.notes[0] and len(checkpoint.notes) == 1
+
+
+@pytest.mark.parametrize("keys", [{"head_dim": 5}, {"num_attention_heads": 12}, {"head_dim": 60}])
+def test_attention_heads_that_the_projections_leave_open_are_refused(keys, tmp_path):
+    """Sixty rows are 6 heads of 10 as well as 12 of 5: what config.json says of both must agree."""
+    random_checkpoint(tmp_path, CONFIGS["attention"])
+    alter_json(tmp_path / "config.json", **keys)
+    assert "where config.json calls for" in refusal(tmp_path)
+
+
+CACHE = {"quant_method": "modelopt", "quant_algo": None, "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+METADATA = {
+    "left over": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, None, "no tensor is packed"),
+    "of another program": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        None,
+        "no tensor is packed",
+    ),
+    "the cache alone": (CACHE, None, "only the cache"),
+    "the cache alone, in a file": (None, {"quantization": {"kv_cache_quant_algo": "FP8"}}, "only the cache"),
+    "in a file": (None, {"quantization": {"quant_algo": "FP8"}}, "no tensor is packed"),
+    "not an object": ([1], None, "no tensor is packed"),
+    "a file of nothing": (None, {}, "no tensor is packed"),
+    "empty": ({}, None, None),
+}
+
+
+@pytest.mark.parametrize("case", METADATA)
+def test_plain_weights_are_read_whatever_the_metadata_says(case, tmp_path):
+    cfg, (config, file, sentence) = CONFIGS["latent"], METADATA[case]
+    random_checkpoint(tmp_path, cfg)
+    if config is not None:
+        alter_json(tmp_path / "config.json", quantization_config=config)
+    if file is not None:
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps(file))
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.config == cfg
+    assert [sentence in note for note in checkpoint.notes] == [True] * (sentence is not None)
+    (tmp_path / "hf_quant_config.json").write_text("{")
+    assert Checkpoint.open(tmp_path).config == cfg
 
 
 def test_tied_weights_may_be_stored_twice_if_they_are_equal(tmp_path):
