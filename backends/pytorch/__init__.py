@@ -66,7 +66,7 @@ def torch_backend(
     if deterministic and where.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
     loops = native.load() if compiled and where.type == "cpu" else None
-    products = Products(active, exact=weights == torch.float32, native=loops)
+    products = Products(active, native=loops)
     host = Host(where)
     ops = Ops(
         embed=products.embed,

@@ -1,11 +1,13 @@
 """Matrix products: an activation meets a weight, which may be in a narrower dtype.
 
 A product of equal dtypes is the library's. Where activations are wider than the weight (bfloat16 weights on a
-processor without bfloat16 units) there are three ways, and each reads a weight once:
+processor without bfloat16 units) there are two ways, and each reads a weight once:
 
     few rows     the loops of native.py, which widen in registers
-    one row      without them, the library's product in the weight's dtype, which sums in float32
     more rows    a piece of the weight that stays in cache is widened, multiplied, and forgotten
+
+Neither rounds an activation. Without the loops few rows are widened too: for one row the library's product in
+the weight's dtype is half as fast again, but it rounds its input and its result to bfloat16.
 
 docs/torch.md has the measurements behind both, and behind `activations`.
 """
@@ -47,14 +49,10 @@ def relu2(x):
 
 
 class Products:
-    """The verbs that multiply by weights.
+    """The verbs that multiply by weights; `dtype` of what embed returns; `native`: the loops, or None."""
 
-    exact   never round an activation to a weight's dtype
-    native  the compiled loops, or None
-    """
-
-    def __init__(self, dtype: torch.dtype, exact: bool, native=None):
-        self.dtype, self.exact, self.native, self.scratch = dtype, exact, native, threading.local()
+    def __init__(self, dtype: torch.dtype, native=None):
+        self.dtype, self.native, self.scratch = dtype, native, threading.local()
 
     def embed(self, ids, table):
         return F.embedding(ids, table).to(self.dtype)
@@ -68,18 +66,12 @@ class Products:
             return self.few(x, weight) if x.dtype == torch.float32 and 1 < rows <= 8 else F.linear(x, weight)
         if rows <= FEW and self.loops(x, weight):
             return self.few_rows(x.contiguous(), weight, rows)
-        if rows == 1 and self.narrow(weight):
-            return F.linear(x.to(weight.dtype), weight).to(x.dtype)
         return self.widened(x.reshape(rows, -1), weight).view(*x.shape[:-1], -1)
 
     def loops(self, x, weight) -> bool:
         """Whether the compiled loops know these."""
         known = x.dtype == torch.float32 and weight.dtype == torch.bfloat16 and not weight.is_cuda
         return known and self.native is not None and weight.is_contiguous()
-
-    def narrow(self, weight) -> bool:
-        """Whether a single row may be multiplied in the weight's own dtype."""
-        return not self.exact and weight.dtype == torch.bfloat16 and not weight.is_cuda
 
     def few_rows(self, x, weight, rows: int):
         """x [.. i] float32, weight [o i] bfloat16, in the compiled loops."""
@@ -114,8 +106,6 @@ class Products:
 
     def mlp(self, h, up, down):
         """relu(h up')^2 down'"""
-        if h.numel() == h.shape[-1] and h.dtype != up.dtype and self.narrow(up) and not self.loops(h, up):
-            return F.linear(relu2(F.linear(h.to(up.dtype), up)), down).to(h.dtype)
         return self.linear(relu2(self.linear(h, up)), down)
 
     def logits(self, h, lm_head):

@@ -16,7 +16,7 @@ from refengine.spec.tensors import Group
 from tests.support.benches import Bench, bench
 
 torch = pytest.importorskip("torch", reason="the torch backend needs: pip install 'refengine[torch]'")
-from refengine.backends.pytorch import native, torch_backend  # noqa: E402
+from refengine.backends.pytorch import torch_backend  # noqa: E402
 
 EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 TRUTH = bench("definition-float64", numpy_backend(np.float64, ops=DEFINITION), np.float64)
@@ -40,10 +40,9 @@ class Torch:
     def eps(self) -> float:
         """Rounding of the coarsest number on the way.
 
-        float16 is only how weights are kept. So is bfloat16 where activations are float32, but without the
-        compiled loops a single row is multiplied in the weights' own dtype.
+        float16 is only how weights are kept. So is bfloat16 where activations are float32.
         """
-        exact = self.dtype == "float16" or (self.compute == "float32" and self.compiled and native.load())
+        exact = self.dtype == "float16" or self.compute == "float32"
         return EPS["float32" if exact else self.dtype]
 
     def near(self, actual, expected, terms: int, what: str = "") -> None:

@@ -43,8 +43,8 @@ def products(clock, o: int = 10304, i: int = 1344, copies: int = 6) -> None:
     """GFLOP/s of x [rows i] times bfloat16 weights that come from memory, each of the ways of `Products`."""
     weights = [torch.randn(o, i).bfloat16() for _ in range(copies)]
     turn = iter(range(10**9))
-    widening, loops = Products(torch.float32, exact=True), native.load()
-    looping = Products(torch.float32, False, loops)
+    widening, loops = Products(torch.float32), native.load()
+    looping = Products(torch.float32, loops)
 
     def loop(x, rows, w):
         return looping.few_rows(x, w, rows)

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from refengine.spec import state
 from refengine.spec.ops import DEFINITION
-from tests.support.torch_benches import Torch, native, on_all, torch, values
+from tests.support.torch_benches import Torch, on_all, torch, values
 
 from torch.profiler import ProfilerActivity, profile  # isort: skip
+from refengine.backends.pytorch import native  # isort: skip
 from refengine.backends.pytorch.attention import Cache  # isort: skip
 from refengine.backends.pytorch.decode import attention  # isort: skip
 

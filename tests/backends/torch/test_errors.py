@@ -7,6 +7,8 @@ flipped expert is not rounding.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -98,6 +100,17 @@ def compare(case: Case, how: Torch) -> tuple[float, float, float, bool]:
         for logits in (ours(case, how), ours(case, how, True), theirs(case, how.dtype))
     ]
     return *errors, bool(true.margin.min() < CLOSE[how.dtype])
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("layers", ["M*E-", "MEMEM*EME"])
+def test_a_token_at_a_time_is_as_exact_as_all_at_once(layers, compiled):
+    """With bfloat16 weights and float32 activations, with the compiled loops and without them."""
+    case = next(case for case in cases() if case.layers == "M*E-")
+    case = replace(case, layers=layers)
+    how, true = Torch("bfloat16", "bfloat16", "float32", compiled=compiled), truth(case, 0).logits
+    at_once, one_by_one = (rms(ours(case, how, each) - true) / rms(true) for each in (False, True))
+    assert at_once < 3e-6 and one_by_one < 3e-6
 
 
 @pytest.mark.slow
