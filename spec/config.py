@@ -11,7 +11,18 @@ import math
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
 
-from refengine.spec.keys import FIXED, KINDS, NAME_OF, REAL, REQUIRED, InputError, first_line, read, shown
+from refengine.spec.keys import (
+    ARCHITECTURE,
+    FIXED,
+    KINDS,
+    NAME_OF,
+    REAL,
+    REQUIRED,
+    InputError,
+    first_line,
+    read,
+    shown,
+)
 
 __all__ = ["NAME_OF", "Config", "InputError", "first_line"]
 
@@ -103,7 +114,7 @@ class Config:
             del out["time_step_limit"]
         out |= {
             "model_type": "nemotron_h",
-            "architectures": ["NemotronHForCausalLM"],
+            "architectures": [ARCHITECTURE],
             "num_hidden_layers": len(letters),
             "hybrid_override_pattern": letters,
             "layers_block_type": [NAME_OF[k] for k in letters],

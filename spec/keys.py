@@ -113,6 +113,13 @@ SYNONYMS = {
 }  # fmt: skip
 
 
+# TEXT_MODEL: where wrappers with images or sound keep the configuration of their text model, the newer first;
+# INHERITED: what they may give for the whole.
+TEXT_MODEL = ("text_config", "llm_config")
+INHERITED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")
+ARCHITECTURE = "NemotronHForCausalLM"
+
+
 def read(hf: dict, notes: list[str]) -> dict[str, Any]:
     """Return the fields of a Config from a parsed `config.json`; InputError names the key that is wrong.
 
@@ -120,6 +127,7 @@ def read(hf: dict, notes: list[str]) -> dict[str, Any]:
     """
     if not isinstance(hf, dict):
         raise InputError("config.json does not hold a JSON object")
+    hf = text_model(hf, notes)
     model_type = hf.get("model_type")
     if model_type != "nemotron_h":
         hint = " (per-layer widths are not supported)" if model_type == "nemotron_h_puzzle" else ""
@@ -149,6 +157,23 @@ def read(hf: dict, notes: list[str]) -> dict[str, Any]:
     out["time_step_limit"] = tuple(_number(v) for v in _listed(out["time_step_limit"]))
     out["eos_token_id"] = tuple(_listed(out["eos_token_id"]))
     return out
+
+
+def text_model(hf: dict, notes: list[str]) -> dict[str, Any]:
+    """Return the configuration of the text model: a part of that of a wrapper, all of any other."""
+    if hf.get("model_type") == "nemotron_h":
+        return hf
+    for key in TEXT_MODEL:
+        part = hf.get(key)
+        if isinstance(part, dict):
+            aside = [other for other in hf if other.endswith("_config") and other not in TEXT_MODEL]
+            what = f" beside {', '.join(map(shown, sorted(aside)))}" if aside else ""
+            notes.append(f"config.json has {key}{what}: only the text model is loaded")
+            named = part.get("architectures")
+            if part.get("model_type") is None and isinstance(named, list) and ARCHITECTURE in named:
+                part = part | {"model_type": "nemotron_h"}
+            return {other: hf[other] for other in INHERITED if other in hf} | part
+    return hf
 
 
 def _renamed(hf: dict) -> dict[str, Any]:

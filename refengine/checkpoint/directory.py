@@ -19,10 +19,18 @@ from pathlib import Path
 import numpy as np
 
 from refengine.checkpoint.locate import locate
-from refengine.checkpoint.match import by_name, match, needed, refuse_packed, settled
+from refengine.checkpoint.match import (
+    by_name,
+    has_wrapper,
+    match,
+    needed,
+    refuse_packed,
+    settled,
+    without_other_parts,
+)
 from refengine.checkpoint.safetensors_file import SafetensorsFile, Stored
 from refengine.spec.config import Config, InputError
-from refengine.spec.keys import SYNONYMS
+from refengine.spec.keys import SYNONYMS, text_model
 from refengine.spec.tensors import Tensor
 from refengine.untrusted import read_json, shown
 
@@ -46,12 +54,15 @@ class Checkpoint:
         """Open a model by its directory or its embedded name; InputError says what is wrong with it."""
         directory = locate(model)
         notes: list[str] = []
-        hf = _json(directory)
+        outer = _json(directory)
+        hf = text_model(outer, notes)
         cfg = _config(directory, hf, notes)
-        files, index = _files(directory, notes)
+        files, index = _files(directory, hf is not outer, notes)
         found = by_name(files, index, notes)
+        if hf is not outer or has_wrapper(at.name for at in found.values()):
+            found = without_other_parts(found, notes)
         refuse_packed(found, directory)
-        notes += _quantization(directory, hf)
+        notes += _quantization(directory, outer | hf)
         cfg = settled(cfg, found, any(hf.get(key) is not None for key in HEAD_DIM), notes)
         stored = match(cfg, found, directory, sum(file.size for file in files), notes)
         return cls(directory, cfg, files, stored, tuple(notes))
@@ -128,14 +139,17 @@ def _quantization(directory: Path, hf: dict) -> list[str]:
     return [f"{where} speaks of quantized weights, but no tensor is packed: read as they are"]
 
 
-def _files(directory: Path, notes: list[str]) -> tuple[tuple[SafetensorsFile, ...], dict[str, str]]:
+def _files(
+    directory: Path, wrapper: bool, notes: list[str]
+) -> tuple[tuple[SafetensorsFile, ...], dict[str, str]]:
     """Return the files with weights, and the index of their tensors without those that are absent.
 
     The files are those of the index, else model.safetensors, else all there are.
     """
     names = sorted(os.listdir(directory))
     here = [name for name in names if name.endswith(".safetensors")]
-    listed = _index(directory, here) if INDEX in names else {}
+    listed = _index(directory, here, wrapper) if INDEX in names else {}
+    wrapper |= has_wrapper(listed)
     index = {tensor: name for tensor, name in listed.items() if name in here}
     chosen = sorted(set(index.values())) or [name for name in here if name == "model.safetensors"] or here
     unread = [name for name in here if name not in chosen]
@@ -144,7 +158,7 @@ def _files(directory: Path, notes: list[str]) -> tuple[tuple[SafetensorsFile, ..
     files = {name: SafetensorsFile(directory / name) for name in chosen}
     for tensor, name in list(index.items()):
         if tensor not in files[name].tensors:
-            if needed(tensor):
+            if needed(tensor, wrapper):
                 what = f"{directory / INDEX} places {shown(tensor)} in {name}"
                 raise InputError(f"{what}, which does not hold it")
             del index[tensor]
@@ -155,7 +169,7 @@ def _files(directory: Path, notes: list[str]) -> tuple[tuple[SafetensorsFile, ..
     return tuple(files.values()), index
 
 
-def _index(directory: Path, here: list[str]) -> dict[str, str]:
+def _index(directory: Path, here: list[str], wrapper: bool) -> dict[str, str]:
     """Return {tensor name: file name}. A file is one of the directory's own: no path leads out of it.
 
     A file that is not there is an error, unless it holds nothing that a model needs.
@@ -164,10 +178,11 @@ def _index(directory: Path, here: list[str]) -> dict[str, str]:
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise InputError(f"{directory / INDEX} has no weight_map from tensor names to file names")
+    wrapper |= has_wrapper(files)
     for name in sorted(set(files.values()) - set(here)):
         if "/" in name or "\\" in name:
             raise InputError(f"{directory / INDEX} names {shown(name)}, a path where only a file name may be")
-        if not any(needed(tensor) for tensor, file in files.items() if file == name):
+        if not any(needed(tensor, wrapper) for tensor, file in files.items() if file == name):
             continue
         raise InputError(f"{directory / INDEX} names {shown(name)}, which is not there: download it too")
     return files

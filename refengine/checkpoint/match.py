@@ -35,10 +35,30 @@ PACKED_NAMES = re.compile(r"\.(weight|qweight|qzeros|weight_packed)$")
 SCALES = (".weight_scale", ".weight_scale_2", ".weight_scale_inv", ".input_scale", ".pre_quant_scale")
 
 
-def needed(name: str) -> bool:
-    """Return whether a model cannot do without the tensor that an index calls `name`; its head can go."""
+def needed(name: str, wrapper: bool) -> bool:
+    """Return whether a model cannot do without the tensor that an index calls `name`; its head can go.
+
+    Of a wrapper only the text model is needed.
+    """
     ours = canonical(name)
-    return ours is None or not (ours.startswith("mtp.") or HARMLESS.search(ours))
+    if ours is None:
+        return not wrapper
+    return not (ours.startswith("mtp.") or HARMLESS.search(ours))
+
+
+def has_wrapper(names: Iterable[str]) -> bool:
+    """Return whether some of the names say that their model is one part of a wrapper."""
+    return any("language_model." in name for name in names)
+
+
+def without_other_parts(found: dict[str, Stored], notes: list[str]) -> dict[str, Stored]:
+    """Return the tensors of the text model alone, with a note of what a wrapper has beside it."""
+    ours = {name: at for name, at in found.items() if canonical(name) is not None}
+    parts = Counter(name.partition(".")[0] for name in found if name not in ours)
+    if parts:
+        what = ", ".join(f"{count} of {shown(part)}" for part, count in parts.most_common(8))
+        notes.append(f"tensors of other parts than the text model ({what}): not read")
+    return ours
 
 
 def by_name(files: Iterable[SafetensorsFile], index: dict[str, str], notes: list[str]) -> dict[str, Stored]:

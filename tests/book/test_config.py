@@ -80,6 +80,17 @@ def test_a_head_that_is_applied_repeatedly_is_one_head():
     assert notes == ["num_nextn_predict_layers = 2: only the first prediction head is used"]
 
 
+def test_a_wrapper_gives_its_text_model_and_what_holds_for_all():
+    """The newer key goes before the older; what the text model does not say is taken from the wrapper."""
+    inner = {key: value for key, value in NANO.items() if key not in ("model_type", "eos_token_id")}
+    outer = {"model_type": "nemotron_h_omni", "llm_config": inner, "eos_token_id": [2, 11], "vocab_size": 5}
+    notes: list[str] = []
+    assert Config.from_hf(outer, notes) == nano(eos_token_id=[2, 11])
+    assert notes == ["config.json has llm_config: only the text model is loaded"]
+    both = outer | {"text_config": NANO, "vision_config": {}}
+    assert Config.from_hf(both) == CONFIGS["nano"]
+
+
 def test_the_list_wins_over_the_pattern():
     assert nano(layers_block_type=["mamba", "moe", "attention"]).layers == "ME*"
 

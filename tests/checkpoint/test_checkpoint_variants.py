@@ -254,6 +254,68 @@ def test_a_prefix_that_is_not_known_is_named(tmp_path):
     assert "have the prefix 'encoder.trunk.', which is none of backbone., model." in refusal(tmp_path)
 
 
+def wrapped(directory, cfg, key, **outer):
+    """A wrapper with images and sound around a text model: as released, or as transformers saves it."""
+    path = random_checkpoint(directory, cfg) / "model.safetensors"
+    rename(path, lambda name: "language_model." + name)
+    for name in ("vision_model.radio_model.model.blocks.0.norm1.weight", "mlp1.0.weight", "mlp1.1.weight"):
+        add(path, name, np.ones(8, np.float32), "F32")
+    add(path, "sound_encoder.encoder.layers.0.norm_out.weight", np.ones(8, np.uint8), "U8")
+    text = json.loads((directory / "config.json").read_text())
+    config = {
+        "model_type": "NemotronH_Nano_VL_V2",
+        key: text,
+        "vision_config": {},
+        "img_context_token_id": 18,
+    }
+    (directory / "config.json").write_text(json.dumps(config | outer))
+    return directory
+
+
+@pytest.mark.parametrize("key", ["llm_config", "text_config"])
+def test_the_text_model_of_a_wrapper_is_read(key, tmp_path):
+    """Its other parts may be packed; that says nothing of the text model."""
+    cfg = CONFIGS["head"]
+    checkpoint = Checkpoint.open(wrapped(tmp_path, cfg, key, sound_config={}))
+    assert checkpoint.config == cfg
+    config, tensors = checkpoint.notes
+    assert (
+        config
+        == f"config.json has {key} beside 'sound_config', 'vision_config': only the text model is loaded"
+    )
+    for part in ("2 of 'mlp1'", "1 of 'vision_model'", "1 of 'sound_encoder'"):
+        assert part in tensors
+    for row in table(cfg):
+        assert np.array_equal(checkpoint.read(row.name), expected(row, cfg)), row.name
+
+
+def test_the_text_model_needs_no_shard_of_the_other_parts(tmp_path):
+    wrapped(tmp_path, CONFIGS["latent"], "llm_config")
+    index_of(tmp_path)
+    path = tmp_path / "model.safetensors"
+    rename(path, lambda name: name if name.startswith("language_model.") else None)
+    assert any("lists" in note for note in Checkpoint.open(tmp_path).notes)
+    index = json.loads((tmp_path / INDEX).read_text())["weight_map"]
+    index = {k: v if k.startswith("language_model.") else "gone.safetensors" for k, v in index.items()}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": index}))
+    assert Checkpoint.open(tmp_path).config == CONFIGS["latent"]
+    text = json.loads((tmp_path / "config.json").read_text())["llm_config"]
+    (tmp_path / "config.json").write_text(json.dumps(text))
+    assert Checkpoint.open(tmp_path).config == CONFIGS["latent"], "its configuration taken out of the wrapper"
+
+
+def test_a_tensor_of_the_text_model_that_is_not_known_is_refused_in_a_wrapper_too(tmp_path):
+    path = wrapped(tmp_path, CONFIGS["latent"], "llm_config") / "model.safetensors"
+    name = "language_model.backbone.layers.0.mixer.q_norm.weight"
+    add(path, name, np.ones(26, np.float32), "F32")
+    assert f"{name!r}, which config.json has no use for" in refusal(tmp_path)
+
+
+def test_a_wrapper_of_another_text_model_is_refused(tmp_path):
+    wrapped(tmp_path, CONFIGS["latent"], "llm_config", text_config={"model_type": "llama"})
+    assert "model_type 'llama' is not supported" in refusal(tmp_path)
+
+
 def test_links_to_files_elsewhere_are_followed(tmp_path):
     """The download cache of the Hugging Face hub is made of them."""
     stored = random_checkpoint(tmp_path / "blobs", CONFIGS["mamba"])
