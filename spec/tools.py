@@ -121,7 +121,7 @@ def written_call(text: str, at: int) -> tuple[list[tuple[str, str]], int, bool]:
     `at` is behind <function=NAME>. The end is not certain where text that follows could change it.
     """
     values, certain = [], True
-    while (part := PART.search(text, at)) and part[1]:
+    while (part := following(PART, text, at))[1]:
         value, at, ended = value_text(text, part.end())
         certain &= ended
         values.append((part[1], value))
@@ -132,12 +132,19 @@ def written_call(text: str, at: int) -> tuple[list[tuple[str, str]], int, bool]:
 def value_text(text: str, start: int) -> tuple[str, int, bool]:
     """Return (a value as written from `start` on, where the text goes on after it, whether a tag ends it)."""
     block = text.startswith("\n", start)
-    end = (TAG_LINE if block else INLINE_END).search(text, start + block)
+    end = following(TAG_LINE if block else INLINE_END, text, start + block)
     ended = bool(end[0]) or end.start() < len(text)
     if block and not end[1] and "</parameter>" in text[start : end.start()]:  # written as "VALUE</parameter>"
-        end = INLINE_END.search(text, start)
+        end = following(INLINE_END, text, start)
     value = text[start : end.start()].removeprefix("\n").removesuffix("\n")
     return value, end.end() if end[1] else end.start(), ended
+
+
+def following(pattern: re.Pattern, text: str, at: int) -> re.Match:
+    """Return the next match of a pattern that matches the end of a text, if nothing before."""
+    found = pattern.search(text, at)
+    assert found is not None
+    return found
 
 
 def read_value(text: str, schema, root=None):
@@ -208,7 +215,7 @@ def accepts(schema, value, root=None, exact: bool = True, seen: tuple = ()) -> b
         if target is not None and (id(target) in here or not accepts(target, value, root, exact, here)):
             return False  # a schema that refers to itself adds nothing to what it accepts otherwise
     some = [schema[key] for key in ("anyOf", "oneOf") if isinstance(schema.get(key), list) and schema[key]]
-    parts = schema.get("allOf") if isinstance(schema.get("allOf"), list) else []
+    parts = list(schema["allOf"]) if isinstance(schema.get("allOf"), list) else []
     return all(any(accepts(one, value, root, exact, here) for one in options) for options in some) and all(
         accepts(one, value, root, exact, here) for one in parts
     )

@@ -45,9 +45,9 @@ class Reply:
             if mark[0] in ("<think>", "</think>"):
                 self.inside = mark[0] == "<think>"
             else:
-                end, certain = end_of_call(self.held, mark)
+                end, complete = end_of_call(self.held, mark)
                 self.inside = False
-                if not (certain or final):
+                if not (complete or final):
                     self.held = self.held[mark.start() :]
                     return
                 yield self.piece(self.held[mark.start() : end])
@@ -80,7 +80,7 @@ class Reply:
 
         Calls are read where there are tools; `json_calls`: in the form of Nano v2.
         """
-        content, calls = self.parts["answer"], []
+        content, calls = self.parts["answer"], list[dict]()
         if tools:
             content, calls = read_json_reply(content) if json_calls else read_reply(content, tools)
         message: dict = {"role": "assistant", "content": content}

@@ -159,7 +159,7 @@ def metered(method: str, value: nodes.Expr) -> nodes.Call:
 class Generation(ext.Extension):
     """`{% generation %}` marks what to train on; it has no other meaning."""
 
-    tags = frozenset(("generation",))
+    tags = {"generation"}  # noqa: RUF012  (as in Jinja)
 
     def parse(self, parser):
         next(parser.stream)
