@@ -4,17 +4,23 @@ A fault is (rank, when, what) of faulty_rank.py. mpiexec kills all ranks as soon
 before they can speak: so some die unseen ("vanish"), as if with their machine.
 """
 
+import contextlib
+import functools
+import os
+import random
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
 import refengine
-from tests.support.processes import by_mpiexec, ended_badly, finish, mpiexec, start
+from tests.support.processes import by_mpiexec, ended_badly, finish, living, mpiexec, name, program, start
 
 TIMEOUT = 3  # seconds
 ALL = {0, 1, 2, 3}
+SHORT = ["generate", "Once upon a time", "-n", 9, "-t", 0, "--tp", 2, "--timeout", TIMEOUT]
 TINY = Path(refengine.__file__).parent / "models" / "tiny"
 
 
@@ -58,6 +64,42 @@ def test_a_rank_that_hangs_is_named_by_all_others(job, layout, when):
 def test_ranks_do_not_wait_for_ever_for_one_that_never_comes(job, when):
     done = job(1, when, "stop")
     ended_badly(done, done.said or {0}, "not all ranks came (to the end )?within 3 s")
+
+
+@pytest.mark.parametrize("rank, when", [(0, "request"), (1, "exit")])
+def test_a_rank_that_is_stopped_where_no_other_waits_for_it_ends_the_job(rank, when):
+    """The others wait without a limit for the first request, and for nothing once MPI has ended."""
+    done = mpiexec(2, *SHORT, fault=(rank, when, "stop"))
+    ended_badly(done, {rank}, "this process was stopped for 6 s")
+    assert done.said.keys() == {rank}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("seed", range(50))
+def test_a_job_ends_soon_whichever_of_its_processes_is_stopped_at_any_time(seed):
+    """Ranks and their guards, from the start of mpiexec to the end of a run."""
+    rng = random.Random(seed)
+    process = start([*by_mpiexec(2), *program(), *SHORT])
+    until = time.monotonic() + rng.uniform(0.1, life())
+    while time.monotonic() < until and process.poll() is None:
+        time.sleep(0.01)
+    if pids := ranks(process.mark):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rng.choice(pids), signal.SIGSTOP)
+    stopped = time.monotonic()
+    job = finish(process)
+    assert job.left == () and job.seconds - (stopped - process.began) < TIMEOUT + 10, job
+
+
+@functools.cache
+def life() -> float:
+    """Return the seconds that an undisturbed run takes."""
+    return mpiexec(2, *SHORT).seconds
+
+
+def ranks(mark: str) -> list[int]:
+    """Return the processes of a job that are ranks, or their guards."""
+    return [pid for pid in living(mark) if "-m refengine" in name(pid) and "mpiexec" not in name(pid)]
 
 
 @pytest.mark.slow

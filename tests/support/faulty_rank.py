@@ -1,8 +1,9 @@
 """refengine, one rank of which fails: python faulty_rank.py RANK WHEN WHAT ARGUMENT...
 
 WHEN    start: before anything is imported; meet: before the connection; load, prefill, decode: in the
-        midst of it; end: when all is done; leave: before the end of the connection; sum, gather, scatter,
-        send, receive, tell, share, compare: in that exchange
+        midst of it; request: before the first broadcast; end: when all is done; leave: before the end of
+        the connection; exit: after it, while Python exits; all_reduce, all_gather, reduce_scatter, send,
+        receive, broadcast, share, compare: in that exchange
 WHAT    kill: it dies; vanish: it dies, and the launcher sees that only when the others have ended; stop:
         it hangs; OSError, MemoryError: this is raised; dawdle: it is slow with nine tensors (load) or two
         layers (prefill, decode), for longer in all than others are patient, but not with one
@@ -14,6 +15,7 @@ lacks   a module that cannot be imported
 draws   nan: its logits are no numbers
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -124,12 +126,15 @@ def plant(when: str, what: str, args: list[str]) -> list[str]:
     elif when == "draws":
         import numpy as np
 
-        from refengine.ranks.engine import RankEngine
+        from refengine.ranks.runner import RankRunner
 
-        plain = RankEngine.head
-        RankEngine.head = lambda *args: plain(*args) * np.float32(what)
-    elif when in ("meet", "end", "leave"):
-        before(connection(), {"meet": "__init__", "end": "finish", "leave": "leave"}[when], 1, what)
+        plain = RankRunner.head
+        RankRunner.head = lambda *args: plain(*args) * np.float32(what)
+    elif when == "exit":
+        atexit.register(fail, what)
+    elif when in ("meet", "request", "end", "leave"):
+        verb = {"meet": "__init__", "request": "broadcast", "end": "finish", "leave": "leave"}[when]
+        before(connection(), verb, 1, what)
     elif (when, what) == ("load", "dawdle"):
         from refengine.checkpoint import Checkpoint
 
@@ -139,7 +144,7 @@ def plant(when: str, what: str, args: list[str]) -> list[str]:
 
         before(Checkpoint, "read", NTH[when], what)
     elif when in ("prefill", "decode"):
-        from refengine.ranks.engine import RankEngine
+        from refengine.ranks.runner import RankRunner
         from refengine.spec import model
 
         long = {"prefill": lambda x: x.shape[1] > 1, "decode": lambda x: x.shape[1] == 1}[when]
@@ -149,7 +154,7 @@ def plant(when: str, what: str, args: list[str]) -> list[str]:
                 kind: slowly(mixer, pauses, lambda h, *_: long(h)) for kind, mixer in model.MIXERS.items()
             }
         else:
-            before(RankEngine, "step", NTH[when], what, lambda self, ids, *_: long(ids))
+            before(RankRunner, "blocks", NTH[when], what, lambda self, ids, *_: long(ids))
     elif when == "send":
         before(connection(), "post", NTH[when], what)
     else:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import os
-import select
-import signal
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from time import monotonic
 
 import numpy as np
 
 from refengine.ranks.comm import AHEAD, TIMEOUT, Ranks, memory
+from refengine.ranks.comm.guard import GRACE, Guard
 from refengine.ranks.launcher import launched
 from refengine.spec.config import InputError, first_line
 
 WORD, ALARM, BEAT = 1, 2, 3  # tags
 EAGER = 0.002  # seconds of yielding before a waiting rank begins to sleep
 LISTEN = 0.02  # seconds between two checks for alarms and heartbeats
-GRACE = 1.0  # seconds that the other ranks have to print their reason, before mpiexec ends them all
 
 
 class MPI(Ranks):
@@ -28,8 +26,9 @@ class MPI(Ranks):
     name = "mpi"
 
     def __init__(self, timeout: float = TIMEOUT):
+        self.guard = Guard(launched().rank, timeout)
         try:
-            with watched(timeout, "came"):
+            with self.guard.limit("came"):
                 from mpi4py import MPI as library
         except (ImportError, RuntimeError) as error:
             raise InputError(
@@ -159,35 +158,8 @@ class MPI(Ranks):
         if not self.ending:
             self.finish()
         try:
-            with watched(self.timeout, "came to the end"):
+            with self.guard.limit("came to the end"):
                 self.mpi.Finalize()
         except self.mpi.Exception as error:
             os.write(2, f"refengine, rank {self.rank}: MPI does not end ({first_line(error)})\n".encode())
             os._exit(1)
-
-
-@contextmanager
-def watched(timeout: float, did: str) -> Iterator[None]:
-    """Run the block, in which all ranks meet; end this process with a sentence if it exceeds the timeout.
-
-    MPI_Init and MPI_Finalize wait without a limit, and Python code cannot run meanwhile: a child process
-    waits on a pipe for the end of the block.
-    """
-    rank, parent = launched().rank, os.getpid()
-    ending, held = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(held)
-        if not select.select([ending], [], [], timeout)[0]:
-            text = f"refengine, rank {rank}: not all ranks {did} within {timeout:g} s\n"
-            os.write(2, text.encode())
-            time.sleep(GRACE)
-            if os.getppid() == parent:
-                os.kill(parent, signal.SIGKILL)
-        os._exit(0)
-    os.close(ending)
-    try:
-        yield
-    finally:
-        os.close(held)
-        os.waitpid(child, 0)
