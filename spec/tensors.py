@@ -4,15 +4,10 @@ One function, `table`, says of each tensor what it is called, how large it is, w
 cut it and whether a quantization recipe may touch it. The loader validates files against it,
 `inspect` counts with it, and test checkpoints are written from it. Its totals are the published ones
 (docs/model.md, "Parameters").
-
-Exporters spell the names in other ways; `canonical` gives each the name it has in the table:
-
-    language_model.backbone.embedding.weight  ->  backbone.embeddings.weight
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from itertools import groupby
 from math import prod
@@ -55,35 +50,6 @@ class Tensor(NamedTuple):
     def layer(self) -> int | None:
         """Return the index within the trunk or the prediction head; None for the outermost tensors."""
         return int(self.block.rsplit(".", 1)[1]) if self.block else None
-
-
-# PREFIXES. Any sequence of these may precede a name: the trunk, the wrapper of a model with images or sound,
-# and what training programs add.
-PREFIXES = ("backbone", "model", "language_model", "base_model", "module", "_orig_mod")
-PREFIX = re.compile(rf"^(?:(?:{'|'.join(PREFIXES)})\.)+")
-# ENDINGS that exporters spell in another way.
-ENDINGS = {
-    "embedding.weight": "embeddings.weight",
-    "embed_tokens.weight": "embeddings.weight",
-    "experts.up_proj.weight": "experts.up_proj",
-    "experts.down_proj.weight": "experts.down_proj",
-    "switch_mlp.fc1.weight": "experts.up_proj",
-    "switch_mlp.fc2.weight": "experts.down_proj",
-}
-TRUNK = ("layers.", "embeddings.weight", "norm_f.weight")
-OUTSIDE = ("lm_head.", "mtp.")
-
-
-def canonical(name: str) -> str | None:
-    """Return the table's name of a tensor that a file calls `name`; None if it is no part of a text model."""
-    name = PREFIX.sub("", name)
-    if name.endswith(tuple(ENDINGS)):
-        for ending, ours in ENDINGS.items():
-            if name == ending or name.endswith("." + ending):
-                name = name.removesuffix(ending) + ours
-    if name.startswith(TRUNK):
-        return "backbone." + name
-    return name if name.startswith(OUTSIDE) else None
 
 
 def table(cfg: Config) -> list[Tensor]:

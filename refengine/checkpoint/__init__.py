@@ -2,6 +2,7 @@
 
 locate           what a user calls a model -> its directory
 safetensors_file one file: its header, its tensors as read-only views of a memory map
+names            what exporters call a tensor -> its name in the tensor table
 match            the tensors in the files <-> the tensor table of the spec
 directory        a Hugging Face directory, opened: `Checkpoint`
 write            a directory, written

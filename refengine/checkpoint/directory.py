@@ -150,7 +150,9 @@ def _files(
     here = [name for name in names if name.endswith(".safetensors")]
     listed = _index(directory, here, wrapper) if INDEX in names else {}
     wrapper |= has_wrapper(listed)
-    index = {tensor: name for tensor, name in listed.items() if name in here}
+    index = dict(listed)
+    if not set(index.values()) <= set(here):
+        index = {tensor: name for tensor, name in listed.items() if name in here}
     chosen = sorted(set(index.values())) or [name for name in here if name == "model.safetensors"] or here
     unread = [name for name in here if name not in chosen]
     if "model.safetensors" in unread:
@@ -164,7 +166,7 @@ def _files(
             del index[tensor]
     if absent := [tensor for tensor in listed if tensor not in index]:
         what = f"{shown(absent[0])} and {len(absent) - 1} more" if len(absent) > 1 else shown(absent[0])
-        notes.append(f"{INDEX} lists {what}, which no file holds: left out")
+        notes.append(f"{INDEX} lists {what}, which the file that it names does not hold: left out")
     notes += [f"{name} is not part of the model: not read" for name in unread]
     return tuple(files.values()), index
 

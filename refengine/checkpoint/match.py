@@ -1,6 +1,6 @@
 """Matching the tensors in the files with the tensor table: all that it lists is there, and nothing else is.
 
-Four differences mean nothing: another spelling of a name (`canonical` in spec/tensors.py); axes of size one;
+Four differences mean nothing: another spelling of a name (`canonical` in names.py); axes of size one;
 a layer's experts stacked in one tensor, called `experts.up_proj` [expert, out, in]; no `lm_head.weight`, or
 one equal to the embedding, where they are tied. A tensor that the table does not know is refused: a program
 that ignores a weight computes another model. Exceptions are HARMLESS ones and a prediction head that
@@ -15,10 +15,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from refengine.checkpoint.names import PREFIXES, canonical
 from refengine.checkpoint.safetensors_file import SafetensorsFile, Stored
 from refengine.spec.arrays import DTYPES
 from refengine.spec.config import Config, InputError
-from refengine.spec.tensors import PREFIXES, Tensor, canonical, table
+from refengine.spec.tensors import Tensor, table
 from refengine.untrusted import shown
 
 # Frequencies of a rotary embedding, which the family does not use (trap 3), and scales of an 8-bit cache of
