@@ -6,6 +6,7 @@
     spellings  of the list of layers: several, with one meaning
     derived    counted from other keys, even where it stands and is stale
     ignored    for training or for another program
+    refused    known to change results, and not supported: only a neutral value is accepted
     aliases    other names of the keys above
 
 Releases spell their layers in three ways; here they become a string with one letter a layer:
@@ -83,13 +84,52 @@ SPELLINGS = {
 # DERIVED from other keys, even where it stands and is stale.
 DERIVED = {"num_hidden_layers"}
 # IGNORED: for training, initialisation, or another program; they do not change what the model computes.
-# (A key that stands in no table here is ignored too; a test holds every key of a release against them.)
+# (A key in no table is ignored too, with a note unless it begins with "_", as private ones of libraries do.)
 IGNORED = {
     "expand", "rope_theta", "partial_rotary_factor", "attention_dropout", "hidden_dropout",
     "initializer_range", "time_step_min", "time_step_max", "time_step_floor", "rescale_prenorm_residual",
     "residual_in_fp32", "num_logits_to_keep", "use_mamba_kernels", "use_cache", "mamba_ssm_cache_dtype",
     "moe_shared_expert_overlap", "output_router_logits", "auto_map", "architectures",
-    "transformers_version", "model_type",
+    "transformers_version", "model_type", "rope_scaling", "rope_parameters", "quantization_config",
+    "compression_config", "attn_implementation", "mtp_use_repeated_layer", "router_aux_loss_coef",
+    "moe_aux_loss_coeff", "moe_router_load_balancing_type", "unsloth_version", "unsloth_fixed",
+    # of every configuration that transformers writes, without a meaning for this family
+    "output_hidden_states", "output_attentions", "return_dict", "chunk_size_feed_forward",
+    "is_encoder_decoder", "is_decoder", "id2label", "label2id", "problem_type", "torchscript", "pruned_heads",
+    "use_bfloat16", "add_cross_attention", "tie_encoder_decoder", "cross_attention_hidden_size",
+    "decoder_start_token_id", "sep_token_id", "prefix", "tokenizer_class", "finetuning_task",
+    "task_specific_params", "tf_legacy_loss", "max_length", "min_length", "do_sample", "early_stopping",
+    "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p",
+    "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+    "bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate",
+    "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
+}  # fmt: skip
+# REFUSED: known to change what a model computes, and not supported; with the values that change nothing.
+# A star stands for any ending; a key of the prediction head changes nothing where there is none.
+OFF: tuple = (False, 0, "", [], {})
+REFUSED: dict[str, tuple] = {
+    "mtp_use_rope": OFF, "mtp_bottleneck_*": OFF, "mtp_naive_parallel_*": OFF, "mtp_block_configs": OFF,
+    "block_configs": OFF,                # widths of their own in every layer
+    # attention
+    "use_rope": OFF, "position_embedding_type": ("none", "nope"), "qk_norm": OFF, "use_qk_norm": OFF,
+    "qk_layernorm": OFF, "qk_l2_norm": OFF, "softmax_type": ("vanilla",), "window_size": OFF,
+    "attention_chunk_size": OFF, "attn_logit_softcapping": OFF, "qkv_bias": OFF, "add_qkv_bias": OFF,
+    "add_bias_linear": OFF, "attention_multiplier": (),
+    # norms and the Mamba mixer
+    "normalization": ("RMSNorm",), "apply_layernorm_1p": OFF, "layernorm_zero_centered_gamma": OFF,
+    "norm_before_gate": OFF, "mamba_norm_before_gate": OFF, "mamba_rms_norm": (True,), "D_has_hdim": OFF,
+    "parallel_residual": OFF, "use_parallel_residual": OFF,
+    # experts and MLP
+    "scoring_func": ("sigmoid",), "moe_router_score_function": ("sigmoid",), "topk_method": ("noaux_tc",),
+    "moe_router_pre_softmax": OFF, "moe_apply_probs_on_input": OFF, "apply_router_weight_on_input": OFF,
+    "moe_shared_expert_gate": OFF, "zero_expert_num": OFF, "gated_linear_unit": OFF, "swiglu_limit": OFF,
+    "activation_func_clamp_value": OFF,
+    # factors on what passes by
+    "embedding_multiplier": (1,), "residual_multiplier": (1,), "logits_scaling": (1,), "logit_scale": (1,),
+    "lm_head_multiplier": (1,), "key_multiplier": (1,), "ssm_in_multiplier": (1,), "ssm_out_multiplier": (1,),
+    "attention_in_multiplier": (1,), "attention_out_multiplier": (1,), "ssm_multipliers": (),
+    "mlp_multipliers": (), "final_logit_softcapping": OFF,
 }  # fmt: skip
 # ALIASES: other names. Where both are present the older one wins, as it does in transformers.
 ALIASES = {
@@ -112,6 +152,8 @@ SYNONYMS = {
     "moe_router_topk_scaling_factor": "routed_scaling_factor", "mtp_num_layers": "num_nextn_predict_layers",
 }  # fmt: skip
 
+
+TABLES = (REQUIRED, OPTIONAL, FIXED, SPELLINGS, DERIVED, IGNORED)
 
 # TEXT_MODEL: where wrappers with images or sound keep the configuration of their text model, the newer first;
 # INHERITED: what they may give for the whole.
@@ -136,6 +178,11 @@ def read(hf: dict, notes: list[str]) -> dict[str, Any]:
     for key, only in FIXED.items():
         if hf.get(key, only) != only:
             raise InputError(f"{key} = {shown(hf[key])} is not supported: nemotron_h has {only!r}")
+    _refuse(hf)
+    if unknown := [key for key in hf if not _is_known(key)]:
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        names = ", ".join(map(shown, unknown[:8]))
+        notes.append(f"config.json has keys that refengine does not know: {names}{more}; they are ignored")
     layers = _letters(hf, ("layers_block_type", "layer_types"), "hybrid_override_pattern")
     if not layers:
         raise InputError("config.json has neither layers_block_type nor hybrid_override_pattern")
@@ -188,6 +235,28 @@ def _renamed(hf: dict) -> dict[str, Any]:
         hf = hf | {"num_key_value_heads": hf.get("num_attention_heads")}
     hf = hf | {key: hf[other] for other, key in names.items() if hf.get(other) is not None}
     return {key: value for key, value in hf.items() if value is not None and key not in names}
+
+
+def _is_known(key: str) -> bool:
+    """Return whether a table says what a key means, or it is a private one of a library."""
+    return key.startswith("_") or any(key in table for table in TABLES) or _refusal(key) is not None
+
+
+def _refusal(key: str) -> str | None:
+    """Return the entry of REFUSED that covers a key."""
+    if key in REFUSED:
+        return key
+    return next((name for name in REFUSED if name[-1] == "*" and key.startswith(name[:-1])), None)
+
+
+def _refuse(hf: dict) -> None:
+    """Refuse keys that would change the results, unless their values are neutral."""
+    for key, value in hf.items():
+        if (name := _refusal(key)) is None or value in REFUSED[name]:
+            continue
+        if key.startswith("mtp_") and not hf.get("num_nextn_predict_layers"):
+            continue
+        raise InputError(f"{key} = {shown(value)} is not supported: it would change what the model computes")
 
 
 def _head_dim(hf: dict) -> int | None:

@@ -31,6 +31,7 @@ def test_every_key_of_a_release_is_in_exactly_one_table():
         keys.IGNORED,
         keys.ALIASES,
         keys.SYNONYMS,
+        keys.REFUSED,
     )
     counted = Counter(key for table in tables for key in table)
     assert [key for key, count in counted.items() if count > 1] == []
@@ -89,6 +90,45 @@ def test_a_wrapper_gives_its_text_model_and_what_holds_for_all():
     assert notes == ["config.json has llm_config: only the text model is loaded"]
     both = outer | {"text_config": NANO, "vision_config": {}}
     assert Config.from_hf(both) == CONFIGS["nano"]
+
+
+def test_keys_that_are_not_known_leave_one_note():
+    notes: list[str] = []
+    assert Config.from_hf(NANO | {"shiny": 1, "null": None, "new\nline": {}}, notes) == CONFIGS["nano"]
+    sentence = "config.json has keys that refengine does not know: 'shiny', 'new\\nline'; they are ignored"
+    assert notes == [sentence]
+    notes.clear()
+    Config.from_hf(NANO | {f"key{i}": i for i in range(10)}, notes)
+    assert len(notes) == 1 and "'key7' and 2 more; they are ignored" in notes[0]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_keys_of_a_release_leave_no_note(name):
+    notes: list[str] = []
+    assert Config.from_hf(FILES[name], notes) == CONFIGS[name] and notes == []
+
+
+@pytest.mark.slow
+def test_the_keys_that_transformers_writes_leave_no_note():
+    transformers = pytest.importorskip("transformers")
+    for theirs in (transformers.NemotronHConfig(), transformers.NemotronHConfig(num_nextn_predict_layers=1)):
+        notes: list[str] = []
+        Config.from_hf(json.loads(theirs.to_json_string(use_diff=False)), notes)
+        assert notes == []
+
+
+@pytest.mark.parametrize("key", keys.REFUSED)
+def test_a_key_that_would_change_results_is_accepted_where_it_does_not(key):
+    """Neutral values, null, and keys of a prediction head where there is none."""
+    full = key.replace("*", "size")
+    notes: list[str] = []
+    for value in (None, *keys.REFUSED[key]):
+        assert Config.from_hf(NANO | {full: value}, notes) == CONFIGS["nano"]
+        head = {"num_nextn_predict_layers": 1, full: value}
+        assert Config.from_hf(NANO | head, notes) == nano(num_nextn_predict_layers=1)
+    if key.startswith("mtp_"):
+        assert Config.from_hf(NANO | {full: 7}, notes) == CONFIGS["nano"]
+    assert notes == []
 
 
 def test_the_list_wins_over_the_pattern():

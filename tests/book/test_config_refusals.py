@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from refengine.spec.config import Config
-from refengine.spec.keys import FIXED, REQUIRED
+from refengine.spec.keys import FIXED, REFUSED, REQUIRED
 from tools.releases import DENSE, NANO
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +91,14 @@ def test_another_model_in_the_same_clothes_is_refused(key):
     """A gated activation, a bias, a sliding window: the same file format, but not this family."""
     other = {bool: not FIXED[key], int: 2, str: "gelu"}.get(type(FIXED[key]), 4096)
     assert key in refused(NANO | {key: other})
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_key_that_would_change_results_is_refused_by_name_and_value(key):
+    full = key.replace("*", "size")
+    sentence = refused(NANO | {"num_nextn_predict_layers": 1, full: 7})
+    assert sentence == f"{full} = 7 is not supported: it would change what the model computes"
+    assert full in refused(NANO | {"num_nextn_predict_layers": 1, full: ["a", {}]})
 
 
 @pytest.mark.parametrize(
