@@ -40,7 +40,7 @@ from refengine.spec.tensors import Group, placed
 
 @runtime_checkable
 class Comm(Protocol):
-    """Communication between ranks. Arrays are those of the backend; all `peers` make the same call.
+    """Exchange arrays between ranks. Arrays are those of the backend; all `peers` make the same call.
 
     sizes[i] is the length, along the axis that is cut, of the part that peers[i] has or gets.
     """

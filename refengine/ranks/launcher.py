@@ -19,7 +19,7 @@ MPIEXEC = (
 
 @dataclass(frozen=True)
 class Launch:
-    """The launcher, the rank of this process and the number of ranks, in the job and on this host."""
+    """Hold the launcher, the rank of this process and the number of ranks, in the job and on this host."""
 
     launcher: str = ""
     rank: int = 0

@@ -1,12 +1,12 @@
-"""refengine, one rank of which fails: python faulty_rank.py RANK WHEN WHAT ARGUMENT...
+"""Run refengine with a fault in one rank: python faulty_rank.py RANK WHEN WHAT ARGUMENT...
 
 WHEN    start: before anything is imported; meet: before the connection; load, prefill, decode: in the
         midst of it; request: before the first broadcast; end: when all is done; leave: before the end of
         the connection; exit: after it, while Python exits; all_reduce, all_gather, reduce_scatter, send,
         receive, broadcast, share, compare: in that exchange
 WHAT    kill: it dies; vanish: it dies, and the launcher sees that only when the others have ended; stop:
-        it hangs; OSError, MemoryError: this is raised; dawdle: it is slow with nine tensors (load) or two
-        layers (prefill, decode), for longer in all than others are patient, but not with one
+        it is stopped; OSError, MemoryError: this is raised; dawdle: it is slow with nine tensors (load) or
+        two layers (prefill, decode), for longer than the timeout together, but not each
 
 WHEN    WHAT
 says    options that come after those of the other ranks
@@ -39,6 +39,7 @@ NTH = {
 
 
 def fail(what: str) -> None:
+    """Make this process fail in the way that `what` names."""
     launcher, here = os.getppid(), os.getpid()
     if what == "vanish":
         os.kill(launcher, signal.SIGSTOP)
@@ -56,7 +57,7 @@ def fail(what: str) -> None:
 
 
 def when_others_have_ended(pid: int, sign: int) -> None:
-    """Send a process a signal when all ranks of this machine but this one have ended."""
+    """Send a process a signal once all other ranks of this host have ended."""
     launcher, here = os.getppid(), str(os.getpid())
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     if os.fork():
@@ -69,6 +70,7 @@ def when_others_have_ended(pid: int, sign: int) -> None:
 
 
 def state(pid: str) -> str:
+    """Return the state letter of a process, "X" if it is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -76,7 +78,7 @@ def state(pid: str) -> str:
 
 
 def slowly(plain, pauses: list[float], when=lambda *args: True):
-    """A function whose first calls for which `when` holds take longer, each by one of the pauses."""
+    """Return a function whose first calls for which `when` holds take longer, each by one of the pauses."""
 
     @wraps(plain)
     def dawdling(*args, **how):
@@ -88,7 +90,7 @@ def slowly(plain, pauses: list[float], when=lambda *args: True):
 
 
 def before(owner: type, verb: str, nth: int, what: str, when=lambda self, *args: True) -> None:
-    """The nth call of a method for which `when` holds fails before it does anything."""
+    """Make the nth call of a method for which `when` holds fail before it does anything."""
     plain, calls = getattr(owner, verb), []
 
     @wraps(plain)
@@ -103,7 +105,7 @@ def before(owner: type, verb: str, nth: int, what: str, when=lambda self, *args:
 
 
 def connection() -> type:
-    """The class that the launcher of this process asks for."""
+    """Return the class of connection that the launcher of this process selects."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from refengine.ranks.comm.torch_distributed import TorchDistributed as Connection
     else:
@@ -112,7 +114,7 @@ def connection() -> type:
 
 
 def plant(when: str, what: str, args: list[str]) -> list[str]:
-    """Make this process fail; the arguments that it gets."""
+    """Plant a fault in this process, and return the arguments for refengine."""
     if when == "start":
         fail(what)
     elif when == "says":
@@ -163,6 +165,7 @@ def plant(when: str, what: str, args: list[str]) -> list[str]:
 
 
 def main() -> None:
+    """Plant the fault in its rank, and run refengine."""
     rank, when, what, *args = sys.argv[1:]
     here = os.environ.get("PMI_RANK") or os.environ["RANK"]
     if rank in (here, "all"):

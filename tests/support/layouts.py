@@ -1,4 +1,4 @@
-"""Every layout of up to eight ranks, and models that can be cut so."""
+"""List every layout of up to eight ranks, and draw models that they can cut."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ EXACT = numpy_backend(np.float64)
 
 
 def spelled(layout: Layout) -> str:
+    """Return a layout as the name of a test case."""
     return f"tp{layout.tp}-ep{layout.ep}-pp{layout.pp}"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Cuttable(Case):
-    """A case whose widths are its own: of an expert, of the shared one, of the MLP, and the vocabulary."""
+    """Add to a case the widths of experts, shared expert and MLP, and the size of the vocabulary."""
 
     widths: tuple[int, int, int, int] = (13, 17, 31, 61)
 
     @cached_property
     def cfg(self) -> Config:
+        """Return the configuration of the case with these widths."""
         expert, shared, dense, vocabulary = self.widths
         return replace(
             Case.cfg.func(self),
@@ -48,7 +50,7 @@ class Cuttable(Case):
 
 @st.composite
 def cuttable(draw, layout: Layout, **fixed) -> Cuttable:
-    """Every kind of layer in any order, and more layers if there are more stages."""
+    """Draw a case that the layout can cut: every kind of layer in any order, at least one per stage."""
     tp = layout.tp
     few = st.sampled_from([g for g in EIGHT if tp % g == 0] + [2 * tp])
     groups, kv, more = draw(few), draw(few), st.sampled_from((1, 3))
@@ -68,7 +70,7 @@ def cuttable(draw, layout: Layout, **fixed) -> Cuttable:
 
 
 def by_ranks(case: Case, layout: Layout, cuts=(), n=None, watch=None, split=False) -> tuple[list, list]:
-    """Logits of each piece, from every rank of the last stage; and those of its prediction head.
+    """Return the logits from every rank of the last stage, and those of its prediction head.
 
     split: the ranks of ep have their own rows of the batch.
     """
@@ -104,6 +106,7 @@ def by_ranks(case: Case, layout: Layout, cuts=(), n=None, watch=None, split=Fals
 
 
 def sums_to_the_whole(case: Case, layout: Layout, cuts=(), n=None) -> None:
+    """Check that all ranks hold the same logits, and that these agree with the truth."""
     logits, _ = by_ranks(case, layout, cuts, n)
     for other in logits[1:]:
         assert np.array_equal(other, logits[0]), "two ranks hold different logits"
@@ -113,7 +116,7 @@ def sums_to_the_whole(case: Case, layout: Layout, cuts=(), n=None) -> None:
 
 
 def split_rows_are_the_whole(case: Case, layout: Layout, cuts=(), n=None) -> None:
-    """Each rank of ep has some rows of the batch; end to end they are all."""
+    """Check the logits of ranks of ep with rows of their own: concatenated, they agree with the truth."""
     logits, _ = by_ranks(case, layout, cuts, n, split=True)
     logits = np.concatenate(logits[:: layout.tp])
     for row in range(case.batch):

@@ -1,11 +1,11 @@
-"""Ranks as processes: jobs of mpiexec and torchrun, how they end, and what they leave behind.
+"""Run ranks as processes of mpiexec and torchrun, and record how the jobs end.
 
     job = mpiexec(4, "generate", "Once upon a time", "--tp", 2, "--ep", 2)
     job = torchrun(2, "generate", ..., fault=(1, "decode", "kill"))
     ended_badly(job, speak={0}, about="rank 1")
 
-A job that hangs is killed, and fails the test. Every process of a job carries its mark in the environment, by
-which those are found that outlive it.
+A job that hangs is killed, and fails the test. Every process of a job carries its mark in the environment,
+which finds the processes that outlive it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BOUND = 60  # seconds in which a job with a fault has to end, start included, on
 
 @dataclass(frozen=True)
 class Job:
-    """How a job ended: exit code, what it wrote, how long it took, and which processes outlived it."""
+    """Hold how a job ended: exit code, output, seconds, and command lines that outlived it."""
 
     code: int
     out: str
@@ -44,7 +44,7 @@ class Job:
 
     @property
     def said(self) -> dict[int, list[str]]:
-        """What each rank said on stderr."""
+        """Return the sentences that each rank printed on stderr, by rank."""
         said: dict[int, list[str]] = {}
         for rank, sentence in re.findall(r"^refengine, rank (\d+): (.+)$", self.err, re.MULTILINE):
             said.setdefault(int(rank), []).append(sentence)
@@ -52,9 +52,9 @@ class Job:
 
 
 def ended_badly(job: Job, speak=(), about: str = "") -> None:
-    """But soon, with all its processes, and no rank said more than one sentence.
+    """Check that a job failed, in time, left no process, and that no rank printed more than one sentence.
 
-    `speak`: ranks that have to say one, which matches `about`.
+    speak: ranks that must have printed one; it matches `about`.
     """
     assert job.code != 0 and job.seconds < BOUND and job.left == (), job
     assert not re.search(r'File ".*(refengine|spec|backends|faulty_rank)\b', job.err), job.err
@@ -64,16 +64,17 @@ def ended_badly(job: Job, speak=(), about: str = "") -> None:
 
 
 def mpiexec(n: int, *args, fault=None, text: str = "", **how) -> Job:
-    """Run refengine on ranks of MPI, perhaps with a fault: (rank, when, what) of faulty_rank.py."""
+    """Run refengine on ranks of MPI and return the Job; fault: (rank, when, what) of faulty_rank.py."""
     return finish(start([*by_mpiexec(n), *program(fault), *args], **how), text)
 
 
 def torchrun(n: int, *args, fault=None, text: str = "", **how) -> Job:
-    """The same on ranks of torch.distributed."""
+    """Run refengine on ranks of torch.distributed and return the Job; fault as for mpiexec."""
     return finish(start([*by_torchrun(n), *program(fault), *args], **how), text)
 
 
 def by_mpiexec(n: int, *options) -> list:
+    """Return the command that starts Python on n ranks of MPI; skips the test without mpiexec or mpi4py."""
     if MPIEXEC is None:
         pytest.skip("there is no mpiexec: pip install mpich")
     pytest.importorskip("mpi4py", reason="ranks under mpiexec need mpi4py")
@@ -81,16 +82,19 @@ def by_mpiexec(n: int, *options) -> list:
 
 
 def by_torchrun(n: int, *options) -> list:
+    """Return the command that starts n ranks of torch.distributed on this host; skips without torch."""
     pytest.importorskip("torch")
     where = options or ("--standalone",)
     return [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", n]
 
 
 def program(fault=None) -> list:
+    """Return the arguments of Python for refengine, or for refengine with a fault in one rank."""
     return [FAULTY, *fault] if fault else ["-m", "refengine"]
 
 
 def start(command, stdout=subprocess.PIPE, env=(), **how) -> subprocess.Popen:
+    """Start a command in a session of its own, with a mark in its environment, and return the process."""
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
         [str(word) for word in command],
@@ -106,7 +110,7 @@ def start(command, stdout=subprocess.PIPE, env=(), **how) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, text: str = "", limit: float = LIMIT) -> Job:
-    """Wait for the end of a job; whatever happens, none of its processes stays."""
+    """Wait for the end of a job, kill all that is left of it, and return the Job; a hang fails the test."""
     try:
         out, err = process.communicate(text.encode(), limit)
         seconds = time.monotonic() - process.began
@@ -122,7 +126,7 @@ def finish(process: subprocess.Popen, text: str = "", limit: float = LIMIT) -> J
 
 
 def outlived(mark: str, grace: float = 2.0) -> list[str]:
-    """Command lines of a job's processes that are still there after `grace` seconds."""
+    """Return the command lines of a job's processes that are still there after `grace` seconds."""
     until = time.monotonic() + grace
     while (pids := living(mark)) and time.monotonic() < until:
         time.sleep(0.02)
@@ -130,7 +134,7 @@ def outlived(mark: str, grace: float = 2.0) -> list[str]:
 
 
 def living(mark: str) -> list[int]:
-    """Processes that carry the mark (where there is /proc)."""
+    """Return the processes that carry the mark (where there is /proc)."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -140,6 +144,7 @@ def living(mark: str) -> list[int]:
 
 
 def name(pid: int) -> str:
+    """Return the command line of a process, or ""."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     return ""

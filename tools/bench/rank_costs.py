@@ -22,7 +22,7 @@ from tools.bench.rank_model import GPUS, Link, Machine, most_held, seconds
 
 
 def layouts(cfg: Config, ranks: int, node: int) -> Iterator[Layout]:
-    """Those in which tp stays within a node, in powers of two."""
+    """Yield the layouts in powers of two whose tp stays within a node."""
     powers = [2**i for i in range(11)]
     for tp in (p for p in powers if p <= min(ranks, node)):
         for ep in (p for p in powers if p * tp <= ranks):
@@ -33,7 +33,7 @@ def layouts(cfg: Config, ranks: int, node: int) -> Iterator[Layout]:
 
 
 def table(cfg: Config, machine: Machine, nodes: list[int], batches: list[int]) -> None:
-    """For each size of a cluster, the three quickest layouts that fit."""
+    """Print for each size of a cluster the three quickest layouts that fit."""
     print("| nodes | tp x ep x pp | GB a rank | batch | ms | of it words | tokens/s |\n" + "|---" * 7 + "|")
     for count in nodes:
         ranks = count * machine.node
@@ -55,7 +55,7 @@ def table(cfg: Config, machine: Machine, nodes: list[int], batches: list[int]) -
 
 
 def check(cfg: Config, path: str, link: Link, s: int) -> None:
-    """What the runs of one and of two threads (on two processors) let expect, beside what was seen."""
+    """Print the times expected from runs of one and of two threads beside those measured."""
     run = json.loads(Path(path).read_text())
     seen = {(f["what"], f["layout"]): f["seconds"] for f in run["figures"]}
     tokens = {"prefill": run["prompt"], "decode": 1}
@@ -81,7 +81,7 @@ def check(cfg: Config, path: str, link: Link, s: int) -> None:
 
 
 def measure_link() -> None:
-    """The time of a sum between two ranks: a line through small and large ones."""
+    """Print latency and bandwidth between two ranks, from the times of a small and of a large all_reduce."""
     import time
 
     from refengine.ranks.comm.mpi import MPI
@@ -101,6 +101,7 @@ def measure_link() -> None:
 
 
 def config(name: str) -> Config:
+    """Return the configuration of a release by its name, or that of a checkpoint directory."""
     if name in ("nano", "super", "ultra"):
         from tools.releases import CONFIGS
 
@@ -109,10 +110,12 @@ def config(name: str) -> Config:
 
 
 def numbers(text: str) -> list[int]:
+    """Return the integers of a comma-separated list."""
     return [int(part) for part in text.split(",")]
 
 
 def main() -> None:
+    """Parse the arguments, and print a table, a check or the link."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="ultra")
     parser.add_argument("--gpu", choices=GPUS, default="b200")

@@ -1,4 +1,4 @@
-"""The seconds of one call of the model on a layout, from bytes, operations and messages.
+"""Model the seconds of one call of the model on a layout, from bytes, operations and messages.
 
     call = sum over layers of  max(bytes read / read bandwidth, operations / peak)  +  overhead a layer
          + sum over messages of  rounds * latency  +  bytes sent / bandwidth
@@ -24,13 +24,15 @@ from refengine.spec.shard import Shard, held, held_bytes, rows
 
 @dataclass(frozen=True)
 class Link:
+    """Hold the latency and the bandwidth of a connection."""
+
     latency: float  # seconds a round
     bandwidth: float  # bytes a second, one way
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One rank's device, and what connects it."""
+    """Hold the speeds of the device of a rank, and its connections."""
 
     read: float  # bytes a second
     peak: float  # operations a second
@@ -50,7 +52,7 @@ GPUS = {"b200": B200, "h100": H100}
 
 @dataclass(frozen=True)
 class Message:
-    """What a rank says in a call: to how many others at once, in how many rounds, how many bytes in all."""
+    """Hold the bytes that a rank sends in an operation, the rounds it takes, and the ranks that take part."""
 
     what: str
     sent: float
@@ -59,7 +61,7 @@ class Message:
 
 
 def added(what: str, size: float, peers: tuple[int, ...]) -> Iterator[Message]:
-    """A sum of `size` bytes, as refengine.ranks.comm makes it."""
+    """Yield the message of an all_reduce of `size` bytes, as refengine.ranks.comm sends it."""
     p = len(peers)
     if p > 1 and (p == 2 or size <= WHOLE):
         yield Message(what, size * (p - 1), 1, peers)
@@ -68,7 +70,7 @@ def added(what: str, size: float, peers: tuple[int, ...]) -> Iterator[Message]:
 
 
 def messages(cfg: Config, shard: Shard, tokens: int, rows_read: int, s: int, w: int = 4) -> Iterator[Message]:
-    """All that a rank says in a call of `tokens` tokens, whose logits are read for `rows_read` of them.
+    """Yield the messages of a rank in a call of `tokens` tokens; logits are read for `rows_read` of them.
 
     s: bytes of an activation; w: of a statistic, a logit. Every rank of ep has all tokens.
     """
@@ -90,7 +92,7 @@ def messages(cfg: Config, shard: Shard, tokens: int, rows_read: int, s: int, w: 
 
 @lru_cache
 def busiest(experts: int, k: int, ep: int, tokens: int) -> float:
-    """The mean, over choices at random, of how many experts the busiest rank of ep reads for `tokens`."""
+    """Return the mean number of experts that the busiest rank of ep reads, over random choices."""
     rng, most, parts = np.random.default_rng(0), [], [span(experts, ep, e) for e in range(ep)]
     for _ in range(200 if tokens < 64 else 20):
         chosen = np.unique([rng.choice(experts, k, replace=False) for _ in range(min(tokens, 512))])
@@ -100,7 +102,7 @@ def busiest(experts: int, k: int, ep: int, tokens: int) -> float:
 
 @lru_cache
 def part(cfg: Config, kind: str, tp: int, ep: int, tokens: int) -> tuple[float, float]:
-    """(bytes read, operations) of a rank in a layer of a kind, or in the head: what `tokens` tokens meet."""
+    """Return (bytes read, operations) of a rank for `tokens` tokens in a layer of a kind; "" is the head."""
     shard, read, done = Shard(Layout(tp, ep), 0), 0.0, 0.0
     for row in rows(replace(cfg, layers=kind, mtp_layers=""), shard):
         if row.role == "embedding" or (row.role == "lm_head") != (kind == ""):
@@ -117,7 +119,7 @@ def part(cfg: Config, kind: str, tp: int, ep: int, tokens: int) -> tuple[float, 
 
 
 def seconds(cfg: Config, layout: Layout, machine: Machine, tokens: int, rows_read: int, s: int) -> dict:
-    """The time of one call: of weights and products, and of words, over all stages."""
+    """Return the seconds of one call over all stages: computing, and talking (messages)."""
     computing, talking, here = 0.0, 0.0, (layout.tp, layout.ep)
     for stage in range(layout.pp):
         shard = Shard(layout, stage * layout.tp * layout.ep)
@@ -135,7 +137,7 @@ def seconds(cfg: Config, layout: Layout, machine: Machine, tokens: int, rows_rea
 
 
 def most_held(cfg: Config, layout: Layout) -> float:
-    """Bytes of the stage that holds most, with an embedding and a head, of its first rank."""
+    """Return the bytes of the stage that holds most, with an embedding and a head, of its first rank."""
     one = Shard(Layout(layout.tp, layout.ep), 0)
     by_kind = {kind: held_bytes(replace(cfg, layers=kind, mtp_layers=""), one) for kind in set(cfg.layers)}
     ends = {role: by_kind[cfg.layers[0]][role] for role in ("embedding", "lm_head")}

@@ -38,11 +38,11 @@ RECORD = 4096  # bytes of the record that `compare` exchanges
 
 
 class RankError(InputError):
-    """Another rank is gone, does not answer within the timeout, or differs in version, model or options."""
+    """Raised when another rank is gone, exceeds the timeout, or differs in version or options."""
 
 
 class Ranks:
-    """One of `count` ranks; its collective operations are those of refengine.spec.ranks.Comm.
+    """Connect one of `count` ranks; the collective operations are those of refengine.spec.ranks.Comm.
 
     `timeout` is in seconds. Every wait raises RankError once a peer is considered dead, and the exception
     that `stopped` returns once another rank reported that it stopped.
@@ -204,7 +204,7 @@ class Ranks:
 
 
 class Solo(Ranks):
-    """The connection of a single rank; its operations return their argument."""
+    """Stand in for the connection of a single rank; operations return their argument."""
 
     def exchange(self, out, into, idle=False):
         """Check that there is no peer to exchange with."""

@@ -21,7 +21,7 @@ LISTEN = 0.02  # seconds between two checks for alarms and heartbeats
 
 
 class MPI(Ranks):
-    """The connection of one rank of MPI.COMM_WORLD; InputError if mpi4py is missing."""
+    """Connect one rank of MPI.COMM_WORLD; InputError if mpi4py is missing."""
 
     name = "mpi"
 

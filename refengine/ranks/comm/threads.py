@@ -13,7 +13,7 @@ from refengine.ranks.comm import TIMEOUT, RankError, Ranks, memory
 
 
 class Threads(Ranks):
-    """The connection of one rank that `on_each` starts; `stop` is set when any rank raises."""
+    """Connect one rank that `on_each` starts; `stop` is set when any rank raises."""
 
     name = "threads"
 

@@ -25,7 +25,7 @@ WAITING = object()
 
 
 class TorchDistributed(Ranks):
-    """The connection of one rank of the default process group; InputError if the ranks do not meet.
+    """Connect one rank of the default process group; InputError if the ranks do not meet.
 
     device: "cpu" or that of this rank. deterministic: all_reduce between GPUs adds in order of rank.
     """
