@@ -5,6 +5,7 @@ safetensors_file one file: its header, its tensors as read-only views of a memor
 names            what exporters call a tensor -> its name in the tensor table
 match            the tensors in the files <-> the tensor table of the spec
 directory        a Hugging Face directory, opened: `Checkpoint`
+generation_config  its advice on generating text
 write            a directory, written
 random_values    values for the tensors of a random model
 """

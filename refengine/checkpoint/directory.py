@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from refengine.checkpoint.generation_config import generation_config
 from refengine.checkpoint.locate import locate
 from refengine.checkpoint.match import (
     by_name,
@@ -41,7 +42,7 @@ EDGE = 64 * 2**10  # bytes at either end of a file's data that the fingerprint c
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """An open checkpoint: `stored` says where each tensor lies, `notes` what is not read and why."""
+    """Holds an open checkpoint: `stored` says where each tensor lies, `notes` what a user should know."""
 
     directory: Path
     config: Config
@@ -51,7 +52,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, model: str | Path) -> Checkpoint:
-        """Open a model by its directory or its embedded name; InputError says what is wrong with it."""
+        """Return a model opened by its directory or its embedded name; InputError says what is wrong."""
         directory = locate(model)
         notes: list[str] = []
         outer = _json(directory)
@@ -65,18 +66,19 @@ class Checkpoint:
         notes += _quantization(directory, outer | hf)
         cfg = settled(cfg, found, any(hf.get(key) is not None for key in HEAD_DIM), notes)
         stored = match(cfg, found, directory, sum(file.size for file in files), notes)
+        notes += generation_config(directory)[1]
         return cls(directory, cfg, files, stored, tuple(notes))
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor by its name in the table, in the file's dtype: a read-only view, nothing is copied."""
+        """Return a tensor by its name in the table, in the file's dtype: a read-only view, not a copy."""
         return self.stored[name].array()
 
     def bytes_of(self, row: Tensor) -> int:
-        """Bytes that a row of the table takes on disk."""
+        """Return the bytes that a row of the table takes on disk."""
         return self.stored[row.name].nbytes
 
     def in_large_pages(self) -> Checkpoint:
-        """The same, for one process that wants all of it: see SafetensorsFile."""
+        """Return the same checkpoint, prepared for a process that reads all of it: see SafetensorsFile."""
         for file in self.files:
             file.in_large_pages()
         return self
@@ -87,7 +89,7 @@ class Checkpoint:
             self.stored[name].release()
 
     def fingerprint(self) -> str:
-        """What a saved state knows its model by: the configuration, all headers, both ends of all data."""
+        """Return a digest of the configuration, of all headers, and of both ends of all data."""
         digest = hashlib.sha256(json.dumps(self.config.to_hf(), sort_keys=True).encode())
         for file in self.files:
             digest.update(file.header)

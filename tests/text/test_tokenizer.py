@@ -6,6 +6,7 @@ points that have none there, and the two libraries need not be of one age: on th
 
 import json
 import re
+import shutil
 import unicodedata
 from copy import deepcopy
 
@@ -13,9 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from refengine import load
+from refengine.checkpoint import Checkpoint
 from refengine.spec.config import InputError
 from refengine.spec.tokenizer import Tokenizer, from_json
-from tests.support.vocabularies import NAMES, engine_of, file, spec_of
+from refengine.text.tokenizer import Tokenizer as Loaded
+from tests.support.vocabularies import NAMES, TINY, engine_of, file, spec_of
 
 ASSIGNED = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Cs")]
 TROUBLE = ["camelCase", "\r\n\n", "don't"]
@@ -68,6 +72,75 @@ def test_the_real_vocabulary_gives_the_published_ids():
         assert tokenizer.encode("<|im_start|>user\nHi<|im_end|>") == [10, 3263, 1010, 37133, 11]
     assert len(spec_of("real").ids) + len(spec_of("real").specials) == 131072
     assert len(spec_of("real").ranks) == 129816
+
+
+def model_with(directory, **files):
+    """A copy of the embedded model with these files changed; the text of a JSON file, or its value."""
+    shutil.copytree(TINY, directory, ignore=shutil.ignore_patterns("*.md", "training.json"))
+    for name, value in files.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        (directory / f"{name}.json").write_text(text)
+    return directory
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_token_that_a_fine_tune_added_beyond_the_vocabulary_is_refused_by_name_when_used(special, tmp_path):
+    """The tokenizer names a padding token that no row of the embedding was made for."""
+    changed = deepcopy(json.loads(file("tiny")))
+    pad = {"id": 2048, "content": "<|PAD_TOKEN|>", "special": special}
+    rest = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    changed["added_tokens"].append(pad | rest)
+    directory = model_with(tmp_path / "model", tokenizer=changed)
+    checkpoint = Checkpoint.open(directory)
+    tokenizer = Loaded.load(directory, checkpoint.config)
+    text = "Once upon a time"
+    assert not checkpoint.notes and tokenizer.encode(text) == engine_of("tiny").encode(text)
+    with pytest.raises(InputError, match=r"'<\|PAD_TOKEN\|>' with the id 2048, but .* vocabulary of 2048"):
+        tokenizer.encode(text + "<|PAD_TOKEN|>")
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+
+
+def sequence(*decoders):
+    return {"type": "Sequence", "decoders": list(decoders)}
+
+
+@pytest.mark.parametrize(
+    "decoder", [sequence(BYTES), sequence(sequence(BYTES)), sequence(BYTES, {"type": "Fuse"})]
+)
+def test_a_sequence_around_the_byte_level_decoder_is_one(decoder, tmp_path):
+    directory = model_with(tmp_path / "model", tokenizer=json.loads(file("tiny")) | {"decoder": decoder})
+    tokenizer = Loaded.load(directory)
+    assert tokenizer.decode(tokenizer.encode(" Once upon a time")) == " Once upon a time"
+
+
+@pytest.mark.parametrize("decoder", [None, STRIP, sequence(), sequence(BYTES, STRIP), sequence(BYTES, BYTES)])
+def test_another_decoder_is_refused(decoder, tmp_path):
+    """One that changes the text after the bytes would be left out without a word."""
+    directory = model_with(tmp_path / "model", tokenizer=json.loads(file("tiny")) | {"decoder": decoder})
+    with pytest.raises(InputError, match="is not a byte-level tokenizer"):
+        Loaded.load(directory)
+
+
+@pytest.mark.parametrize("text", ['{"temperature": 0.6,}', "[1", "[1]", "", "null"])
+def test_advice_that_cannot_be_read_is_left_out_with_a_note(text, tmp_path):
+    """A file edited by hand often has a comma too many; the model runs without its advice."""
+    directory = model_with(tmp_path / "model", generation_config=text)
+    checkpoint = Checkpoint.open(directory)
+    (note,) = checkpoint.notes
+    assert "generation_config.json" in note and note.endswith("its advice on sampling are not used")
+    tokenizer = Loaded.load(directory, checkpoint.config)
+    assert tokenizer.generation == {} and tokenizer.stop_ids == {2, 11}, "other files name both"
+
+
+def test_a_model_without_a_tokenizer_loads(tmp_path):
+    directory = model_with(tmp_path / "model")
+    ids = engine_of("tiny").encode("Once upon a time")
+    (directory / "tokenizer.json").unlink()
+    engine = load(directory)
+    assert engine.logits(ids).shape == (len(ids), 2048)
 
 
 def test_the_merge_of_lowest_rank_is_made_first_and_of_equal_ones_the_leftmost():

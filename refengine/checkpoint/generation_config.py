@@ -1,0 +1,24 @@
+"""The advice of a checkpoint on generating text: generation_config.json, which a model can do without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from refengine.spec.config import InputError
+from refengine.untrusted import read_json
+
+NAME = "generation_config.json"
+
+
+def generation_config(directory: Path) -> tuple[dict, list[str]]:
+    """Return what generation_config.json holds, and notes; one that is absent or not JSON holds nothing."""
+    path = directory / NAME
+    if not path.exists():
+        return {}, []
+    try:
+        value = read_json(path)
+    except InputError as error:
+        return {}, [f"{error}: its end tokens and its advice on sampling are not used"]
+    if not isinstance(value, dict):
+        return {}, [f"{path} is not a JSON object: its end tokens and its advice on sampling are not used"]
+    return value, []
