@@ -15,12 +15,12 @@ from statistics import median
 
 import numpy as np
 
-from refengine.engine import PREFILL
-from refengine.machine import forget_peak, peak_memory
+from refengine.machine import forget_peak
+from refengine.runner import How, Part, Runner, chunk_length
 from refengine.spec.arrays import ITEMSIZE
 from refengine.spec.config import Config
 from refengine.spec.model import Model
-from refengine.spec.ops import Backend
+from refengine.spec.sample import Sampling
 from refengine.spec.tensors import active_parameters, table
 
 
@@ -49,14 +49,13 @@ def read_bandwidth(threads: int) -> float:
 
 def matrix_peak(model: Model, size: int = 2048) -> float:
     """Operations a second in the backend's product of 512 rows and a square matrix."""
-    from types import SimpleNamespace
-
     from refengine.spec.arrays import DTYPES
-    from refengine.spec.tensors import Group
+    from refengine.spec.tensors import Group, Tensor
 
     rng, here = np.random.default_rng(0), model.backend
     values = rng.standard_normal((size, size), np.float32).astype(DTYPES["BF16"])
-    group = Group("", False, "bench", [SimpleNamespace(precision="matrix")])
+    row = Tensor("bench", (size, size), "BF16", "", "bench", "mlp", "bench", "whole", "matrix")
+    group = Group("", False, "bench", [row])
     weight = here.place(group, [values])
     table = here.place(group, [rng.standard_normal((512, size), np.float32).astype(DTYPES["BF16"])])
     x = here.ops.embed(here.array(np.arange(512)[None]), table)
@@ -86,55 +85,35 @@ def bytes_a_step(cfg: Config, width: int, cached: int, batch: int, context: int)
     return total + batch * (S * cfg.layers.count("M") + kv * cfg.layers.count("*"))
 
 
-def prefill(model: Model, ids: np.ndarray) -> list:
-    """Read sequences [b l] as the engine does, up to the logits of the last position."""
-    states, here, chunk = model.new_states(len(ids)), model.backend, max(1, model.cfg.chunk_size)
-    step = max(1, PREFILL // chunk) * chunk
-    for start in range(0, ids.shape[1], step):
-        h, states = model.blocks(model.embed(here.array(ids[:, start : start + step])), states)
-    here.fetch(model.head(h[:, -1:]))
-    return states
+def prefill(runner: Runner, ids: list[int]) -> None:
+    """Read one prompt, up to the token that is drawn after it, and forget it."""
+    chunk = chunk_length(runner.config)
+    for start in range(0, len(ids), chunk):
+        how = None if start else How(Sampling(temperature=0))
+        runner.read([Part(0, ids[start : start + chunk], how, start + chunk >= len(ids))])
+    runner.drop([0])
 
 
-def with_context(model: Model, batch: int, context: int) -> list:
-    """States of sequences that have read `context` positions of noise."""
-    states, here = prefill(model, np.zeros((batch, 1), np.int64)), model.backend
-    dtype = here.fetch(model.embed(here.array(np.zeros((1, 1), np.int64)))).dtype  # of an activation
-    return filled(states, here, model.cfg, batch, context, dtype)
+def prefill_seconds(runner: Runner, ids: list[int], repeat: int) -> float:
+    """Return the median seconds to read one prompt."""
+    return seconds(lambda: prefill(runner, ids), repeat)
 
 
-def filled(states: list, here: Backend, cfg: Config, batch: int, context: int, dtype) -> list:
-    """States of sequences that have read one position, with `context` - 1 more."""
-    rng, known = np.random.default_rng(0), 1
-    while known < context:
-        more = min(4096, context - known)
-        shape = batch, more, cfg.num_key_value_heads, cfg.head_dim
-        noise = rng.standard_normal(shape, np.float32).astype(dtype)
-        states = [
-            s.append(here.array(noise), here.array(noise)) if hasattr(s, "append") else s for s in states
-        ]
-        known += more
-    return states
-
-
-def decode_seconds(model: Model, batch: int, context: int, steps: int) -> float:
-    """The median time of one step."""
-    states, here, times = with_context(model, batch, context), model.backend, []
-    rng = np.random.default_rng(1)
+def decode_seconds(runner: Runner, batch: int, context: int, steps: int) -> float:
+    """Return the median seconds of one step of `batch` sequences, each after `context` tokens."""
+    slots, times, rng = list(range(batch)), [], np.random.default_rng(1)
+    runner.fill(slots, context)
     for _ in range(steps + 2):
+        ids = rng.integers(0, runner.config.vocab_size, batch).tolist()
         began = time.perf_counter()
-        ids = rng.integers(0, model.cfg.vocab_size, (batch, 1))
-        if here.step:
-            _, states = here.step(model, ids[:, 0], states)
-        else:
-            h, states = model.blocks(model.embed(here.array(ids)), states)
-            here.fetch(model.head(h))
+        runner.step(slots, ids, draw=False)
         times.append(time.perf_counter() - began)
+    runner.drop(slots)
     return median(times[2:])
 
 
 def bench(
-    model: Model,
+    runner: Runner,
     dtype: str,
     threads: int,
     prompts: list[int],
@@ -144,26 +123,31 @@ def bench(
     steps: int = 16,
     host: bool = True,
 ) -> Iterator[dict]:
-    """A row for the machine, then one a measurement. Not on the `host`: no shares of the machine."""
-    cfg = model.cfg
+    """Return a row for the machine, then one a measurement.
+
+    host: whether the model runs in this process on this machine's CPU, so that shares of the machine are
+    measured. Memory is that of the process or the rank that took most.
+    """
+    cfg, model = runner.config, runner.model
     peak, bandwidth = (matrix_peak(model), read_bandwidth(threads)) if host else (None, None)
     yield {"what": "machine", "threads": threads, "bandwidth": bandwidth, "matrix_peak": peak}
     forget_peak()  # of what measured the machine
     rng, cached = np.random.default_rng(0), model.backend.new_state("*", cfg, 1).k.itemsize
     for length in prompts:
-        ids = rng.integers(0, cfg.vocab_size, (1, length))
-        took = seconds(lambda ids=ids: prefill(model, ids), repeat)
-        share = 2 * active_parameters(cfg) * length / took / peak if host else None
-        yield prefill_row(length, took, share, peak_memory())
+        ids = rng.integers(0, cfg.vocab_size, length).tolist()
+        took = prefill_seconds(runner, ids, repeat)
+        share = 2 * active_parameters(cfg) * length / took / peak if peak else None
+        yield prefill_row(length, took, share, runner.peak_memory())
     for context in contexts:
         for batch in batches:
-            took = decode_seconds(model, batch, context, steps)
+            took = decode_seconds(runner, batch, context, steps)
             need = bytes_a_step(cfg, ITEMSIZE[dtype], cached, batch, context)
-            share = need / took / bandwidth if host else None
-            yield decode_row(batch, context, took, share, peak_memory())
+            share = need / took / bandwidth if bandwidth else None
+            yield decode_row(batch, context, took, share, runner.peak_memory())
 
 
 def prefill_row(length: int, took: float, share: float | None, memory: int) -> dict:
+    """Return the row of a prompt of `length` tokens that took `took` seconds."""
     return {
         "what": "prefill",
         "batch": 1,
@@ -175,6 +159,7 @@ def prefill_row(length: int, took: float, share: float | None, memory: int) -> d
 
 
 def decode_row(batch: int, context: int, took: float, share: float | None, memory: int) -> dict:
+    """Return the row of a step of `batch` sequences that took `took` seconds."""
     return {
         "what": "decode",
         "batch": batch,

@@ -1,19 +1,22 @@
-"""The engine: a checkpoint, a tokenizer and a backend behind a few calls.
+"""The engine: a checkpoint, a tokenizer and a runner behind a few calls.
 
     engine = load("tiny")
     engine.generate(prompt | messages | token ids, ...)   an iterator of events, the last of them an End
+    engine.generate_batch([...], options=[{...}, ...])    (index, event) of many, each with its own options
+    engine.complete(prompt)                               the text
     engine.logits(token_ids)                              [tokens, vocabulary], teacher-forced
     engine.score(text)                                    log-likelihoods, of the prediction head too
 
-The model itself is spec/model.py on whichever backend was chosen; this file only cuts work into calls.
+The model itself is spec/model.py on whichever backend was chosen; runner.py feeds it, loop.py shares it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import operator
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -21,41 +24,53 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from refengine import backend as backends
-from refengine import generation
 from refengine.checkpoint import Checkpoint
-from refengine.generation import Draw, End, Options, Text, Token
-from refengine.spec import mtp, state
+from refengine.generation import End, Options, Token
+from refengine.loop import SLOTS, Batch, Loop
+from refengine.runner import LocalRunner, Runner, Scores
 from refengine.spec.config import Config, InputError
 from refengine.spec.model import Model
-from refengine.spec.sample import checked, log_probs
+from refengine.spec.ops import Backend
 from refengine.spec.tensors import table
 from refengine.text.chat_template import ChatTemplate
 from refengine.text.tokenizer import Tokenizer
 
-PREFILL = 512  # positions in one call, at most; cut at whole chunks of the model
-BATCH = 32  # sequences side by side, at most
-
 
 def load(
     model: str = "tiny",
-    backend: str = "numpy",
+    backend: str | Backend = "numpy",
     dtype: str = "float32",
     device: str | None = None,
     threads: int | None = None,
     deterministic: bool = False,
+    batch: int = SLOTS,
 ) -> Engine:
-    """Open a checkpoint: a directory in the Hugging Face layout, or "tiny", the model inside this package.
+    """Open a checkpoint and return an Engine; for several ranks see refengine.ranks.load.
 
-    `device` is the processor unless it is named, of the cuda backend the first GPU. `threads` limits the
-    threads of matrix products in this process; `deterministic` asks for the same bits on every run, where
-    a device would not give them. InputError says in one sentence what is wrong with the files or with the
-    choice. For several ranks see refengine.ranks.load.
+    Args:
+        model: a directory in the Hugging Face layout, or "tiny", the model inside this package.
+        backend: "numpy", "torch" or "cuda"; or a Backend of your own, which makes `dtype`, `device` and
+            `deterministic` its own affair.
+        dtype: of the activations: "float32" or "float64" (numpy); "float32", "bfloat16", "float16" or
+            "float64" (torch); "float32", "bfloat16" or "float16" (cuda).
+        device: "cpu", "cuda", "cuda:1", ...; None: the CPU, and for the cuda backend the first GPU.
+        threads: of matrix products in this process; None: as many as there are processors.
+        deterministic: ask for the same bits on every run where a device would not give them.
+        batch: sequences side by side, at most; fewer where memory does not hold their states.
+
+    Raises:
+        InputError: one sentence about what is wrong with the files or with the choice.
     """
     began = time.perf_counter()
     limit_threads(threads)
+    if type(batch) is not int or batch < 1:
+        raise InputError(f"batch = {batch!r} is not a whole number from 1 on")
     checkpoint = Checkpoint.open(model).in_large_pages()
     cfg = checkpoint.config
-    chosen = backends.make(backend, cfg, dtype, device, threads, deterministic)
+    if isinstance(backend, Backend):
+        chosen = backend
+    else:
+        chosen = backends.make(backend, cfg, dtype, device, threads, deterministic)
     with progress("loading", len(table(cfg)), "tensor") as bar:
 
         def read(name: str) -> np.ndarray:
@@ -64,78 +79,144 @@ def load(
 
         built = Model.build(cfg, read, chosen)
     checkpoint.release()  # what was widened is not needed in the file's form too
-    return Engine(checkpoint, built, time.perf_counter() - began)
+    return Engine(checkpoint, LocalRunner(built), time.perf_counter() - began, batch)
 
 
 def limit_threads(threads: int | None) -> None:
+    """Limit the threads of matrix products in this process; raises InputError if `threads` is below 1."""
     if threads is not None:
         if threads < 1:
             raise InputError(f"threads = {threads} is less than 1")
         threadpool_limits(threads)
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Log-probabilities: trunk[i] of token i + 1, and head[i], by the prediction head, of token i + 2."""
-
-    ids: list[int]
-    trunk: list[float] = field(default_factory=list)
-    head: list[float] = field(default_factory=list)
-
-
 @dataclass
 class Engine:
-    """A loaded model; `model` is the spec's own `Model`, for whoever wants to look inside."""
+    """A loaded model. Several threads may call one engine: their sequences share its slots.
+
+    batch: sequences side by side, at most.
+    """
 
     checkpoint: Checkpoint
-    model: Model = field(repr=False)
+    runner: Runner = field(repr=False)
     load_seconds: float
+    batch: int = SLOTS
 
     @property
     def config(self) -> Config:
-        return self.model.cfg
+        """Return the configuration of the model."""
+        return self.runner.config
+
+    @property
+    def model(self) -> Model:
+        """Return the spec's Model: over ranks, this rank's part of it."""
+        return self.runner.model
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Read when first asked for: a checkpoint without one still computes logits from token ids."""
+        """Return the tokenizer, read when first asked for: logits of token ids need none."""
         return Tokenizer.load(self.checkpoint.directory, self.config)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
+        """Return the chat template, read when first asked for."""
         return ChatTemplate.load(self.checkpoint.directory)
 
-    def generate(self, prompt, *, chat: dict | None = None, **options) -> Iterator[Token | End]:
-        """Events for one prompt: a text, token ids, or chat messages ({"role": ..., "content": ...}).
+    @cached_property
+    def loop(self) -> Loop:
+        """Return the loop in which all sequences of this engine run."""
+        return Loop(self.runner, lambda: self.tokenizer, self.load_seconds, self.batch)
 
-        `chat` holds switches of the chat template, such as {"enable_thinking": False}; `options` are the
-        fields of generation.Options. Bad input raises InputError here, before the first event.
+    def generate(self, prompt, *, chat: dict | None = None, **options) -> Generator[Token | End, None, None]:
+        """Return the events of one prompt: Tokens, then one End. Closing the iterator frees the slot.
+
+        Args:
+            prompt: a text, token ids, or chat messages ({"role": ..., "content": ...}).
+            chat: switches of the chat template, such as {"enable_thinking": False}.
+            options: the fields of Options.
+
+        Raises:
+            InputError: before the first event, if the prompt or an option is wrong.
+            TypeError: for an option that does not exist.
         """
-        return (event for _, event in self.generate_batch([prompt], chat=chat, **options))
+        return _events(self.generate_batch([prompt], chat=chat, **options))
 
     def generate_batch(
-        self, prompts: Iterable, *, chat: dict | None = None, **options
-    ) -> Iterator[tuple[int, Token | End]]:
-        """(index, event) for several prompts; text i is the one `generate` gives with seed + i."""
-        checked = Options.of(options, self.tokenizer.generation)
-        return self.run([self.ids(prompt, **(chat or {})) for prompt in prompts], checked)
+        self,
+        prompts: Iterable,
+        options: Sequence[Mapping] | None = None,
+        *,
+        chat: dict | None = None,
+        **shared,
+    ) -> Batch:
+        """Return an iterator of (index, event) over several prompts, with `cancel(index)` and `close()`.
 
-    def run(self, rows: list[list[int]], options: Options) -> Iterator[tuple[int, Token | End]]:
-        """(index, event) of prompts that are token ids."""
-        alike = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding where lengths are alike
-        for start in range(0, len(rows), BATCH):
-            part = alike[start : start + BATCH]
-            seeds = [options.seed + i for i in part]
-            for i, event in generation.run(self, [rows[i] for i in part], options, seeds):
-                yield part[i], event
+        The text of prompt i is the one that `generate` gives with seed + i, whatever runs beside it.
+
+        Args:
+            prompts: a list, all of which is checked before the first event; or an iterator, from which
+                prompts are taken as slots fall free, or pairs (prompt, its options).
+            options: for a list, the options of each prompt; they go before the `shared` ones.
+            chat, shared: as in `generate`, for all prompts.
+
+        Raises:
+            InputError: names the number of the prompt that is wrong, from 0. From an iterator it is raised
+                after the prompts before it have ended.
+        """
+        self._check_open()
+        base = Options.of(shared, self.tokenizer.generation)
+        if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
+            raise InputError(f"the prompts are {_kind(prompts)}: give a list of them")
+        if isinstance(prompts, Sequence):
+            given: Sequence[Mapping] = [{}] * len(prompts) if options is None else options
+            if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != len(prompts):
+                raise InputError(f"options is not a list of {len(prompts)} dicts, one a prompt")
+            requests = self._requests(zip(prompts, given, strict=True), base, shared, chat, len(prompts) > 1)
+            return Batch(self.loop, iter(list(requests)))
+        if options is not None:
+            raise InputError("options needs a list of prompts; an iterator gives pairs (prompt, options)")
+        pairs = (item if isinstance(item, tuple) else (item, {}) for item in prompts)
+        return Batch(self.loop, self._requests(pairs, base, shared, chat, True))
+
+    def _requests(
+        self, pairs: Iterable[tuple], base: Options, shared: dict, chat: dict | None, numbered: bool
+    ) -> Iterator[tuple[list[int], Options]]:
+        """Check prompts and their options, one by one: token ids, options."""
+        for i, (prompt, own) in enumerate(pairs):
+            try:
+                if not isinstance(own, Mapping):
+                    raise InputError(f"its options are {_kind(own)}, not a dict")
+                chosen = replace(base, seed=(base.seed or 0) + i)
+                if own:
+                    seed = {"seed": chosen.seed} if own.get("seed") is None else {}
+                    chosen = Options.of({**shared, **own, **seed}, self.tokenizer.generation)
+                yield self.ids(prompt, **(chat or {})), chosen
+            except InputError as error:
+                raise (InputError(f"prompt {i}: {error}") if numbered else error) from None
+
+    async def agenerate(self, prompt, **how) -> AsyncIterator[Token | End]:
+        """Return the events of one prompt as `generate` does, for asyncio: each is awaited in a thread."""
+        events = self.generate(prompt, **how)
+        try:
+            while event := await asyncio.to_thread(next, events, None):
+                yield event
+        finally:
+            events.close()
+
+    def complete(self, prompt, **how) -> str:
+        """Return the text that `generate` gives for one prompt."""
+        return "".join(event.text for event in self.generate(prompt, **how))
 
     def ids(self, prompt, **chat) -> list[int]:
-        """Token ids of a prompt, checked: some, within the vocabulary and within the context."""
+        """Return the token ids of a prompt: some, within the vocabulary and within the context."""
         if isinstance(prompt, bytes):
             raise InputError("the prompt is bytes: decode it to text first")
+        if isinstance(prompt, Mapping) or not isinstance(prompt, Iterable):
+            raise InputError(f"the prompt is {_kind(prompt)}: give a text, token ids or a list of messages")
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
-        elif len(prompt) and isinstance(prompt[0], dict):
-            text = self.chat_template.render(prompt, **chat)
+        elif isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], dict):
+            text = self.chat_template.render(list(prompt), **chat)
             ids = self.tokenizer.encode(text, add_special_tokens=False)
         else:
             ids = [_whole(token) for token in prompt]
@@ -151,100 +232,60 @@ class Engine:
         return ids
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Teacher-forced logits [tokens, vocabulary], float32 or wider; row i is for the token after i."""
-        return np.concatenate([self.head(h)[0] for _, _, h, _ in self.read([self.ids(token_ids)])])
+        """Return teacher-forced logits [tokens, vocabulary], float32 or wider; row i: after token i."""
+        self._check_open()
+        ids = self.ids(token_ids)
+        with self.loop.lock:
+            return self.runner.logits(ids)
 
     def score(self, prompt) -> Scores:
-        """How likely each token of a text is, given those before it."""
+        """Return how likely each token of a text is, given those before it."""
+        self._check_open()
         ids = self.ids(prompt)
-        scores = Scores(ids)
-        head = mtp.new_states(self.model, 1)
-        for start, _, h, _ in self.read([ids]):
-            following = ids[start + 1 : start + 1 + h.shape[1]]
-            scores.trunk.extend(_chosen(self.head(h)[0], following))
-            if self.config.mtp_layers and following:
-                after = self.model.backend.array(np.array([following]))
-                o, head = mtp.predict(self.model, h[:, : len(following)], after, head)
-                scores.head.extend(_chosen(self.head(o)[0], ids[start + 2 : start + 2 + len(following)]))
-        return scores
+        with self.loop.lock:
+            return self.runner.score(ids)
 
-    def prefill(self, rows: list[list[int]], width: int = 0) -> tuple[np.ndarray, list]:
-        """Read prompts from their beginning: logits [b, v] after each one's last token, and the states.
-
-        They are padded to the longest of them, or to `width` if that is more.
-        """
-        lengths = np.array([len(row) for row in rows])
-        logits = np.empty((len(rows), self.config.vocab_size), np.float32)
-        with progress("prompt", lengths.sum(), "token") as bar:
-            for start, n, h, states in self.read(rows, width):  # noqa: B007  (the last states are returned)
-                ending = (n > 0) & (start + n == lengths)
-                if ending.any():
-                    logits[ending] = self.head(h, np.maximum(n - 1, 0))[ending]
-                bar.update(int(n.sum()))
-        return logits, states
-
-    def decode(self, ids: list[int], states: list) -> tuple[np.ndarray, list]:
-        """One more token for each sequence: logits [b, v], states."""
-        here = self.model.backend
-        if here.step:
-            return here.step(self.model, ids, states)
-        h, states = self.step(np.array(ids)[:, None], states)
-        return self.head(h)[:, 0], states
-
-    def draw(self, texts: list[Text], logits: np.ndarray) -> list[Draw | None]:
-        """What follows each of some texts, by its row of the logits; None where nothing may follow."""
-        return [text.draw(row) for text, row in zip(texts, logits, strict=True)]
-
-    def take(self, states: list, rows: list[int]) -> list:
-        """The states of some sequences of a batch."""
-        return state.take(states, rows)
-
-    def step(self, ids: np.ndarray, states: list, n: np.ndarray | None = None) -> tuple[object, list]:
-        """One call of the model: ids [b l], of which n [b] are real -> h [b l d], states."""
-        here = self.model.backend
-        x = self.model.embed(here.array(ids))
-        return self.model.blocks(x, states, None if n is None else here.array(n))
-
-    def read(self, rows: list[list[int]], width: int = 0) -> Iterator[tuple[int, np.ndarray, object, list]]:
-        """Read sequences in calls of whole chunks: (start, n [b], h [b l d], states) of each call."""
-        chunk = max(1, self.config.chunk_size)
-        step = PREFILL if chunk > PREFILL else PREFILL // chunk * chunk
-        lengths = np.array([len(row) for row in rows])
-        width = max(width, lengths.max())
-        ids = np.array([row + [0] * (width - len(row)) for row in rows])
-        states = self.new_states(len(rows))
-        for start in range(0, ids.shape[1], step):
-            part = ids[:, start : start + step]
-            n = np.clip(lengths - start, 0, part.shape[1])
-            all_real = (n == part.shape[1]).all()
-            h, states = self.step(part, states, None if all_real else n)
-            yield start, n, h, states
+    def follow(self) -> None:
+        """Do this rank's part in all that rank 0 is asked for, until rank 0 closes its engine."""
+        self.runner.follow()
 
     def close(self) -> None:
-        """Nothing more will be asked: ranks that follow may end."""
+        """Free the states and weights; over ranks, the others may end."""
+        self.runner.close()
 
-    def new_states(self, batch: int) -> list:
-        """What the layers remember before the first token."""
-        return self.model.new_states(batch)
+    def _check_open(self) -> None:
+        if self.runner.closed:
+            raise InputError("this engine is closed: load the model again")
 
-    def head(self, h, rows: np.ndarray | None = None) -> np.ndarray:
-        """Logits on the host: b l v, or of one position of each sequence b v."""
-        return self.model.backend.fetch(self.model.head(h, rows))
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def _events(batch: Batch) -> Generator[Token | End, None, None]:
+    """Return the events of a batch without their index."""
+    try:
+        for _, event in batch:
+            yield event
+    finally:
+        batch.close()
 
 
 def progress(what: str, total: int, unit: str, silent: bool = False) -> tqdm:
-    """A bar on stderr for work that takes more than a second; nothing where nobody watches."""
+    """Return a bar on stderr for work that takes more than a second; it is silent without a terminal."""
     return tqdm(total=total, desc=what, unit=unit, disable=silent or None, delay=1, leave=False)
 
 
+def _kind(value) -> str:
+    """Return the name of a value's type for a sentence."""
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
 def _whole(token) -> int:
+    """Return a token id as an int; raises InputError for anything else."""
     try:
         return operator.index(token)
     except TypeError:
         raise InputError(f"the prompt is neither text nor token ids: it holds {token!r}") from None
-
-
-def _chosen(logits: np.ndarray, ids: list[int]) -> list[float]:
-    """The log-probability of each id, by the row of logits that came before it."""
-    rows = log_probs(checked(logits[: len(ids)])) if ids else []
-    return [float(row[token]) for row, token in zip(rows, ids, strict=True)]

@@ -1,19 +1,17 @@
-"""Generation: the loop from logits to tokens to text, for one sequence or several side by side.
+"""One sequence: its options, how it draws tokens from logits, and how tokens become text and events.
 
-Every sequence is a `Text`: it draws its next token, turns tokens into text, and knows when to end. `run`
-feeds what they drew back into the model, all in one batch, until the last has ended.
+A `Drawing` is where the logits are (over ranks: on the last stage) and draws tokens. A `Text` is where the
+caller is: it turns tokens into text and knows when the sequence ends. loop.py runs many of them.
 """
 
 from __future__ import annotations
 
 import secrets
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from refengine.machine import peak_memory
 from refengine.spec.config import InputError
 from refengine.spec.sample import Sampling, alternatives, log_probs, sample
 from refengine.text.stop_strings import StopStrings
@@ -93,100 +91,66 @@ class Options:
 
 
 @dataclass
+class Drawing:
+    """How one sequence draws its tokens: sampling, its own random generator, and the tokens so far."""
+
+    sampling: Sampling
+    seed: int
+    logprobs: int | None = None
+    ids: list[int] = field(default_factory=list)  # the prompt, then what was drawn
+
+    def __post_init__(self):
+        self.generator = np.random.Generator(np.random.Philox(self.seed))
+
+    def draw(self, logits: np.ndarray) -> Draw:
+        """Return the next token by logits [v]; raises InputError if they are not numbers."""
+        token = sample(logits, self.sampling, self.ids, self.generator)
+        self.ids.append(token)
+        if self.logprobs is None:
+            return Draw(token)
+        row = log_probs(logits)
+        return Draw(token, float(row[token]), tuple(alternatives(row, self.logprobs)))
+
+    def follow(self, token: int) -> None:
+        """Go on as if `token` had been drawn here: another rank drew it."""
+        self.ids.append(token)
+        if self.sampling.temperature != 0:
+            self.generator.random()
+
+
+@dataclass
 class Text:
-    """One sequence being written."""
+    """The text of one sequence, token by token.
+
+    room: how many tokens the model's context leaves after the prompt.
+    """
 
     tokenizer: Tokenizer
     options: Options
-    ids: list[int]  # the prompt, then what was drawn
-    seed: int
-    room: int  # how many tokens may follow the prompt
+    room: int
     drawn: int = 0
     ended: bool = False
 
     def __post_init__(self):
-        self.sampling = self.options.sampling
-        self.generator = np.random.Generator(np.random.Philox(self.seed))
         self.stream = self.tokenizer.stream(skip_special_tokens=False)
         self.stops = StopStrings(self.options.stop)
 
     @property
     def full(self) -> str:
-        """Why nothing may follow, or an empty string."""
+        """Return the reason why no token may follow ("length", "context"), or an empty string."""
         if self.drawn >= self.options.max_tokens:
             return "length"
         return "context" if self.drawn >= self.room else ""
 
-    def draw(self, logits: np.ndarray) -> Draw | None:
-        """The next token, by logits [v], if one may follow."""
-        if self.full:
-            return None
-        token = sample(logits, self.sampling, self.ids, self.generator)
-        return Draw(token, *self.likelihoods(logits, token))
-
-    def step(self, draw: Draw | None) -> list[Token | tuple[str, str]]:
-        """Take what was drawn: a Token, and at the end (reason, what was held back)."""
-        if draw is None:
-            return [self.end(self.full)]
+    def take(self, draw: Draw) -> tuple[list[Token], str]:
+        """Return the Token that was drawn, if it is text, and the reason why the sequence ends, or ""."""
         if draw.id in self.tokenizer.stop_ids and not self.options.ignore_eos:
-            return [self.end("eos")]
-        self.ids.append(draw.id)
+            return [], "eos"
         self.drawn += 1
         text, found = self.stops.push(self.stream.push(draw.id))
-        new = Token(draw.id, text, draw.logprob, draw.top)
-        return [new] if found is None else [new, self.end("stop")]
+        return [Token(draw.id, text, draw.logprob, draw.top)], "stop" if found is not None else self.full
 
-    def end(self, reason: str) -> tuple[str, str]:
-        """What might have become a stop string is text after all. Half a character is not: left out."""
+    def rest(self) -> str:
+        """Return what was held back: the beginning of a stop string is text, half a character is not."""
         self.ended = True
-        return reason, self.stops.flush()
-
-    def likelihoods(self, logits: np.ndarray, token: int):
-        if self.options.logprobs is None:
-            return None, ()
-        row = log_probs(logits)
-        return float(row[token]), tuple(alternatives(row, self.options.logprobs))
-
-
-def run(
-    engine, prompts: list[list[int]], options: Options, seeds: list[int]
-) -> Iterator[tuple[int, Token | End]]:
-    """(index, event) of all prompts until each has ended."""
-    context = engine.config.max_position_embeddings
-    texts = [
-        Text(engine.tokenizer, options, list(ids), seed, context - len(ids))
-        for ids, seed in zip(prompts, seeds, strict=True)
-    ]
-    began = time.perf_counter()
-    logits, states = engine.prefill(prompts)
-    decoding = time.perf_counter()
-    active = list(range(len(texts)))
-    while True:
-        for i, draw in zip(active, engine.draw([texts[i] for i in active], logits), strict=True):
-            for event in texts[i].step(draw):
-                if not isinstance(event, Token):
-                    event = End(*event, statistics(engine, prompts[i], texts[i], began, decoding))
-                yield i, event
-        staying = [row for row, i in enumerate(active) if not texts[i].ended]
-        if not staying:
-            return
-        if len(staying) < len(active):
-            states, active = engine.take(states, staying), [active[row] for row in staying]
-        logits, states = engine.decode([texts[i].ids[-1] for i in active], states)
-
-
-def statistics(engine, prompt: list[int], text: Text, began: float, decoding: float) -> dict:
-    """Counts, seconds, tokens per second, bytes."""
-    prefill, decode = decoding - began, time.perf_counter() - decoding
-    steps = max(0, text.drawn - 1)  # the first token comes out of the prefill
-    return {
-        "prompt_tokens": len(prompt),
-        "new_tokens": text.drawn,
-        "seed": text.seed,
-        "load_seconds": engine.load_seconds,
-        "prefill_seconds": prefill,
-        "decode_seconds": decode,
-        "prefill_tokens_per_second": len(prompt) / prefill,
-        "decode_tokens_per_second": steps / decode if steps else None,
-        "peak_memory_bytes": peak_memory(),
-    }
+        return self.stops.flush()

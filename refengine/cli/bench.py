@@ -57,7 +57,7 @@ def bench(prompts, batches, contexts, repeat, steps, as_json, **how):
         return
     asked = {"prompts": prompts, "batches": batches, "contexts": contexts, "repeat": repeat, "steps": steps}
     several = [how[name] for name in ("tp", "ep", "pp")] != [1, 1, 1] or launched().count > 1
-    rows = of_ranks(asked, how) if several else of_one(asked, how)
+    rows = measured(asked, how, several)
     if as_json:
         for row in rows:
             click.echo(json.dumps(row))
@@ -76,36 +76,24 @@ def bench(prompts, batches, contexts, repeat, steps, as_json, **how):
         )
 
 
-def of_one(asked: dict, how: dict) -> Iterator[dict]:
-    """The machine, then what was asked for, by this process alone."""
-    from refengine import backend as backends
+def measured(asked: dict, how: dict, several: bool) -> Iterator[dict]:
+    """Return the row of the machine, then those asked for; over ranks the machine is not measured."""
     from refengine import machine
-    from refengine.bench import bench as measured
-    from refengine.engine import limit_threads
-    from refengine.spec.model import Model
+    from refengine.bench import bench as rows_of
 
-    checkpoint = checked(how["model"], asked).in_large_pages()
-    on_host = how["backend"] != "cuda" and how["device"] in (None, "cpu")
-    device = how["device"] or ("cpu" if on_host else "cuda")
-    limit_threads(threads := how["threads"] or machine.processors())
-    cfg, dtype = checkpoint.config, how["dtype"]
+    cfg = checked(how["model"], asked).config
+    on_host = not several and how["backend"] != "cuda" and how["device"] in (None, "cpu")
+    threads = how["threads"] or machine.processors()
     if on_host:
-        check_room(cfg, dtype, max(asked["batches"]), max(asked["contexts"]), machine.available_memory())
-    chosen = backends.make(how["backend"], cfg, dtype, device, threads, how["deterministic"])
-    built = Model.build(cfg, checkpoint.read, chosen)
-    rows = measured(built, dtype, threads, **asked, host=on_host)
-    yield next(rows) | {"device": device}
-    yield from rows
-
-
-def of_ranks(asked: dict, how: dict) -> Iterator[dict]:
-    """The same by all ranks together, whose machines are not measured."""
-    checked(how["model"], asked)
-    engine = options.load(**how)
-    layout = {name: how[name] for name in ("tp", "ep", "pp")}
-    yield {"what": "machine", "device": how["device"] or "cpu"} | layout
-    yield from engine.bench(**asked)
-    engine.close()
+        check_room(
+            cfg, how["dtype"], max(asked["batches"]), max(asked["contexts"]), machine.available_memory()
+        )
+    with options.load(**how) as engine:
+        rows = rows_of(engine.runner, how["dtype"], threads, **asked, host=on_host)
+        device = how["device"] or ("cuda" if how["backend"] == "cuda" else "cpu")
+        layout = {name: how[name] for name in ("tp", "ep", "pp")} if several else {}
+        yield next(rows) | {"device": device} | layout
+        yield from rows
 
 
 def checked(model: str, asked: dict) -> Checkpoint:

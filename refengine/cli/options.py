@@ -147,14 +147,15 @@ def parted(others: dict) -> tuple[dict, dict]:
 
 def say_ranks(engine) -> None:
     """Print for each rank how much of the checkpoint it keeps, on stderr; prints nothing for one process."""
-    if not hasattr(engine, "shard"):
+    shard = getattr(engine.runner, "shard", None)
+    if shard is None:
         return
     from refengine.ranks.load import bytes_read
     from refengine.spec.shard import Shard
     from refengine.units import bytes_text
 
-    for rank in range(engine.shard.layout.ranks):
-        read = bytes_read(engine.checkpoint.config, Shard(engine.shard.layout, rank))
+    for rank in range(shard.layout.ranks):
+        read = bytes_read(engine.checkpoint.config, Shard(shard.layout, rank))
         kept, touched = (bytes_text(sum(read[what].values())) for what in ("kept", "touched"))
         roles = ", ".join(f"{role} {bytes_text(size)}" for role, size in read["kept"].items())
         click.echo(f"rank {rank}: keeps {kept} of the checkpoint, reads {touched} for it; {roles}", err=True)

@@ -3,7 +3,7 @@
     mpiexec -n 4 refengine generate --tp 2 --ep 2 ...
     torchrun --nproc-per-node 2 -m refengine generate --backend torch --tp 2 ...
 
-`load` is refengine.load for one rank; it returns the RankEngine of engine.py.
+`load` is refengine.load for one rank: an Engine over the RankRunner of runner.py.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import numpy as np
 
 from refengine import backend as backends
 from refengine.checkpoint import Checkpoint
-from refengine.engine import limit_threads, progress
+from refengine.engine import Engine, limit_threads, progress
+from refengine.loop import SLOTS
 from refengine.machine import processors
 from refengine.ranks.comm import TIMEOUT, Ranks
 from refengine.ranks.comm.connect import connect
-from refengine.ranks.engine import RankEngine
 from refengine.ranks.launcher import Launch, launched
+from refengine.ranks.runner import RankRunner
 from refengine.spec import ranks
 from refengine.spec.arrays import DTYPES
 from refengine.spec.config import Config, InputError
@@ -43,7 +44,8 @@ def load(
     ep: int = 1,
     pp: int = 1,
     timeout: float = TIMEOUT,
-) -> RankEngine:
+    batch: int = SLOTS,
+) -> Engine:
     """Return the engine of this rank, with its part of the model; every rank of the job makes the same call.
 
     Arguments are those of refengine.load, and: threads of each rank, by default its share of the host's
@@ -78,7 +80,8 @@ def load(
 
         built = ranks.part(cfg, read, chosen, shard, comm)
     checkpoint.release()
-    return RankEngine(checkpoint, built, time.perf_counter() - began, comm, shard, chosen)
+    runner = RankRunner(built, cfg, comm, shard, chosen)
+    return Engine(checkpoint, runner, time.perf_counter() - began, batch)
 
 
 def with_heartbeats(backend: Backend, comm: Ranks) -> Backend:

@@ -30,13 +30,26 @@ class Seats:
         """Return the number of sequences of each rank, padding included."""
         return [len(seats) for seats in self.of]
 
-    def stay(self, rows: list[int]) -> tuple[Seats, list[list[int]]]:
-        """Return the seats of the sequences `rows`, renumbered in that order, and what each rank keeps.
+    @classmethod
+    def of_slots(
+        cls, slots: list[int], fresh: list[int], homes: dict[int, int | None], ep: int
+    ) -> tuple[Seats, dict[int, int | None]]:
+        """Return the seats of a call's sequences, and the home of each slot after it.
 
-        kept[e] indexes the sequences that rank e had. Every rank keeps one, if only as padding, because it
-        must take part in the exchanges of the experts.
+        slots: those of the call's rows; fresh: those that have read nothing, and may sit anywhere; homes: the
+        rank of ep that has a slot's states, None if all have them. Fewer sequences than ranks go to every
+        rank if each rank can have them. Otherwise each goes to its home, or to the rank with the fewest.
+        A rank without a sequence gets padding, because it must take part in the exchanges of the experts.
         """
-        number: dict[int | None, int] = {row: i for i, row in enumerate(rows)}
-        kept = [[i for i, row in enumerate(seats) if row in number] or [0] for seats in self.of]
-        pairs = zip(self.of, kept, strict=True)
-        return Seats(tuple(tuple(number.get(seats[i]) for i in mine) for seats, mine in pairs)), kept
+        before = {slot: None if slot in fresh else homes[slot] for slot in slots}
+        if ep == 1 or (len(slots) < ep and all(home is None for home in before.values())):
+            return cls((tuple(range(len(slots))),) * ep), dict.fromkeys(slots)
+        count = [sum(home == e for home in before.values()) for e in range(ep)]
+        after: dict[int, int | None] = {}
+        for slot, home in before.items():
+            if home is None:
+                home = count.index(min(count))
+                count[home] += 1
+            after[slot] = home
+        of = [tuple(i for i, slot in enumerate(slots) if after[slot] == e) or (None,) for e in range(ep)]
+        return cls(tuple(of)), after

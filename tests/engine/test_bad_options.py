@@ -12,6 +12,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import refengine
 from refengine import backend, bench
+from refengine.runner import LocalRunner
 from refengine.spec.arrays import ITEMSIZE
 from refengine.spec.config import Config, InputError
 from refengine.spec.model import Model
@@ -133,7 +134,7 @@ def test_weights_may_take_half_of_the_free_memory_and_no_more(monkeypatch, dtype
 
 def test_the_figures_of_bench_are_what_their_names_say(monkeypatch):
     case = Case(layers="M*E-", batch=1)
-    built = Model.build(case.cfg, case.read, numpy_backend())
+    built = LocalRunner(Model.build(case.cfg, case.read, numpy_backend()))
     measured = {"seconds": 0.5, "decode_seconds": 0.25, "matrix_peak": 1e9, "read_bandwidth": 1e8}
     for name, value in measured.items():
         monkeypatch.setattr(bench, name, lambda *args, value=value: value)

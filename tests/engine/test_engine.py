@@ -10,6 +10,7 @@ import pytest
 import refengine
 from refengine import End, InputError, Token
 from refengine.checkpoint.locate import EMBEDDED
+from refengine.runner import LocalRunner
 from refengine.spec.numerics import tolerance
 from refengine.spec.sample import log_probs
 from tests.ranks.test_reads import filled
@@ -41,7 +42,7 @@ def close(a, b, engine, times=1):
 def with_context(engine, context: int):
     """The same engine, with room for fewer tokens."""
     model = replace(engine.model, cfg=replace(engine.config, max_position_embeddings=context))
-    return replace(engine, model=model)
+    return replace(engine, runner=LocalRunner(model))
 
 
 def test_the_text_of_all_events_is_the_text_of_all_tokens(engine):
@@ -148,10 +149,10 @@ def test_what_was_widened_does_not_stay_in_the_files_form_too(tmp_path):
 
 
 def test_weights_that_are_damaged_are_refused_by_whoever_would_use_their_numbers(engine):
-    broken = replace(engine, model=replace(engine.model, weights=dict(engine.model.weights)))
     outer = dict(engine.model.weights[""])
     outer["lm_head.weight"] = np.full_like(outer["lm_head.weight"], np.nan)
-    broken.model.weights[""] = outer
+    weights = engine.model.weights | {"": outer}
+    broken = replace(engine, runner=LocalRunner(replace(engine.model, weights=weights)))
     with pytest.raises(InputError, match="damaged"):
         broken.score("Once upon a time")
     with pytest.raises(InputError, match="damaged"):
@@ -160,7 +161,7 @@ def test_weights_that_are_damaged_are_refused_by_whoever_would_use_their_numbers
 
 def test_a_huge_chunk_size_does_not_make_calls_huge(engine):
     model = replace(engine.model, cfg=replace(engine.config, chunk_size=10**9))
-    lengths = [h.shape[1] for _, _, h, _ in replace(engine, model=model).read([[5] * 1300])]
+    lengths = [h.shape[1] for _, h in LocalRunner(model).hidden([5] * 1300)]
     assert max(lengths) == 512
 
 

@@ -3,41 +3,23 @@
 import numpy as np
 import pytest
 
-from refengine.checkpoint import Checkpoint
-from refengine.ranks.bench import bench, with_context
-from refengine.ranks.comm.threads import on_each
-from refengine.ranks.engine import RankEngine
+from refengine.bench import bench
 from refengine.spec.layout import Layout
-from refengine.spec.ops import numpy_backend
-from refengine.spec.ranks import part
-from refengine.spec.shard import Shard
 from tests.support.layouts import spelled
+from tests.support.runners import over_ranks
 
 LAYOUTS = [Layout(2), Layout(1, 2), Layout(1, 1, 2), Layout(2, 2)]
-
-
-def on_ranks(layout: Layout, work) -> list:
-    """work(engine) of every rank, on the embedded model."""
-
-    checkpoint = Checkpoint.open("tiny")
-
-    def rank(comm):
-        shard, plain = Shard(layout, comm.rank), numpy_backend()
-        model = part(checkpoint.config, checkpoint.read, plain, shard, comm)
-        return work(RankEngine(checkpoint, model, 0.0, comm, shard, plain))
-
-    return on_each(layout.ranks, rank)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=spelled)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_context_is_as_long_as_was_asked(layout, batch):
-    def lengths(engine):
-        states = with_context(engine, batch, 9)
-        own = engine.seats.sizes[engine.shard.at[1]]
-        return own, [state.length for state in states if hasattr(state, "length")]
+    def lengths(runner):
+        runner.part_of_fill(list(range(batch)), 9)
+        own = runner.seats.sizes[runner.shard.at[1]]
+        return own, [s.length for _, states in runner.slots.batches for s in states if hasattr(s, "length")]
 
-    found = on_ranks(layout, lengths)
+    found = over_ranks(layout, lengths, everywhere=True)
     assert sum(len(caches) for _, caches in found) == 2 * layout.tp * layout.ep, "two layers of attention"
     for own, caches in found:
         assert all(np.array_equal(length, [9] * own) for length in caches)
@@ -46,12 +28,16 @@ def test_a_context_is_as_long_as_was_asked(layout, batch):
 
 
 def test_a_row_for_all_that_was_asked_and_the_memory_of_the_rank_that_took_most():
-    def rows(engine):
+    def rows(runner):
         measured = [
-            (row["what"], row["batch"], row["tokens"])
-            for row in bench(engine, [3, 20], [2], [4], repeat=1, steps=1)
+            (row["what"], row.get("batch"), row.get("tokens"))
+            for row in bench(runner, "float32", 1, [3, 20], [2], [4], repeat=1, steps=1, host=False)
         ]
-        return measured, engine.largest(engine.comm.rank)
+        return measured
 
-    asked = [("prefill", 1, 3), ("prefill", 1, 20), ("decode", 2, 4)]
-    assert on_ranks(Layout(1, 2), rows) == [(asked, 1.0)] * 2
+    asked = [("machine", None, None), ("prefill", 1, 3), ("prefill", 1, 20), ("decode", 2, 4)]
+    assert over_ranks(Layout(1, 2), rows)[0] == asked
+
+
+def test_the_largest_number_of_all_ranks():
+    assert over_ranks(Layout(1, 2), lambda r: r.largest(r.comm.rank), everywhere=True) == [1, 1]

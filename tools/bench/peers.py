@@ -33,17 +33,18 @@ def ours(model: str, dtype: str, threads: int):
     from refengine import bench
     from refengine.backends.pytorch import torch_backend
     from refengine.checkpoint import Checkpoint
+    from refengine.runner import LocalRunner
     from refengine.spec.model import Model
 
     torch.set_num_threads(threads)
     checkpoint = Checkpoint.open(model).in_large_pages()
-    built = Model.build(checkpoint.config, checkpoint.read, torch_backend(dtype))
+    runner = LocalRunner(Model.build(checkpoint.config, checkpoint.read, torch_backend(dtype)))
 
     def work(task: str, size: int, steps: int) -> float:
         if task == "decode":
-            return bench.decode_seconds(built, size, CONTEXT, steps)
+            return bench.decode_seconds(runner, size, CONTEXT, steps)
         began = time.perf_counter()
-        bench.prefill(built, prompt(built.cfg.vocab_size, 1, size))
+        bench.prefill(runner, prompt(runner.config.vocab_size, 1, size)[0].tolist())
         return time.perf_counter() - began
 
     return work

@@ -23,6 +23,7 @@ from refengine.backends.pytorch.attention import Cache, attention
 from refengine.backends.pytorch.products import Products
 from refengine.backends.pytorch.steps import Steps
 from refengine.checkpoint import Checkpoint
+from refengine.runner import LocalRunner
 from refengine.spec.model import Model
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 64, 128, 512)
@@ -151,11 +152,15 @@ def main() -> None:
     rng = torch.Generator().manual_seed(0)
     vocabulary, rows = model.cfg.vocab_size, {}
     for length in map(int, arguments.prompt.split(",")):
-        read = partial(bench.prefill, ids=torch.randint(vocabulary, (1, length), generator=rng))
+        ids = torch.randint(vocabulary, (length,), generator=rng).tolist()
+
+        def read(model: Model, ids: list[int] = ids) -> None:
+            bench.prefill(LocalRunner(model), ids)
+
         rows[f"prefill {length}"] = by_verb(model, clock, read, max(1, 1536 // length))
     for batch in map(int, arguments.batch.split(",")):
         token = torch.randint(vocabulary, (batch, 1), generator=rng)
-        work = token_steps(token, bench.with_context(model, batch, 64))
+        work = token_steps(token, LocalRunner(model).filled(batch, 64, model.backend))
         rows[f"decode, batch {batch}"] = by_verb(model, clock, work, 8)
     print("\n| milliseconds | all | by verb |\n|---|---|---|")
     for what, verbs in rows.items():

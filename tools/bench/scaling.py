@@ -21,41 +21,33 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from refengine.generation import Draw
+from refengine.runner import How, Part, chunk_length
+from refengine.spec.sample import Sampling
 
 CONTEXT = 64  # tokens before decoding
 
 
-class Likeliest:
-    """A text that only ever asks for the likeliest token."""
-
-    options = SimpleNamespace(logprobs=None)
-
-    def draw(self, logits: np.ndarray) -> Draw:
-        return Draw(int(np.argmax(logits)))
-
-
-def measure(engine, what: str, size: int, batch: int, steps: int) -> float:
-    """Seconds of a prefill of `size` tokens a sequence, or of the median decoding step; all ranks call it."""
+def measure(runner, what: str, size: int, batch: int, steps: int) -> float:
+    """Return seconds of a prefill of `size` tokens a sequence, or of the median decoding step."""
     rng, length = np.random.default_rng(0), CONTEXT if what == "decode" else size
-    rows = rng.integers(0, engine.config.vocab_size, (batch, length)).tolist()
-    texts = [Likeliest() for _ in rows]
+    rows = rng.integers(0, runner.config.vocab_size, (batch, length)).tolist()
+    slots, greedy, chunk = list(range(batch)), How(Sampling(temperature=0)), chunk_length(runner.config)
     began = time.perf_counter()
-    logits, states = engine.prefill(rows)
-    drawn = [draw.id for draw in engine.draw(texts, logits)]
-    if what == "prefill":
-        return time.perf_counter() - began
+    for start in range(0, length, chunk):
+        how, last = None if start else greedy, start + chunk >= length
+        drawn = runner.read([Part(i, rows[i][start : start + chunk], how, last) for i in slots])
+    took = time.perf_counter() - began
     times = []
-    for _ in range(steps + 2):
+    for _ in range(steps + 2 if what == "decode" else 0):
         began = time.perf_counter()
-        logits, states = engine.decode(drawn, states)
-        drawn = [draw.id for draw in engine.draw(texts, logits)]
+        drawn = runner.step(slots, [draw.id for draw in drawn])
         times.append(time.perf_counter() - began)
-    return median(times[2:])
+    runner.drop(slots)
+    return median(times[2:]) if times else took
 
 
 def work(arguments) -> None:
-    """One process or one rank: tasks come from standard input, through rank 0."""
+    """Run one process or one rank, which reads its tasks from the standard input of rank 0."""
     out, sys.stdout = sys.stdout, sys.stderr
     tp, ep, pp = map(int, arguments.worker.split("x"))
     how = {"backend": arguments.backend, "dtype": arguments.dtype, "threads": arguments.threads}
@@ -63,26 +55,23 @@ def work(arguments) -> None:
         import refengine
 
         engine, comm = refengine.load(arguments.model, **how), SimpleNamespace(rank=0, sent={})
-        comm.broadcast = lambda task, idle=True: task
     else:
         from refengine.ranks.load import load as load_rank
 
         engine = load_rank(arguments.model, **how, tp=tp, ep=ep, pp=pp, timeout=600)
-        comm = engine.comm
-    if comm.rank == 0:
-        print("ready", file=out, flush=True)
-        for line in sys.stdin:
-            task, before = comm.broadcast(json.loads(line)), sum(comm.sent.values())
-            took = measure(engine, *task)
-            print(json.dumps([took, sum(comm.sent.values()) - before]), file=out, flush=True)
-        comm.broadcast(None)
-    else:
-        while task := comm.broadcast(idle=True):
-            measure(engine, *task)
+        comm = engine.runner.comm
+    if comm.rank:
+        return engine.follow()
+    print("ready", file=out, flush=True)
+    for line in sys.stdin:
+        before = sum(comm.sent.values())
+        took = measure(engine.runner, *json.loads(line))
+        print(json.dumps([took, sum(comm.sent.values()) - before]), file=out, flush=True)
+    engine.close()
 
 
 class Group:
-    """The processes of one layout, waiting for tasks."""
+    """Hold the processes of one layout, which wait for tasks."""
 
     def __init__(self, arguments, layout: str, threads: int):
         tp, ep, pp = map(int, layout.split("x"))
@@ -107,11 +96,13 @@ class Group:
         return json.loads(self.process.stdout.readline())
 
     def end(self) -> None:
+        """Close the standard input of the processes and wait for them."""
         self.process.stdin.close()
         self.process.wait()
 
 
 def main() -> None:
+    """Parse the arguments, and run a worker or the whole measurement."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--layouts", default="2x1x1,1x2x1,1x1x2", help="tp x ep x pp, with commas between")
@@ -146,6 +137,7 @@ def main() -> None:
 
 
 def report(arguments, tasks: dict, groups: list[Group], taken: dict) -> None:
+    """Print the table, and write the figures as JSON if asked."""
     print(f"{arguments.backend}, {arguments.dtype}, batch {arguments.batch}, medians of {arguments.rounds}\n")
     print("| | | ms | over 1 thread | of what 2 threads reach | KB that rank 0 sent |")
     print("|---|---|---|---|---|---|")

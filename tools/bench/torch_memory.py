@@ -67,10 +67,9 @@ def main() -> None:
     highest = Highest()
     highest.start()
 
-    from refengine import bench
     from refengine.backends.pytorch import torch_backend
     from refengine.checkpoint import Checkpoint
-    from refengine.engine import PREFILL
+    from refengine.runner import PREFILL, LocalRunner, chunk_length
     from refengine.spec.model import Model
     from refengine.spec.tensors import parameters, table
 
@@ -78,7 +77,11 @@ def main() -> None:
     backend = torch_backend(arguments.dtype, threads=arguments.threads)
     model = Model.build(checkpoint.config, checkpoint.read, backend)
     cfg = model.cfg
-    states = bench.prefill(model, torch.randint(cfg.vocab_size, (1, arguments.prompt)))
+    runner, states = LocalRunner(model), model.new_states(1)
+    prompt = torch.randint(cfg.vocab_size, (1, arguments.prompt))
+    for start in range(0, arguments.prompt, chunk_length(cfg)):
+        h, states = runner.blocks(prompt[:, start : start + chunk_length(cfg)].numpy(), states)
+    runner.head(h[:, -1:])
     for _ in range(arguments.steps):
         h, states = model.blocks(model.embed(torch.randint(cfg.vocab_size, (1, 1))), states)
         model.head(h)

@@ -103,17 +103,16 @@ def exercise() -> None:
     import refengine
     from refengine.backends.cuda import cuda_backend
     from refengine.backends.cuda.device import CupyDevice
-    from refengine.engine import Engine
+    from refengine.runner import How, LocalRunner, Part
     from refengine.spec.model import Model
 
     checkpoint, device = refengine.load("tiny").checkpoint, CupyDevice(pooled=False)
     for dtype in ("float32", "bfloat16"):
         model = Model.build(checkpoint.config, checkpoint.read, cuda_backend(dtype, device))
-        engine = Engine(checkpoint, model, 0.0)
-        logits, states = engine.prefill([[7] * 150, [11] * 40])
+        runner, how = LocalRunner(model), How()
+        drawn = runner.read([Part(0, [7] * 150, how, True), Part(1, [11] * 40, how, True)])
         for _ in range(3):
-            h, states = model.blocks(model.embed(model.backend.array(logits.argmax(-1)[:, None])), states)
-            logits = model.backend.fetch(model.head(h))[:, 0]
+            drawn = runner.step([0, 1], [draw.id for draw in drawn])
     device.sync()
 
 

@@ -8,6 +8,7 @@ import pytest
 import refengine
 from refengine.backends.cuda import CudaBackend, cuda_backend
 from refengine.engine import Engine
+from refengine.runner import LocalRunner
 from refengine.spec.config import InputError
 from refengine.spec.model import Model
 from refengine.spec.tensors import parameters, table
@@ -25,7 +26,7 @@ def reference() -> Engine:
 def engine(device, dtype: str) -> Engine:  # noqa: F811
     checkpoint = reference().checkpoint
     model = Model.build(checkpoint.config, checkpoint.read, cuda_backend(dtype, device))
-    return Engine(checkpoint, model, 0.0)
+    return Engine(checkpoint, LocalRunner(model), 0.0)
 
 
 def greedy(engine, count: int):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from refengine import bench
+from refengine.runner import LocalRunner
 from refengine.spec.model import Model
 from refengine.spec.ops import numpy_backend
 from refengine.spec.tensors import parameters, table
@@ -19,8 +20,8 @@ def model(backend):
 
 @pytest.fixture(params=["numpy", "torch"])
 def built(request):
-    return model(
-        numpy_backend(np.float32) if request.param == "numpy" else Torch("torch-float32", "float32")()
+    return LocalRunner(
+        model(numpy_backend(np.float32) if request.param == "numpy" else Torch("torch-float32", "float32")())
     )
 
 
@@ -41,7 +42,7 @@ def test_a_longer_context_adds_its_keys_and_values():
 
 @pytest.mark.parametrize("context", [1, 2, 70])
 def test_a_context_is_as_long_as_was_asked(built, context):
-    cache = bench.with_context(built, 2, context)[1]
+    cache = built.filled(2, context, built.model.backend)[1]
     assert [int(n) for n in cache.length] == [context, context]
 
 
@@ -59,4 +60,4 @@ def test_a_row_for_the_machine_and_for_all_that_was_asked(built):
 
 
 def test_the_peak_of_a_backend_is_measured_by_its_own_product(built):
-    assert bench.matrix_peak(built, size=64) > 0
+    assert bench.matrix_peak(built.model, size=64) > 0

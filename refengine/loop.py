@@ -1,0 +1,275 @@
+"""The loop: sequences join, are read, step side by side, and leave, each by its own options.
+
+A turn is one call that reads (one chunk of a long prompt, or several short prompts) and one step of all that
+have been read. The loop has no thread of its own: a caller that waits for an event makes turns until it has
+one, so sequences of several callers share the calls of the model.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from refengine.generation import Draw, End, Options, Text, Token
+from refengine.machine import peak_memory
+from refengine.runner import PREFILL, How, Part, Runner, chunk_length
+from refengine.spec.config import InputError
+from refengine.text.tokenizer import Tokenizer
+
+SLOTS = 32  # sequences side by side, at most
+AT_ONCE = 8 * PREFILL  # positions of several prompts in one call while no sequence waits for its next step
+PATIENCE = 3  # calls in a row that may pass over the prompt that has waited longest
+
+Event = Token | End
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sequence, from the queue to its end. Its events go to `inbox` with its index."""
+
+    index: int
+    ids: list[int]
+    options: Options
+    text: Text
+    inbox: deque
+    slot: int = -1  # while it waits in the queue
+    read: int = 0  # positions of the prompt
+    latest: int = -1  # the token that was drawn last
+    began: float = 0.0
+    first: float = 0.0  # when the prompt had been read
+    cancelled: bool = False
+
+    @property
+    def left(self) -> int:
+        """Return how many tokens of the prompt have not been read."""
+        return len(self.ids) - self.read
+
+
+@dataclass
+class Loop:
+    """Sequences over a runner, in at most `size` slots.
+
+    trace: called after each turn with the indices of the sequences by slot, or None.
+    """
+
+    runner: Runner
+    tokenizer: Callable[[], Tokenizer]
+    load_seconds: float = 0.0
+    size: int = SLOTS
+    trace: Callable[[dict[int, Sequence]], None] | None = None
+    queue: deque[Sequence] = field(default_factory=deque)
+    active: dict[int, Sequence] = field(default_factory=dict)  # by slot
+    passed_over: int = 0
+
+    def __post_init__(self):
+        self.lock = threading.Lock()  # not reentrant: a turn must not be entered from a destructor within it
+
+    def add(self, index: int, ids: list[int], options: Options, inbox: deque) -> Sequence:
+        """Return a new sequence at the end of the queue."""
+        room = self.runner.config.max_position_embeddings - len(ids)
+        new = Sequence(index, ids, options, Text(self.tokenizer(), options, room), inbox)
+        self.queue.append(new)
+        return new
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Take a sequence out: its slot is free at once, or when the turn that runs has ended."""
+        sequence.cancelled = True
+        if self.lock.acquire(blocking=False):
+            try:
+                self.sweep()
+            finally:
+                self.lock.release()
+
+    def sweep(self) -> None:
+        """Take out what was cancelled."""
+        for sequence in [sequence for sequence in list(self.queue) if sequence.cancelled]:
+            self.queue.remove(sequence)
+        self.free([sequence for sequence in self.active.values() if sequence.cancelled])
+
+    def free(self, sequences: list[Sequence]) -> None:
+        """Free the slots of sequences."""
+        for sequence in sequences:
+            self.active.pop(sequence.slot, None)
+        if sequences:
+            self.runner.drop([sequence.slot for sequence in sequences])
+
+    def wait(self, inbox: deque) -> None:
+        """Make turns until the inbox holds an event."""
+        with self.lock:
+            while not inbox:
+                self.turn()
+
+    def turn(self) -> None:
+        """Admit what waits, read once, and let everyone that has been read step once."""
+        try:
+            self.sweep()
+            self.admit()
+            if parts := self.to_read():
+                sequences = [self.active[part.slot] for part in parts]
+                for sequence, part in zip(sequences, parts, strict=True):
+                    sequence.read += len(part.ids)
+                self.deliver(sequences, self.runner.read(parts))
+            ready = [sequence for sequence in self.active.values() if not sequence.left]
+            if ready:
+                slots, ids = [s.slot for s in ready], [s.latest for s in ready]
+                self.deliver(ready, self.runner.step(slots, ids))
+        except BaseException as failed:
+            self.fail(failed)
+            raise
+        if self.trace:
+            self.trace(dict(self.active))
+
+    def fail(self, error: BaseException) -> None:
+        """End every sequence that has a slot with an error: what its layers remember is not known."""
+        lost = list(self.active.values())
+        for sequence in lost:
+            why = (
+                error if isinstance(error, InputError) else InputError(f"generation was interrupted: {error}")
+            )
+            sequence.inbox.append((sequence.index, why))
+        self.active = {}
+        self.runner.drop([sequence.slot for sequence in lost])
+
+    def admit(self) -> None:
+        """Give free slots to the sequences that have waited longest, as far as the memory allows."""
+        while self.queue and len(self.active) < self.size:
+            sequence = self.queue[0]
+            tokens = len(sequence.ids) + min(sequence.options.max_tokens, max(0, sequence.text.room))
+            if self.active and not self.runner.fits(tokens):
+                return
+            self.queue.popleft()
+            sequence.slot = next(slot for slot in range(self.size) if slot not in self.active)
+            sequence.began = time.perf_counter()
+            self.active[sequence.slot] = sequence
+
+    def to_read(self) -> list[Part]:
+        """Return what the next call reads: short prompts side by side, or one chunk of a long one.
+
+        The prompt with the fewest tokens left comes first; the one that has waited longest is passed over
+        PATIENCE times in a row at most.
+        """
+        waiting = [sequence for sequence in self.active.values() if sequence.left]
+        if not waiting:
+            return []
+        oldest, chunk = min(waiting, key=lambda s: s.began), chunk_length(self.runner.config)
+        by_length = sorted(waiting, key=lambda s: (s.left, s.began))
+        if self.passed_over >= PATIENCE:
+            by_length = [oldest]
+        first, *others = by_length
+        chosen = [first]
+        if first.read == 0 and first.left <= chunk:
+            budget = chunk if len(waiting) < len(self.active) else AT_ONCE
+            for other in others:
+                if other.read or other.left > chunk or (len(chosen) + 1) * other.left > budget:
+                    break
+                chosen.append(other)
+        self.passed_over = 0 if oldest in chosen else self.passed_over + 1
+        return [self.part(sequence, chunk) for sequence in chosen]
+
+    def part(self, sequence: Sequence, chunk: int) -> Part:
+        """Return the next part of a prompt."""
+        ids, options = sequence.ids[sequence.read : sequence.read + chunk], sequence.options
+        how = None if sequence.read else How(options.sampling, options.seed or 0, options.logprobs)
+        last = sequence.left <= chunk and not sequence.text.full
+        return Part(sequence.slot, ids, how, last)
+
+    def deliver(self, sequences: list[Sequence], draws: list[Draw | InputError | None]) -> None:
+        """Turn draws into events, and free the slots of the sequences that end."""
+        ended = []
+        for sequence, draw in zip(sequences, draws, strict=True):
+            if isinstance(draw, Exception):
+                sequence.inbox.append((sequence.index, draw))
+                ended.append(sequence)
+                continue
+            if sequence.left:
+                continue
+            text = sequence.text
+            if not sequence.first:
+                sequence.first = time.perf_counter()
+            tokens, reason = text.take(draw) if draw else ([], text.full)
+            for token in tokens:
+                sequence.latest = token.id
+                sequence.inbox.append((sequence.index, token))
+            if reason:
+                sequence.inbox.append((sequence.index, End(reason, text.rest(), self.statistics(sequence))))
+                ended.append(sequence)
+        self.free(ended)
+
+    def statistics(self, sequence: Sequence) -> dict:
+        """Return counts, seconds, tokens per second, bytes of a sequence that ends now."""
+        prefill, decode = sequence.first - sequence.began, time.perf_counter() - sequence.first
+        steps = max(0, sequence.text.drawn - 1)  # the first token comes out of the prompt
+        return {
+            "prompt_tokens": len(sequence.ids),
+            "new_tokens": sequence.text.drawn,
+            "seed": sequence.options.seed,
+            "load_seconds": self.load_seconds,
+            "prefill_seconds": prefill,
+            "decode_seconds": decode,
+            "prefill_tokens_per_second": len(sequence.ids) / prefill,
+            "decode_tokens_per_second": steps / decode if steps else None,
+            "peak_memory_bytes": peak_memory(),
+        }
+
+
+class Batch(Iterator[tuple[int, Event]]):
+    """The events of several sequences, (index, event), in order within each sequence.
+
+    Requests are taken from their iterator as slots fall free. An error of one sequence is raised in place of
+    its next event; `close` cancels all, `cancel` one of them.
+    """
+
+    def __init__(self, loop: Loop, requests: Iterator[tuple[list[int], Options]]):
+        self.loop, self.requests = loop, enumerate(requests)
+        self.inbox: deque[tuple[int, Event | Exception]] = deque()
+        self.open: dict[int, Sequence] = {}
+        self.refused: Exception | None = (
+            None  # of the iterator; raised when the sequences before it have ended
+        )
+
+    def __next__(self) -> tuple[int, Event]:
+        while True:
+            self.refill()
+            if not self.inbox and not self.open:
+                if not self.refused:
+                    raise StopIteration
+                error, self.refused = self.refused, None
+                raise error
+            self.loop.wait(self.inbox)
+            index, event = self.inbox.popleft()
+            if index not in self.open:  # cancelled
+                continue
+            if not isinstance(event, Token):
+                del self.open[index]
+            if isinstance(event, Exception):
+                raise event
+            return index, event
+
+    def refill(self) -> None:
+        """Queue as many requests as there are slots."""
+        while len(self.open) < self.loop.size and not self.refused:
+            try:
+                index, (ids, options) = next(self.requests)
+            except StopIteration:
+                return
+            except InputError as error:
+                self.refused = error
+                return
+            self.open[index] = self.loop.add(index, ids, options, self.inbox)
+
+    def cancel(self, index: int) -> None:
+        """Take the sequence `index` out; it has no more events, not even an End."""
+        if sequence := self.open.pop(index, None):
+            self.loop.cancel(sequence)
+
+    def close(self) -> None:
+        """Take all sequences out."""
+        self.requests = enumerate(())
+        for index in list(self.open):
+            self.cancel(index)
+
+    def __del__(self):
+        self.close()

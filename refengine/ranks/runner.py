@@ -1,0 +1,271 @@
+"""The runner over ranks: each has a part of the model, and all make the same calls.
+
+Rank 0 has the loop and the engine. Every call of its runner is broadcast; the other ranks `follow`: they make
+the same call with their part of the model. Tokens are drawn where the logits are, on the first rank of tp on
+the last stage, and the draws are shared. Several sequences are divided among the ranks of ep, or go to all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from refengine.generation import Draw, Drawing
+from refengine.machine import peak_memory
+from refengine.ranks.comm import RankError, Ranks
+from refengine.ranks.seats import Seats
+from refengine.runner import How, LocalRunner, Part, Scores
+from refengine.spec import ranks
+from refengine.spec.config import Config, InputError
+from refengine.spec.model import Model
+from refengine.spec.ops import Backend
+from refengine.spec.sample import Sampling
+from refengine.spec.shard import Shard
+
+
+class RankRunner(LocalRunner):
+    """A Runner as one of several ranks.
+
+    whole: the configuration of the whole model; model.cfg is that of this rank's part.
+    plain: the backend before its operations knew of other ranks.
+    """
+
+    def __init__(self, model: Model, whole: Config, comm: Ranks, shard: Shard, plain: Backend):
+        super().__init__(model)
+        self.whole, self.comm, self.shard, self.plain = whole, comm, shard, plain
+        self.homes: dict[int, int | None] = {}  # the rank of ep that has a slot's states; None: all of them
+        self.seats = Seats(((),))
+        self.dropped: list[int] = []
+
+    # What rank 0 is asked for: every rank makes the same call.
+
+    def read(self, parts):
+        """Read parts of prompts side by side, on all ranks; see Runner."""
+        self.tell("read", parts=[asdict(part) for part in parts])
+        return super().read(parts)
+
+    def step(self, slots, ids, draw=True):
+        """Feed one token to each of some sequences, on all ranks; see Runner."""
+        self.tell("step", slots=slots, ids=ids, draw=draw)
+        return super().step(slots, ids, draw)
+
+    def drop(self, slots):
+        """Free slots here; the other ranks hear of it with the next call."""
+        self.dropped += slots
+        self.free(slots)
+
+    def logits(self, ids):
+        """Return teacher-forced logits [tokens v] on rank 0."""
+        self.tell("logits", ids=ids)
+        return self.part_of_logits(ids)
+
+    def score(self, ids):
+        """Return the scores of a text on every rank."""
+        self.tell("score", ids=ids)
+        return self.part_of_score(ids)
+
+    def fill(self, slots, context):
+        """Put noise into slots of all ranks; for measurements."""
+        self.tell("fill", slots=slots, context=context)
+        self.part_of_fill(slots, context)
+
+    def peak_memory(self):
+        """Return the most bytes that a rank has held."""
+        self.tell("peak_memory")
+        return self.largest(peak_memory())
+
+    def close(self) -> None:
+        """Tell the other ranks that nothing more will be asked."""
+        if self.comm.rank == 0 and not self.closed:
+            self.comm.broadcast(None)
+        super().close()
+
+    def tell(self, call: str, **arguments) -> None:
+        """Broadcast the next call, with the slots that were dropped since the last one."""
+        dropped, self.dropped = self.dropped, []
+        self.comm.broadcast({"call": call, "dropped": dropped, "arguments": arguments})
+
+    def follow(self) -> None:
+        """Make this rank's part of all calls of rank 0, until it closes its runner."""
+        while request := self.comm.broadcast(idle=True):
+            self.free(request["dropped"])
+            arguments = request["arguments"]
+            match request["call"]:
+                case "read":
+                    super().read([_part(**part) for part in arguments["parts"]])
+                case "step":
+                    super().step(**arguments)
+                case "logits":
+                    self.part_of_logits(**arguments)
+                case "score":
+                    self.part_of_score(**arguments)
+                case "fill":
+                    self.part_of_fill(**arguments)
+                case "peak_memory":
+                    self.largest(peak_memory())
+        super().close()
+
+    # One rank's part of a call.
+
+    @property
+    def is_last(self) -> bool:
+        """Return whether this rank belongs to the last stage, which has the logits."""
+        return self.shard.at[2] == self.shard.layout.pp - 1
+
+    def leader(self, e: int) -> int:
+        """Return the rank that draws for the sequences of rank e of ep."""
+        tp, ep, pp = self.shard.layout.tp, self.shard.layout.ep, self.shard.layout.pp
+        return tp * (e + ep * (pp - 1))
+
+    def sit(self, seats: Seats) -> None:
+        """Set which sequences of a call each rank of ep has; the experts' operations depend on it."""
+        if seats.sizes != self.seats.sizes or seats.repeated != self.seats.repeated:
+            split = None if seats.repeated else seats.sizes
+            backend = ranks.sharded(self.plain, self.whole, self.shard, self.comm, split)
+            self.model = replace(self.model, backend=backend)
+        self.seats = seats
+
+    def free(self, slots: list[int]) -> None:
+        """Free slots on this rank."""
+        for slot in slots:
+            self.homes.pop(slot, None)
+        LocalRunner.drop(self, slots)
+
+    def call(self, slots, rows, fresh, wanted):
+        """Feed this rank's rows of a call; return the draws of all rows."""
+        e = self.shard.at[1]
+        seats, homes = Seats.of_slots(slots, fresh, self.homes, self.shard.layout.ep)
+        self.sit(seats)
+        self.slots.drop([slot for slot in slots if homes[slot] not in (None, e)])
+        self.homes |= homes
+        mine = [i for i in seats.of[e] if i is not None]
+        padded = [rows[i] for i in mine] or [[0]]
+        width = max(map(len, rows))
+        own = [slots[i] for i in mine] or [-1]  # slot -1 is padding: a rank must take part in every exchange
+        new = [slot for slot in own if slot in fresh or slot == -1]
+        logits = self.forward(own, padded, new, any(wanted) or width == 1, width)
+        self.slots.drop([-1])
+        if width > 1 and not any(wanted):
+            return [None] * len(slots)
+        return self.share([slots[i] for i in mine], slots, wanted, logits)
+
+    def share(self, mine: list[int], slots: list[int], wanted: list[bool], logits: np.ndarray) -> list:
+        """Draw where the logits are, and return what all sequences of the call drew."""
+        counts = [self.drawings[slot].logprobs or 0 for slot in slots]
+        want, e = dict(zip(slots, wanted, strict=True)), self.shard.at[1]
+        drawn = np.full((len(self.seats.of[e]), 2 + 2 * max(counts)), -1.0)
+        repeated = self.seats.repeated
+        heard = {
+            self.leader(at): np.empty((size, drawn.shape[1])) for at, size in enumerate(self.seats.sizes)
+        }
+        if repeated:
+            heard = {self.leader(0): np.empty_like(drawn)}
+        if self.comm.rank in heard:
+            for line, slot, row in zip(drawn, mine, logits, strict=False):
+                if want[slot]:
+                    _write(line, self.drawn(slot, row))
+            heard[self.comm.rank] = drawn
+        self.comm.share(drawn if self.comm.rank in heard else None, heard)
+        draws: list[Draw | InputError | None] = [None] * len(slots)
+        for seats, lines in zip(self.seats.of, heard.values(), strict=False):
+            for i, line in zip(seats, lines, strict=False):
+                if i is not None:
+                    drawing = self.drawings[slots[i]]
+                    draws[i] = found = _read(line, drawing.logprobs)
+                    if found and not (self.comm.rank in heard and slots[i] in mine):
+                        drawing.follow(found.id)
+        return draws
+
+    def drawn(self, slot: int, logits: np.ndarray) -> Draw:
+        """Return what a slot draws; raises RankError where that cannot be: other ranks stop too."""
+        found = super().drawn(slot, logits)
+        if isinstance(found, InputError):
+            raise RankError(str(found))
+        return found
+
+    def part_of_logits(self, ids: list[int]) -> np.ndarray:
+        """Return the logits of one sequence, from the last stage."""
+        self.sit(Seats.split(1, self.shard.layout.ep))
+        found = [self.head(h)[0] for _, h in self.hidden(ids)]
+        leader = self.leader(0)
+        heard = {leader: np.empty((len(ids), self.whole.vocab_size), np.float64)}
+        if self.comm.rank == leader:
+            heard[leader] = np.concatenate(found).astype(np.float64)
+        self.comm.share(heard[leader] if self.comm.rank == leader else None, heard)
+        return heard[leader]
+
+    def part_of_score(self, ids: list[int]) -> Scores:
+        """Return the scores of a text: the last stage has the logits, and the prediction head."""
+        self.sit(Seats.split(1, self.shard.layout.ep))
+        scores, leader, size = Scores(ids), self.leader(0), max(0, len(ids) - 1)
+        if self.is_last:
+            scores = super().score(ids)
+        else:
+            for _ in self.hidden(ids):
+                pass
+        if size:
+            guesses = size - 1 if self.config.mtp_layers else 0
+            heard = {leader: np.array(scores.trunk + scores.head or [0.0] * (size + guesses))}
+            self.comm.share(heard[leader] if self.comm.rank == leader else None, heard)
+            scores = Scores(ids, heard[leader][:size].tolist(), heard[leader][size:].tolist())
+        return scores
+
+    def part_of_fill(self, slots: list[int], context: int) -> None:
+        """Put noise into this rank's slots."""
+        self.sit(seats := Seats.split(len(slots), self.shard.layout.ep))
+        mine = [slots[i] for i in seats.of[self.shard.at[1]] if i is not None]
+        for e, rows in enumerate(seats.of):
+            self.homes |= {slots[i]: None if seats.repeated else e for i in rows if i is not None}
+        self.drawings |= {slot: Drawing(Sampling(temperature=0), 0) for slot in slots}
+        self.slots.keep(mine, self.filled(len(mine), context, self.plain))
+
+    def largest(self, number: float) -> int:
+        """Return the largest of the numbers of all ranks."""
+        heard = {rank: np.array([float(number)]) for rank in range(self.comm.count)}
+        self.comm.share(heard[self.comm.rank], heard)
+        return round(max(float(found[0]) for found in heard.values()))
+
+    def new_states(self, batch):
+        """Return the states of this rank's stage for sequences that have read nothing."""
+        return ranks.new_states(self.model, self.shard, batch)
+
+    def blocks(self, ids, states, lengths=None) -> tuple[Any, list]:
+        """Run this rank's stage."""
+        array = self.model.backend.array
+        lengths = None if lengths is None else array(lengths)
+        return ranks.step(self.model, self.shard, self.comm, array(ids), states, lengths)
+
+    def head(self, h, rows=None):
+        """Return logits on the last stage, and an array of their shape that is never read on others."""
+        if self.is_last:
+            return super().head(h, rows)
+        shape = h.shape[: 2 if rows is None else 1]
+        return np.empty((*shape, self.whole.vocab_size), np.float32)
+
+
+def _part(how: dict | None, **part) -> Part:
+    """Return a Part from its broadcast form."""
+    drawing = How(Sampling(**how["sampling"]), how["seed"], how["logprobs"]) if how else None
+    return Part(how=drawing, **part)
+
+
+def _write(line: np.ndarray, draw: Draw) -> None:
+    """Write a draw into a row of numbers: the token or -1, ln p, the likeliest, and theirs."""
+    k = len(draw.top)
+    line[0] = draw.id
+    line[1] = np.nan if draw.logprob is None else draw.logprob
+    line[2 : 2 + 2 * k] = np.ravel(draw.top)
+
+
+def _read(line: np.ndarray, logprobs: int | None) -> Draw | None:
+    """Return the draw of such a row, with the `logprobs` likeliest tokens; None if nothing was drawn."""
+    if line[0] < 0:
+        return None
+    if logprobs is None:
+        return Draw(int(line[0]))
+    pairs = line[2 : 2 + 2 * logprobs].reshape(-1, 2)
+    return Draw(
+        int(line[0]), float(line[1]), tuple((int(token), float(p)) for token, p in pairs if token >= 0)
+    )

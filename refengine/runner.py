@@ -1,0 +1,311 @@
+"""The runner: what the engine asks of a placed model, for sequences that come and go.
+
+A sequence has a slot, a number that the caller chooses. Its prompt is read in one call or several, then it
+steps, alone or beside any others, and its slot is dropped when it ends. `LocalRunner` is the form in one
+process; refengine/ranks/runner.py is the form over several. The loop and the engine know only `Runner`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from refengine.anatomy import state_bytes
+from refengine.generation import Draw, Drawing
+from refengine.machine import available_memory, peak_memory
+from refengine.spec import mtp, state
+from refengine.spec.config import Config, InputError
+from refengine.spec.model import Model
+from refengine.spec.ops import Backend
+from refengine.spec.sample import Sampling, checked, log_probs
+
+PREFILL = 512  # positions of a sequence in one call, at most; cut at whole chunks of the model
+
+
+@dataclass(frozen=True)
+class How:
+    """How a sequence draws; with the first part of its prompt it goes to where the logits are."""
+
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a prompt, to be read into a slot.
+
+    how: given with the first part of a prompt, None with later ones. last: whether the prompt ends here, so
+    that a token is drawn.
+    """
+
+    slot: int
+    ids: list[int]
+    how: How | None
+    last: bool
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities: trunk[i] of token i + 1, and head[i], by the prediction head, of token i + 2."""
+
+    ids: list[int]
+    trunk: list[float] = field(default_factory=list)
+    head: list[float] = field(default_factory=list)
+
+
+class Runner(Protocol):
+    """A model that reads prompts and steps, by slots.
+
+    A list of draws has one entry for each sequence of the call, in its order: a Draw, the InputError of a
+    sequence whose logits cannot be drawn from, or None where nothing was to be drawn.
+    """
+
+    model: Model
+    closed: bool
+
+    @property
+    def config(self) -> Config: ...  # of the whole model
+    def read(self, parts: list[Part]) -> list[Draw | InputError | None]: ...  # parts side by side
+    def step(self, slots: list[int], ids: list[int], draw: bool = True) -> list[Draw | InputError | None]: ...
+    def drop(self, slots: list[int]) -> None: ...  # free the slots of sequences that have ended
+    def fits(self, tokens: int) -> bool: ...  # whether the memory has room for one more sequence
+    def logits(self, ids: list[int]) -> np.ndarray: ...  # teacher-forced, [tokens v]
+    def score(self, ids: list[int]) -> Scores: ...
+    def fill(self, slots: list[int], context: int) -> None: ...  # noise in place of `context` tokens read
+    def peak_memory(self) -> int: ...  # bytes; over ranks, of the one that took most
+    def follow(self) -> None: ...  # a rank other than 0: make the calls of rank 0, until it closes
+    def close(self) -> None: ...
+
+
+def chunk_length(cfg: Config) -> int:
+    """Return the most positions of one sequence in a call: at most PREFILL, in whole chunks of the model."""
+    chunk = max(1, cfg.chunk_size)
+    return PREFILL if chunk > PREFILL else PREFILL // chunk * chunk
+
+
+@dataclass
+class Slots:
+    """The states of sequences by slot, in batches: those that step together stay together."""
+
+    batches: list[tuple[list[int], list]] = field(default_factory=list)  # slots of the rows, states of layers
+
+    def keep(self, slots: list[int], states: list) -> None:
+        """Store the states of a batch whose rows belong to these slots."""
+        if slots:
+            self.batches.append((list(slots), states))
+
+    def gather(self, slots: list[int]) -> list:
+        """Return the states of these slots as one batch in this order; they are no longer stored here."""
+        parts: list[tuple[list[int], list]] = []
+        left: list[tuple[list[int], list]] = []
+        for rows, states in self.batches:
+            if rows == slots:
+                parts, left = [(rows, states)], [other for other in self.batches if other[0] is not rows]
+                break
+            inside = [i for i, slot in enumerate(rows) if slot in slots]
+            outside = [i for i, slot in enumerate(rows) if slot not in slots]
+            if not inside:
+                left.append((rows, states))
+                continue
+            parts.append(_taken(rows, states, inside))
+            if outside:
+                left.append(_taken(rows, states, outside))
+        self.batches = left
+        rows, states = _joined(parts)
+        return states if rows == slots else state.take(states, [rows.index(slot) for slot in slots])
+
+    def drop(self, slots: list[int]) -> None:
+        """Free the states of these slots."""
+        kept = []
+        for rows, states in self.batches:
+            staying = [i for i, slot in enumerate(rows) if slot not in slots]
+            if staying:
+                kept.append(_taken(rows, states, staying))
+        self.batches = kept
+
+
+def _taken(rows: list[int], states: list, chosen: list[int]) -> tuple[list[int], list]:
+    """Return the chosen rows of a batch, without a copy if these are all."""
+    if len(chosen) == len(rows):
+        return rows, states
+    return [rows[i] for i in chosen], state.take(states, chosen)
+
+
+def _joined(parts: list[tuple[list[int], list]]) -> tuple[list[int], list]:
+    """Return several batches as one: the largest, made longer, into which the others are put."""
+    first, *others = sorted(parts, key=lambda part: -len(part[0]))
+    rows, states = first
+    if not others:
+        return rows, states
+    added = sum(len(part[0]) for part in others)
+    states = state.take(states, [*range(len(rows)), *[0] * added])
+    rows = list(rows)
+    for slots, theirs in others:
+        states = state.put(states, list(range(len(rows), len(rows) + len(slots))), theirs)
+        rows += slots
+    return rows, states
+
+
+class LocalRunner:
+    """A Runner in this process, over a model that is whole."""
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.closed = False
+        self.slots = Slots()
+        self.drawings: dict[int, Drawing] = {}
+
+    @property
+    def config(self) -> Config:
+        """Return the configuration of the model."""
+        return self.model.cfg
+
+    def read(self, parts: list[Part]) -> list[Draw | InputError | None]:
+        """Read parts of prompts side by side; return a draw for each prompt that ends here, else None."""
+        fresh = [part.slot for part in parts if part.how]
+        for part in parts:
+            if part.how:
+                self.drawings[part.slot] = Drawing(part.how.sampling, part.how.seed, part.how.logprobs)
+            self.drawings[part.slot].ids.extend(part.ids)
+        slots, rows = [part.slot for part in parts], [part.ids for part in parts]
+        return self.call(slots, rows, fresh, [part.last for part in parts])
+
+    def step(self, slots: list[int], ids: list[int], draw: bool = True) -> list[Draw | InputError | None]:
+        """Feed one token to each of some sequences; return what each draws next.
+
+        draw = False: return when the logits have been computed, and draw nothing.
+        """
+        return self.call(slots, [[token] for token in ids], [], [draw] * len(slots))
+
+    def drop(self, slots: list[int]) -> None:
+        """Free these slots; unknown ones are left out."""
+        for slot in slots:
+            self.drawings.pop(slot, None)
+        self.slots.drop(slots)
+
+    def fits(self, tokens: int) -> bool:
+        """Return whether half of the free memory holds one more sequence of so many tokens."""
+        size = state_bytes(self.config, "float32")
+        need = size["ssm_bytes"] + size["conv_bytes"] + 1.5 * size["kv_bytes_per_token"] * tokens
+        return need < available_memory() / 2
+
+    def call(
+        self, slots: list[int], rows: list[list[int]], fresh: list[int], wanted: list[bool]
+    ) -> list[Draw | InputError | None]:
+        """Feed rows of tokens to slots, of which `fresh` have read nothing; draw where it is `wanted`."""
+        width = max(map(len, rows))
+        logits = self.forward(slots, rows, fresh, any(wanted) or width == 1, width)
+        return [
+            self.drawn(slot, logits[i]) if want else None
+            for i, (slot, want) in enumerate(zip(slots, wanted, strict=True))
+        ]
+
+    def drawn(self, slot: int, logits: np.ndarray) -> Draw | InputError:
+        """Return what the sequence of a slot draws from logits [v], or the error of drawing."""
+        try:
+            return self.drawings[slot].draw(logits)
+        except InputError as error:
+            return error
+
+    def forward(
+        self, slots: list[int], rows: list[list[int]], fresh: list[int], logits: bool, width: int
+    ) -> np.ndarray:
+        """Return logits [b v] after the last token of each row, or [] if they are not wanted.
+
+        The rows are padded to `width`; the states are stored by their slots.
+        """
+        if fresh:
+            self.slots.keep(fresh, self.new_states(len(fresh)))
+        states, here = self.slots.gather(slots), self.model.backend
+        if here.step and width == 1:
+            result, states = here.step(self.model, [row[0] for row in rows], states)
+        else:
+            lengths = np.array([len(row) for row in rows])
+            ids = np.array([row + [0] * (width - len(row)) for row in rows])
+            h, states = self.blocks(ids, states, None if (lengths == width).all() else lengths)
+            result = self.head(h, lengths - 1) if logits else np.empty((0, 0))
+        self.slots.keep(slots, states)
+        return result
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """Return teacher-forced logits [tokens v], float32 or wider; row i is for the token after i."""
+        return np.concatenate([self.head(h)[0] for _, h in self.hidden(ids)])
+
+    def score(self, ids: list[int]) -> Scores:
+        """Return how likely each token is, given those before it, by the trunk and by the prediction head."""
+        scores = Scores(ids)
+        head = mtp.new_states(self.model, 1)
+        for start, h in self.hidden(ids):
+            following = ids[start + 1 : start + 1 + h.shape[1]]
+            scores.trunk.extend(_chosen(self.head(h)[0], following))
+            if self.config.mtp_layers and following:
+                after = self.model.backend.array(np.array([following]))
+                o, head = mtp.predict(self.model, h[:, : len(following)], after, head)
+                scores.head.extend(_chosen(self.head(o)[0], ids[start + 2 : start + 2 + len(following)]))
+        return scores
+
+    def hidden(self, ids: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        """Read one sequence from its beginning: (start, h [1 l d]) of each call."""
+        states, step = self.new_states(1), chunk_length(self.config)
+        for start in range(0, len(ids), step):
+            h, states = self.blocks(np.array([ids[start : start + step]]), states)
+            yield start, h
+
+    def fill(self, slots: list[int], context: int) -> None:
+        """Put noise into these slots as if each had read `context` tokens; for measurements."""
+        self.drawings |= {slot: Drawing(Sampling(temperature=0), 0) for slot in slots}
+        self.slots.keep(slots, self.filled(len(slots), context, self.model.backend))
+
+    def filled(self, batch: int, context: int, here: Backend) -> list:
+        """Return states of sequences that have read one token and `context` - 1 positions of noise."""
+        h, states = self.blocks(np.zeros((batch, 1), np.int64), self.new_states(batch))
+        dtype, cfg = here.fetch(h).dtype, self.model.cfg
+        rng, known = np.random.default_rng(0), 1
+        while known < context:
+            more = min(4096, context - known)
+            shape = batch, more, cfg.num_key_value_heads, cfg.head_dim
+            noise = rng.standard_normal(shape, np.float32).astype(dtype)
+            states = [
+                s.append(here.array(noise), here.array(noise)) if hasattr(s, "append") else s for s in states
+            ]
+            known += more
+        return states
+
+    def peak_memory(self) -> int:
+        """Return the most bytes that this process has held."""
+        return peak_memory()
+
+    def new_states(self, batch: int) -> list:
+        """Return the states of sequences that have read nothing."""
+        return self.model.new_states(batch)
+
+    def blocks(self, ids: np.ndarray, states: list, lengths: np.ndarray | None = None) -> tuple[Any, list]:
+        """Run all layers: ids [b l], of which lengths [b] are real -> h [b l d], states."""
+        here = self.model.backend
+        x = self.model.embed(here.array(ids))
+        return self.model.blocks(x, states, None if lengths is None else here.array(lengths))
+
+    def head(self, h, rows: np.ndarray | None = None) -> np.ndarray:
+        """Return logits on the host: [b l v], or with rows [b] of one position of each sequence: [b v]."""
+        return self.model.backend.fetch(self.model.head(h, rows))
+
+    def follow(self) -> None:
+        """Return at once: in one process there is no rank 0 to follow."""
+
+    def close(self) -> None:
+        """Free the states and the weights."""
+        self.closed = True
+        self.slots, self.drawings = Slots(), {}
+        self.model = replace(self.model, weights={})
+
+
+def _chosen(logits: np.ndarray, ids: list[int]) -> list[float]:
+    """Return the log-probability of each id, by the row of logits that came before it."""
+    if not ids:
+        return []
+    rows = log_probs(checked(logits[: len(ids)]))
+    return [float(row[token]) for row, token in zip(rows, ids, strict=True)]
