@@ -1,4 +1,4 @@
-"""Faults planted in the cuts and in what ranks say: each makes a law of test_ranks.py go red."""
+"""Plant faults in the cuts and in the messages of ranks: each makes a law of test_shards_sum.py go red."""
 
 from dataclasses import replace
 from functools import partial

@@ -1,4 +1,4 @@
-"""The cost model of ranks says what ranks say."""
+"""Compare the bytes of the cost model with the bytes that ranks send."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from tools.bench.rank_model import part as share
 
 
 def sent(case, layout) -> float:
-    """Bytes that all ranks together send in one call of the model."""
+    """Return the bytes that all ranks together send in one call of the model."""
 
     def rank(comm):
         shard = Shard(layout, comm.rank)
@@ -55,7 +55,7 @@ def test_bytes_sent_are_those_of_the_formula(layout, length):
     assert sent(case, layout) == pytest.approx(expected, rel=1e-12)
 
 
-def test_of_more_ranks_each_reads_less_and_says_more():
+def test_with_more_ranks_each_reads_less_and_sends_more():
     cfg = Cuttable(layers="ME*M-", n_groups=8, heads_per_group=1, attention=(8, 8)).cfg
     bytes_read = [share(cfg, "M", tp, 1, 1)[0] for tp in (1, 2, 4, 8)]
     assert bytes_read == sorted(bytes_read, reverse=True) and bytes_read[0] > 4 * bytes_read[-1]

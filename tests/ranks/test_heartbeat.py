@@ -75,7 +75,7 @@ def test_a_rank_without_heartbeat_is_dead_after_the_timeout_and_not_before(clock
 
 
 def test_the_same_heartbeat_twice_counts_once(clock):
-    """A store still shows the last one of a rank that is gone."""
+    """A store still holds the last one of a rank that is gone."""
     mine, since = Heartbeat(0, TIMEOUT), clock.now
     for _ in range(9):
         clock.now += TIMEOUT / 4
@@ -84,7 +84,7 @@ def test_the_same_heartbeat_twice_counts_once(clock):
 
 
 def wait(clock, ranks, chain: list[int], works: int | None, seconds: float, since: float) -> list:
-    """Each of a chain waits for the next; `works` is at work, unless it is None: whom each gives up."""
+    """Return the ranks that one of a chain, each waiting for the next, considers dead; `works` computes."""
     until = clock.now + seconds
     while clock.now < until:
         clock.now += TIMEOUT / 16

@@ -1,4 +1,4 @@
-"""score, bench and inspect on ranks in processes of their own: what one process says, said once."""
+"""Compare score, bench and inspect on ranks with one process; each prints once."""
 
 import json
 
@@ -14,7 +14,7 @@ from tests.support.processes import ended_badly, mpiexec, torchrun
 
 @pytest.fixture
 def scored(tmp_path):
-    """Arguments that score a text of several calls, by the prediction head too."""
+    """Return arguments that score a text of several calls, by the prediction head too."""
     (tmp_path / "text").write_text(LONG + ONCE)
     return ["score", tmp_path / "text", "--json", "--tokens"]
 

@@ -1,7 +1,7 @@
-"""When one rank fails, the job ends, soon, and every rank that lives says in one sentence why.
+"""Check that a job ends soon when a rank fails, and that every other rank prints the reason once.
 
 A fault is (rank, when, what) of faulty_rank.py. mpiexec kills all ranks as soon as it sees that one has died,
-before they can speak: so some die unseen ("vanish"), as if with their machine.
+before they can print anything. So some die unseen ("vanish"), as if their host were lost.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ TINY = Path(refengine.__file__).parent / "models" / "tiny"
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """A job of four ranks, with two prompts."""
+    """Return a function that runs a job of four ranks, with two prompts."""
     path = tmp_path_factory.mktemp("prompts") / "two"
     path.write_text("Once upon a time\nOne day, Lily\n")
     args = ["generate", "--prompts", path, "-n", 30, "-t", 0, "--timeout", TIMEOUT]
@@ -103,7 +103,7 @@ def ranks(mark: str) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_rank_may_load_for_longer_than_others_are_patient(job):
+def test_a_rank_may_load_for_longer_than_the_timeout(job):
     done = job(1, "load", "dawdle")
     assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > 2 * TIMEOUT
 
@@ -118,8 +118,8 @@ def test_a_rank_may_load_for_longer_than_others_are_patient(job):
         ("--pp=4", 1, "prefill"),
     ],
 )
-def test_a_rank_may_compute_for_longer_than_others_are_patient(job, layout, rank, when):
-    """Between two layers it says that it lives; and so do those that wait for it, for whom others wait."""
+def test_a_rank_may_compute_for_longer_than_the_timeout(job, layout, rank, when):
+    """It sends heartbeats between two layers; so do the ranks that wait for it, for which others wait."""
     done = job(rank, when, "dawdle", layout=layout)
     assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > TIMEOUT
     assert done.out == job(rank, "is", refengine.__version__).out
@@ -128,7 +128,7 @@ def test_a_rank_may_compute_for_longer_than_others_are_patient(job, layout, rank
 TALKS = """
 from refengine.ranks.comm.mpi import MPI
 comm = MPI()
-comm.heartbeat.timeout = 0  # it is always time for a sign
+comm.heartbeat.timeout = 0  # a heartbeat is always due
 for _ in range(50 * comm.rank):
     comm.at_work()
 comm.heartbeat.timeout = comm.timeout
@@ -136,7 +136,7 @@ comm.leave(0)
 """
 
 
-def test_signs_that_nobody_has_heard_yet_do_not_spoil_the_end():
+def test_heartbeats_that_were_not_received_do_not_spoil_the_end():
     """(MPI_Finalize fails if a message was not received.)"""
     done = finish(start([*by_mpiexec(3), "-c", TALKS]))
     assert (done.code, done.err, done.left) == (0, "", ())
@@ -177,7 +177,7 @@ def test_a_rank_unlike_the_others_is_named(job, when, what, says):
 
 
 def other(directory: Path, change) -> Path:
-    """The embedded model with another file of weights."""
+    """Return the directory of a copy of the embedded model, its file of weights changed."""
     shutil.copytree(TINY, directory)
     weights = directory / "model.safetensors"
     weights.write_bytes(change(weights.read_bytes()))
@@ -233,6 +233,6 @@ def test_whoever_reads_the_output_may_leave():
 
 
 def test_a_full_disk_ends_all_ranks():
-    """It is mpiexec that writes, and that says so."""
+    """mpiexec writes the output, and prints the error."""
     with open("/dev/full", "wb") as full:
         ended_badly(finish(start([*by_mpiexec(2), *ENDLESS], stdout=full)), about="No space left")

@@ -1,4 +1,4 @@
-"""Ranks in processes of their own, under mpiexec and torchrun: one text, that of a single process."""
+"""Compare the text of ranks under mpiexec and torchrun with that of a single process."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ LONG = "Once there was a cat who sat on a mat in the sun. " * 50  # several call
 
 @cache
 def alone(*args, text: str = "") -> str:
-    """What a single process prints."""
+    """Return the output of a single process."""
     command = [sys.executable, "-m", "refengine", *map(str, args)]
     done = subprocess.run(command, input=text.encode(), capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
@@ -25,14 +25,14 @@ def alone(*args, text: str = "") -> str:
 
 
 def printed(job) -> str:
-    """The output of a job that went well."""
+    """Return the output of a job, which must have succeeded."""
     assert (job.code, job.left) == (0, ()), job.err
     assert "Traceback" not in job.err and not job.said
     return job.out
 
 
 def records(out: str) -> list[dict]:
-    """JSON lines, without what is measured."""
+    """Return the JSON lines by index, without what is measured."""
     lines = [json.loads(line) for line in out.splitlines()]
     for line in lines:
         del line["statistics"]
@@ -40,7 +40,7 @@ def records(out: str) -> list[dict]:
 
 
 def split(records: list[dict]) -> tuple[list, list]:
-    """Apart: log-probabilities, and all else."""
+    """Return the log-probabilities of the records, and all else."""
     numbers = [
         [top.pop("logprob") for token in record["logprobs"] for top in (token, *token["top"])]
         for record in records
@@ -49,7 +49,7 @@ def split(records: list[dict]) -> tuple[list, list]:
 
 
 def same(out: str, expected: str, dtype="float32") -> None:
-    """The same tokens and texts; their log-probabilities to within rounding."""
+    """Check for the same tokens and texts, and for log-probabilities within rounding."""
     (mine, words), (theirs, expected_words) = split(records(out)), split(records(expected))
     assert words == expected_words
     near = tolerance(ml_dtypes.finfo(dtype).dtype, 160)  # the width of the stream
@@ -59,7 +59,7 @@ def same(out: str, expected: str, dtype="float32") -> None:
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory):
-    """Arguments for prompts of several lengths, one of them long, whose texts end at different times."""
+    """Return arguments for prompts of several lengths, one long, whose texts end at different times."""
     path = tmp_path_factory.mktemp("prompts") / "five"
     path.write_text("\n".join([ONCE, LONG, "One day, Lily", "The big red ball", "Tom"]))
     return ["generate", "--prompts", path, "-n", 24, "--stop", ".", "-t", 0, "--json", "--logprobs", 2]

@@ -1,4 +1,4 @@
-"""A rank reads its own part of a checkpoint: what refengine.ranks.load.bytes_read says is what is touched.
+"""Compare the bytes that a rank touches in a checkpoint with refengine.ranks.load.bytes_read.
 
 Counted by the kernel, in a fresh process: the pages of the file's map that were filled, from a file that is
 not in memory yet, and page by page. (By default Linux reads ahead: more comes from the disk.)
@@ -52,7 +52,7 @@ WIDE = Config.from_hf(
 
 
 def filled(path) -> int:
-    """Bytes of the maps of a file that are in this process."""
+    """Return the bytes of the maps of a file that are resident in this process."""
     total, here = 0, False
     with open("/proc/self/smaps") as smaps:
         for line in smaps:
@@ -64,7 +64,7 @@ def filled(path) -> int:
 
 
 def build(directory: str, rank: int, *layout: int) -> dict[str, int]:
-    """A rank's part of a checkpoint, and what the kernel says of it."""
+    """Load a rank's part of a checkpoint; return the resident bytes before and after."""
     checkpoint = Checkpoint.open(directory)
     file = checkpoint.files[0]
     with open(file.path, "rb") as again:

@@ -1,4 +1,4 @@
-"""Shards sum to the whole: every layout of up to eight ranks computes what one rank would."""
+"""Check that every layout of up to eight ranks computes what one rank computes."""
 
 from dataclasses import replace
 
@@ -57,7 +57,7 @@ def test_the_prediction_head_on_the_last_stage_is_the_whole_one(layout, case, cu
 
 
 def traffic(case, layout) -> dict:
-    """What each rank says for one token, without embedding and head: its verbs, peers and values."""
+    """Return by rank the operations of one token: (name, peers, number of elements)."""
     said = {}
 
     def watch(shard, words):

@@ -1,7 +1,7 @@
-"""The same under torchrun: what ends one rank ends all, and the other says why.
+"""Check under torchrun that what ends one rank ends all, and that the other prints the reason.
 
-Its agent keeps the store by which ranks meet and tell each other what stopped them: when a rank dies unseen
-("vanish"), the agent stands still, and the store with it.
+The agent of torchrun keeps the store by which ranks meet and report why they stop: when a rank dies unseen
+("vanish"), the agent is stopped, and the store with it.
 """
 
 import pytest
@@ -39,13 +39,13 @@ def test_the_other_rank_says_why(job, rank, when, what, says):
     ended_badly(job(rank, when, what), {1 - rank}, says)
 
 
-def test_a_rank_may_load_for_longer_than_the_other_is_patient(job):
+def test_a_rank_may_load_for_longer_than_the_timeout(job):
     done = job(1, "load", "dawdle")
     assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > TIMEOUT
 
 
 @pytest.mark.parametrize("layout, rank, when", [("--tp=2", 1, "prefill"), ("--pp=2", 0, "decode")])
-def test_a_rank_may_compute_for_longer_than_the_other_is_patient(job, layout, rank, when):
+def test_a_rank_may_compute_for_longer_than_the_timeout(job, layout, rank, when):
     done = job(rank, when, "dawdle", layout=layout)
     assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > TIMEOUT
     assert done.out == alone("generate", "Once upon a time", "-n", 30, "-t", 0)

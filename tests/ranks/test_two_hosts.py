@@ -1,7 +1,7 @@
-"""Two machines for real, as far as the network goes: namespaces with their own addresses, joined by a cable.
+"""Run ranks on two hosts: network namespaces with their own addresses, joined by a cable.
 
-mpiexec starts a rank on the other one through a program that stands for ssh; torchrun is started on both.
-UCX, on which MPICH runs, would notice that they share a memory, and is told to use the cable; so is gloo.
+mpiexec starts a rank on the other host through a program in place of ssh; torchrun is started on both. UCX,
+on which MPICH runs, would use shared memory, and is set to use the cable; so is gloo.
 """
 
 import os
@@ -29,7 +29,7 @@ ENDLESS = ["generate", ONCE, "-n", 9000, "-t", 0, "--ignore-eos"]
 
 
 class Hosts:
-    """Two network namespaces and the cable between them."""
+    """Hold two network namespaces and the cable between them."""
 
     def __init__(self, directory: Path):
         self.names = [f"re{os.getpid()}{side}" for side in "ab"]
@@ -62,7 +62,7 @@ class Hosts:
         return ip("netns", "exec", host, "cat", f"/sys/class/net/cable/{what}").strip()
 
     def bytes_sent(self) -> int:
-        """What the first host has sent over the cable."""
+        """Return the bytes that the first host has sent over the cable."""
         return int(self.of_cable(self.names[0], "statistics/tx_bytes"))
 
     def mpiexec(self, *args) -> subprocess.Popen:
@@ -106,7 +106,7 @@ def hosts(tmp_path):
 
 
 def ranks_end(processes: list[subprocess.Popen], within: float) -> bool:
-    """Whether all ranks of a job end in time, whatever their launchers wait for."""
+    """Return whether all ranks of a job end in time, whatever their launchers wait for."""
     until = time.monotonic() + within
     rank = re.compile(rf"{re.escape(sys.executable)} (-u )?-m refengine ")
     while any(rank.match(name(pid)) for process in processes for pid in living(process.mark)):
@@ -130,7 +130,7 @@ def test_ranks_of_torchrun_on_two_hosts_write_the_text_of_one_process(hosts):
 
 
 def test_mpi_ranks_end_when_the_cable_is_pulled(hosts):
-    """mpiexec itself waits for the other host, until it hears what was said there."""
+    """mpiexec itself waits for the other host until the cable is back."""
     process = hosts.mpiexec(*ENDLESS, "--tp", 2, "--timeout", 3)
     assert process.stdout.read(len(ONCE) + 9)
     hosts.cable("down")

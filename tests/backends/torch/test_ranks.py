@@ -1,4 +1,4 @@
-"""Ranks on the torch backend: what each holds sums to the whole, for every layout of up to eight."""
+"""Check on the torch backend that every layout of up to eight ranks computes the whole."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def one_thread_a_rank():
 
 
 def by_ranks(case, layout, how, cuts, split) -> list:
-    """Logits from every rank of the last stage; split: of the rows that are its own."""
+    """Return the logits from every rank of the last stage; split: those of its own rows."""
     case.read("backbone.norm_f.weight")  # so that one thread makes the checkpoint
     here = how()
 
