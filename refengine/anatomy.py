@@ -1,5 +1,4 @@
-"""What a checkpoint is made of: layers, sizes, tensors and bytes by role, and what a sequence will cost in
-memory."""
+"""The anatomy of a checkpoint: layers, sizes, tensors and bytes by role, and the memory of a sequence."""
 
 from __future__ import annotations
 

@@ -48,16 +48,19 @@ CUTS = {TEKKEN: re.compile("""
 
 @dataclass(frozen=True)
 class Tokenizer:
+    """Holds the tokens and merges of a tokenizer file; turns text into ids and back."""
+
     ids: dict[bytes, int]  # of the tokens that text is made of
     specials: dict[str, int]  # of the tokens that are found whole
     ranks: dict[tuple[bytes, bytes], int]  # of the merges
     cuts: re.Pattern
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
         return [i for part in self.special.split(text) for i in self.spell(part)]
 
     def spell(self, part: str) -> list[int]:
-        """The ids of a special token, or of a text without any."""
+        """Return the ids of a special token, or of a text without any."""
         if part in self.specials:
             return [self.specials[part]]
         kinds = "".join(KIND_OF_CHARACTER.get(c) or KIND_OF_CATEGORY.get(category(c), "p") for c in part)
@@ -65,6 +68,7 @@ class Tokenizer:
         return [self.ids[token] for piece in pieces for token in self.merge(piece)]
 
     def merge(self, piece: bytes) -> list[bytes]:
+        """Return the tokens of a piece, after all merges."""
         tokens = [bytes([byte]) for byte in piece]
         while True:
             merges = [(self.ranks[p], at) for at, p in enumerate(pairwise(tokens)) if p in self.ranks]
@@ -74,22 +78,24 @@ class Tokenizer:
             tokens[at : at + 2] = [tokens[at] + tokens[at + 1]]
 
     def decode(self, ids: list[int]) -> str:
-        """Bytes that are not UTF-8 (half a character, say) become U+FFFD."""
+        """Return the text of ids; bytes that are not UTF-8 (half a character, say) become U+FFFD."""
         return b"".join(self.tokens[i] for i in ids).decode(errors="replace")
 
     @cached_property
     def special(self) -> re.Pattern:
+        """Return a pattern that finds the special tokens in a text, the longest first."""
         longest_first = map(re.escape, sorted(self.specials, key=len, reverse=True))
         return re.compile(f"({'|'.join(longest_first) or '(?!)'})")  # (?!) matches nothing
 
     @cached_property
     def tokens(self) -> dict[int, bytes]:
+        """Return the bytes of every token by its id."""
         specials = {text.encode(): i for text, i in self.specials.items()}
         return {i: token for token, i in (self.ids | specials).items()}
 
 
 def from_json(file: dict) -> Tokenizer:
-    """Read a Hugging Face `tokenizer.json` of the kind that this chapter explains."""
+    """Return the tokenizer in a parsed `tokenizer.json`; InputError if it is of another kind than above."""
     match file:
         case {
             "normalizer": None, "post_processor": None | {"type": "ByteLevel"}, "added_tokens": added,
@@ -116,4 +122,5 @@ BYTE_OF = {chr(byte): byte for byte in PRINTS} | {chr(0x100 + n): byte for n, by
 
 
 def as_bytes(token: str) -> bytes:
+    """Return the bytes of a token as the file spells it."""
     return bytes(map(BYTE_OF.__getitem__, token))

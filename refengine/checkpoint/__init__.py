@@ -1,4 +1,4 @@
-"""Checkpoints on disk: where they lie, what their files hold, and how they are matched and written.
+"""Checkpoints on disk: finding, opening, matching with the tensor table, and writing.
 
 locate           what a user calls a model -> its directory
 safetensors_file one file: its header, its tensors as read-only views of a memory map

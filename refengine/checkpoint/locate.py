@@ -1,4 +1,4 @@
-"""From what a user calls a model to its directory: a path, or the name of a model inside this package."""
+"""Finding the directory of a model, by its path or by its name inside this package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def locate(model: str | Path) -> Path:
-    """The directory of `model`. An embedded model goes before a directory of its name: that is `./tiny`."""
+    """Return the directory of `model`; InputError says why there is none.
+
+    An embedded model goes before a directory of its name, which is `./tiny`.
+    """
     name = os.fspath(model)
     if not name:
         raise InputError("the name of the model is empty")

@@ -18,7 +18,7 @@ INTO_THE_STREAM = ("out_proj.weight", "o_proj.weight", "fc2_latent_proj.weight",
 
 
 def random_values(cfg: Config, seed: int = 0) -> Callable[[Tensor], np.ndarray]:
-    """For each row of the table its values, float32: what `write` and `Model.build` may be given."""
+    """Return a function from a row of the table to its values, float32, for `write` and `Model.build`."""
 
     def values(row: Tensor) -> np.ndarray:
         rng = np.random.default_rng([seed, crc32(row.name.encode())])

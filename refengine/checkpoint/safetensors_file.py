@@ -3,8 +3,8 @@
     8 bytes: n  |  n bytes: {"name": {"dtype", "shape", "data_offsets": [begin, end]}, ...}  |  data
 
 The `safetensors` library copies what it reads and does not tell where a tensor lies, so the map is our own:
-opening costs the header alone, and what nobody touches is never read from the disk. The header is checked as
-strictly as by the library (a test holds one against the other), in sentences that say what to do.
+opening costs the header alone, and data that is not used is never read from the disk. The header is checked
+as strictly as by the library (a test holds one against the other), in sentences that say what to do.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ BITS = {
 
 
 class Stored(NamedTuple):
-    """Where one tensor lies: in which file, under which name there, from which byte on."""
+    """Holds where one tensor lies: its file, its name there, its dtype and shape, its first byte."""
 
     file: SafetensorsFile
     name: str
@@ -61,7 +61,7 @@ class Stored(NamedTuple):
     nbytes: int
 
     def array(self) -> np.ndarray:
-        """The tensor in the file's dtype: a read-only view of the map; a copy where the file misaligns it."""
+        """Return the tensor in the file's dtype: a read-only view of the map; a copy if it is misaligned."""
         a = np.frombuffer(self.file.map, DTYPES[self.dtype], prod(self.shape), self.offset)
         if not a.flags.aligned:
             a = a.copy()
@@ -70,22 +70,23 @@ class Stored(NamedTuple):
 
     @property
     def raw(self) -> bytes:
+        """Return the bytes of the tensor as they are in the file."""
         return self.file.map[self.offset : self.offset + self.nbytes]
 
     def part(self, i: int) -> Stored:
-        """Slice i of the first axis, as a tensor of its own."""
+        """Return slice i of the first axis, as a tensor of its own."""
         step = self.nbytes // self.shape[0]
         return self._replace(shape=self.shape[1:], offset=self.offset + i * step, nbytes=step)
 
     def release(self) -> None:
-        """Let the system take back the memory that reading filled; a later read fills it again."""
+        """Give back the memory that reading filled; a later read fills it again."""
         page = self.offset - self.offset % mmap.PAGESIZE
         if hasattr(self.file.map, "madvise"):
             self.file.map.madvise(mmap.MADV_DONTNEED, page, self.offset + self.nbytes - page)
 
 
 class SafetensorsFile:
-    """An open file: its `path` and `size`, the raw `header`, the `map`, and its `tensors` by name."""
+    """Holds an open file: its `path` and `size`, the raw `header`, the `map`, and its `tensors` by name."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -102,19 +103,19 @@ class SafetensorsFile:
 
     @property
     def start(self) -> int:
-        """The first byte of the data."""
+        """Return the offset of the first byte of the data."""
         return 8 + len(self.header)
 
     def in_large_pages(self) -> None:
-        """Ask that what has yet to be read from the disk be kept in large pages: a look into them is cheaper.
+        """Ask the system to keep data that is still to be read in large pages, which are cheaper to address.
 
-        Not for whoever wants a part of the file only: pages are filled whole.
+        Not for a process that reads only a part of the file: pages are filled whole.
         """
         with suppress(AttributeError, OSError):  # where there is no such advice
             self.map.madvise(mmap.MADV_HUGEPAGE)
 
     def close(self) -> None:
-        """Unmap the file, or leave that to the last array that still looks into it."""
+        """Unmap the file, at once or when the last array that views it is gone."""
         try:
             self.map.close()
         except BufferError:
@@ -122,7 +123,7 @@ class SafetensorsFile:
 
 
 def _header(path: Path, size: int, file: BinaryIO) -> bytes:
-    """The bytes of the header, whose length is believed only where it can be true."""
+    """Return the bytes of the header, after a check of its length."""
     start = file.read(8)
     if start == b"version ":
         raise InputError(f"{path} is a Git LFS pointer, not the file itself: run 'git lfs pull' there")
@@ -138,7 +139,7 @@ def _header(path: Path, size: int, file: BinaryIO) -> bytes:
 
 
 def _tensors(file: SafetensorsFile) -> list[Stored]:
-    """The tensors in the order of their bytes; each byte of the data belongs to one, or it is an error."""
+    """Return the tensors in the order of their bytes; each byte of the data must belong to exactly one."""
     header = parse_json(file.header, f"the header of {file.path}")
     if not isinstance(header, dict):
         raise InputError(f"the header of {file.path} is not a JSON object")
@@ -162,7 +163,7 @@ def _tensors(file: SafetensorsFile) -> list[Stored]:
 
 
 def _tensor(file: SafetensorsFile, name: str, entry) -> Stored:
-    """One entry of the header, which holds for itself."""
+    """Return what one entry of the header says, checked by itself."""
 
     def wrong(what: str) -> InputError:
         return InputError(f"{file.path} is damaged: the tensor {shown(name)} has {what}")

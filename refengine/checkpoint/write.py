@@ -26,7 +26,7 @@ ALIGN = 64  # bytes; the data of a file begins on such a border
 
 
 class Piece(NamedTuple):
-    """A tensor of a file: what the header says of it, and what makes its values in its turn (None: zeros)."""
+    """Holds a tensor of a file: what the header says, and a function that makes its values (None: zeros)."""
 
     name: str
     dtype: str
@@ -35,6 +35,7 @@ class Piece(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Return the bytes that the tensor takes."""
         return prod(self.shape) * BITS[self.dtype] // 8
 
 
@@ -59,7 +60,7 @@ def write(
 
 
 def write_sparse(directory: str | Path, cfg: Config, *, shards: int = 1) -> None:
-    """Files of the right size, in which every weight is a hole and reads as 0."""
+    """Write files of the right size, in which every weight is a hole and reads as 0."""
     write_pieces(directory, cfg.to_hf(), pieces(cfg, None), shards)
 
 
@@ -70,7 +71,7 @@ def pieces(
     prefix: str = "backbone.",
     stacked: bool = False,
 ) -> list[Piece]:
-    """The rows of the table as tensors of files."""
+    """Return the rows of the table as tensors of files."""
     rows_of: dict[str, list[Tensor]] = {}
     for row in table(cfg):
         name = row.name.replace("backbone.", prefix, 1)
@@ -94,7 +95,7 @@ def pieces(
 
 
 def write_pieces(directory: str | Path, config: dict, pieces: list[Piece], shards: int = 1) -> None:
-    """A directory of `config.json` and these tensors, in order, in `shards` files."""
+    """Write a directory of `config.json` and these tensors, in order, in `shards` files."""
     directory = Path(directory)
     files = _shards(pieces, shards)
     texts = {"config.json": config}
@@ -120,7 +121,7 @@ def write_pieces(directory: str | Path, config: dict, pieces: list[Piece], shard
 
 
 def _shards(pieces: list[Piece], shards: int) -> dict[str, list[Piece]]:
-    """File name -> its tensors: runs of the list, of about equal size."""
+    """Return {file name: its tensors}: runs of the list, of about equal size."""
     total, before = sum(piece.nbytes for piece in pieces), 0
     runs: dict[int, list[Piece]] = {}
     for piece in pieces:
@@ -132,7 +133,7 @@ def _shards(pieces: list[Piece], shards: int) -> dict[str, list[Piece]]:
 
 
 def _write_file(path: Path, pieces: list[Piece]) -> None:
-    """One safetensors file; wide dtypes first, so that every tensor is aligned."""
+    """Write one safetensors file; wide dtypes come first, so that every tensor is aligned."""
     pieces = sorted(pieces, key=lambda piece: -BITS[piece.dtype])
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -10,12 +10,12 @@ from refengine.cli import options
 from refengine.units import bytes_text, count_text
 
 
-@click.command(short_help="Say what a model is.")
+@click.command(short_help="Show what a model is made of.")
 @click.argument("model", default="tiny")
 @options.as_json
 @options.debug
 def inspect(model, as_json):
-    """What MODEL is: layers, sizes, tensors and bytes by role, active parameters, state per sequence."""
+    """Show the layers and sizes of MODEL, bytes by role, active parameters, and the state of a sequence."""
     from refengine.anatomy import anatomy
     from refengine.checkpoint import Checkpoint
 

@@ -32,25 +32,25 @@ CONFIGS = {
 
 
 def random_checkpoint(directory: Path, cfg: Config, seed: int = 0, **how) -> Path:
-    """A directory with random weights of `cfg`, written as `how` tells `write`."""
+    """Write random weights of `cfg` into a directory and return it; `how` are arguments of `write`."""
     write(directory, cfg, random_values(cfg, seed), **how)
     return directory
 
 
 def expected(row: Tensor, cfg: Config, seed: int = 0, dtype: str | None = None) -> np.ndarray:
-    """What a random checkpoint holds for this row."""
+    """Return the values that a random checkpoint holds for this row."""
     return random_values(cfg, seed)(row).astype(DTYPES[dtype or row.dtype])
 
 
 def parts(path: Path) -> tuple[dict, bytes]:
-    """The header and the data of a safetensors file."""
+    """Return the header and the data of a safetensors file."""
     raw = path.read_bytes()
     end = 8 + int.from_bytes(raw[:8], "little")
     return json.loads(raw[8:end]), raw[end:]
 
 
 def join(header, data: bytes) -> bytes:
-    """A safetensors file with this header, which is JSON text or a value, and this data."""
+    """Return the bytes of a safetensors file with this header (JSON text or a value) and this data."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
 
@@ -67,7 +67,7 @@ def alter_json(path: Path, **keys) -> None:
 
 
 def add(path: Path, name: str, array: np.ndarray, dtype: str) -> None:
-    """One more tensor at the end of a safetensors file."""
+    """Add a tensor at the end of a safetensors file."""
 
     def change(header, data):
         entry = {"dtype": dtype, "shape": array.shape, "data_offsets": [len(data), len(data) + array.nbytes]}
@@ -93,7 +93,7 @@ def rename(path: Path, new_name) -> None:
 
 
 def refusal(model) -> str:
-    """The one sentence with which opening is refused."""
+    """Return the one sentence with which opening is refused."""
     with pytest.raises(InputError) as refused:
         Checkpoint.open(model)
     sentence = str(refused.value)

@@ -17,7 +17,7 @@ NAMES = ("tiny", "real")
 
 @functools.cache
 def file(name: str) -> str:
-    """The text of tokenizer.json."""
+    """Return the text of tokenizer.json."""
     if name == "tiny":
         return (TINY / "tokenizer.json").read_text(encoding="utf-8")
     pytest.importorskip("mistral_common", reason="the real vocabulary is rebuilt from mistral-common")
@@ -28,9 +28,11 @@ def file(name: str) -> str:
 
 @functools.cache
 def spec_of(name: str):
+    """Return the tokenizer of the specification."""
     return from_json(json.loads(file(name)))
 
 
 @functools.cache
 def engine_of(name: str) -> Tokenizer:
+    """Return the tokenizer of the engine."""
     return Tokenizer(tokenizers.Tokenizer.from_str(file(name)))
