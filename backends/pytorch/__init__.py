@@ -85,7 +85,7 @@ def torch_backend(
     )
     backend = Backend(
         name="torch",
-        ops=with_loops(ops, loops) if loops else ops,
+        ops=with_loops(ops, loops, active) if loops else ops,
         place=partial(place, dtype=weights, device=where, resident=resident),
         new_state=partial(new_state, dtype=active, device=where),
         array=host.array,

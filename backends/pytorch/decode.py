@@ -20,8 +20,9 @@ from refengine.spec.ops import Ops
 LOG2E = math.log2(math.e)
 
 
-def with_loops(ops: Ops, built) -> Ops:
-    """The vocabulary, with the compiled loops first where they can serve."""
+def with_loops(ops: Ops, built, active: torch.dtype) -> Ops:
+    """Return the vocabulary, with the compiled loops first where they can serve; `active`: of activations."""
+    loops = LOOPS if active == torch.float32 else UNITS
 
     def first(name, loop):
         verb = getattr(ops, name)
@@ -33,7 +34,7 @@ def with_loops(ops: Ops, built) -> Ops:
 
         return either
 
-    return replace(ops, **{name: first(name, loop) for name, loop in LOOPS.items()})
+    return replace(ops, **{name: first(name, loop) for name, loop in loops.items()})
 
 
 def short(x) -> bool:
@@ -126,3 +127,4 @@ LOOPS = {
     "rms_norm": rms_norm, "causal_conv": causal_conv, "ssd_scan": ssd_scan, "gated_rms_norm": gated_rms_norm,
     "route": route, "attention": attention,
 }  # fmt: skip
+UNITS = {"route": route, "attention": attention}  # those that serve bfloat16 activations

@@ -76,6 +76,7 @@ class Experts:
         self.products = products
 
     def __call__(self, u, experts, routing: Routing, first: int = 0):
+        u = u.to(self.products.dtype)
         tokens, k = u.reshape(-1, u.shape[-1]), routing.expert.shape[-1]
         expert, weight = routing.expert.reshape(-1), routing.weight.reshape(-1, 1)
         if isinstance(experts, Stacked):

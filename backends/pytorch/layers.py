@@ -7,9 +7,13 @@ import torch.nn.functional as F
 
 
 def rms_norm(x, delta, weight, eps: float):
-    """norm(x + delta) weight, x + delta"""
-    x = x if delta is None else x + delta
-    return F.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype), x
+    """Return norm(x + delta) weight, and x + delta: both in float32, beside bfloat16 activations too.
+
+    Products round what they multiply (`Products.linear`). The residual stream and the router's input are not
+    rounded: that would be the larger part of the error, and would change which experts are chosen.
+    """
+    x = x.float() if delta is None else x.float() + delta
+    return F.rms_norm(x, x.shape[-1:], weight, eps), x
 
 
 def gated_rms_norm(y, z, weight, eps: float, groups: int, mean=None):

@@ -49,7 +49,7 @@ def relu2(x):
 
 
 class Products:
-    """The verbs that multiply by weights; `dtype` of what embed returns; `native`: the loops, or None."""
+    """The verbs that multiply by weights. dtype: of activations; native: the compiled loops, or None."""
 
     def __init__(self, dtype: torch.dtype, native=None):
         self.dtype, self.native, self.scratch = dtype, native, threading.local()
@@ -58,7 +58,8 @@ class Products:
         return F.embedding(ids, table).to(self.dtype)
 
     def linear(self, x, weight):
-        """x [.. i], weight [o i] or a tuple of such, one below the other -> [.. o]"""
+        """x [.. i], weight [o i] or a tuple of such, one below the other -> [.. o] in `self.dtype`"""
+        x = x.to(self.dtype)
         if isinstance(weight, tuple):
             return torch.cat([self.linear(x, part) for part in weight], dim=-1)
         rows = x.numel() // x.shape[-1]
