@@ -5,21 +5,28 @@ from __future__ import annotations
 import json
 
 import click
+from click.core import ParameterSource
 
 from refengine.cli import options
 from refengine.units import bytes_text, count_text
 
 
 @click.command(short_help="Show what a model is made of.")
-@click.argument("model", default="tiny")
+@click.argument("model", required=False)
+@click.option(
+    "--model", "-m", "named", default="tiny", metavar="MODEL", help="The same as the argument MODEL."
+)
 @options.as_json
 @options.debug
-def inspect(model, as_json):
+@click.pass_context
+def inspect(context, model, named, as_json):
     """Show the layers and sizes of MODEL, bytes by role, active parameters, and the state of a sequence."""
     from refengine.anatomy import anatomy
     from refengine.checkpoint import Checkpoint
 
-    found = anatomy(Checkpoint.open(model))
+    if model and context.get_parameter_source("named") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("give the model once: as an argument or with -m.")
+    found = anatomy(Checkpoint.open(model or named))
     click.echo(json.dumps(found) if as_json else text(found))
 
 
