@@ -1,12 +1,13 @@
-"""The command line: one file a command, and here what they share: how a run ends.
+"""The command line: a file for each command, and here how a run ends.
 
-0: done (also when whoever read our output has left), 1: the input is wrong, in one sentence, 2: the
-command is wrong, 130: Ctrl-C. A traceback is shown only with --debug.
+Exit codes: 0 done (also when stdout was closed), 1 the input is wrong, in one sentence, 2 the command is
+wrong, 130 Ctrl-C. A traceback is shown only with --debug.
 """
 
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -15,55 +16,85 @@ from collections.abc import Callable
 
 import click
 
+from refengine.cli import hints
 from refengine.ranks.launcher import launched, report_termination
 
-COMMANDS = ("generate", "chat", "inspect", "score", "bench")
+COMMANDS = ("generate", "chat", "inspect", "score", "tokenize", "bench", "completion")
 
 
 class Commands(click.Group):
-    """Imports a command's file when it is asked for."""
+    """The commands; the file of one is imported when it is asked for."""
 
     def list_commands(self, ctx):
+        """Return the names of the commands."""
         return list(COMMANDS)
 
     def get_command(self, ctx, name):
-        return getattr(importlib.import_module(f"refengine.cli.{name}"), name) if name in COMMANDS else None
+        """Return a command, each of its options with an environment variable; None for an unknown name."""
+        if name not in COMMANDS:
+            return None
+        return with_variables(getattr(importlib.import_module(f"refengine.cli.{name}"), name))
+
+    def resolve_command(self, ctx, args):
+        """Return (name, command, arguments); a usage error names our command for one of another engine."""
+        if args and args[0] not in COMMANDS and args[0] in hints.COMMANDS:
+            raise click.UsageError(f"No such command {args[0]!r}. Here it is {hints.COMMANDS[args[0]]}.", ctx)
+        name, found, rest = super().resolve_command(ctx, args)
+        if found is not None:
+            hints.refuse_clusters(rest, found)
+        return name, found, rest
+
+
+def with_variables(command: click.Command) -> click.Command:
+    """Return the command; REFENGINE_MAX_TOKENS is the variable of --max-tokens, and so on."""
+    for param in command.params:
+        if isinstance(param, click.Option) and param.envvar is None and not param.is_eager:
+            longest = max(param.opts, key=len).lstrip("-")
+            param.envvar = "REFENGINE_" + longest.upper().replace("-", "_")
+    return command
 
 
 def show_version(ctx, param, value):
-    if value:
-        from refengine import __version__
+    """Print the version, and that of what refengine runs on."""
+    if value and not ctx.resilient_parsing:
+        from refengine.cli.version import version
 
-        click.echo(f"refengine {__version__}")
+        click.echo(version())
         ctx.exit()
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Every option has an environment variable, the same for all commands: REFENGINE_MODEL for "
+    "--model, REFENGINE_MAX_TOKENS for --max-tokens.",
+)
 @click.option(
     "--version",
     is_flag=True,
     is_eager=True,
     expose_value=False,
     callback=show_version,
-    help="Print the version.",
+    help="Print versions, and which backends work here.",
 )
 def cli():
-    """Run, look into and measure Nemotron 3 (nemotron_h) models; without --model, the one in this package."""
+    """Run, inspect and measure Nemotron 3 (nemotron_h) models. Without --model: the one in this package."""
 
 
 def main(args: list[str] | None = None) -> None:
     """Run a command, and leave with its exit code."""
     args = sys.argv[1:] if args is None else args
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # it may have been closed
+        if isinstance(stream, io.TextIOWrapper):  # it may have been closed
             stream.reconfigure(encoding="utf-8", errors="replace")
-    if "--debug" not in args:
+    debug = "--debug" in args or bool(os.environ.get("REFENGINE_DEBUG"))
+    if not debug:
         warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, about numbers that we then refuse
     if launched().count > 1:
         report_termination()
     if launched().rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (rank 0 prints, for all)
-    code, why = run(lambda: command(args), "--debug" in args)
+    code, why = run(lambda: command(args), debug)
     if launched().count > 1:
         from refengine.ranks.comm.connect import leave
 
@@ -72,21 +103,31 @@ def main(args: list[str] | None = None) -> None:
 
 
 def command(args: list[str]) -> None:
-    """Do what a command line asks for."""
+    """Run a command line; raises what goes wrong."""
+    complete(args)
     with cli.make_context("refengine", list(args)) as context:
         cli.invoke(context)
     if sys.stdout is not None:
         sys.stdout.flush()
 
 
+def complete(args: list[str]) -> None:
+    """Answer a shell that asks for completions, and exit; return at once where none does."""
+    if ask := os.environ.get("_REFENGINE_COMPLETE"):
+        from click.shell_completion import shell_complete
+
+        raise click.exceptions.Exit(shell_complete(cli, {}, "refengine", "_REFENGINE_COMPLETE", ask))
+
+
 def run(work: Callable[[], None], debug: bool) -> tuple[int, str]:
-    """The exit code, and for other ranks a sentence why it is not 0."""
+    """Return the exit code, and for other ranks a sentence why it is not 0."""
     try:
         work()
         return 0, ""
     except click.exceptions.Exit as done:
         return done.exit_code, ""
     except click.ClickException as error:
+        error = hints.with_hint(error)
         if launched().local_rank == 0:  # the ranks of a machine have one command line
             error.show()
         return error.exit_code, error.format_message()
@@ -105,7 +146,7 @@ def run(work: Callable[[], None], debug: bool) -> tuple[int, str]:
 
 
 def sentence(error: Exception) -> str:
-    """What went wrong, on one line."""
+    """Return what went wrong, on one line."""
     from refengine.spec.config import InputError
 
     text = " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""refengine generate: go on from a prompt."""
+"""refengine generate: continue a prompt."""
 
 from __future__ import annotations
 
@@ -8,56 +8,61 @@ import time
 import click
 
 from refengine.cli import options
+from refengine.cli.tokenize import ids_of
 from refengine.spec.config import InputError
 
 
-@click.command(short_help="Go on from a prompt.")
+@click.command(cls=options.Command, short_help="Continue a prompt.")
 @click.argument("prompt", required=False)
+@click.option("--prompt", "-p", "prompt_option", metavar="TEXT", help="The prompt, as an option.")
+@click.option("--file", "-f", "file", metavar="FILE", help="Read the prompt from a file; - is stdin.")
+@click.option("--prompts", metavar="FILE", help="Read one prompt a line; all run side by side.")
+@click.option("--ids", metavar="IDS", help='Token ids as the prompt, as in "10 25 99".')
+@click.option("--echo/--no-echo", default=True, help="Print the prompt too (default), or not.")
 @click.option(
-    "--file",
-    "-f",
-    "file",
-    metavar="FILE",
-    help="The prompt is in a file, less its last line end; - is stdin.",
+    "--logprobs", type=click.IntRange(0), metavar="N", help="A line a token: ln p, and the N likeliest."
 )
-@click.option("--prompts", metavar="FILE", help="One prompt a line; all run side by side.")
-@click.option("--echo/--no-echo", default=True, help="Print the prompt before the text.  [default: echo]")
-@click.option(
-    "--logprobs",
-    type=click.IntRange(0),
-    metavar="N",
-    help="A line a token: log-probability and the N likeliest.",
-)
+@options.batch
 @options.sampling
 @options.as_json
 @options.engine
 @options.ranks
 @options.debug
-def generate(prompt, file, prompts, echo, stats, as_json, **others):
-    """Go on from PROMPT (or a file, or standard input), as text that streams."""
+def generate(prompt, prompt_option, file, prompts, ids, echo, stats, as_json, **others):
+    """Continue PROMPT (or a file, or standard input); text is printed as it comes.
+
+    With --json: an object a prompt, as each is done, so not always in order ("index" counts from 0).
+    """
     how, sampling = options.parted(others)
     if options.follows():
         options.load(**how).follow()
         return
-    texts = asked(prompt, file, prompts)
+    given = asked(prompt, prompt_option, file, prompts, ids)
     engine = options.load(**how)
-    events, began = engine.generate_batch(texts, **sampling), time.perf_counter()
+    without_tokenizer(engine, ids is not None)
+    texts = [shown_prompt(engine, one) for one in given]
+    events, began = engine.generate_batch(given, **sampling), time.perf_counter()
     if as_json:
-        statistics = as_objects(engine, texts, events)
+        statistics = as_objects(engine, given, texts, events)
     elif sampling["logprobs"] is not None:
         statistics = as_lines(engine, texts, events)
     else:
-        statistics = as_text(texts, events, echo)
+        statistics = as_text(engine, texts, events, echo)
     if stats:
         say_statistics(statistics, time.perf_counter() - began)
         options.say_ranks(engine)
     engine.close()
 
 
-def asked(prompt: str | None, file: str | None, prompts: str | None) -> list[str]:
-    """The prompts, from whichever one source was named."""
-    if sum(source is not None for source in (prompt, file, prompts)) > 1:
-        raise click.UsageError("give one of PROMPT, --file and --prompts")
+def asked(
+    prompt: str | None, option: str | None, file: str | None, prompts: str | None, ids: str | None
+) -> list:
+    """Return the prompts, texts or token ids, from the one source that was named."""
+    if sum(source is not None for source in (prompt, option, file, prompts, ids)) > 1:
+        raise click.UsageError("give one of PROMPT, --prompt, --file, --prompts and --ids")
+    prompt = option if prompt is None else prompt
+    if ids is not None:
+        return [ids_of(ids)]
     if prompts is not None:
         lines = (line.removesuffix("\r") for line in options.text_of(prompts).split("\n"))
         texts = [line for line in lines if line.strip()]
@@ -68,26 +73,55 @@ def asked(prompt: str | None, file: str | None, prompts: str | None) -> list[str
         if options.standard_input().isatty():
             raise click.UsageError("give a PROMPT, --file or --prompts, or pipe a text in")
         file = "-"
-    text = options.checked_text(prompt) if prompt is not None else without_line_end(options.text_of(file))
+    text = (
+        options.checked_text(prompt)
+        if prompt is not None
+        else without_line_end(options.text_of(file or "" if file is not None else "-"))
+    )
     if not text:
         raise InputError("the prompt is empty")
     return [text]
 
 
+def without_tokenizer(engine, ids: bool) -> None:
+    """Let an engine whose model has no tokenizer generate from and to token ids; InputError for a text."""
+    path = engine.checkpoint.directory / "tokenizer.json"
+    if path.exists():
+        return
+    from refengine.text.ids_only import IdsOnly
+
+    how = "copy the tokenizer.json of the model that this one was made from"
+    if not ids:
+        raise InputError(f'{path} does not exist: give token ids (--ids "10 25 99"), or {how}')
+    options.note(f"{path} does not exist, so ids are printed; for text, {how}")
+    engine.__dict__["tokenizer"] = IdsOnly.load(engine.checkpoint.directory, engine.config)
+
+
+def shown_prompt(engine, prompt: str | list[int]) -> str:
+    """Return a prompt as text; token ids stay ids where there is no tokenizer."""
+    if isinstance(prompt, str):
+        return prompt
+    return engine.tokenizer.decode(prompt)
+
+
 def without_line_end(text: str) -> str:
-    """A file ends with a line end that was not meant as part of the prompt."""
+    """Return the text of a file without the line end at its end, which is no part of the prompt."""
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def as_text(texts: list[str], events, echo: bool) -> dict[int, dict]:
-    """Stream the first text that is not done; the others wait for their turn, so all print in order."""
-    waiting = [text if echo else "" for text in texts]
+def as_text(engine, texts: list[str], events, echo: bool) -> dict[int, dict]:
+    """Print texts as they come, in order: others wait for the first that is not done. Return statistics.
+
+    Several texts have a line before each: ==> 1 of 3 <==.
+    """
+    many = len(texts) > 1
+    waiting = [f"==> {i} of {len(texts)} <==\n" * many + text * echo for i, text in enumerate(texts, 1)]
     done: dict[int, dict] = {}
     turn = 0
     options.say(waiting[turn])
     waiting[turn] = ""
     for i, event in events:
-        waiting[i] += event.text
+        waiting[i] += text_of_event(engine, event)
         if hasattr(event, "statistics"):
             done[i] = event.statistics
         while turn < len(texts):
@@ -100,8 +134,20 @@ def as_text(texts: list[str], events, echo: bool) -> dict[int, dict]:
     return done
 
 
+def text_of_event(engine, event) -> str:
+    """Return the text of an event; without a tokenizer the id of a new token, after a space."""
+    return f" {event.id}" if has_ids_only(engine) and hasattr(event, "id") else event.text
+
+
+def has_ids_only(engine) -> bool:
+    """Return whether the engine has no tokenizer."""
+    from refengine.text.ids_only import IdsOnly
+
+    return isinstance(engine.tokenizer, IdsOnly)
+
+
 def as_lines(engine, texts: list[str], events) -> dict[int, dict]:
-    """One line a token: the token, ln p, and the likeliest alternatives."""
+    """Print a line a token: the token, ln p, and the likeliest alternatives. Return statistics."""
     done = {}
     for i, event in events:
         if hasattr(event, "statistics"):
@@ -114,42 +160,53 @@ def as_lines(engine, texts: list[str], events) -> dict[int, dict]:
 
 
 def shown(engine, token: int) -> str:
-    """A token's text in quotes, so that spaces and line ends can be seen."""
+    """Return a token's text in quotes, so that spaces and line ends can be seen."""
     return repr(engine.tokenizer.decode([token], skip_special_tokens=False))
 
 
-def as_objects(engine, texts: list[str], events) -> dict[int, dict]:
-    """One JSON object a prompt, when it is done."""
+def as_objects(engine, prompts: list, texts: list[str], events) -> dict[int, dict]:
+    """Print one JSON object a prompt, when it is done; after Ctrl-C, those begun. Return statistics."""
     tokens: list[list] = [[] for _ in texts]
-    done = {}
-    for i, event in events:
-        tokens[i].append(event)
-        if not hasattr(event, "statistics"):
-            continue
-        *new, end = tokens[i]
-        record = {
-            "index": i,
-            "prompt": texts[i],
-            "text": "".join(e.text for e in tokens[i]),
-            "reason": end.reason,
-            "token_ids": [e.id for e in new],
-        }
-        if new and new[0].logprob is not None:
-            record["logprobs"] = [
-                {
-                    "token_id": e.id,
-                    "logprob": e.logprob,
-                    "top": [{"token_id": token, "logprob": logprob} for token, logprob in e.top],
-                }
-                for e in new
-            ]
-        done[i] = end.statistics
-        click.echo(json.dumps(record | {"statistics": end.statistics}, ensure_ascii=False))
+    done: dict[int, dict] = {}
+    try:
+        for i, event in events:
+            if hasattr(event, "statistics"):
+                done[i] = event.statistics
+                click.echo(json.dumps(record(i, prompts, texts, tokens[i], event), ensure_ascii=False))
+            else:
+                tokens[i].append(event)
+    except KeyboardInterrupt:
+        for i, new in enumerate(tokens):
+            if new and i not in done:
+                click.echo(json.dumps(record(i, prompts, texts, new, None), ensure_ascii=False))
+        raise
     return done
 
 
+def record(i: int, prompts: list, texts: list[str], new: list, end) -> dict:
+    """Return what is printed of one prompt; `end` is None where it was interrupted."""
+    made = {"index": i, "prompt": texts[i]}
+    if not isinstance(prompts[i], str):
+        made["prompt_token_ids"] = prompts[i]
+    made |= {
+        "text": "".join(e.text for e in new) + (end.text if end else ""),
+        "reason": end.reason if end else "interrupted",
+        "token_ids": [e.id for e in new],
+    }
+    if new and new[0].logprob is not None:
+        made["logprobs"] = [
+            {
+                "token_id": e.id,
+                "logprob": e.logprob,
+                "top": [{"token_id": token, "logprob": logprob} for token, logprob in e.top],
+            }
+            for e in new
+        ]
+    return made | ({"statistics": end.statistics} if end else {})
+
+
 def say_statistics(done: dict[int, dict], seconds: float) -> None:
-    """A line a text, by its number, and where there are several one for all of them."""
+    """Print a line a text, by its number, and where there are several one for all of them."""
     for i, statistics in sorted(done.items()):
         click.echo((f"{i}  " if len(done) > 1 else "") + summary(statistics), err=True)
     if len(done) > 1:
@@ -162,7 +219,7 @@ def say_statistics(done: dict[int, dict], seconds: float) -> None:
 
 
 def summary(s: dict) -> str:
-    """The statistics of one text in one line."""
+    """Return the statistics of one text in one line."""
     from refengine.units import bytes_text
 
     speed = s["decode_tokens_per_second"]

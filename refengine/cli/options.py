@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -48,6 +50,102 @@ def some_text(ctx, param, values):
     return values
 
 
+def kept(ctx, param, value) -> None:
+    """Keep a flag for `flag`, which the command itself need not know."""
+    ctx.meta[f"refengine.{param.name}"] = value
+
+
+def flag(name: str) -> bool:
+    """Return whether the running command was given --quiet or --verbose."""
+    context = click.get_current_context(silent=True)
+    return bool(context and context.meta.get(f"refengine.{name}"))
+
+
+def note(text: str) -> None:
+    """Print a note on stderr, on rank 0; nothing with --quiet."""
+    if not flag("quiet") and not follows():
+        click.echo(f"note: {text}", err=True)
+
+
+DTYPES = {"f32": "float32", "f64": "float64", "bf16": "bfloat16", "f16": "float16", "half": "float16"}
+
+
+class Dtype(click.Choice):
+    """A dtype by one of its names, or auto."""
+
+    def __init__(self):
+        super().__init__(("auto", *ITEMSIZE, *DTYPES), case_sensitive=False)
+
+    def get_metavar(self, param, ctx=None):
+        """Return the names to show in help."""
+        return "auto|bf16|f16|f32|f64"
+
+    def convert(self, value, param, ctx):
+        """Return the full name of the dtype, or "auto"."""
+        name = super().convert(value, param, ctx)
+        return DTYPES.get(name, name)
+
+
+STORED = {"BF16": "bfloat16", "F16": "float16"}
+
+
+def dtype_of(model: str, backend: str) -> str:
+    """Return the dtype that --dtype auto means.
+
+    NumPy computes in float32. The other backends keep weights as the checkpoint stores most of them, and
+    choose the dtype of activations by the processor (docs/torch.md).
+    """
+    if backend == "numpy":
+        return "float32"
+    from refengine.checkpoint import Checkpoint
+
+    sizes: dict[str, int] = {}
+    for tensor in Checkpoint.open(model).stored.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    return STORED.get(max(sizes, key=lambda dtype: sizes[dtype], default=""), "float32")
+
+
+def with_dtype(command):
+    """Return the command with the dtype that auto means."""
+
+    @functools.wraps(command)
+    def call(*args, **how):
+        if how["dtype"] == "auto":
+            how["dtype"] = dtype_of(how["model"], how["backend"])
+        return command(*args, **how)
+
+    return call
+
+
+RANGE = re.compile(r"\s+\[[\d.<=>]*x[\d.<=>]*\]|; [\d.<=>]*x[\d.<=>]*(?=\])")
+TOGETHER = {  # options that share a line of help
+    "tp": ("--tp N, --ep N, --pp N", "Ranks for layers, experts, list of layers."),
+    "quiet": ("-q, --quiet; -v, --verbose", "Print no notes; print what is loaded."),
+    "show_thinking": ("--show-thinking", "Print thoughts; a terminal shows them anyway."),
+    "timeout": ("--timeout SECONDS", "A rank silent for so long is lost.  [20]"),
+}
+SHARED = {"ep", "pp", "verbose"}
+
+
+class Command(click.Command):
+    """A command whose help fits a screen: error messages show ranges, and some options share a line."""
+
+    def format_options(self, ctx, formatter):
+        """Write the options; most take one line."""
+        found = [
+            (param.name, param.get_help_record(ctx))
+            for param in self.get_params(ctx)
+            if isinstance(param, click.Option)
+        ]
+        rows = [
+            TOGETHER.get(name or "", (record[0], RANGE.sub("", record[1])))
+            for name, record in found
+            if record is not None and name not in SHARED
+        ]
+        with formatter.section("Options"):
+            formatter.write_dl(rows)
+
+
 debug = click.option("--debug", is_flag=True, expose_value=False, help="Print the traceback of an error.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per line.")
 
@@ -56,8 +154,22 @@ model = click.option(
     "-m",
     default="tiny",
     show_default=True,
-    metavar="PATH",
-    help="Checkpoint directory; 'tiny' is the model in this package.",
+    metavar="MODEL",
+    help="Directory, or name in the Hugging Face cache.",
+)
+
+loudness = together(
+    click.option(
+        "--quiet", "-q", is_flag=True, expose_value=False, callback=kept, help="Print no notes on stderr."
+    ),
+    click.option(
+        "--verbose",
+        "-v",
+        is_flag=True,
+        expose_value=False,
+        callback=kept,
+        help="Print on stderr what is loaded and how.",
+    ),
 )
 
 engine = together(
@@ -70,26 +182,15 @@ engine = together(
         help="Library that computes.",
     ),
     click.option(
-        "--dtype",
-        type=click.Choice(tuple(ITEMSIZE)),
-        default="float32",
-        show_default=True,
-        help="Dtype of the weights and the computation.",
+        "--dtype", type=Dtype(), default="auto", show_default=True, help="auto: as stored; numpy: float32."
     ),
+    click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or auto."),
     click.option(
-        "--device",
-        metavar="NAME",
-        help="Device: cpu, cuda, cuda:N or auto.  [default: cpu; cuda for the cuda backend]",
+        "--threads", type=click.IntRange(1, MOST_THREADS), metavar="N", help="Threads of the computation."
     ),
-    click.option(
-        "--threads",
-        type=click.IntRange(1, MOST_THREADS),
-        metavar="N",
-        help="Number of threads of the computation.",
-    ),
-    click.option(
-        "--deterministic", is_flag=True, help="Compute the same bits in every run, even where that is slower."
-    ),
+    click.option("--deterministic", is_flag=True, help="Compute the same bits in every run."),
+    loudness,
+    with_dtype,
 )
 
 ranks = together(
@@ -123,31 +224,51 @@ ranks = together(
         show_default=True,
         metavar="SECONDS",
         envvar=("REFENGINE_TIMEOUT", "REFENGINE_PATIENCE"),
-        help="Seconds without a heartbeat after which a rank counts as lost.",
+        help="Without a heartbeat a rank counts as lost.",
     ),
 )
 
 
 def load(tp: int, ep: int, pp: int, timeout: float, **how):
-    """Return the engine of this process, or of this rank where several were started."""
+    """Return the engine of this process, or of this rank where several were started.
+
+    The notes of the checkpoint are printed on stderr, unless --quiet is given.
+    """
     if tp * ep * pp == launched().count == 1:
         import refengine
 
-        return refengine.load(**how)
-    from refengine.ranks.load import load as load_rank
+        engine = refengine.load(**how)
+    else:
+        from refengine.ranks.load import load as load_rank
 
-    return load_rank(**how, tp=tp, ep=ep, pp=pp, timeout=timeout)
+        engine = load_rank(**how, tp=tp, ep=ep, pp=pp, timeout=timeout)
+    for text in engine.checkpoint.notes:
+        note(text)
+    if flag("verbose") and not follows():
+        from refengine.units import bytes_text
+
+        size = bytes_text(sum(tensor.nbytes for tensor in engine.checkpoint.stored.values()))
+        click.echo(f"{engine.checkpoint.directory}: {size} of weights", err=True)
+        chosen = ", ".join(f"{name} {value}" for name, value in how.items() if value and name != "model")
+        click.echo(f"{chosen}; loaded in {engine.load_seconds:.2f} s", err=True)
+    return engine
+
+
+LOADING = ("model", "backend", "dtype", "device", "threads", "deterministic")
+LOADING += ("tp", "ep", "pp", "timeout", "batch")
+
+batch = click.option("--batch", type=click.IntRange(1), metavar="N", help="Sequences side by side, at most.")
 
 
 def parted(others: dict) -> tuple[dict, dict]:
     """Split options into those of `load` and the others; return both."""
-    names = ("model", "backend", "dtype", "device", "threads", "deterministic", "tp", "ep", "pp", "timeout")
-    return {name: others[name] for name in names}, {k: v for k, v in others.items() if k not in names}
+    loading = {name: others[name] for name in LOADING if others.get(name) is not None}
+    return loading, {k: v for k, v in others.items() if k not in LOADING}
 
 
 def say_ranks(engine) -> None:
     """Print for each rank how much of the checkpoint it keeps, on stderr; prints nothing for one process."""
-    shard = getattr(engine.runner, "shard", None)
+    shard = getattr(getattr(engine, "runner", engine), "shard", None)
     if shard is None:
         return
     from refengine.ranks.load import bytes_read
@@ -177,42 +298,31 @@ sampling = together(
         help="Maximum number of new tokens.",
     ),
     click.option(
-        "--temperature",
-        "-t",
-        type=Finite(0),
-        metavar="T",
-        help="Sampling temperature; 0 takes the likeliest token.  "
-        "[default of this and the next four: the checkpoint's]",
+        "--temperature", "-t", type=Finite(0), metavar="T", help="0: likeliest.  [default: the checkpoint's]"
     ),
     click.option(
-        "--top-k",
-        type=click.IntRange(0),
-        metavar="K",
-        help="Sample from the K likeliest tokens; 0: from all.",
+        "--top-k", type=click.IntRange(0), metavar="K", help="Sample from the K likeliest tokens; 0: all."
     ),
     click.option(
         "--top-p",
         type=Finite(0, 1, min_open=True),
         metavar="P",
-        help="Sample from the likeliest tokens that add up to P.",
+        help="Sample from the likeliest that add up to P.",
     ),
     click.option(
-        "--min-p",
-        type=Finite(0, 1),
-        metavar="P",
-        help="Sample from tokens at least P times as likely as the likeliest.",
+        "--min-p", type=Finite(0, 1), metavar="P", help="Sample from P times the likeliest's or more."
     ),
     click.option(
         "--repetition-penalty",
         type=Finite(0, min_open=True),
         metavar="R",
-        help="Values above 1 make repetition less likely.",
+        help="Above 1: repetition is less likely.",
     ),
     click.option(
         "--seed",
         type=click.IntRange(0, 2**63),
         metavar="N",
-        help="Seed of the random numbers; prompt i uses N + i.",
+        help="Seed of the random numbers; prompt i: N + i.",
     ),
     click.option(
         "--stop",
@@ -240,7 +350,7 @@ def text_of(path: str) -> str:
         data = standard_input().read() if path == "-" else Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}") from None
-    return decoded(data, name)
+    return decoded(data, name).removeprefix("\ufeff")  # a byte-order mark is no text
 
 
 def standard_input():

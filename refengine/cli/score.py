@@ -11,7 +11,7 @@ from refengine.cli import options
 from refengine.spec.config import InputError
 
 
-@click.command(short_help="How likely a text is.")
+@click.command(cls=options.Command, short_help="How likely a text is.")
 @click.argument("file")
 @click.option("--tokens", is_flag=True, help="A line a token, too.")
 @options.as_json

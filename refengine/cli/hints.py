@@ -1,0 +1,103 @@
+"""Options and commands of other engines, and what to give refengine instead."""
+
+from __future__ import annotations
+
+import click
+
+OPTIONS = {  # of llama.cpp, transformers, vLLM and Ollama
+    "-n/--max-tokens N": "--n-predict --predict --num-predict --max-new-tokens --max_new_tokens --max_tokens "
+    "--max-length --num_predict",
+    "--temperature T": "--temp",
+    "--top-k K": "--top_k",
+    "--top-p P": "--top_p",
+    "--min-p P": "--min_p",
+    "--repetition-penalty R": "--repeat-penalty --repeat_penalty --repetition_penalty",
+    "--stop TEXT": "--reverse-prompt --stop-strings -r",
+    "-m/--model MODEL": "--hf-repo --model-path --model_path --model-id --model_name_or_path "
+    "--model-name-or-path --pretrained --hf-file -hf",
+    "-f/--file FILE": "--prompt-file --input-file",
+    "-p/--prompt TEXT, or --prompts FILE for several": "--input --text",
+    "--tp N": "--tensor-parallel-size --tp-size --tensor-split --split-mode -tp -sm -ts",
+    "--pp N": "--pipeline-parallel-size --pp-size -pp",
+    "--ep N": "--enable-expert-parallel --expert-parallel-size --ep-size",
+    "--dtype": "--torch-dtype --torch_dtype --precision --data-type",
+    "--device cuda:N": "--main-gpu --device-map --device_map --gpu -mg",
+    "--backend cuda (or --backend torch --device cuda), for the whole model": "--n-gpu-layers "
+    "--gpu-layers --num-gpu --num_gpu -ngl",
+    "--threads N": "--num-threads --num_thread --threads-batch --cpu-threads -tb",
+    "--system TEXT": "--system-prompt --system_prompt --system-prompt-file -sys -sysf",
+    "--template NAME": "--chat-template --chat-template-file --chat_template --jinja",
+    "--thinking on|off": "--think --enable-thinking --enable_thinking --reasoning --reasoning-format",
+    "--no-thinking": "--nothink --no-think --disable-thinking",
+    "--show-thinking": "--hidethinking",
+    "--tools FILE": "--tool-call-parser --enable-auto-tool-choice --functions",
+    "--no-echo": "--no-display-prompt",
+    "the command chat": "--interactive --conversation --interactive-first -i -cnv -if",
+    "--stats": "--show-timings --perf --timings --metrics",
+    "--json": "--output-format --format --json-output",
+    "--prompts FILE": "--prompts-file",
+    "nothing: the context is the model's own, and memory grows with the text": "--ctx-size --context-size "
+    "--max-model-len --max-seq-len --num-ctx --num_ctx -c",
+    "nothing: how weights are stored is read from the files": "--quantization --quantize --load-in-4bit "
+    "--load-in-8bit --load-format --load_in_4bit --load_in_8bit",
+    "nothing: nothing is run from a checkpoint": "--trust-remote-code --trust_remote_code",
+    "nothing: tokens are sampled one by one, without beams": "--num-beams --num_beams --beam-width",
+    "nothing: a prompt is read in parts of its own size": "--batch-size --ubatch-size "
+    "--max-num-batched-tokens --n-batch -ub",
+    "nothing: memory is used as it is needed": "--gpu-memory-utilization --cpu-offload-gb "
+    "--swap-space --mlock",
+    "nothing: files are memory-mapped": "--no-mmap --mmap",
+    "-n 0 --ignore-eos for no tokens, or the command bench": "--dry-run",
+}
+OF_OPTION = {name: ours for ours, names in OPTIONS.items() for name in names.split()}
+# A single dash and several letters: read as several short options by the parser, so looked for before it.
+CLUSTERS = {name for name in OF_OPTION if not name.startswith("--") and len(name) > 2}
+COMMANDS = {
+    "run": "chat (to talk) or generate (to go on from a prompt)",
+    "complete": "generate",
+    "completions": "generate",
+    "serve": "chat or generate; there is no server yet",
+    "pull": "'hf download NAME' of huggingface_hub, then -m NAME",
+    "download": "'hf download NAME' of huggingface_hub, then -m NAME",
+    "list": "inspect",
+    "show": "inspect",
+    "info": "inspect",
+    "perplexity": "score",
+    "eval": "score",
+    "benchmark": "bench",
+    "encode": "tokenize",
+    "decode": "tokenize --ids",
+    "detokenize": "tokenize --ids",
+    "version": "--version",
+    "help": "--help",
+}
+
+
+def hint(name: str, command: click.Command | None = None) -> str:
+    """Return what to give instead of an option of another engine; empty where there is nothing to say."""
+    name = name.partition("=")[0]
+    ours = OF_OPTION.get(name)
+    if command and name == "--prompt" and command.name == "bench":
+        ours = "--prompt-tokens N,N"
+    if ours is None:
+        return ""
+    return f" Here it is {ours}." if not ours.startswith("nothing") else f" Here it takes {ours}."
+
+
+def with_hint(error: click.ClickException) -> click.ClickException:
+    """Return an error that, for an unknown option of another engine, names ours."""
+    if isinstance(error, click.NoSuchOption):
+        said = hint(error.option_name, error.ctx.command if error.ctx else None)
+        if said:
+            return click.UsageError(f"No such option {error.option_name!r}.{said}", error.ctx)
+    return error
+
+
+def refuse_clusters(args: list[str], command: click.Command) -> None:
+    """Raise a usage error for an option such as -ngl, which the parser would read as -n gl."""
+    own = {opt for param in command.params for opt in param.opts}
+    for arg in args:
+        if arg == "--":
+            return
+        if arg in CLUSTERS and arg not in own:
+            raise click.UsageError(f"No such option {arg!r}.{hint(arg)}")

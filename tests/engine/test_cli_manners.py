@@ -1,0 +1,182 @@
+"""Manners of the command line: notes, environment, hints, delimiters, ids, versions, completion."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+
+import click
+import pytest
+
+from refengine.cli import cli as group
+from refengine.cli import hints
+from refengine.cli.options import dtype_of
+from tests.engine.test_cli import REFENGINE, cli, fails, piped  # noqa: F401
+from tests.support.vocabularies import TINY
+
+
+def test_several_texts_have_a_labelled_delimiter_and_are_in_order(cli, tmp_path):  # noqa: F811
+    (tmp_path / "prompts").write_text("Once upon a time\nOne\nOnce\n")
+    _, out, _ = cli("generate", "--prompts", tmp_path / "prompts", "-n", 5, "-t", 0)
+    lines = out.splitlines()
+    at = [lines.index(f"==> {i} of 3 <==") for i in (1, 2, 3)]
+    assert at == sorted(at) and [lines[i + 1][:3] for i in at] == ["Onc", "One", "Onc"]
+    assert "==>" not in cli("generate", "Once", "-n", 5, "-t", 0)[1]
+
+
+def test_token_ids_are_a_prompt(cli):  # noqa: F811
+    record = json.loads(cli("generate", "--ids", "10, 25 99", "-n", 3, "-t", 0, "--json")[1])
+    assert record["prompt_token_ids"] == [10, 25, 99] and len(record["token_ids"]) == 3
+    assert "'x' is not a token id" in fails(cli("generate", "--ids", "10 x"))
+    assert "token id 99999 is not in the vocabulary" in fails(cli("generate", "--ids", "99999"))
+
+
+def test_a_model_without_a_tokenizer_generates_from_and_to_ids(cli, tmp_path):  # noqa: F811
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(TINY / name, tmp_path)
+    how = ("-m", tmp_path, "-t", 0, "-n", 4)
+    ids = json.loads(cli("generate", "--ids", "10 25", *how, "--json")[1])["token_ids"]
+    code, out, err = cli("generate", "--ids", "10 25", *how)
+    assert (code, out) == (0, f"10 25 {' '.join(map(str, ids))}\n")
+    assert err.startswith("note: ") and "copy the tokenizer.json of the model" in err
+    assert cli("generate", "--ids", "10 25", *how, "--quiet")[2] == ""
+    assert '--ids "10 25 99"' in fails(cli("generate", "Once", *how))
+
+
+def test_notes_of_a_checkpoint_reach_every_command_once(cli, tmp_path, monkeypatch):  # noqa: F811
+    shutil.copytree(TINY, tmp_path / "m", ignore=shutil.ignore_patterns("*.md"))
+    config = json.loads((tmp_path / "m" / "config.json").read_text()) | {"a_key_of_the_future": 1}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "text").write_text("Once upon a time")
+    monkeypatch.setenv("REFENGINE_MODEL", str(tmp_path / "m"))
+    for command in (
+        ["generate", "x", "-n", 1],
+        ["chat", "x", "-n", 1, "--json"],
+        ["score", tmp_path / "text"],
+    ):
+        _, _, err = cli(*command)
+        if err:  # where the checkpoint has a note of it
+            assert err.startswith("note: ") and err.count("a_key_of_the_future") == 1
+        assert cli(*command, "-q")[2] == ""
+
+
+def test_verbose_says_what_is_loaded(cli):  # noqa: F811
+    err = cli("generate", "x", "-n", 1, "--verbose")[2]
+    assert "8.39 MB of weights" in err and "backend numpy, dtype float32" in err
+
+
+def test_every_option_has_one_environment_variable(cli, monkeypatch):  # noqa: F811
+    for name in group.list_commands(None):
+        for param in group.get_command(None, name).params:
+            if isinstance(param, click.Option):
+                assert param.envvar, (name, param.name)
+    monkeypatch.setenv("REFENGINE_MAX_TOKENS", "3")
+    monkeypatch.setenv("REFENGINE_JSON", "1")
+    monkeypatch.setenv("REFENGINE_IGNORE_EOS", "1")
+    assert len(json.loads(cli("generate", "x")[1])["token_ids"]) == 3
+    monkeypatch.setenv("REFENGINE_MODEL", "nowhere")
+    assert "nowhere" in fails(cli("chat", "x"))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(cli, tmp_path):  # noqa: F811
+    (tmp_path / "prompt").write_bytes(b"\xef\xbb\xbfOnce")
+    assert json.loads(cli("generate", "-f", tmp_path / "prompt", "-n", 1, "--json")[1])["prompt"] == "Once"
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["generate", "x", "--max-new-tokens", "3"], "-n/--max-tokens N"),
+        (["generate", "x", "--n-predict=3"], "-n/--max-tokens N"),
+        (["generate", "x", "-ngl", "99"], "--backend cuda"),
+        (["generate", "x", "--temp", "0"], "--temperature T"),
+        (["generate", "x", "--repeat-penalty", "1"], "--repetition-penalty R"),
+        (["generate", "x", "--tensor-parallel-size", "2"], "--tp N"),
+        (["generate", "x", "--ctx-size", "99"], "the context is the model's own"),
+        (["chat", "x", "--think"], "--thinking on|off"),
+        (["run", "x"], "chat (to talk)"),
+        (["serve"], "there is no server yet"),
+        (["pull", "x"], "hf download"),
+    ],
+)
+def test_names_of_other_engines_lead_to_ours(cli, args, says):  # noqa: F811
+    assert says in fails(cli(*args), code=2)
+
+
+def test_hints_name_no_option_that_a_command_has():
+    own = {
+        opt
+        for name in group.list_commands(None)
+        for p in group.get_command(None, name).params
+        for opt in p.opts
+    }
+    assert not own & hints.OF_OPTION.keys()
+    assert not set(group.list_commands(None)) & hints.COMMANDS.keys()
+
+
+def test_dtypes_have_short_names_and_auto(cli):  # noqa: F811
+    exact = cli("generate", "Once", "-n", 5, "-t", 0, "--dtype", "float64")
+    assert cli("generate", "Once", "-n", 5, "-t", 0, "--dtype", "f64") == exact
+    assert dtype_of(str(TINY), "numpy") == "float32" and dtype_of(str(TINY), "torch") == "bfloat16"
+
+
+def test_the_version_names_what_refengine_runs_on(cli):  # noqa: F811
+    code, out, _ = cli("--version")
+    first, *rows = out.splitlines()
+    assert code == 0 and first.startswith("refengine ")
+    assert [row.split()[0] for row in rows] == ["python", "numpy", "compiler", "backends"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands_and_options(cli, shell):  # noqa: F811
+    assert "_REFENGINE_COMPLETE" in cli("completion", shell)[1]
+    asked = {
+        "_REFENGINE_COMPLETE": f"{shell}_complete",
+        "COMP_WORDS": "refengine generate --max",
+        "COMP_CWORD": "2",
+    }
+    if shell == "fish":
+        asked["COMP_CWORD"] = "--max"
+    done = subprocess.run(REFENGINE, env=os.environ | asked, capture_output=True, text=True)
+    assert "--max-tokens" in done.stdout and done.returncode == 0
+
+
+def test_tokenize_prints_ids_and_texts(cli, tmp_path):  # noqa: F811
+    record = json.loads(cli("tokenize", "Once upon a time", "--json")[1])
+    ids = " ".join(map(str, record["token_ids"]))
+    assert (
+        "".join(record["tokens"]) == "Once upon a time"
+        and cli("tokenize", "--ids", ids)[1] == "Once upon a time\n"
+    )
+    assert cli("tokenize", "-p", "Once upon a time", "--count")[1] == f"{len(record['token_ids'])}\n"
+    assert len(cli("tokenize", "Once upon a time")[1].splitlines()) == len(record["token_ids"])
+    (tmp_path / "text").write_text("Once upon a time")
+    assert json.loads(cli("tokenize", "-f", tmp_path / "text", "--json")[1]) == record
+    assert json.loads(piped(["tokenize", "--json"], b"Once upon a time")[1]) == record
+    assert "no token with the id 99999" in fails(cli("tokenize", "--ids", "99999"))
+    fails(cli("tokenize", "x", "--ids", "1"), code=2)
+
+
+def test_an_interrupted_run_prints_the_json_it_has():
+    command = [
+        *REFENGINE,
+        "generate",
+        "x",
+        "-n",
+        "100000",
+        "--ignore-eos",
+        "--json",
+        "-t",
+        "0",
+        "--stop",
+        "zzzz",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(6)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and b"Traceback" not in err
+    if out:  # the machine was quick enough to begin
+        assert json.loads(out)["reason"] == "interrupted" and json.loads(out)["token_ids"]
