@@ -26,6 +26,7 @@ from refengine.untrusted import shown
 # keys and values, which a cache in floating point does not need.
 HARMLESS = re.compile(r"\.(rotary_emb\.inv_freq|k_proj\.k_scale|v_proj\.v_scale|[kv]_proj\.output_scale)$")
 HEAD_BEGINS = re.compile(r"mtp\.layers\.(\d{1,4})\.eh_proj\.weight")
+HEAD_ENDS = re.compile(r"mtp\.layers\.(\d{1,4})\.final_layernorm\.weight")
 MTP_LAYER = re.compile(r"mtp\.layers\.(\d{1,4})\.")
 LAYER = re.compile(r"(.*?)layers\.\d+\.(?:norm|mixer)\.")
 # Packed weights have a dtype of at most a byte (modelopt, FP8, bitsandbytes), or are words of 32 bits under
@@ -129,13 +130,19 @@ def _settled_head(cfg: Config, found: dict[str, Stored], notes: list[str]) -> Co
         notes.append(f"{len(head)} mtp tensors, {what}: not read")
         return cfg
     begins = sorted(int(at[1]) for name in head if (at := HEAD_BEGINS.fullmatch(name)))
-    if len(begins) < 2 or begins[0] != 0 or begins[1] > len(cfg.mtp_layers):
-        return cfg
-    further = [name for name in head if int((MTP_LAYER.match(name) or "00")[1]) >= begins[1]]
+    ends = sorted(int(at[1]) + 1 for name in head if (at := HEAD_ENDS.fullmatch(name)))
+    length = begins[1] if len(begins) > 1 else ends[0] if ends else len(cfg.mtp_layers)
+    further = [name for name in head if int((MTP_LAYER.match(name) or "00")[1]) >= length]
+    if begins[:1] != [0] or length > len(cfg.mtp_layers) or (further and len(begins) < 2):
+        return cfg  # no head that can be told from another; the match says what is wrong
     for name in further:
         del found[name]
-    notes.append(f"{len(further)} mtp tensors, of prediction heads after the first: not read")
-    return replace(cfg, mtp_layers=cfg.mtp_layers[: begins[1]])
+    if further:
+        notes.append(f"{len(further)} mtp tensors, of prediction heads after the first: not read")
+    if length == len(cfg.mtp_layers):
+        return cfg
+    notes.append(f"config.json has {len(cfg.mtp_layers)} layers of prediction heads, the first has {length}")
+    return replace(cfg, mtp_layers=cfg.mtp_layers[:length])
 
 
 def _settled_vocabulary(cfg: Config, found: dict[str, Stored], notes: list[str]) -> Config:

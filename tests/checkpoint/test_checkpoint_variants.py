@@ -103,7 +103,7 @@ def test_of_prediction_heads_those_that_are_there_count(declared, stored, tmp_pa
     for row in table(checkpoint.config):
         assert np.array_equal(checkpoint.read(row.name), expected(row, cfg)), row.name
     alter_json(tmp_path / "config.json", mtp_hybrid_override_pattern="*E*E", mtp_layers_block_type=None)
-    if declared and stored == 2:
+    if declared and stored:
         assert Checkpoint.open(tmp_path).config.mtp_layers == "*E", "a pattern that repeats"
 
 
