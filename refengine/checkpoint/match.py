@@ -31,9 +31,9 @@ MTP_LAYER = re.compile(r"mtp\.layers\.(\d{1,4})\.")
 LAYER = re.compile(r"(.*?)layers\.\d+\.(?:norm|mixer)\.")
 # Packed weights have a dtype of at most a byte (modelopt, FP8, bitsandbytes), or are words of 32 bits under
 # names of their own (GPTQ, AWQ, compressed-tensors) or under the usual one (mlx).
-PACKED_DTYPES = {"U8", "I8", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
-PACKED_WORDS = {"I32", "U32"}
-PACKED_NAMES = re.compile(r"\.(weight|qweight|qzeros|weight_packed)$")
+PACKED_DTYPES = {"U8", "I8", "U32", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
+PACKED_ENDINGS = (".weight", ".experts.up_proj", ".experts.down_proj")
+WORDS_ENDINGS = (".qweight", ".qzeros", ".weight_packed")
 SCALES = (".weight_scale", ".weight_scale_2", ".weight_scale_inv", ".input_scale", ".pre_quant_scale")
 
 
@@ -100,10 +100,12 @@ def refuse_packed(found: dict[str, Stored], directory: Path) -> None:
 
 
 def _is_packed(name: str, at: Stored) -> bool:
-    """Return whether a tensor holds packed weights: by its dtype, for words of 32 bits by its name too."""
-    if at.dtype in PACKED_DTYPES:
-        return canonical(name) is not None
-    return at.dtype in PACKED_WORDS and bool(PACKED_NAMES.search(name))
+    """Return whether a tensor of the text model holds packed weights, by its name and dtype."""
+    if canonical(name) is None:
+        return False
+    if name.endswith(PACKED_ENDINGS):
+        return at.dtype in PACKED_DTYPES
+    return at.dtype == "I32" and name.endswith(WORDS_ENDINGS)
 
 
 def settled(cfg: Config, found: dict[str, Stored], head_dim_given: bool, notes: list[str]) -> Config:

@@ -83,6 +83,25 @@ def test_packed_weights_are_called_so_whatever_the_metadata_says(kind, scales, w
     assert sentence in refusal(weights.parent)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("attention_mask", "U8"), ("in_proj.weight", "I64"), ("A_log", "I8")]
+)
+def test_a_tensor_of_another_kind_is_not_called_packed(name, dtype, weights):
+    """A mask of bytes or a damaged dtype is refused, in another sentence."""
+    name = f"backbone.layers.0.mixer.{name}"
+    rename(weights, lambda each: None if each == name else each)
+    add(weights, name, np.ones(8, np.uint8), "U8")
+    size = 1 if dtype == "I64" else 8
+    alter(weights, lambda header, data: (retyped(header, name, dtype, size), data))
+    said = refusal(weights.parent)
+    assert repr(name) in said and "quantized" not in said
+
+
+def retyped(header, name, dtype, size):
+    header[name] |= {"dtype": dtype, "shape": [size]}
+    return header
+
+
 def as_words(header, name, dtype):
     if dtype[-2:] == "32":
         header[name] |= {"dtype": dtype, "shape": [6]}
