@@ -1,6 +1,7 @@
 """Checkpoints on disk: finding, opening, matching with the tensor table, and writing.
 
 locate           what a user calls a model -> its directory
+hub              a model's name -> its directory in the local Hugging Face cache
 safetensors_file one file: its header, its tensors as read-only views of a memory map
 names            what exporters call a tensor -> its name in the tensor table
 match            the tensors in the files <-> the tensor table of the spec

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
+from refengine.checkpoint.hub import NAME, cache_directory, cached, snapshot
 from refengine.spec.config import InputError
 from refengine.untrusted import unreadable
 
@@ -16,15 +16,20 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 def locate(model: str | Path) -> Path:
     """Return the directory of `model`; InputError says why there is none.
 
-    An embedded model goes before a directory of its name, which is `./tiny`.
+    An embedded model goes before a directory of its name, which is `./tiny`; a directory goes before a model
+    of its name in the local Hugging Face cache.
     """
     name = os.fspath(model)
     if not name:
         raise InputError("the name of the model is empty")
     embedded = sorted(path.name for path in EMBEDDED.iterdir())
     path = EMBEDDED / name if name in embedded else Path(name)
+    if name not in embedded and not path.exists():
+        path = cached(name) or path
     try:
         names = sorted(os.listdir(path))
+        if "snapshots" in names and "config.json" not in names and (inner := snapshot(path)):
+            path, names = inner, sorted(os.listdir(inner))  # a folder of the Hugging Face cache
     except NotADirectoryError:
         raise _not_a_directory(path) from None
     except FileNotFoundError:
@@ -45,9 +50,10 @@ def _not_a_directory(path: Path) -> InputError:
 
 
 def _absent(name: str, embedded: list[str]) -> InputError:
-    if hub := re.fullmatch(r"[\w.-]+/([\w.-]+)", name):
-        how = f"'hf download {name} --local-dir {hub[1]}', then give {hub[1]}"
-        return InputError(f"there is no directory {name}; if this is a model on the Hugging Face hub, {how}")
+    if NAME.fullmatch(name):
+        how = f"'hf download {name}', then give {name} again"
+        where = f"there is no directory {name}, and no model of this name in {cache_directory()}"
+        return InputError(f"{where}; if it is on the Hugging Face hub, {how}")
     known = ", ".join(embedded)
     return InputError(f"there is no model {name!r}: give a directory or an embedded model ({known})")
 

@@ -21,6 +21,7 @@ class Numbers(click.ParamType):
     name = "N,N"
 
     def convert(self, value, param, ctx):
+        """Return the list of numbers; a usage error where the text is none."""
         try:
             numbers = [int(part) for part in value.split(",")] if isinstance(value, str) else value
         except ValueError:
@@ -30,28 +31,41 @@ class Numbers(click.ParamType):
         return numbers
 
 
-@click.command(short_help="How fast a model runs here.")
+@click.command(cls=options.Command, short_help="How fast a model runs here.")
 @options.engine
 @click.option(
-    "--prompt", "prompts", type=Numbers(), default="512", show_default=True, help="Lengths of prompts."
+    "--prompt-tokens", "prompts", type=Numbers(), default="512", show_default=True, help="Lengths of prompts."
 )
 @click.option(
-    "--batch", "batches", type=Numbers(), default="1,8", show_default=True, help="Sequences side by side."
+    "--batch",
+    "batches",
+    type=Numbers(),
+    default="1,8",
+    show_default=True,
+    help="Numbers of sequences side by side.",
 )
 @click.option(
     "--context", "contexts", type=Numbers(), default="64", show_default=True, help="Tokens before decoding."
 )
 @click.option(
-    "--repeat", type=click.IntRange(1), default=3, show_default=True, help="Prefills; the median counts."
+    "--repeat",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Prefills, of which the median counts.",
 )
 @click.option(
-    "--steps", type=click.IntRange(1), default=16, show_default=True, help="Decoded tokens; likewise."
+    "--steps",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Decoded tokens, of which the median counts.",
 )
 @options.as_json
 @options.ranks
 @options.debug
 def bench(prompts, batches, contexts, repeat, steps, as_json, **how):
-    """Tokens per second, and the share of the machine: matrix peak (prefill), read bandwidth (decode)."""
+    """Measure tokens per second, and the share of the machine: matrix peak (prefill), bandwidth (decode)."""
     if options.follows():
         options.load(**how).follow()
         return

@@ -1,4 +1,4 @@
-"""refengine score: how likely is a text?"""
+"""refengine score: the likelihood of a text."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from refengine.cli import options
 from refengine.spec.config import InputError
 
 
-@click.command(cls=options.Command, short_help="How likely a text is.")
+@click.command(cls=options.Command, short_help="Measure how likely a text is.")
 @click.argument("file")
-@click.option("--tokens", is_flag=True, help="A line a token, too.")
+@click.option("--tokens", is_flag=True, help="Print a line a token, too.")
 @options.as_json
 @options.engine
 @options.ranks
 @options.debug
 def score(file, tokens, as_json, **how):
-    """Log-likelihood and perplexity of the text in FILE (- is standard input), of the prediction head too."""
+    """Print log-likelihood and perplexity of the text in FILE (- is stdin), also by the prediction head."""
     if options.follows():
         options.load(**how).follow()
         return
@@ -49,6 +49,7 @@ def score(file, tokens, as_json, **how):
 
 
 def say_tokens(engine, scores) -> None:
+    """Print a line a token: its text and its log-probability."""
     from refengine.cli.generate import shown
 
     for token, logprob in zip(scores.ids[1:], scores.trunk, strict=True):
@@ -56,6 +57,7 @@ def say_tokens(engine, scores) -> None:
 
 
 def sentence(f: dict) -> str:
+    """Return figures as a sentence."""
     return (
         f"log-likelihood {f['log_likelihood']:.3f} over {f['scored']} tokens, "
         f"{f['nats_per_token']:.4f} nats a token, perplexity {f['perplexity']:.3f}"
@@ -63,7 +65,7 @@ def sentence(f: dict) -> str:
 
 
 def figures(logprobs: list[float]) -> dict:
-    """Sum, mean and perplexity of log-probabilities (natural logarithm)."""
+    """Return sum, mean and perplexity of log-probabilities (natural logarithm)."""
     mean = -sum(logprobs) / len(logprobs)
     return {
         "log_likelihood": sum(logprobs),

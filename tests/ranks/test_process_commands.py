@@ -41,7 +41,7 @@ def test_a_text_that_has_no_score_is_refused_by_all_ranks(tmp_path):
 
 @pytest.mark.parametrize("layout", ["--tp=2", "--ep=2", "--pp=2"])
 def test_bench_measures_what_was_asked_on_all_ranks(layout):
-    asked = ["--prompt", "5,40", "--batch", "1,3", "--context", "9", "--repeat", 1, "--steps", 2]
+    asked = ["--prompt-tokens", "5,40", "--batch", "1,3", "--context", "9", "--repeat", 1, "--steps", 2]
     machine, *rows = map(json.loads, printed(mpiexec(2, "bench", *asked, "--json", layout)).splitlines())
     assert (machine["tp"], machine["ep"], machine["pp"]).count(2) == 1
     assert [(row["what"], row["batch"], row["tokens"]) for row in rows] == [

@@ -1,0 +1,72 @@
+"""The local Hugging Face cache: a model is found by its name, or by the folder of the cache."""
+
+import os
+import shutil
+
+import pytest
+
+from refengine.checkpoint import Checkpoint
+from refengine.checkpoint.hub import cache_directory
+from refengine.spec.config import InputError
+from tests.support.vocabularies import TINY
+
+NAME = "nvidia/a-model"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The folder of a model in a cache with two snapshots, of which main is the first."""
+    for variable in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "models--nvidia--a-model"
+    for commit in ("aaa", "bbb"):
+        (folder / "blobs").mkdir(parents=True, exist_ok=True)
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        for file in ("config.json", "model.safetensors", "tokenizer.json"):
+            shutil.copy(TINY / file, folder / "blobs" / (commit + file))
+            os.symlink(f"../../blobs/{commit}{file}", folder / "snapshots" / commit / file)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("aaa")
+    (folder / "refs" / "v2").write_text("bbb")
+    return folder
+
+
+def test_a_name_is_looked_up_in_the_cache(folder):
+    assert Checkpoint.open(NAME).directory == folder / "snapshots" / "aaa"
+    assert Checkpoint.open(f"{NAME}@v2").directory == folder / "snapshots" / "bbb"
+    assert Checkpoint.open(f"{NAME}@bbb").directory == folder / "snapshots" / "bbb"
+
+
+def test_a_folder_of_the_cache_is_a_model(folder):
+    assert Checkpoint.open(folder).directory == folder / "snapshots" / "aaa"
+    (folder / "refs" / "main").unlink()
+    os.utime(folder / "snapshots" / "aaa", (1, 1))
+    assert Checkpoint.open(folder).directory == folder / "snapshots" / "bbb"
+
+
+def test_a_directory_goes_before_the_cache(folder, tmp_path, monkeypatch):
+    shutil.copytree(TINY, tmp_path / NAME)
+    monkeypatch.chdir(tmp_path)
+    assert str(Checkpoint.open(NAME).directory) == NAME
+
+
+@pytest.mark.parametrize("name", ["nvidia/another", f"{NAME}@v3", "nvidia/..", "../nvidia"])
+def test_a_model_that_is_not_in_the_cache_is_one_sentence(folder, name):
+    with pytest.raises(InputError) as error:
+        Checkpoint.open(name)
+    assert "\n" not in str(error.value)
+
+
+def test_the_cache_is_where_huggingface_hub_has_it(folder, tmp_path, monkeypatch):
+    assert cache_directory() == tmp_path / "hub"
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "elsewhere"))
+    assert cache_directory() == tmp_path / "elsewhere"
+    with pytest.raises(
+        InputError, match=r"no model of this name in .*elsewhere; .*'hf download nvidia/a-model'"
+    ):
+        Checkpoint.open(NAME)
+    monkeypatch.delenv("HF_HUB_CACHE")
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert cache_directory() == tmp_path / "cache" / "huggingface" / "hub"
