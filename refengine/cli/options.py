@@ -254,7 +254,7 @@ def load(tp: int, ep: int, pp: int, timeout: float, **how):
     return engine
 
 
-LOADING = ("model", "backend", "dtype", "device", "threads", "deterministic")
+LOADING: tuple[str, ...] = ("model", "backend", "dtype", "device", "threads", "deterministic")
 LOADING += ("tp", "ep", "pp", "timeout", "batch")
 
 batch = click.option("--batch", type=click.IntRange(1), metavar="N", help="Sequences side by side, at most.")
