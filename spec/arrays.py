@@ -8,8 +8,8 @@
     i o  widths of a matrix product, in and out                 f  inner width of an MLP
 
 An activation is `b l d`. A decode step is `l = 1`; a prompt is any `l`, cut into calls as one likes. Rows
-of a batch may be of different lengths: `n[b]` says how many of the `l` positions of each row are real
-(None: all). As an argument `n` is always these lengths; as an axis, always the state.
+of a batch may be of different lengths: `lengths[b]` is how many of the `l` positions of each row are real
+(None: all).
 """
 
 from __future__ import annotations
@@ -50,6 +50,6 @@ def merge(x):
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
-def valid_positions(n, length: int):
-    """[b l] bool: which positions are real. (None when all are.)"""
-    return None if n is None else np.arange(length) < np.asarray(n)[:, None]
+def valid_positions(lengths, count: int):
+    """Return [b l] bool: which of `count` positions of each row are real. None when all are."""
+    return None if lengths is None else np.arange(count) < np.asarray(lengths)[:, None]

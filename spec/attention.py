@@ -22,11 +22,11 @@ def attention(
     k: Float[Array, "b l kv e"],
     v: Float[Array, "b l kv e"],
     cache: Cache,
-    n: Int[Array, " b"] | None = None,
+    lengths: Int[Array, " b"] | None = None,
 ) -> tuple[Float[Array, "b l h e"], Cache]:
     """The definition: append k and v to the cache, then attend from each position to all up to its own."""
     position = cache.length[:, None] + np.arange(q.shape[1])  # b l
-    cache = cache.append(k, v, n)
+    cache = cache.append(k, v, lengths)
     return attend(q, position, *cache.upto(int(position.max()) + 1)), cache
 
 
@@ -35,12 +35,12 @@ def attention_in_blocks(
     k: Float[Array, "b l kv e"],
     v: Float[Array, "b l kv e"],
     cache: Cache,
-    n: Int[Array, " b"] | None = None,
+    lengths: Int[Array, " b"] | None = None,
     block: int = 64,
 ) -> tuple[Float[Array, "b l h e"], Cache]:
     """The theorem: the same, a block of positions at a time, none of which looks at keys beyond the block."""
     position = cache.length[:, None] + np.arange(q.shape[1])  # b l
-    cache = cache.append(k, v, n)
+    cache = cache.append(k, v, lengths)
     y = np.empty_like(q)
     for start in range(0, q.shape[1], block):
         rows = slice(start, start + block)

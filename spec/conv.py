@@ -20,14 +20,14 @@ def causal_conv(
     weight: Float[Array, "c 1 k"],
     bias: Float[Array, " c"],
     tail: Float[Array, "b t c"],
-    n: Int[Array, " b"] | None = None,
+    lengths: Int[Array, " b"] | None = None,
 ) -> tuple[Float[Array, "b l c"], Float[Array, "b t c"]]:
     """Returns (y, the tail after the last real position)."""
     length, remembered = x.shape[1], tail.shape[1]
     window = np.concatenate([tail.astype(x.dtype, copy=False), x], axis=1)  # b t+l c
     y = bias + sum(weight[:, 0, j] * window[:, j : j + length] for j in range(remembered + 1))  # b l c
-    if n is None:
+    if lengths is None:
         tail = window[:, length:]
     else:
-        tail = window[np.arange(len(x))[:, None], np.asarray(n)[:, None] + np.arange(remembered)]
+        tail = window[np.arange(len(x))[:, None], np.asarray(lengths)[:, None] + np.arange(remembered)]
     return silu(y.astype(x.dtype, copy=False)), tail  # b l c   b t c

@@ -1,8 +1,9 @@
 """Chapter 13. Mixers: the four kinds of layer, each a paragraph in the vocabulary of chapter 12.
 
-Every mixer has one signature, (h, w, cfg, state, n, ops) -> (what it adds to the residual stream, next
-state): h is the normalised stream, b l d; w the layer's weights by name; n the number of real positions of
-each row. Each ends with the one sum over tensor-parallel ranks that it needs.
+Every mixer has one signature, (hidden, w, cfg, state, lengths, ops) -> (its addition to the residual stream,
+next state): hidden is the normalised stream, b l d (h in the chapters where h is not heads); w the layer's
+weights by name; lengths the number of real positions of each row. Each ends with the one sum over
+tensor-parallel ranks that it needs.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from dataclasses import replace
 from refengine.spec.arrays import heads, merge, split
 
 
-def mamba2(h, w, cfg, state, n, ops):  # b l d -> b l d
-    # PROJECT
-    z, xBC, dt = split(ops.linear(h, w["in_proj.weight"]), cfg.in_proj_widths)  # b l (h p)   b l c   b l h
+def mamba2(hidden, w, cfg, state, lengths, ops):  # b l d -> b l d
+    # PROJECT to z b l (h p), xBC b l c, dt b l h
+    z, xBC, dt = split(ops.linear(hidden, w["in_proj.weight"]), cfg.in_proj_widths)
     # CONVOLVE
-    xBC, tail = ops.causal_conv(xBC, w["conv1d.weight"], w["conv1d.bias"], state.tail, n)  # b l c
+    xBC, tail = ops.causal_conv(xBC, w["conv1d.weight"], w["conv1d.bias"], state.tail, lengths)  # b l c
     # SCAN
     x, B, C = split(xBC, cfg.conv_widths)
     x, B, C = heads(x, cfg.mamba_num_heads), heads(B, cfg.n_groups), heads(C, cfg.n_groups)
     y, S = ops.ssd_scan(  # x, y b l h p   B, C b l g n   S b h p n
-        x, dt, w["A_log"], B, C, w["D"], w["dt_bias"], state.S, n, cfg.time_step_limit, cfg.chunk_size
+        x, dt, w["A_log"], B, C, w["D"], w["dt_bias"], state.S, lengths, cfg.time_step_limit, cfg.chunk_size
     )
     # GATE
     y = ops.gated_rms_norm(merge(y), z, w["norm.weight"], cfg.layer_norm_epsilon, cfg.n_groups)  # b l (h p)
@@ -29,32 +30,32 @@ def mamba2(h, w, cfg, state, n, ops):  # b l d -> b l d
     return ops.all_reduce(ops.linear(y, w["out_proj.weight"]), "M"), replace(state, tail=tail, S=S)
 
 
-def attention(h, w, cfg, state, n, ops):  # b l d -> b l d
+def attention(hidden, w, cfg, state, lengths, ops):  # b l d -> b l d
     # PROJECT
-    q, k, v = split(ops.linear(h, w["qkv_proj"]), cfg.qkv_widths)
+    q, k, v = split(ops.linear(hidden, w["qkv_proj"]), cfg.qkv_widths)
     q = heads(q, cfg.num_attention_heads)  # b l h e
     k, v = heads(k, cfg.num_key_value_heads), heads(v, cfg.num_key_value_heads)  # b l kv e
     # ATTEND
-    y, state = ops.attention(q, k, v, state, n)  # b l h e
+    y, state = ops.attention(q, k, v, state, lengths)  # b l h e
     # RETURN
     return ops.all_reduce(ops.linear(merge(y), w["o_proj.weight"]), "*"), state
 
 
-def experts(h, w, cfg, state, n, ops):  # b l d -> b l d
+def experts(hidden, w, cfg, state, lengths, ops):  # b l d -> b l d
     # ROUTE, by the full-width input
-    routing = ops.route(h, w["gate.weight"], w["gate.e_score_correction_bias"], cfg)
+    routing = ops.route(hidden, w["gate.weight"], w["gate.e_score_correction_bias"], cfg)
     # SHARED expert, at full width
-    shared = ops.mlp(h, w["shared_experts.up_proj.weight"], w["shared_experts.down_proj.weight"])
+    shared = ops.mlp(hidden, w["shared_experts.up_proj.weight"], w["shared_experts.down_proj.weight"])
     # ROUTED experts, in the latent width where there is one
-    u = ops.linear(h, w["fc1_latent_proj.weight"]) if cfg.moe_latent_size else h  # b l x
+    u = ops.linear(hidden, w["fc1_latent_proj.weight"]) if cfg.moe_latent_size else hidden  # b l x
     r = ops.experts(u, w["experts"], routing)  # b l x
     r = ops.linear(r, w["fc2_latent_proj.weight"]) if cfg.moe_latent_size else r  # b l d
     # RETURN
     return ops.all_reduce(r + shared, "E"), state
 
 
-def mlp(h, w, cfg, state, n, ops):  # b l d -> b l d
-    return ops.all_reduce(ops.mlp(h, w["up_proj.weight"], w["down_proj.weight"]), "-"), state
+def mlp(hidden, w, cfg, state, lengths, ops):  # b l d -> b l d
+    return ops.all_reduce(ops.mlp(hidden, w["up_proj.weight"], w["down_proj.weight"]), "-"), state
 
 
 MIXERS = {"M": mamba2, "*": attention, "E": experts, "-": mlp}

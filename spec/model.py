@@ -46,7 +46,7 @@ class Model:
         """b l -> b l d"""
         return self.backend.ops.embed(ids, self.weights[""]["embeddings.weight"])
 
-    def blocks(self, x, states: list, n=None, first: int = 0, last: int | None = None, tap=None):
+    def blocks(self, x, states: list, lengths=None, first: int = 0, last: int | None = None, tap=None):
         """Layers first..last-1, and the final norm after the last of all. b l d -> b l d, next states.
 
         `states` are those of exactly these layers; `tap(index, x)` sees the stream after each layer.
@@ -54,7 +54,7 @@ class Model:
         last = len(self.cfg.layers) if last is None else last
         layers = [(self.cfg.layers[i], self.weights[f"layers.{i}"]) for i in range(first, last)]
         final = self.weights[""]["norm_f.weight"] if last == len(self.cfg.layers) else None
-        return run(x, layers, final, states, n, self.cfg, self.backend.ops, first, tap)
+        return run(x, layers, final, states, lengths, self.cfg, self.backend.ops, first, tap)
 
     def head(self, h, rows=None):
         """Logits, b l d -> b l v; or, with `rows` [b], of one position of each sequence: b v."""
@@ -64,12 +64,12 @@ class Model:
         return self.backend.ops.logits(h, self.weights[""]["embeddings.weight" if tied else "lm_head.weight"])
 
 
-def run(x, layers, final, states, n, cfg, ops, first=0, tap=None):
+def run(x, layers, final, states, lengths, cfg, ops, first=0, tap=None):
     """x <- x + mixer(rms_norm(x)) for each (letter, weights); `final`: the weight of a last norm, or None."""
     delta, after = None, []
     for i, ((kind, w), state) in enumerate(zip(layers, states, strict=True), first):
         h, x = ops.rms_norm(x, delta, w["norm.weight"], cfg.layer_norm_epsilon)
-        delta, state = MIXERS[kind](h, w["mixer"], cfg, state, n, ops)
+        delta, state = MIXERS[kind](h, w["mixer"], cfg, state, lengths, ops)
         after.append(state)
         if tap:
             tap(i, x + delta)

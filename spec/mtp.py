@@ -20,7 +20,7 @@ def new_states(model: Model, batch: int) -> list:
     return [model.backend.new_state(kind, model.cfg, batch) for kind in model.cfg.mtp_layers]
 
 
-def predict(model: Model, h, next_ids, states: list, n=None):
+def predict(model: Model, h, next_ids, states: list, lengths=None):
     """h [b l d], next_ids [b l] -> o [b l d], next states; `model.head(o)` guesses the token after that."""
     cfg, ops = model.cfg, model.backend.ops
     blocks = [model.weights[f"mtp.layers.{i}"] for i in range(len(cfg.mtp_layers))]
@@ -28,4 +28,4 @@ def predict(model: Model, h, next_ids, states: list, n=None):
     g, _ = ops.rms_norm(h, None, blocks[0]["hnorm.weight"], cfg.layer_norm_epsilon)
     v = ops.linear_pair(e, g, blocks[0]["eh_proj.weight"])
     layers = list(zip(cfg.mtp_layers, blocks, strict=True))
-    return run(v, layers, blocks[-1]["final_layernorm.weight"], states, n, cfg, ops)
+    return run(v, layers, blocks[-1]["final_layernorm.weight"], states, lengths, cfg, ops)

@@ -6,8 +6,8 @@ clearest form; `REFERENCE` replaces three of them, the scan, the attention and t
 of their chapters, and is the NumPy backend. Between verbs the model uses only +, indexing and .reshape,
 which every array library has, and reads no value on the host.
 
-Arguments come as data, weights, state, constants; results as the value, then the next state. `n[b]` is the
-number of real positions of each row of the batch, or None when all are.
+Arguments come as data, weights, state, constants; results as the value, then the next state. `lengths[b]` is
+the number of real positions of each row of the batch, or None when all are.
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ class Ops:
     linear: Callable  # (x [.. i], weight [o i]) -> [.. o]
     linear_pair: Callable  # (x [.. i], y [.. i], weight [o 2i]) -> [.. o]: weight times [x, y] end to end
     rms_norm: Callable  # (x [b l d], delta [b l d] or None, weight [d], eps) -> norm(x + delta), x + delta
-    causal_conv: Callable  # (x [b l c], weight [c 1 k], bias [c], tail, n) -> y [b l c], tail
-    ssd_scan: Callable  # (x b l h p, dt b l h, A_log, B b l g n, C, D, dt_bias, S, n, limit, chunk) -> y, S
+    causal_conv: Callable  # (x [b l c], weight [c 1 k], bias [c], tail, lengths) -> y [b l c], tail
+    # (x b l h p, dt b l h, A_log, B b l g n, C, D, dt_bias, S, lengths, dt_limit, chunk) -> y, S
+    ssd_scan: Callable
     gated_rms_norm: Callable  # (y [b l c], z [b l c], weight [c], eps, groups, mean=...) -> [b l c]
-    attention: Callable  # (q [b l h e], k [b l kv e], v [b l kv e], cache, n) -> y [b l h e], cache
-    route: Callable  # (h [b l d], gate [E d], bias [E], cfg) -> routing
+    attention: Callable  # (q [b l h e], k [b l kv e], v [b l kv e], cache, lengths) -> y [b l h e], cache
+    route: Callable  # (hidden [b l d], gate [E d], bias [E], cfg) -> routing
     experts: Callable  # (u [b l x], experts, routing, first=0) -> [b l x]: experts first, first + 1, ...
-    mlp: Callable  # (h [b l d], up [f d], down [d f]) -> [b l d]
-    logits: Callable  # (h [.. d], lm_head [v d]) -> [.. v], float32 or wider
+    mlp: Callable  # (hidden [b l d], up [f d], down [d f]) -> [b l d]
+    logits: Callable  # (hidden [.. d], lm_head [v d]) -> [.. v], float32 or wider
     all_reduce: Callable  # (x, layer letter) -> the sum over the ranks that share such layers
 
     def __iter__(self):
@@ -83,16 +84,18 @@ def linear(x: Float[Array, "*b i"], weight: Array | tuple) -> Float[Array, "*b o
 
 
 def linear_pair(x: Float[Array, "*b i"], y: Float[Array, "*b i"], weight: Array) -> Float[Array, "*b o"]:
+    """Return [x, y] weight': one product for two inputs end to end."""
     return linear(np.concatenate([x, y], axis=-1), weight)
 
 
-def logits(h: Float[Array, "*b d"], lm_head: Float[Array, "v d"]) -> Float[Array, "*b v"]:
-    return linear(h, lm_head).astype(wide(h.dtype), copy=False)
+def logits(hidden: Float[Array, "*b d"], lm_head: Float[Array, "v d"]) -> Float[Array, "*b v"]:
+    """Return a number for each token of the vocabulary, float32 or wider."""
+    return linear(hidden, lm_head).astype(wide(hidden.dtype), copy=False)
 
 
-def recurrence(x, dt, A_log, B, C, D, dt_bias, S, n, limit, chunk):
-    """The definition of the scan knows no chunks."""
-    return ssd_scan(x, dt, A_log, B, C, D, dt_bias, S, n, limit)
+def recurrence(x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit, chunk):
+    """Return what ssd_scan returns: the definition of the scan knows no chunks."""
+    return ssd_scan(x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit)
 
 
 DEFINITION = Ops(

@@ -6,9 +6,9 @@
     h heads of p values each, S is p x n; heads share B and C by groups: head i reads group i // (h / g)
 
 `ssd_scan` is this recurrence: the definition. `ssd_scan_chunked` computes a chunk of positions at once with
-matrix products: the theorem, and a property test is its proof. Both pass over padding: beyond n[b], dt = 0,
-so the state neither decays nor grows. The true limit of dt is (0, inf) (trap 1). docs/model.md, "Mamba-2";
-arXiv 2405.21060, section 6.
+matrix products: the theorem, and a property test is its proof. Both pass over padding: beyond lengths[b],
+dt = 0, so the state neither decays nor grows. The true limit of dt is (0, inf) (trap 1). docs/model.md,
+"Mamba-2"; arXiv 2405.21060, section 6.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from refengine.spec.numerics import softplus, wide
 def time_steps(
     dt: Float[Array, "b l h"],
     dt_bias: Float[Array, " h"],
-    n: Int[Array, " b"] | None,
-    limit: tuple[float, float],
+    lengths: Int[Array, " b"] | None,
+    dt_limit: tuple[float, float],
 ) -> Float[Array, "b l h"]:
     """How far each head steps at each position; 0 where there is no position."""
     dt = softplus(dt.astype(wide(dt.dtype), copy=False) + dt_bias)
-    if limit != (0.0, math.inf):
-        dt = np.clip(dt, *limit)
-    valid = valid_positions(n, dt.shape[1])
+    if dt_limit != (0.0, math.inf):
+        dt = np.clip(dt, *dt_limit)
+    valid = valid_positions(lengths, dt.shape[1])
     return dt if valid is None else np.where(valid[..., None], dt, dt.dtype.type(0))
 
 
@@ -45,11 +45,11 @@ def ssd_scan(
     D: Float[Array, " h"],
     dt_bias: Float[Array, " h"],
     S: Float[Array, "b h p n"],
-    n: Int[Array, " b"] | None = None,
+    lengths: Int[Array, " b"] | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> tuple[Float[Array, "b l h p"], Float[Array, "b h p n"]]:
     """The definition. Returns (y, the state after the last real position)."""
-    dt = time_steps(dt, dt_bias, n, dt_limit)  # b l h
+    dt = time_steps(dt, dt_bias, lengths, dt_limit)  # b l h
     A = -np.exp(A_log)  # h
     B, C = (np.repeat(m, x.shape[2] // m.shape[2], axis=2) for m in (B, C))  # b l h n
     y = np.empty_like(x)
@@ -69,14 +69,14 @@ def ssd_scan_chunked(
     D: Float[Array, " h"],
     dt_bias: Float[Array, " h"],
     S: Float[Array, "b h p n"],
-    n: Int[Array, " b"] | None = None,
+    lengths: Int[Array, " b"] | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     chunk: int = 128,
 ) -> tuple[Float[Array, "b l h p"], Float[Array, "b h p n"]]:
     """The theorem: `ssd_scan`, with one Python step a chunk instead of one a position."""
     if x.shape[1] == 1:
-        return ssd_scan(x, dt, A_log, B, C, D, dt_bias, S, n, dt_limit)
-    dt = time_steps(dt, dt_bias, n, dt_limit)  # b l h
+        return ssd_scan(x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit)
+    dt = time_steps(dt, dt_bias, lengths, dt_limit)  # b l h
     A = -np.exp(A_log)  # h
     y = np.empty_like(x)
     for start in range(0, x.shape[1], chunk):

@@ -52,7 +52,7 @@ class Cache:
     length: Array  # b
     written: Array  # b, the same array in all forks
 
-    def append(self, k: Array, v: Array, n=None) -> Cache:
+    def append(self, k: Array, v: Array, lengths=None) -> Cache:
         added = k.shape[1]
         cache = self
         room = int(self.length.max(initial=0)) + added
@@ -60,7 +60,7 @@ class Cache:
             cache = self._copied(room)
         slot = np.arange(len(k))[:, None], cache.length[:, None] + np.arange(added)
         cache.k[slot], cache.v[slot] = k, v
-        length = cache.length + (added if n is None else np.asarray(n))
+        length = cache.length + (added if lengths is None else np.asarray(lengths))
         cache.written[:] = length
         return replace(cache, length=length)
 

@@ -85,7 +85,7 @@ class Cache:
 class Attention(Verbs):
     """The verb attention."""
 
-    def attention(self, q, k, v, cache: Cache, n=None):
+    def attention(self, q, k, v, cache: Cache, lengths=None):
         """y[i] = sum_{j <= i} softmax_j(q[i] . k[j] / sqrt(e)) v[j]
 
         q b l h e, k and v b l kv e -> b l h e
@@ -96,26 +96,26 @@ class Attention(Verbs):
         q, k, v = whole_heads(q), whole_heads(k), whole_heads(v)
         cache = cache.reserve(l)
         room = np.int32(cache.k.shape[2])
-        held = cache.k, cache.v, cache.length, n
+        held = cache.k, cache.v, cache.length, lengths
         args = k, v, *places(k), *places(v), *held, *map(np.int32, (l, kv, e)), room
         self.launch("attention", "attention_append", (l, b), min(256, 32 * tiles(kv * e, 32)), *args)
         y = self.device.empty(q.shape, self.dtype)
         given = q, *places(q), *held
         sizes = *map(np.int32, (l, kv, h // kv, e)), room, np.float32(math.log2(math.e) / math.sqrt(e))
         attend = self.few if l * (h // kv) <= FEW_ROWS else self.many
-        attend(given, sizes, y, cache, n)
+        attend(given, sizes, y, cache, lengths)
         return y, cache.advanced(l)
 
-    def many(self, given, sizes, y, cache: Cache, n):
+    def many(self, given, sizes, y, cache: Cache, lengths):
         (b, l, h, _), kv = y.shape, cache.k.shape[1]
         queries, keys = MANY[self.size]
         grid = tiles(l * (h // kv), queries), kv, b
         shared = self.shared_bytes(queries, keys)
         self.launch("attention", "attention", grid, 128, *given, y, *sizes, shared_bytes=shared)
-        args = cache.length, n, np.int32(l), np.int32(b)
+        args = cache.length, lengths, np.int32(l), np.int32(b)
         self.launch("attention", "attention_advance", (tiles(b, 128),), 128, *args)
 
-    def few(self, given, sizes, y, cache: Cache, n):
+    def few(self, given, sizes, y, cache: Cache, lengths):
         (b, l, h, _), (_, kv, room, _) = y.shape, cache.k.shape
         queries, keys = FEW[self.size]
         side = tiles(l * (h // kv), queries)
@@ -125,7 +125,7 @@ class Attention(Verbs):
         grid, shared = (side, parts, b * kv), self.shared_bytes(queries, keys)
         args = *given, sums, scales, *sizes
         self.launch("attention_decode", "attention_decode", grid, 128, *args, shared_bytes=shared)
-        args = sums, scales, y, cache.length, n, *sizes[:4], np.int32(parts)
+        args = sums, scales, y, cache.length, lengths, *sizes[:4], np.int32(parts)
         self.launch("attention_decode", "attention_combine", (l * h, b), 256, *args)
 
     def shared_bytes(self, queries: int, keys: int) -> int:

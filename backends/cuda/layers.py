@@ -54,14 +54,14 @@ class Layers(Verbs):
         self.launch("gated_rms_norm", "gated_scale", grid, block, y, z, squares, weight, out, *sizes, small)
         return out
 
-    def causal_conv(self, x, weight, bias, tail, n=None):
+    def causal_conv(self, x, weight, bias, tail, lengths=None):
         """silu(bias + sum_j w[j] x[t - k + 1 + j]), and the tail b k-1 c after the last real position."""
         (b, length, c), k = x.shape, weight.shape[-1]
         if k > TAPS:
             raise InputError(f"the CUDA backend convolves over at most {TAPS} positions, not conv_kernel {k}")
         y = self.device.empty(x.shape, x.dtype)
         x, x_stride = rows(x)
-        args = x, weight, bias, tail, y, n
+        args = x, weight, bias, tail, y, lengths
         if length == 1:
             args += np.int32(c), np.int32(k), x_stride
             self.launch("causal_conv", "causal_conv_update", (tiles(c, 128), b), 128, *args)

@@ -49,23 +49,25 @@ class Scan(Verbs):
         row = CHUNK + (0 if self.dtype == "bfloat16" else 4)  # see tiles.cuh
         self.device.launch(file, file, grid, (THREADS,), args, held * TILE * row * self.size, defines)
 
-    def ssd_scan(self, x, dt, A_log, B, C, D, dt_bias, S, n=None, limit=(0.0, math.inf), chunk: int = 128):
+    def ssd_scan(
+        self, x, dt, A_log, B, C, D, dt_bias, S, lengths=None, dt_limit=(0.0, math.inf), chunk: int = 128
+    ):
         """Returns (y b l h p, the state after the last real position of each row).
 
         `chunk` is that of the definition; here it is always CHUNK, which changes nothing but the rounding.
         """
         y = self.device.empty(x.shape, self.dtype)
-        limit = [np.float32(bound) for bound in limit]
+        dt_limit = [np.float32(bound) for bound in dt_limit]
         if x.shape[1] <= FEW:
-            self.steps(x, dt, A_log, B, C, D, dt_bias, S, n, limit, y)
+            self.steps(x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit, y)
         else:
             length, span = x.shape[1], CHUNK * chunks_at_once(x.shape, B.shape, self.size)
             for first in range(0, length, span):
                 last = min(length, first + span)
-                self.chunks(x, dt, A_log, B, C, D, dt_bias, S, n, limit, y, first, last)
+                self.chunks(x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit, y, first, last)
         return y, S
 
-    def steps(self, x, dt, A_log, B, C, D, dt_bias, S, n, limit, y):
+    def steps(self, x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit, y):
         """The recurrence, for a few positions of each row."""
         (b, length, h, p), (g, state) = x.shape, B.shape[2:]
         grid = tiles(p, STEP_ROWS), h, b
@@ -82,17 +84,17 @@ class Scan(Verbs):
             dt_bias,
             S,
             y,
-            n,
+            lengths,
             self.calls(grid),
             *map(np.int32, (length, h, p, g, state)),
             x_stride,
             dt_stride,
             B_stride,
             C_stride,
-            *limit,
+            *dt_limit,
         )
 
-    def chunks(self, x, dt, A_log, B, C, D, dt_bias, S, n, limit, y, first: int, last: int):
+    def chunks(self, x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit, y, first: int, last: int):
         """Positions first .. last - 1 of each row, a chunk at a time and all chunks at once."""
         (b, length, h, p), (g, state) = x.shape, B.shape[2:]
         chunks, heads = tiles(last - first, CHUNK), h * tiles(p, TILE)
@@ -116,12 +118,12 @@ class Scan(Verbs):
             low,
             decay,
             added,
-            n,
+            lengths,
             *sizes,
             x_stride,
             dt_stride,
             B_stride,
-            *limit,
+            *dt_limit,
             held=2 if self.dtype == "float32" else 3,
         )
         grid = tiles(p * state, 4 * THREADS), h, b
@@ -133,7 +135,7 @@ class Scan(Verbs):
             B,
             C,
             scores,
-            n,
+            lengths,
             *map(np.int32, (first, length, g, state)),
             B_stride,
             C_stride,
@@ -151,7 +153,7 @@ class Scan(Verbs):
             before,
             scores,
             y,
-            n,
+            lengths,
             *sizes,
             x_stride,
             C_stride,

@@ -47,7 +47,7 @@ class Cache:
         )
         return cls(k, v, torch.zeros(batch, dtype=torch.long, device=device))
 
-    def append(self, k, v, n=None) -> Cache:
+    def append(self, k, v, lengths=None) -> Cache:
         """k, v: b l kv e"""
         added = k.shape[1]
         cache = self.reserve(added)
@@ -60,9 +60,9 @@ class Cache:
             cache.k.scatter_(2, at, k.transpose(1, 2))
             cache.v.scatter_(2, at, v.transpose(1, 2))
         mark = cache.tip.owner = object()
-        if n is None:
+        if lengths is None:
             return replace(cache, length=self.length + added, most=self.most + added, mark=mark)
-        length = self.length + n
+        length = self.length + lengths
         if length.is_cuda:  # its values stay there; the bound is all that is known here
             return replace(cache, length=length, most=self.most + added, even=False, mark=mark)
         most = int(length.max())
@@ -103,12 +103,12 @@ class Cache:
         return replace(self)
 
 
-def attention(q, k, v, cache: Cache, n=None):
+def attention(q, k, v, cache: Cache, lengths=None):
     """y[i] = sum_{j <= i} softmax_j(q[i] . k[j] / sqrt(e)) v[j];  q b l h e, k and v b l kv e -> b l h e"""
     b, l, h, e = q.shape
     kv = k.shape[2]
     before = cache
-    cache = cache.append(k, v, n)
+    cache = cache.append(k, v, lengths)
     t = before.most + l
     K, V = cache.k[:, :, :t], cache.v[:, :, :t]  # b kv t e
     if l == 1:

@@ -42,9 +42,9 @@ def short(x) -> bool:
     return x.dtype == torch.float32 and x.shape[1] == 1 and x.stride(-1) == 1 and not x.is_cuda
 
 
-def whether(n):
-    """The address of n [b], or of nothing."""
-    return None if n is None else n.data_ptr()
+def address(lengths):
+    """Return the address of lengths [b], or None."""
+    return None if lengths is None else lengths.data_ptr()
 
 
 def rms_norm(built, x, delta, weight, eps):
@@ -59,19 +59,19 @@ def rms_norm(built, x, delta, weight, eps):
     return y, total
 
 
-def causal_conv(built, x, weight, bias, tail, n=None):
+def causal_conv(built, x, weight, bias, tail, lengths=None):
     if not short(x) or not tail.is_contiguous() or weight.stride(0) != 1 or tail.dtype != x.dtype:
         return None
     b, _, c = x.shape
     y, after = x.new_empty(b, 1, c), torch.empty_like(tail)
     built.conv_step(
-        x.data_ptr(), x.stride(0), weight.data_ptr(), bias.data_ptr(), tail.data_ptr(), whether(n),
+        x.data_ptr(), x.stride(0), weight.data_ptr(), bias.data_ptr(), tail.data_ptr(), address(lengths),
         y.data_ptr(), after.data_ptr(), b, c, tail.shape[1] + 1, torch.get_num_threads(),
     )  # fmt: skip
     return y, after
 
 
-def ssd_scan(built, x, dt, A_log, B, C, D, dt_bias, S, n, limit, chunk):
+def ssd_scan(built, x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit, chunk):
     if not all(map(short, (x, dt, B, C))) or not S.is_contiguous():
         return None
     (b, _, h, p), (g, s) = x.shape, B.shape[2:]
@@ -80,8 +80,8 @@ def ssd_scan(built, x, dt, A_log, B, C, D, dt_bias, S, n, limit, chunk):
     built.scan_step(
         S.data_ptr(), after.data_ptr(), x.data_ptr(), x.stride(0), dt.data_ptr(), dt.stride(0),
         A_log.data_ptr(), B.data_ptr(), B.stride(0), C.data_ptr(), C.stride(0), D.data_ptr(),
-        dt_bias.data_ptr(), whether(n), limit[0], min(limit[1], 3e38), y.data_ptr(), b, h, p, s, g,
-        torch.get_num_threads(),
+        dt_bias.data_ptr(), address(lengths), dt_limit[0], min(dt_limit[1], 3e38), y.data_ptr(),
+        b, h, p, s, g, torch.get_num_threads(),
     )  # fmt: skip
     return y, after
 
@@ -97,24 +97,24 @@ def gated_rms_norm(built, y, z, weight, eps, groups):
     return out
 
 
-def route(built, h, gate, bias, cfg):
-    if not short(h) or cfg.n_group > 1:
+def route(built, hidden, gate, bias, cfg):
+    if not short(hidden) or cfg.n_group > 1:
         return None
-    logits, k = torch.nn.functional.linear(h, gate).contiguous(), cfg.num_experts_per_tok
-    expert, weight = (torch.empty(len(h), 1, k, dtype=dtype) for dtype in (torch.long, torch.float32))
+    logits, k = torch.nn.functional.linear(hidden, gate).contiguous(), cfg.num_experts_per_tok
+    expert, weight = (torch.empty(len(hidden), 1, k, dtype=dtype) for dtype in (torch.long, torch.float32))
     built.choose(
-        logits.data_ptr(), bias.data_ptr(), len(h), len(bias), k, cfg.norm_topk_prob,
+        logits.data_ptr(), bias.data_ptr(), len(hidden), len(bias), k, cfg.norm_topk_prob,
         cfg.routed_scaling_factor, expert.data_ptr(), weight.data_ptr(),
     )  # fmt: skip
     return Routing(expert, weight)
 
 
-def attention(built, q, k, v, cache, n=None):
+def attention(built, q, k, v, cache, lengths=None):
     known = {torch.float32: built.attend_float32, torch.bfloat16: built.attend_bfloat16}
     (b, l, h, e), kv, attend = q.shape, k.shape[2], known.get(cache.k.dtype)
     if l > 1 or q.is_cuda or attend is None or not cache.k.is_contiguous():
         return None
-    rows, length, cache = q.float().contiguous(), cache.length, cache.append(k, v, n)
+    rows, length, cache = q.float().contiguous(), cache.length, cache.append(k, v, lengths)
     y = torch.empty_like(rows)
     attend(
         rows.data_ptr(), cache.k.data_ptr(), cache.v.data_ptr(), length.data_ptr(), LOG2E / math.sqrt(e),

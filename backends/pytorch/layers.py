@@ -30,7 +30,7 @@ def gated_rms_norm(y, z, weight, eps: float, groups: int, mean=None):
     return u.view(y.shape).mul_(weight).to(y.dtype)
 
 
-def causal_conv(x, weight, bias, tail, n=None):
+def causal_conv(x, weight, bias, tail, lengths=None):
     """silu(bias + sum_j w[j] x[t - k + 1 + j]), and the last k - 1 rows: b l c, b k-1 c"""
     length, remembered = x.shape[1], tail.shape[1]
     window = torch.cat([tail, x], dim=1)  # b t+l c
@@ -38,9 +38,9 @@ def causal_conv(x, weight, bias, tail, n=None):
     y = torch.addcmul(bias, w[:, 0], window[:, :length].float())
     for j in range(1, remembered + 1):
         y.addcmul_(w[:, j], window[:, j : j + length])
-    if n is None:
+    if lengths is None:
         tail = window[:, length:].clone()  # a copy, so that the window can go
     else:
-        at = n[:, None] + torch.arange(remembered, device=x.device)
+        at = lengths[:, None] + torch.arange(remembered, device=x.device)
         tail = window.gather(1, at[..., None].expand(-1, -1, x.shape[2]))
     return F.silu(y).to(x.dtype), tail

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 SPAN = 32  # positions at a time on a CPU, at most: work within a chunk grows with its square (docs/torch.md)
 
 
-def ssd_scan(x, dt, A_log, B, C, D, dt_bias, S, n=None, limit=(0.0, math.inf), chunk: int = 128):
+def ssd_scan(x, dt, A_log, B, C, D, dt_bias, S, lengths=None, dt_limit=(0.0, math.inf), chunk: int = 128):
     """Returns (y b l h p, the state after the last real position of each row)."""
     dt = F.softplus(dt.float() + dt_bias)  # b l h
-    if tuple(limit) != (0.0, math.inf):
-        dt = dt.clamp(*limit)
-    if n is not None:
-        real = torch.arange(x.shape[1], device=x.device) < n[:, None]
+    if tuple(dt_limit) != (0.0, math.inf):
+        dt = dt.clamp(*dt_limit)
+    if lengths is not None:
+        real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         dt = dt.masked_fill(~real[..., None], 0)
     A = -torch.exp(A_log)  # h
     scan = one_position if x.shape[1] == 1 else chunks
