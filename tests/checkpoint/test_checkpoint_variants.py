@@ -1,4 +1,4 @@
-"""Checkpoints as they are met: re-saved, with strangers, with links. What is not read is noted."""
+"""Checkpoints as exporters leave them load with the right values; notes say what was settled or not read."""
 
 import json
 import re
