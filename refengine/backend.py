@@ -37,7 +37,8 @@ def make(
     device = "cpu" if device is None else device
     if name == "numpy":
         if dtype not in ("float32", "float64"):
-            raise InputError(f"the numpy backend computes in float32 or float64, not in {dtype}")
+            other = "; --backend torch does" if dtype in ITEMSIZE else ""
+            raise InputError(f"the numpy backend computes in float32 or float64, not in {dtype}{other}")
         if device not in ("cpu", "auto"):
             raise InputError(f"the numpy backend runs on the cpu, not on {device!r}")
         return numpy_backend(np.dtype(dtype), resident=fits(cfg, dtype, share))

@@ -1,5 +1,6 @@
 """Manners of the command line: notes, environment, hints, delimiters, ids, versions, completion."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,9 +10,11 @@ import subprocess
 import click
 import pytest
 
+import refengine
 from refengine.cli import cli as group
 from refengine.cli import hints
 from refengine.cli.options import dtype_of
+from refengine.cli.score import progress_of_reading
 from tests.engine.test_cli import REFENGINE, cli, fails, piped  # noqa: F401
 from tests.support.vocabularies import TINY
 
@@ -180,3 +183,29 @@ def test_an_interrupted_run_prints_the_json_it_has():
     assert process.returncode == 130 and b"Traceback" not in err
     if out:  # the machine was quick enough to begin
         assert json.loads(out)["reason"] == "interrupted" and json.loads(out)["token_ids"]
+
+
+def test_score_shows_how_far_it_is(tmp_path):
+    """The bar counts every token of the text, and changes nothing of the scores."""
+    engine = refengine.load("tiny")
+    text = "Once upon a time. " * 150
+    counts = []
+
+    class Bar(contextlib.nullcontext):
+        def __enter__(self):
+            return self
+
+        def update(self, count):
+            counts.append(count)
+
+    expected = engine.score(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("refengine.engine.progress", lambda *how: Bar())
+        with progress_of_reading(engine):
+            assert engine.score(text) == expected
+    assert len(counts) > 1 and sum(counts) == len(expected.ids)
+    assert engine.score(text) == expected and sum(counts) == len(expected.ids)
+
+
+def test_a_dtype_that_numpy_lacks_names_the_backend_that_has_it(cli):  # noqa: F811
+    assert "not in bfloat16; --backend torch does" in fails(cli("generate", "x", "--dtype", "bf16"))
