@@ -18,7 +18,7 @@ This chapter has the router and the experts; the mixer of chapter 13 composes th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -29,10 +29,10 @@ from refengine.spec.numerics import relu2, sigmoid, wide
 
 
 class Routing(NamedTuple):
-    """Which experts read a token, and how much each counts. (Opaque to all but a backend's own verbs.)"""
+    """The experts of each token and their weights, in arrays of the backend whose `route` made them."""
 
-    expert: Int[Array, "*b k"]
-    weight: Float[Array, "*b k"]
+    expert: Any  # *b k, whole numbers
+    weight: Any  # *b k, float32 or wider
 
 
 def route(h: Float[Array, "*b d"], gate: Array, bias: Float[Array, " E"], cfg: Config) -> Routing:

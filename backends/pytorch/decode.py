@@ -14,7 +14,7 @@ from functools import wraps
 
 import torch
 
-from refengine.backends.pytorch.experts import Routing
+from refengine.spec.moe import Routing
 from refengine.spec.ops import Ops
 
 LOG2E = math.log2(math.e)

@@ -13,11 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from refengine.backends.pytorch.products import FEW, Products, relu2
-
-
-class Routing(NamedTuple):
-    expert: torch.Tensor  # b l k
-    weight: torch.Tensor  # b l k, float32
+from refengine.spec.moe import Routing
 
 
 def route(h, gate, bias, cfg) -> Routing:
