@@ -35,3 +35,18 @@ def over_ranks(
         return result
 
     return on_each(layout.ranks, rank)
+
+
+def case_over_ranks(layout: Layout, case, work: Callable, plain: Backend) -> list:
+    """Return what work(runner) returns on rank 0 while the others follow; the model is that of a case."""
+
+    def rank(comm):
+        shard = Shard(layout, comm.rank)
+        runner = RankRunner(part(case.cfg, case.read, plain, shard, comm), case.cfg, comm, shard, plain)
+        if comm.rank:
+            return runner.follow()
+        result = work(runner)
+        runner.close()
+        return result
+
+    return on_each(layout.ranks, rank)[0]
