@@ -1,4 +1,4 @@
-"""python -m refengine"""
+"""Run the command line: python -m refengine."""
 
 import os
 
@@ -6,5 +6,5 @@ try:
     from refengine.cli import main
 
     main()
-except KeyboardInterrupt:  # before there was anyone to say it to
+except KeyboardInterrupt:  # before the command line could print anything
     os._exit(130)

@@ -1,4 +1,4 @@
-"""refengine bench: how fast does a model run here?"""
+"""refengine bench: measure how fast a model runs on this machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Numbers(click.ParamType):
         return numbers
 
 
-@click.command(cls=options.Command, short_help="How fast a model runs here.")
+@click.command(cls=options.Command, short_help="Measure how fast a model runs here.")
 @options.engine
 @click.option(
     "--prompt-tokens", "prompts", type=Numbers(), default="512", show_default=True, help="Lengths of prompts."
@@ -111,7 +111,7 @@ def measured(asked: dict, how: dict, several: bool) -> Iterator[dict]:
 
 
 def checked(model: str, asked: dict) -> Checkpoint:
-    """The model, if its context is long enough."""
+    """Return the checkpoint; InputError if its context is too short for what is asked."""
     checkpoint = Checkpoint.open(model)
     longest, room = max(asked["prompts"] + asked["contexts"]), checkpoint.config.max_position_embeddings
     if longest > room:
@@ -120,7 +120,7 @@ def checked(model: str, asked: dict) -> Checkpoint:
 
 
 def check_room(cfg: Config, dtype: str, batch: int, context: int, free: int) -> None:
-    """InputError if the states of so many sequences cannot fit; a cache takes half as much again to grow."""
+    """Raise InputError if so many states cannot fit; a cache takes half as much again to grow."""
     s = state_bytes(cfg, dtype)
     need = batch * (s["ssm_bytes"] + s["conv_bytes"] + 1.5 * s["kv_bytes_per_token"] * context)
     if need > free:
@@ -131,7 +131,7 @@ def check_room(cfg: Config, dtype: str, batch: int, context: int, free: int) -> 
 
 
 def title(machine: dict) -> str:
-    """What is measured, and what the machine can do."""
+    """Return what is measured, and what the machine can do."""
     if "tp" in machine:
         return f"{machine['device']}, ranks: tp {machine['tp']}, ep {machine['ep']}, pp {machine['pp']}"
     name = f"{machine['device']}, {machine['threads']} threads"

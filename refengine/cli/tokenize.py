@@ -11,7 +11,7 @@ from refengine.cli import options
 from refengine.spec.config import InputError
 
 
-@click.command(cls=options.Command, short_help="Token ids of a text, or the text of ids.")
+@click.command(cls=options.Command, short_help="Print token ids of a text, or the text of ids.")
 @click.argument("text", required=False)
 @click.option("--prompt", "-p", "prompt", metavar="TEXT", help="The text, as an option.")
 @click.option("--file", "-f", "file", metavar="FILE", help="The text is in a file; - is stdin.")

@@ -1,4 +1,4 @@
-"""Jinja's sandbox, with a budget: a template is a program that someone else wrote, perhaps a hostile one.
+"""Jinja's sandbox, with a budget: a template is a program from the checkpoint, perhaps a hostile one.
 
 Jinja keeps it from reaching into Python. Here it is also kept from running for ever and from filling memory:
 what it makes is paid for from a budget (`spend`), and an operation that could make far more than it is given
@@ -36,11 +36,11 @@ MULTIPLYING = {"%", "format", "{}", "indent", "replace", "tojson", "translate", 
 
 
 class Refused(jinja2.TemplateError):
-    """The template asked for more than it may have."""
+    """Raised where a template asks for more than it may have."""
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """What transformers gives a chat template: the same options, filters and functions."""
+    """Jinja with the options, filters and functions that transformers gives a chat template, and a budget."""
 
     intercepted_binops = frozenset(("*", "**", "+", "%"))
 
@@ -55,22 +55,23 @@ class Sandbox(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
 
     def allow(self, given: dict) -> None:
-        """A fresh budget, for a template that is given these variables."""
+        """Set a fresh budget, for a template that is given these variables."""
         self.left = BUDGET + PER_CHARACTER * text_size(given, limit=2**40)
         self.until = time.monotonic() + SECONDS
 
     def spend(self, characters: int) -> None:
+        """Take characters, and a step, off the budget; raises Refused when it is used up."""
         self.left -= characters + STEP
         if self.left < 0 or time.monotonic() > self.until:
             raise Refused("it runs for too long or makes too much text")
 
     def written(self, value):
-        """A value that is about to become text."""
+        """Return a value that is about to become text, paid for."""
         self.spend(text_size(value, self.left))
         return value
 
     def made(self, value):
-        """A value that a call or an operator has made."""
+        """Return a value that a call or an operator has made, paid for."""
         if isinstance(value, int) and value.bit_length() > 4096:
             raise Refused("it makes too large a number")
         many = isinstance(value, list | tuple)
@@ -78,7 +79,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return value
 
     def fits(self, name: str, *values) -> None:
-        """Nothing that the operation could make of these values is more than what is left."""
+        """Raise Refused where an operation could make more of these values than the budget allows."""
         *_, a, b = 1, 1, *sorted(text_size(value, self.left) for value in values)
         if (a * b if name in MULTIPLYING else b) > self.left:
             raise Refused("it makes too much text")
@@ -88,6 +89,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise Refused("it makes too wide a column")
 
     def watched(self, name: str, function, *subject):
+        """Return a function with its arguments checked before, and its result paid for after."""
+
         @functools.wraps(function)
         def call(*values, **named):
             self.fits(name, *subject, *values, *named.values())
@@ -96,6 +99,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return call
 
     def join(self, value, d="", attribute=None):
+        """Return the items as one text, as Jinja's filter does."""
         items = list(value if attribute is None else map(make_attrgetter(self, attribute), value))
         self.spend(text_size(items, self.left) + len(items) * text_size(d, self.left))
         return str(d).join(map(str, items))
@@ -105,16 +109,20 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super()._generate(Metered().visit(source), *args, **kwargs)
 
     def is_safe_attribute(self, obj, attr, value):
+        """Return whether a template may read an attribute."""
         return attr not in LENGTHENING and super().is_safe_attribute(obj, attr, value)
 
     def unsafe_undefined(self, obj, attribute):
+        """Raise SecurityError: the template may not read this attribute."""
         raise SecurityError(f"it reaches for {attribute!r}")
 
     def wrap_str_format(self, value):
+        """Return `text.format` with its arguments checked; None for anything else."""
         wrapped = super().wrap_str_format(value)
         return wrapped and self.watched("{}", wrapped, value.__self__)
 
     def call(__self, __context, __obj, *args, **kwargs):  # as in Jinja: one of kwargs may be `self`
+        """Return the result of a call in a template, checked and paid for."""
         subject, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(subject, str):
             if name == "join" and len(args) == 1:
@@ -123,6 +131,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return __self.made(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context, operator, left, right):
+        """Return the result of an operator in a template, checked and paid for."""
         if operator == "*":
             for what, times in ((left, right), (right, left)):
                 repeats = isinstance(what, str | list | tuple) and isinstance(times, int)
@@ -136,9 +145,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class Metered(NodeTransformer):
-    """Every turn of a loop, every call of a macro and every part of a joined text is paid for."""
+    """Rewrite a template so that turns of loops, calls of macros and joined texts are paid for."""
 
     def turn(self, node):
+        """Return a loop or macro whose every turn is paid for."""
         self.generic_visit(node)
         constant = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         node.body.insert(0, nodes.ExprStmt(metered("spend", nodes.Const(constant))).set_lineno(node.lineno))
@@ -147,27 +157,30 @@ class Metered(NodeTransformer):
     visit_For = visit_Macro = visit_CallBlock = turn
 
     def visit_Concat(self, node):
+        """Return a joined text whose every part is paid for."""
         self.generic_visit(node)
         node.nodes = [metered("written", part) for part in node.nodes]
         return node
 
 
 def metered(method: str, value: nodes.Expr) -> nodes.Call:
+    """Return the expression that calls a method of the sandbox with a value."""
     return nodes.Call(nodes.EnvironmentAttribute(method), [value], [], None, None)
 
 
 class Generation(ext.Extension):
-    """`{% generation %}` marks what to train on; it has no other meaning."""
+    """Accept `{% generation %}`, which marks what to train on and has no other meaning."""
 
     tags = {"generation"}  # noqa: RUF012  (as in Jinja)
 
     def parse(self, parser):
+        """Return what the block holds."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class SafeNamespace(Namespace):
-    """A namespace without the names that Python gives a meaning to."""
+    """Jinja's namespace without the names that mean something to Python."""
 
     def __init__(*args, **kwargs):  # as in Jinja: one of the names may be `self`
         self, *given = args
@@ -182,7 +195,7 @@ class SafeNamespace(Namespace):
 
 
 def text_size(value, limit: int) -> int:
-    """About how many characters a value is when written out; counted until they are more than the limit."""
+    """Return about how many characters a value is when written out; counting ends beyond the limit."""
     total, todo = 0, [value]
     while todo and total <= limit:
         value = todo.pop()
@@ -199,15 +212,17 @@ def text_size(value, limit: int) -> int:
 
 
 def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Jinja's own escapes what HTML would take for markup, which a model was never trained on."""
+    """Return a value as JSON. Jinja's own filter escapes markup of HTML, which a model was not trained on."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
 def fail(message):
+    """Raise the error that a template asks for (`raise_exception`)."""
     raise jinja2.TemplateError(str(message))
 
 
 def strftime_now(form: str) -> str:
+    """Return the current local time in a format of strftime."""
     return datetime.now().strftime(form)

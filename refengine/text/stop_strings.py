@@ -8,7 +8,7 @@ from refengine.spec.config import InputError
 
 
 class StopStrings:
-    """Text in, text out up to the first stop string; held back is only what may be the beginning of one.
+    """Text in, text out up to the first stop string; only what may begin one is held back.
 
     The first is the one that is complete first, so it does not matter how the text is cut.
     """
@@ -19,7 +19,7 @@ class StopStrings:
             raise InputError("a stop string is empty")
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """(text that is certain, the stop string that ended it or None)."""
+        """Return (text that is certain, the stop string that ended it or None)."""
         text = self.held + text
         found = [(at + len(stop), at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
