@@ -223,6 +223,11 @@ def text_model(hf: dict, notes: list[str]) -> dict[str, Any]:
     return hf
 
 
+def names_of(key: str) -> list[str]:
+    """Return all names of a key: its own first."""
+    return [key, *(other for other, name in (SYNONYMS | ALIASES).items() if name == key)]
+
+
 def _renamed(hf: dict) -> dict[str, Any]:
     """Return the keys under the names of the tables; a null is as good as absent, but for key/value heads."""
     first: dict[str, str] = {}

@@ -27,16 +27,16 @@ from refengine.checkpoint.match import (
     needed,
     refuse_packed,
     settled,
+    with_heads,
     without_other_parts,
 )
 from refengine.checkpoint.safetensors_file import SafetensorsFile, Stored
 from refengine.spec.config import Config, InputError
-from refengine.spec.keys import SYNONYMS, text_model
+from refengine.spec.keys import text_model
 from refengine.spec.tensors import Tensor
 from refengine.untrusted import read_json, shown
 
 INDEX = "model.safetensors.index.json"
-HEAD_DIM = ("head_dim", *(other for other, key in SYNONYMS.items() if key == "head_dim"))
 EDGE = 64 * 2**10  # bytes at either end of a file's data that the fingerprint covers
 
 
@@ -57,14 +57,13 @@ class Checkpoint:
         notes: list[str] = []
         outer = _json(directory)
         hf = text_model(outer, notes)
-        cfg = _config(directory, hf, notes)
         files, index = _files(directory, hf is not outer, notes)
         found = by_name(files, index, notes)
         if hf is not outer or has_wrapper(at.name for at in found.values()):
             found = without_other_parts(found, notes)
         refuse_packed(found, directory)
         notes += _quantization(directory, outer | hf)
-        cfg = settled(cfg, found, any(hf.get(key) is not None for key in HEAD_DIM), notes)
+        cfg = settled(_config(directory, with_heads(hf, found, notes), notes), found, notes)
         stored = match(cfg, found, directory, sum(file.size for file in files), notes)
         notes += generation_config(directory)[1]
         return cls(directory, cfg, files, stored, tuple(notes))

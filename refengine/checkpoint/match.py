@@ -19,6 +19,7 @@ from refengine.checkpoint.names import PREFIXES, canonical
 from refengine.checkpoint.safetensors_file import SafetensorsFile, Stored
 from refengine.spec.arrays import DTYPES
 from refengine.spec.config import Config, InputError
+from refengine.spec.keys import names_of
 from refengine.spec.tensors import Tensor, table
 from refengine.untrusted import shown
 
@@ -28,6 +29,7 @@ HARMLESS = re.compile(r"\.(rotary_emb\.inv_freq|k_proj\.k_scale|v_proj\.v_scale|
 HEAD_BEGINS = re.compile(r"mtp\.layers\.(\d{1,4})\.eh_proj\.weight")
 HEAD_ENDS = re.compile(r"mtp\.layers\.(\d{1,4})\.final_layernorm\.weight")
 MTP_LAYER = re.compile(r"mtp\.layers\.(\d{1,4})\.")
+ROWS_OF_HEADS = (".mixer.q_proj.weight", ".mixer.k_proj.weight")
 LAYER = re.compile(r"(.*?)layers\.\d+\.(?:norm|mixer)\.")
 # Packed weights have a dtype of at most a byte (modelopt, FP8, bitsandbytes), or are words of 32 bits under
 # names of their own (GPTQ, AWQ, compressed-tensors) or under the usual one (mlx).
@@ -108,15 +110,39 @@ def _is_packed(name: str, at: Stored) -> bool:
     return at.dtype == "I32" and name.endswith(WORDS_ENDINGS)
 
 
-def settled(cfg: Config, found: dict[str, Stored], head_dim_given: bool, notes: list[str]) -> Config:
+def with_heads(hf: dict, found: dict[str, Stored], notes: list[str]) -> dict:
+    """Return config.json with the size and number of attention heads that it lacks, from the projections.
+
+    Without them a missing head_dim means hidden_size / num_attention_heads.
+    """
+    q, k = (next((at for name, at in found.items() if name.endswith(end)), None) for end in ROWS_OF_HEADS)
+    heads, size = hf.get("num_attention_heads"), None
+    if q is None or k is None or type(heads) is not int or heads <= 0 or not (q.shape and k.shape):
+        return hf
+    if all(hf.get(name) is None for name in names_of("head_dim")) and q.shape[0] % heads == 0:
+        size = q.shape[0] // heads
+        if size * heads != hf.get("hidden_size"):
+            notes.append(f"config.json lacks head_dim, and q_proj has {q.shape[0]} rows: head_dim = {size}")
+            hf = hf | {"head_dim": size}
+    if any(name in hf for name in names_of("num_key_value_heads")):
+        return hf
+    size = size or next((hf[name] for name in names_of("head_dim") if hf.get(name) is not None), None)
+    if type(size) is int and size > 0 and k.shape[0] % size == 0 and k.shape[0]:
+        kv = k.shape[0] // size
+        notes.append(f"config.json lacks num_key_value_heads, and k_proj has {k.shape[0]} rows: {kv} heads")
+        hf = hf | {"num_key_value_heads": kv}
+    return hf
+
+
+def settled(cfg: Config, found: dict[str, Stored], notes: list[str]) -> Config:
     """Return the configuration with what the tensors in the files say better than config.json, with notes.
 
     Only what is unambiguous: prediction heads that are there or not, the rows of the embedding and lm_head
-    where both agree, the size of attention heads that config.json does not give, and key/value heads.
+    where both agree, and key/value heads.
     """
     cfg = _settled_head(cfg, found, notes)
     cfg = _settled_vocabulary(cfg, found, notes)
-    return _settled_attention(cfg, found, head_dim_given, notes)
+    return _settled_attention(cfg, found, notes)
 
 
 def _settled_head(cfg: Config, found: dict[str, Stored], notes: list[str]) -> Config:
@@ -158,25 +184,19 @@ def _settled_vocabulary(cfg: Config, found: dict[str, Stored], notes: list[str])
     return replace(cfg, vocab_size=rows)
 
 
-def _settled_attention(cfg: Config, found: dict[str, Stored], given: bool, notes: list[str]) -> Config:
-    """Return the configuration with the size and number of heads that q_proj and k_proj have rows for."""
+def _settled_attention(cfg: Config, found: dict[str, Stored], notes: list[str]) -> Config:
+    """Return the configuration with as many key/value heads as k_proj has rows for, where q_proj fits."""
     first = f"backbone.layers.{cfg.layers.find('*')}.mixer."
     q, k = (found.get(f"{first}{each}_proj.weight") for each in "qk")
-    if q is None or k is None or len(q.shape) != 2 or len(k.shape) != 2:
+    heads, size = cfg.num_attention_heads, cfg.head_dim
+    if q is None or k is None or len(k.shape) != 2 or q.shape[:1] != (heads * size,) or k.shape[0] % size:
         return cfg
-    heads, size, kv = cfg.num_attention_heads, cfg.head_dim, cfg.num_key_value_heads
-    if not given and q.shape[0] % heads == 0:
-        size = q.shape[0] // heads
-    if size and q.shape[0] == heads * size and k.shape[0] and k.shape[0] % size == 0:
-        kv = k.shape[0] // size
-    if kv == 0 or heads % kv or (size, kv) == (cfg.head_dim, cfg.num_key_value_heads):
+    kv = k.shape[0] // size
+    if kv in (0, cfg.num_key_value_heads) or heads % kv:
         return cfg
-    if size != cfg.head_dim:
-        notes.append(f"config.json lacks head_dim, and q_proj has {q.shape[0]} rows: head_dim = {size}")
-    if kv != cfg.num_key_value_heads:
-        what = f"config.json has num_key_value_heads = {cfg.num_key_value_heads}"
-        notes.append(f"{what}, and k_proj {k.shape[0]} rows: {kv} counts")
-    return replace(cfg, head_dim=size, num_key_value_heads=kv)
+    what = f"config.json has num_key_value_heads = {cfg.num_key_value_heads}"
+    notes.append(f"{what}, and k_proj {k.shape[0]} rows: {kv} counts")
+    return replace(cfg, num_key_value_heads=kv)
 
 
 def match(

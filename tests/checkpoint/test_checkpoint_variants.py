@@ -116,15 +116,28 @@ def test_the_rows_of_both_tables_count_and_not_a_stale_vocabulary(tmp_path):
     assert checkpoint.notes == ("config.json has vocab_size = 57, the embedding 61 rows: 61 counts",)
 
 
-@pytest.mark.parametrize("keys", [{"head_dim": None}, {"num_key_value_heads": 1}, {"num_key_value_heads": 6}])
-def test_attention_heads_are_those_of_the_projections(keys, tmp_path):
-    cfg = Case(layers="*M*", hidden_size=24).cfg
+@pytest.mark.parametrize(
+    "keys", [{"head_dim": None}, {"num_key_value_heads": 1}, {"num_key_value_heads": 6}, {}]
+)
+@pytest.mark.parametrize("hidden", [24, 26])
+def test_attention_heads_are_those_of_the_projections(hidden, keys, tmp_path):
+    """Also where the hidden size is no multiple of the heads, and where no number of them is given."""
+    cfg = Case(layers="*M*", hidden_size=hidden).cfg
     random_checkpoint(tmp_path, cfg)
-    text = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(text | keys))
+    text = json.loads((tmp_path / "config.json").read_text()) | keys
+    text = text if keys else {key: value for key, value in text.items() if key != "num_key_value_heads"}
+    (tmp_path / "config.json").write_text(json.dumps(text))
     assert (cfg.num_attention_heads, cfg.head_dim, cfg.num_key_value_heads) == (6, 10, 2)
     checkpoint = Checkpoint.open(tmp_path)
     assert checkpoint.config == cfg and "_proj " in checkpoint.notes[0] and len(checkpoint.notes) == 1
+
+
+def test_neither_head_dim_nor_key_value_heads_are_needed_where_there_are_projections(tmp_path):
+    cfg = CONFIGS["attention"]
+    random_checkpoint(tmp_path, cfg)
+    alter_json(tmp_path / "config.json", head_dim=None, num_key_value_heads=None)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.config == cfg and len(checkpoint.notes) == 2
 
 
 @pytest.mark.parametrize("keys", [{"head_dim": 5}, {"num_attention_heads": 12}, {"head_dim": 60}])
