@@ -47,7 +47,6 @@ OPTIONS = {  # of llama.cpp, transformers, vLLM and Ollama
     "nothing: memory is used as it is needed": "--gpu-memory-utilization --cpu-offload-gb "
     "--swap-space --mlock",
     "nothing: files are memory-mapped": "--no-mmap --mmap",
-    "-n 0 --ignore-eos for no tokens, or the command bench": "--dry-run",
 }
 OF_OPTION = {name: ours for ours, names in OPTIONS.items() for name in names.split()}
 # A single dash and several letters: read as several short options by the parser, so looked for before it.
@@ -81,7 +80,8 @@ def hint(name: str, command: click.Command | None = None) -> str:
         ours = "--prompt-tokens N,N"
     if ours is None:
         return ""
-    return f" Here it is {ours}." if not ours.startswith("nothing") else f" Here it takes {ours}."
+    nothing, _, why = ours.partition(": ")
+    return f" There is none here: {why}." if nothing == "nothing" else f" Here it is {ours}."
 
 
 def with_hint(error: click.ClickException) -> click.ClickException:

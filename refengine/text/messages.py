@@ -89,7 +89,7 @@ def call_of(call) -> dict:
     if isinstance(arguments, str):
         arguments = arguments.strip() or "{}"
         arguments = parse_json(
-            arguments.encode(errors="replace"), f"the arguments of the call of {shown(f['name'])}"
+            arguments.encode(errors="replace"), f"the text of the arguments of {shown(f['name'])}"
         )
     if not isinstance(arguments := arguments or {}, dict):
         raise InputError(

@@ -96,7 +96,7 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(cli, tmp_path):  # noqa: F811
         (["generate", "x", "--temp", "0"], "--temperature T"),
         (["generate", "x", "--repeat-penalty", "1"], "--repetition-penalty R"),
         (["generate", "x", "--tensor-parallel-size", "2"], "--tp N"),
-        (["generate", "x", "--ctx-size", "99"], "the context is the model's own"),
+        (["generate", "x", "--ctx-size", "99"], "There is none here: the context is the model's own"),
         (["chat", "x", "--think"], "--thinking on|off"),
         (["run", "x"], "chat (to talk)"),
         (["serve"], "there is no server yet"),

@@ -82,7 +82,7 @@ def test_content_in_parts_is_their_text():
         ({"role": "assistant", "tool_calls": [{"function": {}}]}, "needs the name of a function"),
         (
             {"role": "assistant", "tool_calls": [CALL | {"arguments": "{"}]},
-            "arguments of the call of 'weather' is not",
+            "the text of the arguments of 'weather' is not valid JSON",
         ),
         ({"role": "assistant", "tool_calls": [CALL | {"arguments": "[1]"}]}, r"have to be an object: \[1\]"),
     ],
