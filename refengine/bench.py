@@ -25,7 +25,7 @@ from refengine.spec.tensors import active_parameters, table
 
 
 def seconds(work: Callable, repeat: int) -> float:
-    """The median of `repeat` runs, after one that is not counted."""
+    """Return the median seconds of `repeat` runs, after one that is not counted."""
     work()
     times = []
     for _ in range(repeat):
@@ -36,7 +36,7 @@ def seconds(work: Callable, repeat: int) -> float:
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes a second that `threads` threads read from memory together, the best of five."""
+    """Return the bytes a second that `threads` threads read from memory together, the best of five."""
     parts = [np.ones(2**24 // max(1, threads // 16), np.int64) for _ in range(threads)]  # of 128 MB at most
     with ThreadPoolExecutor(threads) as pool:
         times = []
@@ -48,7 +48,7 @@ def read_bandwidth(threads: int) -> float:
 
 
 def matrix_peak(model: Model, size: int = 2048) -> float:
-    """Operations a second in the backend's product of 512 rows and a square matrix."""
+    """Return operations a second in the backend's product of 512 rows and a square matrix."""
     from refengine.spec.arrays import DTYPES
     from refengine.spec.tensors import Group, Tensor
 
@@ -68,7 +68,7 @@ def matrix_peak(model: Model, size: int = 2048) -> float:
 
 
 def bytes_a_step(cfg: Config, width: int, cached: int, batch: int, context: int) -> float:
-    """What one decoding step reads at least: weights that some token meets, S, keys and values.
+    """Return the bytes that a decoding step must read: weights that some token meets, S, keys and values.
 
     width: bytes of a weight; cached: of a number in the key/value cache.
     """

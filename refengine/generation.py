@@ -48,7 +48,7 @@ class End:
 
 @dataclass(frozen=True)
 class Options:
-    """What `generate` may be told, named as on the command line. None: what the checkpoint recommends."""
+    """Options of one sequence, named as on the command line. None: as the checkpoint recommends."""
 
     max_tokens: int = 256
     temperature: float | None = None
@@ -86,6 +86,7 @@ class Options:
 
     @property
     def sampling(self) -> Sampling:
+        """Return the sampling options; neutral where none was given. Raises InputError out of range."""
         chosen = {name: getattr(self, name) for name in Sampling.__dataclass_fields__}
         return Sampling(**{name: value for name, value in chosen.items() if value is not None})
 

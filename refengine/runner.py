@@ -68,17 +68,49 @@ class Runner(Protocol):
     closed: bool
 
     @property
-    def config(self) -> Config: ...  # of the whole model
-    def read(self, parts: list[Part]) -> list[Draw | InputError | None]: ...  # parts side by side
-    def step(self, slots: list[int], ids: list[int], draw: bool = True) -> list[Draw | InputError | None]: ...
-    def drop(self, slots: list[int]) -> None: ...  # free the slots of sequences that have ended
-    def fits(self, tokens: int) -> bool: ...  # whether the memory has room for one more sequence
-    def logits(self, ids: list[int]) -> np.ndarray: ...  # teacher-forced, [tokens v]
-    def score(self, ids: list[int]) -> Scores: ...
-    def fill(self, slots: list[int], context: int) -> None: ...  # noise in place of `context` tokens read
-    def peak_memory(self) -> int: ...  # bytes; over ranks, of the one that took most
-    def follow(self) -> None: ...  # a rank other than 0: make the calls of rank 0, until it closes
-    def close(self) -> None: ...
+    def config(self) -> Config:
+        """Return the configuration; over ranks, that of this rank's part."""
+        ...
+
+    def read(self, parts: list[Part]) -> list[Draw | InputError | None]:
+        """Read parts of prompts side by side; return a draw for each prompt that ends here, else None."""
+        ...
+
+    def step(self, slots: list[int], ids: list[int], draw: bool = True) -> list[Draw | InputError | None]:
+        """Feed one token to each of some slots; return what each draws next, or with draw = False nothing."""
+        ...
+
+    def drop(self, slots: list[int]) -> None:
+        """Free the slots of sequences that have ended."""
+        ...
+
+    def fits(self, tokens: int) -> bool:
+        """Return whether the memory has room for one more sequence of so many tokens."""
+        ...
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """Return teacher-forced logits [tokens v]."""
+        ...
+
+    def score(self, ids: list[int]) -> Scores:
+        """Return how likely each token is, given those before it."""
+        ...
+
+    def fill(self, slots: list[int], context: int) -> None:
+        """Put noise into slots as if each had read `context` tokens; for measurements."""
+        ...
+
+    def peak_memory(self) -> int:
+        """Return the most bytes that this process, or the rank that took most, has held."""
+        ...
+
+    def follow(self) -> None:
+        """Make the calls of rank 0, on any other rank, until rank 0 closes its runner."""
+        ...
+
+    def close(self) -> None:
+        """Free the states and the weights; over ranks, let the others end."""
+        ...
 
 
 def chunk_length(cfg: Config) -> int:

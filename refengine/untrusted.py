@@ -68,6 +68,7 @@ def parse_json(raw: bytes, what: str) -> Any:
 
 
 def unreadable(path: Path, error: Exception) -> InputError:
+    """Return the error for a file that cannot be read."""
     return InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
 
 

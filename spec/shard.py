@@ -30,31 +30,32 @@ class Shard:
 
     @property
     def at(self) -> tuple[int, int, int]:
-        """t, e, stage"""
+        """Return t, e, stage."""
         tp, ep = self.layout.tp, self.layout.ep
         return self.rank % tp, self.rank // tp % ep, self.rank // (tp * ep)
 
     def peers(self, count: int) -> tuple[int, ...]:
-        """The block of `count` ranks that this one is in: tp, a stage, or those who share a group."""
+        """Return the block of `count` ranks that this one is in: tp, a stage, or those that share a group."""
         first = self.rank - self.rank % count
         return tuple(range(first, first + count))
 
     @property
     def across(self) -> tuple[int, ...]:
-        """The ranks of ep that differ from this one in nothing but their experts."""
+        """Return the ranks of ep that differ from this one in nothing but their experts."""
         (t, _, stage), tp, ep = self.at, self.layout.tp, self.layout.ep
         return tuple(t + tp * (e + ep * stage) for e in range(ep))
 
     def layers(self, cfg: Config) -> tuple[int, int]:
-        """The first of this stage's layers, and the first after them."""
+        """Return the first of this stage's layers, and the first after them."""
         mine = span(len(cfg.layers), self.layout.pp, self.at[2])
         return mine.start, mine.stop
 
     def experts(self, cfg: Config) -> range:
+        """Return the routed experts of this rank."""
         return span(cfg.n_routed_experts, self.layout.ep, self.at[1])
 
     def local(self, cfg: Config) -> Config:
-        """The configuration that the mixers see: heads and groups of this rank, but all experts."""
+        """Return the configuration that the mixers see: heads and groups of this rank, but all experts."""
         tp, t = self.layout.tp, self.at[0]
         return replace(
             cfg,
@@ -117,7 +118,7 @@ def rows(cfg: Config, shard: Shard) -> list[Tensor]:
 
 
 def cut(row: Tensor, value: Array, cfg: Config, shard: Shard) -> Array:
-    """What this rank holds of a tensor of `rows`: a view, where that is one range."""
+    """Return the part of a tensor of `rows` that this rank holds: a view, where that is one range."""
     axis, ranges = held(row, cfg, shard)
     pieces = [value[(slice(None),) * axis + (slice(part.start, part.stop),)] for part in ranges]
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis)

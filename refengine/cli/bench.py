@@ -16,7 +16,7 @@ from refengine.units import bytes_text
 
 
 class Numbers(click.ParamType):
-    """Whole numbers with commas between them."""
+    """A list of whole numbers with commas between them."""
 
     name = "N,N"
 

@@ -23,7 +23,7 @@ class NoText:
 
 @dataclass
 class IdsOnly:
-    """What generation asks of a tokenizer, without one."""
+    """Serve generation in place of a tokenizer, for token ids."""
 
     stop_ids: frozenset[int] = frozenset()
     generation: dict = field(default_factory=dict)

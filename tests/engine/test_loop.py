@@ -1,4 +1,4 @@
-"""A text does not depend on when it joined, on what shares its batch or leaves, or on the cut of its prompt."""
+"""A text is the same whenever it joins, whatever shares its batch or leaves it, however its prompt is cut."""
 
 import asyncio
 import threading
