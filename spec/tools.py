@@ -89,9 +89,9 @@ PART = re.compile(
 )
 # A value that begins on a line of its own ends with a line that is a tag; tags inside a line belong to it.
 TAG_LINE = re.compile(
-    r"^[ \t]*(?:(</parameter>)|</?tool_call>|</function>|<(?:function|parameter)=[^>\n]+>)[ \t\r]*$|\Z",
-    re.MULTILINE,
+    r"^(?:(</parameter>)|</?tool_call>|</function>|<(?:function|parameter)=[^>\n]+>)$|\Z", re.MULTILINE
 )
+INDENT = re.compile(r"\n[ \t]*\Z")
 INLINE_END = re.compile(r"(</parameter>)|(?=</function>|</tool_call>|<parameter=|<function=)|\Z")
 
 
@@ -136,7 +136,9 @@ def value_text(text: str, start: int) -> tuple[str, int, bool]:
     ended = bool(end[0]) or end.start() < len(text)
     if block and not end[1] and "</parameter>" in text[start : end.start()]:  # written as "VALUE</parameter>"
         end = following(INLINE_END, text, start)
-    value = text[start : end.start()].removeprefix("\n").removesuffix("\n")
+        value = INDENT.sub("", text[start : end.start()]).removeprefix("\n")
+    else:
+        value = text[start : end.start()].removeprefix("\n").removesuffix("\n")
     return value, end.end() if end[1] else end.start(), ended
 
 

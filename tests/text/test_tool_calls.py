@@ -47,7 +47,7 @@ def tools(**fields):
 
 def is_plain(value) -> bool:
     """Whether no line of a string is a tag."""
-    return not isinstance(value, str) or not any(line.strip(" \t\r") in TAGS for line in value.split("\n"))
+    return not isinstance(value, str) or not any(line in TAGS for line in value.split("\n"))
 
 
 def meanings(value, schema) -> list:
@@ -152,6 +152,8 @@ def test_a_function_whose_schema_says_nothing_takes_text(parameters):
         ("<parameter=a>\nx</parameter>\n<parameter=b>y</parameter></function>", {"a": "x", "b": "y"}),
         ("<parameter=a>\nx</parameter>\n</function>", {"a": "x"}),
         ("<parameter=a>\nx\n<parameter=b>\ny", {"a": "x", "b": "y"}),
+        ("<parameter=a>\nx\n  </parameter>\n  <parameter=b>\ny\n  </parameter>\n", {"a": "x", "b": "y"}),
+        ("<parameter=a>\n </parameter>\n</parameter>", {"a": " </parameter>"}),
         ("<parameter=a>\nx </parameter> y\n</parameter>", {"a": "x </parameter> y"}),
         ("<parameter=a>\n\n</parameter>", {"a": ""}),
         ("<parameter=a>\n</parameter>", {"a": ""}),
