@@ -26,7 +26,7 @@ ITEMSIZE = {dtype.name: dtype.itemsize for dtype in DTYPES.values()}  # "bfloat1
 
 
 def widen(a: Array, dtype) -> Array:
-    """`a` in the (wider) dtype of the computation; weights stay in the file's dtype until they are used."""
+    """Return `a` in the (wider) dtype of the computation; weights stay in the file's dtype until then."""
     if a.dtype == dtype:
         return a
     if a.dtype == DTYPES["BF16"] and dtype == np.float32:  # a bfloat16 is the upper half of a float32
@@ -35,18 +35,18 @@ def widen(a: Array, dtype) -> Array:
 
 
 def split(x, widths):
-    """Cut the last axis into pieces of these widths."""
+    """Return the last axis cut into pieces of these widths."""
     ends = np.cumsum(widths)
     return [x[..., end - width : end] for width, end in zip(widths, ends, strict=True)]
 
 
 def heads(x, count: int):
-    """b l (h e) -> b l h e"""
+    """Return b l (h e) as b l h e."""
     return x.reshape(*x.shape[:-1], count, x.shape[-1] // count)
 
 
 def merge(x):
-    """b l h e -> b l (h e)"""
+    """Return b l h e as b l (h e)."""
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 

@@ -24,7 +24,7 @@ def attention(
     cache: Cache,
     lengths: Int[Array, " b"] | None = None,
 ) -> tuple[Float[Array, "b l h e"], Cache]:
-    """The definition: append k and v to the cache, then attend from each position to all up to its own."""
+    """Return y and the next cache, by the definition: each position attends to all up to its own."""
     position = cache.length[:, None] + np.arange(q.shape[1])  # b l
     cache = cache.append(k, v, lengths)
     return attend(q, position, *cache.upto(int(position.max()) + 1)), cache
@@ -38,7 +38,7 @@ def attention_in_blocks(
     lengths: Int[Array, " b"] | None = None,
     block: int = 64,
 ) -> tuple[Float[Array, "b l h e"], Cache]:
-    """The theorem: the same, a block of positions at a time, none of which looks at keys beyond the block."""
+    """Return the same (the theorem), a block of positions at a time, which reads no key beyond the block."""
     position = cache.length[:, None] + np.arange(q.shape[1])  # b l
     cache = cache.append(k, v, lengths)
     y = np.empty_like(q)
@@ -54,7 +54,7 @@ def attend(
     K: Float[Array, "b t kv e"],
     V: Float[Array, "b t kv e"],
 ) -> Float[Array, "b l h e"]:
-    """softmax(q K' / sqrt(e)) V, where the query at `position` sees the keys at 0 .. position."""
+    """Return softmax(q K' / sqrt(e)) V, where the query at `position` sees the keys at 0 .. position."""
     (b, length, h, e), (t, kv) = q.shape, K.shape[1:3]
     r, dtype = h // kv, wide(q.dtype)
     # the r query heads that share a key head are rows of one matrix product: no key is repeated in memory

@@ -18,17 +18,20 @@ from refengine.spec.config import Config, InputError
 
 @dataclass(frozen=True)
 class Layout:
+    """The number of ranks of each kind; their product is the number of all."""
+
     tp: int = 1
     ep: int = 1
     pp: int = 1
 
     @property
     def ranks(self) -> int:
+        """Return the number of all ranks."""
         return self.tp * self.ep * self.pp
 
 
 def plan(cfg: Config, tp: int = 1, ep: int = 1, pp: int = 1) -> Layout:
-    """The layout, if the model can be cut so; else InputError names the obstacle and the nearest way out."""
+    """Return the layout; if the model cannot be cut so, InputError names obstacle and nearest size."""
     chosen: dict[str, int] = {}
     for name, value in {"tp": tp, "ep": ep, "pp": pp}.items():
         if why := next(obstacles(cfg, **chosen, **{name: value}), ""):
@@ -40,7 +43,7 @@ def plan(cfg: Config, tp: int = 1, ep: int = 1, pp: int = 1) -> Layout:
 
 
 def obstacles(c: Config, tp: int = 1, ep: int = 1, pp: int = 1) -> Iterator[str]:
-    """What stands against a layout, a sentence each."""
+    """Yield a sentence for each obstacle to a layout."""
     if min(tp, ep, pp) < 1:
         yield "it is not a positive number"
         return
@@ -71,11 +74,11 @@ def obstacles(c: Config, tp: int = 1, ep: int = 1, pp: int = 1) -> Iterator[str]
 
 
 def span(size: int, parts: int, i: int, unit: int = 1) -> range:
-    """Part i of `size`, in whole units; of fewer units than parts, the one that several parts share."""
+    """Return part i of `size`, in whole units; if units are fewer than parts, several parts share one."""
     start, stop = (size // unit * j // parts * unit for j in (i, i + 1))
     return range(start, min(size, max(start + unit, stop)))
 
 
 def unit(width: int) -> int:
-    """Packed weights come in blocks of 16: a width of such blocks is cut between them."""
+    """Return 16 for a width of whole blocks of packed weights, which is cut between them; else 1."""
     return 16 if width % 16 == 0 else 1

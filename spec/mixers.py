@@ -14,6 +14,7 @@ from refengine.spec.arrays import heads, merge, split
 
 
 def mamba2(hidden, w, cfg, state, lengths, ops):  # b l d -> b l d
+    """Return the output of a Mamba layer and its next state."""
     # PROJECT to z b l (h p), xBC b l c, dt b l h
     z, xBC, dt = split(ops.linear(hidden, w["in_proj.weight"]), cfg.in_proj_widths)
     # CONVOLVE
@@ -31,6 +32,7 @@ def mamba2(hidden, w, cfg, state, lengths, ops):  # b l d -> b l d
 
 
 def attention(hidden, w, cfg, state, lengths, ops):  # b l d -> b l d
+    """Return the output of an attention layer and its next cache."""
     # PROJECT
     q, k, v = split(ops.linear(hidden, w["qkv_proj"]), cfg.qkv_widths)
     q = heads(q, cfg.num_attention_heads)  # b l h e
@@ -42,6 +44,7 @@ def attention(hidden, w, cfg, state, lengths, ops):  # b l d -> b l d
 
 
 def experts(hidden, w, cfg, state, lengths, ops):  # b l d -> b l d
+    """Return the output of a layer of experts, which has no state."""
     # ROUTE, by the full-width input
     routing = ops.route(hidden, w["gate.weight"], w["gate.e_score_correction_bias"], cfg)
     # SHARED expert, at full width
@@ -55,6 +58,7 @@ def experts(hidden, w, cfg, state, lengths, ops):  # b l d -> b l d
 
 
 def mlp(hidden, w, cfg, state, lengths, ops):  # b l d -> b l d
+    """Return the output of a dense layer, which has no state."""
     return ops.all_reduce(ops.mlp(hidden, w["up_proj.weight"], w["down_proj.weight"]), "-"), state
 
 

@@ -31,7 +31,7 @@ class Model:
 
     @classmethod
     def build(cls, cfg: Config, read: Callable[[str], np.ndarray], backend: Backend) -> Model:
-        """Place every tensor of the table; `read(name)` is a tensor in the file's dtype."""
+        """Return the model, each tensor of the table placed; read(name) is a tensor in the file's dtype."""
 
         def place(group: Group):
             return backend.place(group, [read(row.name) for row in group.rows])
@@ -39,15 +39,15 @@ class Model:
         return cls(cfg, placed(table(cfg), place), backend)
 
     def new_states(self, batch: int) -> list:
-        """For each layer, what it remembers before the first token."""
+        """Return what each layer remembers before the first token."""
         return [self.backend.new_state(kind, self.cfg, batch) for kind in self.cfg.layers]
 
     def embed(self, ids):
-        """b l -> b l d"""
+        """Return the embeddings of ids: b l -> b l d."""
         return self.backend.ops.embed(ids, self.weights[""]["embeddings.weight"])
 
     def blocks(self, x, states: list, lengths=None, first: int = 0, last: int | None = None, tap=None):
-        """Layers first..last-1, and the final norm after the last of all. b l d -> b l d, next states.
+        """Run layers first..last-1, and the final norm after the last of all. b l d -> b l d, next states.
 
         `states` are those of exactly these layers; `tap(index, x)` sees the stream after each layer.
         """
@@ -57,7 +57,7 @@ class Model:
         return run(x, layers, final, states, lengths, self.cfg, self.backend.ops, first, tap)
 
     def head(self, h, rows=None):
-        """Logits, b l d -> b l v; or, with `rows` [b], of one position of each sequence: b v."""
+        """Return logits, b l d -> b l v; or, with `rows` [b], of one position of each sequence: b v."""
         tied = self.cfg.tie_word_embeddings
         if rows is not None:
             h = h[np.arange(len(rows)), rows]
@@ -65,7 +65,7 @@ class Model:
 
 
 def run(x, layers, final, states, lengths, cfg, ops, first=0, tap=None):
-    """x <- x + mixer(rms_norm(x)) for each (letter, weights); `final`: the weight of a last norm, or None."""
+    """Run x <- x + mixer(rms_norm(x)) for each (letter, weights); `final`: weight of a last norm, or None."""
     delta, after = None, []
     for i, ((kind, w), state) in enumerate(zip(layers, states, strict=True), first):
         h, x = ops.rms_norm(x, delta, w["norm.weight"], cfg.layer_norm_epsilon)

@@ -36,7 +36,7 @@ class Routing(NamedTuple):
 
 
 def route(h: Float[Array, "*b d"], gate: Array, bias: Float[Array, " E"], cfg: Config) -> Routing:
-    """Choose `num_experts_per_tok` experts for each token; on a tie the lowest index wins."""
+    """Return `num_experts_per_tok` experts for each token; on a tie the lowest index wins."""
     dtype = wide(h.dtype)
     s = sigmoid(h.astype(dtype, copy=False) @ widen(gate, dtype).T)  # *b E
     c = s + bias
@@ -50,12 +50,12 @@ def route(h: Float[Array, "*b d"], gate: Array, bias: Float[Array, " E"], cfg: C
 
 
 def largest(c: Float[Array, "*b E"], k: int) -> Int[Array, "*b k"]:
-    """Indices of the k largest, best first; equal ones in order of index."""
+    """Return the indices of the k largest, best first; equal ones in order of index."""
     return np.argsort(-c, axis=-1, kind="stable")[..., :k]
 
 
 def only_best_groups(c: Float[Array, "*b E"], groups: int, keep: int) -> Float[Array, "*b E"]:
-    """A group scores the sum of its two best experts; only the `keep` best groups stay in the choice."""
+    """Return c, -inf outside the `keep` best groups; a group scores the sum of its two best experts."""
     by_group = c.reshape(*c.shape[:-1], groups, -1)  # *b groups E/groups
     score = np.sort(by_group, axis=-1)[..., -2:].sum(axis=-1)  # *b groups
     kept = np.zeros(score.shape, bool)
@@ -64,16 +64,17 @@ def only_best_groups(c: Float[Array, "*b E"], groups: int, keep: int) -> Float[A
 
 
 def mlp(h: Float[Array, "*b d"], up: Array, down: Array) -> Float[Array, "*b d"]:
-    """relu(h up')^2 down': an expert, the shared expert, and the dense `-` layer."""
+    """Return relu(h up')^2 down': an expert, the shared expert, and the dense `-` layer."""
     return relu2(h @ widen(up, h.dtype).T) @ widen(down, h.dtype).T
 
 
 def experts(
     u: Float[Array, "*b x"], matrices: Sequence, routing: Routing, first: int = 0
 ) -> Float[Array, "*b x"]:
-    """The definition: token by token. `matrices[i]` is (up [i x], down [x i]) of expert first + i.
+    """Return the sum over chosen experts of weight mlp(u), by the definition: token by token.
 
-    An expert that is not among them adds nothing: it is on another rank (chapter 22).
+    `matrices[i]` is (up [i x], down [x i]) of expert first + i. An expert that is not
+    among them adds nothing: it is on another rank (chapter 22).
     """
     y = np.zeros_like(u)
     for at in np.ndindex(routing.expert.shape):
@@ -86,7 +87,7 @@ def experts(
 def experts_grouped(
     u: Float[Array, "*b x"], matrices: Sequence, routing: Routing, first: int = 0
 ) -> Float[Array, "*b x"]:
-    """The theorem: the same sum with the tokens sorted by expert, so that each expert is read once."""
+    """Return the same sum (the theorem) with tokens sorted by expert, so that each expert is read once."""
     k = routing.expert.shape[-1]
     tokens, chosen = u.reshape(-1, u.shape[-1]), routing.expert.reshape(-1) - first
     weight = routing.weight.reshape(-1, 1).astype(u.dtype, copy=False)

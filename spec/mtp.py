@@ -16,12 +16,12 @@ from refengine.spec.model import Model, run
 
 
 def new_states(model: Model, batch: int) -> list:
-    """What the head's layers remember before the first token."""
+    """Return what the head's layers remember before the first token."""
     return [model.backend.new_state(kind, model.cfg, batch) for kind in model.cfg.mtp_layers]
 
 
 def predict(model: Model, h, next_ids, states: list, lengths=None):
-    """h [b l d], next_ids [b l] -> o [b l d], next states; `model.head(o)` guesses the token after that."""
+    """Return o [b l d] and next states, of h [b l d] and next_ids [b l]; `model.head(o)` predicts t[i+2]."""
     cfg, ops = model.cfg, model.backend.ops
     blocks = [model.weights[f"mtp.layers.{i}"] for i in range(len(cfg.mtp_layers))]
     e, _ = ops.rms_norm(model.embed(next_ids), None, blocks[0]["enorm.weight"], cfg.layer_norm_epsilon)

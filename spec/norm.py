@@ -46,5 +46,5 @@ def gated_rms_norm(
 
 
 def rms(u, eps, mean=lambda squares: squares):
-    """sqrt(mean(u^2) + eps) over the last axis, which stays with length 1."""
+    """Return sqrt(mean(u^2) + eps) over the last axis, which stays with length 1."""
     return np.sqrt(mean(np.einsum("...d,...d->...", u, u)[..., None] / u.shape[-1]) + eps)

@@ -23,12 +23,12 @@ from refengine.spec.arrays import Array
 
 
 def wide(dtype) -> np.dtype:
-    """float32, or `dtype` when that is wider still."""
+    """Return float32, or `dtype` when that is wider still."""
     return np.promote_types(dtype, np.float32)
 
 
 def tolerance(dtype, terms: int) -> float:
-    """How far a sum of `terms` products, accumulated in `dtype`, may lie from the exact one.
+    """Return how far a sum of `terms` products, accumulated in `dtype`, may lie from the exact one.
 
     Times the largest value of the result, where that is above 1. Rounding errors of a long sum add up like a
     random walk, so they grow with the square root of its length; the factor 4 leaves room for the tail of
@@ -38,23 +38,23 @@ def tolerance(dtype, terms: int) -> float:
 
 
 def softplus(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """log(1 + exp(x)), without overflow."""
+    """Return log(1 + exp(x)), without overflow."""
     return np.logaddexp(x, x.dtype.type(0))
 
 
 def sigmoid(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """1 / (1 + exp(-x)); exp may overflow to infinity, and 1 / inf is the right 0."""
+    """Return 1 / (1 + exp(-x)); exp may overflow to infinity, and 1 / inf is the right 0."""
     with np.errstate(over="ignore"):
         return 1 / (1 + np.exp(-x))
 
 
 def silu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """x sigmoid(x)"""
+    """Return x sigmoid(x)."""
     with np.errstate(over="ignore"):
         return x / (1 + np.exp(-x))
 
 
 def relu2(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """max(x, 0)^2: the only activation of the experts and of the MLP. (Trap 5: there is no gate.)"""
+    """Return max(x, 0)^2: the only activation of the experts and of the MLP. (Trap 5: there is no gate.)"""
     x = np.maximum(x, 0)
     return x * x

@@ -72,12 +72,12 @@ class Backend:
 
 
 def embed(ids: Int[Array, "*b"], table: Float[Array, "v d"], dtype=np.float32) -> Float[Array, "*b d"]:
-    """Rows of the table, not scaled; the dtype of the computation starts here."""
+    """Return rows of the table, not scaled; the dtype of the computation starts here."""
     return widen(table[ids], dtype)
 
 
 def linear(x: Float[Array, "*b i"], weight: Array | tuple) -> Float[Array, "*b o"]:
-    """x weight'. A weight may be a tuple of matrices, one below the other (q | k | v)."""
+    """Return x weight'. A weight may be a tuple of matrices, one below the other (q | k | v)."""
     if isinstance(weight, tuple):
         return np.concatenate([linear(x, part) for part in weight], axis=-1)
     return x @ widen(weight, x.dtype).T
@@ -110,7 +110,7 @@ REFERENCE = replace(
 
 
 def place(group: Group, values: list[Array], dtype, resident: bool) -> Any:
-    """A NumPy weight: the matrix itself, (q, k, v), or [(up, down), ...] of the experts.
+    """Return a NumPy weight: the matrix itself, (q, k, v), or [(up, down), ...] of the experts.
 
     `resident`: widened once, now. Otherwise matrices stay as they are in the file, perhaps in a memory map,
     and are widened each time they are used. Small tensors are always widened to float32 or wider.
@@ -123,7 +123,7 @@ def place(group: Group, values: list[Array], dtype, resident: bool) -> Any:
 
 
 def numpy_backend(dtype=np.float32, resident: bool = True, ops: Ops = REFERENCE) -> Backend:
-    """The spec as a backend, computing in float32 or float64."""
+    """Return the spec as a backend, computing in float32 or float64."""
     return Backend(
         name="numpy",
         ops=replace(ops, embed=partial(embed, dtype=np.dtype(dtype))),

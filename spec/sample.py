@@ -53,7 +53,7 @@ class Sampling:
 
 
 def sample(logits: Float[Array, " v"], sampling: Sampling, seen: Sequence[int], generator) -> int:
-    """One token. Greedy choice takes no number from the generator."""
+    """Return the id of one token. Greedy choice takes no number from the generator."""
     if sampling.temperature == 0:
         return int(np.argmax(penalised(logits, sampling.repetition_penalty, seen)))
     ids, p = likely(logits, sampling, seen)
@@ -61,7 +61,7 @@ def sample(logits: Float[Array, " v"], sampling: Sampling, seen: Sequence[int], 
 
 
 def probabilities(logits: Float[Array, " v"], sampling: Sampling, seen: Sequence[int]) -> Float[Array, " v"]:
-    """Of every token, after the filters; in float64."""
+    """Return the probability of every token after the filters, [v] float64."""
     p = np.zeros(logits.size)
     if sampling.temperature == 0:
         p[np.argmax(penalised(logits, sampling.repetition_penalty, seen))] = 1
@@ -72,7 +72,7 @@ def probabilities(logits: Float[Array, " v"], sampling: Sampling, seen: Sequence
 
 
 def likely(logits: Float[Array, " v"], sampling: Sampling, seen: Sequence[int]) -> tuple[Array, Array]:
-    """The tokens that no filter rules out, in order of id, and their probabilities: few of many, mostly."""
+    """Return the ids that no filter rules out, in order, and their probabilities."""
     logits = penalised(logits, sampling.repetition_penalty, seen)  # float64 from here on
     ids = likeliest(logits, int(sampling.top_k))
     logits = logits[ids]
@@ -86,7 +86,7 @@ def likely(logits: Float[Array, " v"], sampling: Sampling, seen: Sequence[int]) 
 
 
 def checked(logits):
-    """The logits, if they can be chosen from."""
+    """Return the logits; InputError if they cannot be chosen from."""
     largest = logits.max(axis=-1)
     if not (np.all(largest < np.inf) and np.all(largest > -np.inf)):
         raise InputError("the logits hold NaN or infinity, or rule out every token: the weights are damaged")
@@ -94,6 +94,7 @@ def checked(logits):
 
 
 def penalised(logits, penalty: float, seen: Sequence[int]):
+    """Return the logits after the repetition penalty, in float64."""
     logits = checked(logits).astype(np.float64)
     if penalty != 1:
         once = np.unique(np.asarray(seen, np.int64))  # however often it was seen, a token is penalised once
@@ -102,7 +103,7 @@ def penalised(logits, penalty: float, seen: Sequence[int]):
 
 
 def likeliest(logits, k: int):
-    """Indices of the k largest (0: of all), in order."""
+    """Return the indices of the k largest (0: of all), in order."""
     if not 0 < k < logits.size:
         return np.arange(logits.size)
     kth = np.partition(logits, -k)[-k]
@@ -112,7 +113,7 @@ def likeliest(logits, k: int):
 
 
 def nucleus(p, top_p: float):
-    """Indices of the fewest that reach top_p, in order: one stays if the likelier ones fall short of it."""
+    """Return the indices of the fewest that reach top_p, in order; at least one."""
     if top_p == 1:
         return slice(None)
     candidates = np.flatnonzero(p >= (1 - top_p) / p.size)  # the others fall short of 1 - top_p all together
@@ -122,18 +123,19 @@ def nucleus(p, top_p: float):
 
 
 def draw(p: Float[Array, " v"], generator: np.random.Generator) -> int:
+    """Return the first index at which the sum of p exceeds a uniform random number."""
     total = np.cumsum(p)
     return int(np.searchsorted(total, generator.random() * total[-1], side="right"))
 
 
 def log_probs(logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
-    """ln softmax(logits), in float64."""
+    """Return ln softmax(logits), in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def alternatives(log_p: Float[Array, " v"], n: int) -> list[tuple[int, float]]:
-    """The n likeliest tokens with their log-probabilities, likeliest first."""
+    """Return the n likeliest tokens with their log-probabilities, likeliest first."""
     best = likeliest(log_p, n) if n else np.array([], int)
     best = best[log_p[best] > -np.inf]
     return [(int(i), float(log_p[i])) for i in best[np.argsort(-log_p[best], kind="stable")]]

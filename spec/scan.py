@@ -28,7 +28,7 @@ def time_steps(
     lengths: Int[Array, " b"] | None,
     dt_limit: tuple[float, float],
 ) -> Float[Array, "b l h"]:
-    """How far each head steps at each position; 0 where there is no position."""
+    """Return how far each head steps at each position; 0 where there is no position."""
     dt = softplus(dt.astype(wide(dt.dtype), copy=False) + dt_bias)
     if dt_limit != (0.0, math.inf):
         dt = np.clip(dt, *dt_limit)
@@ -48,7 +48,7 @@ def ssd_scan(
     lengths: Int[Array, " b"] | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> tuple[Float[Array, "b l h p"], Float[Array, "b h p n"]]:
-    """The definition. Returns (y, the state after the last real position)."""
+    """Return y and the state after the last real position, by the definition: the recurrence."""
     dt = time_steps(dt, dt_bias, lengths, dt_limit)  # b l h
     A = -np.exp(A_log)  # h
     B, C = (np.repeat(m, x.shape[2] // m.shape[2], axis=2) for m in (B, C))  # b l h n
@@ -73,7 +73,7 @@ def ssd_scan_chunked(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     chunk: int = 128,
 ) -> tuple[Float[Array, "b l h p"], Float[Array, "b h p n"]]:
-    """The theorem: `ssd_scan`, with one Python step a chunk instead of one a position."""
+    """Return the same (the theorem), with one Python step a chunk instead of one a position."""
     if x.shape[1] == 1:
         return ssd_scan(x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit)
     dt = time_steps(dt, dt_bias, lengths, dt_limit)  # b l h
@@ -87,7 +87,9 @@ def ssd_scan_chunked(
 
 
 def one_chunk(x, dt, A, B, C, S):
-    """Positions i, j of one chunk:  y[i] = sum_{j<=i} (C[i].B[j]) L[i,j] dt[j] x[j]  +  exp(a[i]) C[i] S,
+    """Return y b q h p and the next S of one chunk. For its positions i and j
+
+        y[i] = sum_{j<=i} (C[i].B[j]) L[i,j] dt[j] x[j]  +  exp(a[i]) C[i] S,
 
     where a[i] is the sum of dt A up to i and L[i,j] = exp(a[i] - a[j]) is the decay between them.
     """

@@ -24,27 +24,30 @@ from refengine.spec.numerics import wide
 
 @dataclass(frozen=True)
 class Recurrent:
-    """What a Mamba layer remembers."""
+    """The state of a Mamba layer."""
 
     tail: Array  # b t c: the last conv_kernel - 1 rows of x|B|C before the activation
     S: Array  # b h p n, float32 or wider
 
     def take(self, rows) -> Recurrent:
+        """Return the states of these rows."""
         return Recurrent(self.tail[rows], self.S[rows])
 
     def put(self, rows, other: Recurrent) -> Recurrent:
+        """Return a state in which these rows are those of `other`."""
         return Recurrent(_set(self.tail, rows, other.tail), _set(self.S, rows, other.S))
 
     def fork(self) -> Recurrent:
+        """Return this state: S and the tail are never written in place."""
         return self
 
 
 @dataclass(frozen=True)
 class Cache:
-    """What an attention layer remembers: the first `length[b]` rows of a buffer that forks share.
+    """The state of an attention layer: the first `length[b]` rows of a buffer that forks share.
 
-    `written[b]` is shared with every fork of the buffer: whoever stands at the end of what has been written
-    may append in place; whoever stands earlier (another has gone on) first copies what it knows.
+    `written[b]` is shared with every fork of the buffer. A cache whose length equals `written` appends in
+    place; otherwise another fork has appended, so it copies its rows first.
     """
 
     k: Array  # b t kv e, room for more positions than are used
@@ -53,6 +56,7 @@ class Cache:
     written: Array  # b, the same array in all forks
 
     def append(self, k: Array, v: Array, lengths=None) -> Cache:
+        """Return the cache with k and v, b l kv e, appended; lengths[b] of the positions are real."""
         added = k.shape[1]
         cache = self
         room = int(self.length.max(initial=0)) + added
@@ -65,15 +69,17 @@ class Cache:
         return replace(cache, length=length)
 
     def upto(self, t: int) -> tuple[Array, Array]:
-        """The first t positions, b t kv e; rows that are shorter hold anything beyond their length."""
+        """Return the first t positions, b t kv e; rows that are shorter hold anything beyond their length."""
         return self.k[:, :t], self.v[:, :t]
 
     def take(self, rows) -> Cache:
+        """Return the caches of these rows."""
         rows = np.arange(len(self.length))[rows]  # a slice would give views, and share what is not shared
         length = self.length[rows]
         return replace(self, length=length, k=self.k[rows], v=self.v[rows], written=length.copy())
 
     def put(self, rows, other: Cache) -> Cache:
+        """Return a cache in which these rows are those of `other`."""
         room = max(self.k.shape[1], other.k.shape[1])
         mine, theirs = self._copied(room, exactly=True), other._copied(room, exactly=True)
         length = _set(self.length, rows, other.length)
@@ -81,10 +87,11 @@ class Cache:
         return Cache(k, v, length, length.copy())
 
     def fork(self) -> Cache:
+        """Return a second state of this point, which shares the buffer."""
         return replace(self)
 
     def _copied(self, room: int, exactly: bool = False) -> Cache:
-        """A buffer of one's own with `room`, and half as much again so that appending stays cheap."""
+        """Return a copy with `room`, and half as much again so that appending stays cheap."""
         known = int(self.length.max(initial=0))
         shape = (self.k.shape[0], room if exactly else max(64, room + room // 2), *self.k.shape[2:])
         k, v = np.zeros(shape, self.k.dtype), np.zeros(shape, self.v.dtype)
@@ -93,7 +100,7 @@ class Cache:
 
 
 def new_state(kind: str, cfg: Config, batch: int, dtype=np.float32) -> Recurrent | Cache | None:
-    """The state of a layer that has read nothing."""
+    """Return the state of a layer that has read nothing; None for a layer without one."""
     if kind == "M":
         tail = np.zeros((batch, cfg.conv_kernel - 1, cfg.conv_dim), dtype)
         S = np.zeros((batch, cfg.mamba_num_heads, cfg.mamba_head_dim, cfg.ssm_state_size), wide(dtype))
@@ -105,15 +112,17 @@ def new_state(kind: str, cfg: Config, batch: int, dtype=np.float32) -> Recurrent
 
 
 def take(states: list, rows) -> list:
-    """The same for all layers of a model at once."""
+    """Return the states of these rows, for all layers of a model at once."""
     return [s and s.take(rows) for s in states]
 
 
 def put(states: list, rows, others: list) -> list:
+    """Return states in which these rows are those of `others`, for all layers."""
     return [s and s.put(rows, o) for s, o in zip(states, others, strict=True)]
 
 
 def fork(states: list) -> list:
+    """Return a second set of states of this point, for all layers."""
     return [s and s.fork() for s in states]
 
 

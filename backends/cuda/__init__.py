@@ -57,7 +57,7 @@ def cuda_backend(
     state: str = "float32",
     share: float = 1.0,
 ) -> CudaBackend:
-    """A backend whose activations and matrices are in `dtype`, on a device: "cuda", "cuda:N", or a Device.
+    """Return a backend with activations and matrices in `dtype`, on a device: "cuda", "cuda:N", or a Device.
 
     cfg    of the model that is going to be placed: refused at once if it does not fit
     state  dtype of S: float32, or float16, which is rounded at random so that small additions are not lost
@@ -104,7 +104,7 @@ def cuda_backend(
 
 
 def array(a, *, device, dtype: str) -> DeviceArray:
-    """From the host: whole numbers as int32; others as they are where the device knows their dtype."""
+    """Return an array on the device: whole numbers as int32, others as they are if it knows their dtype."""
     if isinstance(a, DeviceArray):
         return a
     a = np.asarray(a)
@@ -114,5 +114,5 @@ def array(a, *, device, dtype: str) -> DeviceArray:
 
 
 def fetch(a) -> np.ndarray:
-    """To the host."""
+    """Return the array on the host."""
     return a.device.to_host(a) if isinstance(a, DeviceArray) else np.asarray(a)

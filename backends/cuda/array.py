@@ -1,4 +1,4 @@
-"""An array on a device: where its elements lie, and views of them, for which nobody looks at the memory."""
+"""An array on a device: where its elements lie, and views of them, made without reading the memory."""
 
 from __future__ import annotations
 
@@ -33,26 +33,32 @@ class DeviceArray:
 
     @property
     def size(self) -> int:
+        """Return the number of elements."""
         return prod(self.shape)
 
     @property
     def ndim(self) -> int:
+        """Return the number of axes."""
         return len(self.shape)
 
     @property
     def itemsize(self) -> int:
+        """Return the bytes of an element."""
         return DTYPES[self.dtype].itemsize
 
     @property
     def nbytes(self) -> int:
+        """Return the bytes of all elements."""
         return self.size * self.itemsize
 
     @property
     def pointer(self) -> int:
+        """Return the address of the first element."""
         return self.memory.ptr + self.offset * self.itemsize
 
     @property
     def contiguous(self) -> bool:
+        """Return whether the elements lie side by side in order."""
         there = zip(self.shape, self.strides, packed_strides(self.shape), strict=True)
         return not self.size or all(length == 1 or stride == packed for length, stride, packed in there)
 
@@ -80,7 +86,7 @@ class DeviceArray:
         return replace(self, offset=self.offset + start, shape=part.shape, strides=part_strides)
 
     def reshape(self, *shape) -> DeviceArray:
-        """The same elements in another shape: a view where there is one, else a copy."""
+        """Return the same elements in another shape: a view where there is one, else a copy."""
         shape = _given(shape, self.size)
         strides = reshaped(self.shape, self.strides, shape)
         if strides is None:
@@ -88,15 +94,15 @@ class DeviceArray:
         return replace(self, shape=shape, strides=strides)
 
     def copy(self) -> DeviceArray:
-        """The same elements side by side in memory of their own."""
+        """Return the same elements side by side in memory of their own."""
         return self.device.copied(self)
 
     def packed(self) -> DeviceArray:
-        """This array if its elements lie side by side in order, else such a copy."""
+        """Return this array if its elements lie side by side in order, else such a copy."""
         return self if self.contiguous else self.copy()
 
     def in_rows(self) -> DeviceArray:
-        """This array if the elements of its last axis lie side by side, else a packed copy."""
+        """Return this array if the elements of its last axis lie side by side, else a packed copy."""
         return self if self.strides[-1] == 1 or self.shape[-1] == 1 else self.copy()
 
     def __add__(self, other: DeviceArray) -> DeviceArray:
@@ -108,11 +114,12 @@ class DeviceArray:
 
 
 def packed_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a shape whose elements lie side by side, the last axis fastest."""
     return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def reshaped(shape, strides, new) -> tuple[int, ...] | None:
-    """The strides with which the same memory has the shape `new`; None where there are none."""
+    """Return the strides with which the same memory has the shape `new`; None where there are none."""
     if not prod(new):
         return packed_strides(new)
     runs: list[list[int]] = []  # (elements, stride of the last): merged axes, the last axis first
@@ -139,7 +146,7 @@ def reshaped(shape, strides, new) -> tuple[int, ...] | None:
 
 
 def _outline(shape, strides) -> np.ndarray:
-    """An array of bytes with these strides that nobody may read: NumPy's own arithmetic of views."""
+    """Return an array of bytes with these strides, not to be read: NumPy's own arithmetic of views."""
     return as_strided(np.empty(1, np.uint8), shape, strides)
 
 

@@ -25,7 +25,7 @@ BLOCKS = 400  # about three for each multiprocessor of an H100 or B200
 
 
 class Tip:
-    """Who appended to a buffer last, None at first. Only the state that stands there may append in place."""
+    """The last owner of a buffer, None at first. Only the state that owns it may append in place."""
 
     owner: object = None
 
@@ -43,23 +43,24 @@ class Cache:
 
     @classmethod
     def empty(cls, cfg, batch: int, dtype: str, device) -> Cache:
+        """Return the cache of a layer that has read nothing."""
         shape = batch, cfg.num_key_value_heads, 0, cfg.head_dim
         k, v = (device.empty(shape, dtype) for _ in "kv")
         return cls(k, v, device.zeros((batch,), "int32"))
 
     def reserve(self, added: int) -> Cache:
-        """This cache, or a copy of it, with room for `added` more positions that no fork will write to."""
+        """Return this cache, or a copy, with room for `added` more positions that no fork will write to."""
         if self.most + added <= self.k.shape[2] and self.tip.owner is self.mark:
             return self
         return self.copied(self.most + added)
 
     def advanced(self, added: int) -> Cache:
-        """The cache after at most `added` positions were appended to each row on the device."""
+        """Return the cache after at most `added` positions were appended to each row on the device."""
         mark = self.tip.owner = object()
         return replace(self, most=self.most + added, mark=mark)
 
     def copied(self, room: int) -> Cache:
-        """A buffer of one's own with `room`, and half as much again so that appending stays cheap."""
+        """Return a copy with `room`, and half as much again so that appending stays cheap."""
         (b, kv, _, e), device = self.k.shape, self.k.device
         k, v = (device.empty((b, kv, max(64, room + room // 2), e), self.k.dtype) for _ in "kv")
         for known, new in ((self.k, k), (self.v, v)):
@@ -68,17 +69,20 @@ class Cache:
         return replace(self, k=k, v=v, tip=Tip(), mark=None)
 
     def take(self, rows) -> Cache:
+        """Return the caches of these rows."""
         rows = np.arange(len(self.length))[rows]
         k, v, length = (a[rows] for a in (self.k, self.v, self.length))
         return replace(self, k=k, v=v, length=length, tip=Tip(), mark=None)
 
     def put(self, rows, other: Cache) -> Cache:
+        """Return a cache in which these rows are those of `other`."""
         most, device = max(self.most, other.most), self.k.device
         mine, theirs = (cache.copied(most) for cache in (self, other))
         k, v = device.with_rows(mine.k, rows, theirs.k), device.with_rows(mine.v, rows, theirs.v)
         return Cache(k, v, device.with_rows(self.length, rows, other.length), most)
 
     def fork(self) -> Cache:
+        """Return a second state of this point; appending to either leaves the other as it is."""
         return replace(self, length=self.length.copy())
 
 
@@ -86,7 +90,7 @@ class Attention(Verbs):
     """The verb attention."""
 
     def attention(self, q, k, v, cache: Cache, lengths=None):
-        """y[i] = sum_{j <= i} softmax_j(q[i] . k[j] / sqrt(e)) v[j]
+        """Return y b l h e and the next cache: y[i] = sum_{j <= i} softmax_j(q[i] . k[j] / sqrt(e)) v[j].
 
         q b l h e, k and v b l kv e -> b l h e
         """
@@ -107,6 +111,7 @@ class Attention(Verbs):
         return y, cache.advanced(l)
 
     def many(self, given, sizes, y, cache: Cache, lengths):
+        """Fill y by blocks of queries, for calls of many positions."""
         (b, l, h, _), kv = y.shape, cache.k.shape[1]
         queries, keys = MANY[self.size]
         grid = tiles(l * (h // kv), queries), kv, b
@@ -116,6 +121,7 @@ class Attention(Verbs):
         self.launch("attention", "attention_advance", (tiles(b, 128),), 128, *args)
 
     def few(self, given, sizes, y, cache: Cache, lengths):
+        """Fill y by parts of the context that are then added up, for calls of few positions."""
         (b, l, h, _), (_, kv, room, _) = y.shape, cache.k.shape
         queries, keys = FEW[self.size]
         side = tiles(l * (h // kv), queries)
@@ -129,17 +135,17 @@ class Attention(Verbs):
         self.launch("attention_decode", "attention_combine", (l * h, b), 256, *args)
 
     def shared_bytes(self, queries: int, keys: int) -> int:
-        """Of the queries, and of two stages of keys and values, whose rows are a little apart."""
+        """Return the bytes of the queries and of two stages of keys and values, with gaps between rows."""
         row = HEAD if self.size == 2 else HEAD + self.pack
         return self.size * (queries * row + 2 * keys * (row + HEAD + self.pack))
 
 
 def whole_heads(x):
-    """x b l h e, with the heads of one position side by side."""
+    """Return x b l h e with the heads of one position side by side."""
     h, e = x.shape[2:]
     return x if x.strides[3] == 1 and (h == 1 or x.strides[2] == e) else x.packed()
 
 
 def places(x) -> tuple[np.int64, np.int64]:
-    """How many elements apart the rows of a batch begin, and the positions of a row."""
+    """Return how many elements apart the rows of a batch begin, and the positions of a row."""
     return np.int64(x.strides[0]), np.int64(x.strides[1])

@@ -1,4 +1,4 @@
-"""What a real device and the emulated one do alike: arrays, checked launches, copies, sums."""
+"""Device: what a real one and the emulated one share: arrays, checked launches, copies, sums."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLOCKS = 4096  # of such a kernel, at most: a thread takes several elements
 
 
 class Device:
-    """A subclass says how memory is had, filled, read, and how a kernel is run and a matrix multiplied."""
+    """A device. A subclass allocates, fills and reads memory, runs kernels and multiplies matrices."""
 
     name: str
     arch: str  # "sm_90"
@@ -24,7 +24,7 @@ class Device:
     # ---- What a subclass defines ----
 
     def allocate(self, nbytes: int):
-        """Memory with a `.ptr`; its contents are undefined."""
+        """Return memory with a `.ptr`; its contents are undefined."""
         raise NotImplementedError
 
     def clear(self, x: DeviceArray) -> None:
@@ -36,7 +36,7 @@ class Device:
         raise NotImplementedError
 
     def download(self, x: DeviceArray) -> np.ndarray:
-        """The values of a contiguous array."""
+        """Return the values of a contiguous array."""
         raise NotImplementedError
 
     def run(self, file, kernel_name, grid, block, args, shared_bytes, defines) -> None:
@@ -44,22 +44,25 @@ class Device:
         raise NotImplementedError
 
     def matmul(self, x: DeviceArray, weight: DeviceArray, out: DeviceArray | None = None) -> DeviceArray:
-        """x [m, i] weight' [o, i] -> [m, o], summed in float32; in x's dtype, or in that of `out`."""
+        """Return x [m, i] weight' [o, i] -> [m, o], summed in float32; in x's dtype, or in that of `out`."""
         raise NotImplementedError
 
     # ---- Arrays ----
 
     def empty(self, shape, dtype: str) -> DeviceArray:
+        """Return an array of undefined values."""
         shape = tuple(int(s) for s in shape)
         memory = self.allocate(prod(shape) * DTYPES[dtype].itemsize)
         return DeviceArray(self, memory, 0, shape, packed_strides(shape), dtype)
 
     def zeros(self, shape, dtype: str) -> DeviceArray:
+        """Return an array of zeros."""
         x = self.empty(shape, dtype)
         self.clear(x)
         return x
 
     def from_host(self, values: np.ndarray) -> DeviceArray:
+        """Return an array of the host on this device."""
         values = np.asarray(values)
         dtype = next((name for name, known in DTYPES.items() if known == values.dtype), None)
         if dtype is None:
@@ -76,6 +79,7 @@ class Device:
             self.write(x, values)
 
     def to_host(self, x: DeviceArray) -> np.ndarray:
+        """Return the values of an array on the host."""
         if not x.size:
             return np.empty(x.shape, DTYPES[x.dtype])
         return self.download(x.packed())
@@ -83,7 +87,7 @@ class Device:
     # ---- Kernels ----
 
     def launch(self, file, kernel_name, grid, block, args, shared_bytes=0, defines=()) -> None:
-        """Run a kernel of kernels/`file`.cu; the arguments must be exactly what its source says.
+        """Run a kernel of kernels/`file`.cu; the arguments must be those of its source.
 
         An argument is a DeviceArray, None (a null pointer), np.int32, np.int64, np.uint64 or np.float32.
         """
@@ -93,13 +97,13 @@ class Device:
         self.run(file, kernel_name, grid, block, args, shared_bytes, defines)
 
     def elementwise(self, file, kernel_name, args, size: int, defines=()) -> None:
-        """A kernel in which every thread takes elements first, first + step, ... of `size`."""
+        """Launch a kernel in which every thread takes elements first, first + step, ... of `size`."""
         if size:
             blocks = min(BLOCKS, -(-size // THREADS))
             self.launch(file, kernel_name, (blocks,), (THREADS,), args, 0, defines)
 
     def copy(self, source: DeviceArray, target: DeviceArray) -> None:
-        """target[...] = source[...], of one shape and dtype."""
+        """Set target[...] = source[...], of one shape and dtype."""
         if source.shape != target.shape or source.dtype != target.dtype:
             raise ValueError(f"{source} cannot be copied to {target}")
         lengths, *strides = joined(source.shape, source.strides, target.strides)
@@ -108,11 +112,13 @@ class Device:
         self.elementwise("copy", "copy", args, source.size, word(source))
 
     def copied(self, x: DeviceArray) -> DeviceArray:
+        """Return the same elements side by side in memory of their own."""
         result = self.empty(x.shape, x.dtype)
         self.copy(x, result)
         return result
 
     def add(self, a: DeviceArray, b: DeviceArray) -> DeviceArray:
+        """Return a + b, of one shape and dtype."""
         if a.shape != b.shape or a.dtype != b.dtype:
             raise ValueError(f"{a} and {b} cannot be added")
         result = self.empty(a.shape, a.dtype)
@@ -121,7 +127,7 @@ class Device:
         return result
 
     def gather(self, x: DeviceArray, rows: list[np.ndarray]) -> DeviceArray:
-        """x[rows] or x[rows, others], row numbers on the host."""
+        """Return x[rows] or x[rows, others], row numbers on the host."""
         x, starts, rest = self.row_starts(x, rows)
         result = self.empty((len(starts), *rest), x.dtype)
         args = x, self.from_host(starts), result, np.int64(result.size), np.int64(max(1, prod(rest)))
@@ -129,7 +135,7 @@ class Device:
         return result
 
     def with_rows(self, x: DeviceArray, rows, values: DeviceArray) -> DeviceArray:
-        """A copy of x in which x[rows] = values."""
+        """Return a copy of x in which x[rows] = values."""
         result, starts, rest = self.row_starts(x.copy(), [np.arange(len(x))[rows]])
         values = values.packed()
         if values.shape != (len(starts), *rest) or values.dtype != x.dtype:
@@ -139,7 +145,7 @@ class Device:
         return result
 
     def row_starts(self, x: DeviceArray, rows: list[np.ndarray]):
-        """x with its rows packed, where each of these rows begins (in elements), and the shape of one."""
+        """Return x packed, where each of these rows begins (in elements), and the shape of one."""
         x, rest, starts = x.packed(), x.shape[len(rows) :], np.zeros(1, np.int64)
         for row, length, stride in zip(np.broadcast_arrays(*rows), x.shape, x.strides, strict=False):
             if row.ndim != 1 or (row.size and not -length <= row.min() <= row.max() < length):
@@ -149,12 +155,12 @@ class Device:
 
 
 def word(x: DeviceArray) -> tuple[str]:
-    """What tells copy.cu the size of an element."""
+    """Return the define by which copy.cu knows the size of an element."""
     return (f"BYTES_{x.itemsize}",)
 
 
 def joined(shape, *strides, axes: int = 5):
-    """The shape and each of the strides with exactly five axes: those that run on as one are joined."""
+    """Return the shape and each of the strides with five axes: those that run on as one are joined."""
     kept: list[list[int]] = []
     for length, *steps in reversed([*zip(shape, *strides, strict=True)]):
         if length == 1:

@@ -32,7 +32,7 @@ GEMM = dict(compute=68, algorithm=-1)  # CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT
 
 
 class CupyDevice(Device):
-    """The CUDA device number `index`. InputError says in a sentence why there is none that serves.
+    """The CUDA device number `index`. InputError if there is none that serves.
 
     pooled  memory is kept for reuse; without that, compute-sanitizer sees where each array ends
     """
@@ -62,13 +62,14 @@ class CupyDevice(Device):
 
     @property
     def memory(self) -> tuple[int, int]:
-        """Bytes free (those that the pool keeps for reuse among them), and all bytes."""
+        """Return the bytes that are free (those that the pool keeps for reuse among them), and all bytes."""
         free, total = self.handle.mem_info
         return free + self.pool.free_bytes(), total
 
     # ---- Memory ----
 
     def allocate(self, nbytes: int):
+        """Return memory of the pool; InputError if the device has too little."""
         try:
             with self.handle, self.stream:
                 return self.pool.malloc(max(1, nbytes))
@@ -76,25 +77,30 @@ class CupyDevice(Device):
             raise InputError(self.too_small(nbytes)) from None
 
     def clear(self, x: DeviceArray) -> None:
+        """Fill a contiguous array with zeros."""
         with self.handle:
             self.cupy.cuda.runtime.memsetAsync(x.pointer, 0, x.nbytes, self.stream.ptr)
 
     def write(self, x: DeviceArray, values: np.ndarray) -> None:
+        """Fill a contiguous array with values of its shape and dtype."""
         with self.handle:
             self.stage.upload(x.pointer, np.ascontiguousarray(values).reshape(-1).view(np.uint8))
 
     def download(self, x: DeviceArray) -> np.ndarray:
+        """Return the values of a contiguous array."""
         values = np.empty(x.shape, DTYPES[x.dtype])
         with self.handle:
             self.stage.download(values.reshape(-1).view(np.uint8), x.pointer)
         return values
 
     def sync(self) -> None:
+        """Wait until all that was launched is done."""
         self.stream.synchronize()
 
     # ---- Kernels ----
 
     def run(self, file, kernel_name, grid, block, args, shared_bytes, defines) -> None:
+        """Start a kernel whose arguments have been checked."""
         key = file, kernel_name, defines
         if key not in self.functions:
             self.functions[key] = function = self.module(file, defines).get_function(kernel_name)
@@ -108,14 +114,14 @@ class CupyDevice(Device):
             function(three(grid), three(block), values, shared_mem=shared_bytes)
 
     def module(self, file: str, defines: tuple[str, ...]):
-        """The file, compiled when a function of it is first launched."""
+        """Return the compiled file, compiled when a function of it is first launched."""
         if (file, defines) not in self.modules:
             code, options = source(self.kernels, file, defines)
             self.modules[file, defines] = self.cupy.RawModule(code=code, options=options, backend="nvrtc")
         return self.modules[file, defines]
 
     def matmul(self, x: DeviceArray, weight: DeviceArray, out: DeviceArray | None = None) -> DeviceArray:
-        """Row-major x weight' is, to cuBLAS, the column-major weight (transposed) times x."""
+        """Return x weight': row-major, which to cuBLAS is the column-major weight (transposed) times x."""
         (m, i), o = x.shape, weight.shape[0]
         out = self.empty((m, o), x.dtype) if out is None else out
         x, weight = x.in_rows(), weight.in_rows()
@@ -149,10 +155,10 @@ class CupyDevice(Device):
     # ---- Graphs ----
 
     def capture(self, function) -> Graph:
-        """What `function` launches, without doing it: a graph, whose replay does it all at one call.
+        """Return the launches of `function` as a graph, without running them; its replay is one call.
 
         It may not look at values, nor copy from or to the host. Memory that it asks for comes from a pool
-        that the graph keeps, so that nobody else uses it between replays.
+        that the graph keeps, so that nothing else uses it between replays.
         """
         outer, self.pool = self.pool, self.cupy.cuda.MemoryPool()
         try:
@@ -164,7 +170,7 @@ class CupyDevice(Device):
 
     @contextmanager
     def recording(self):
-        """Between begin_capture and end_capture, which must come even if something fails."""
+        """Enclose begin_capture and end_capture, which must come even if something fails."""
         with self.handle, self.stream:
             self.stream.begin_capture(self.cupy.cuda.runtime.streamCaptureModeRelaxed)
             self.stage.closed = True
@@ -175,6 +181,7 @@ class CupyDevice(Device):
                 self.captured = self.stream.end_capture()
 
     def too_small(self, nbytes: int) -> str:
+        """Return the sentence for an array of so many bytes that does not fit."""
         free, total = self.memory
         return (
             f"{self.name} has {gib(free)} of {gib(total)} free, and {gib(nbytes)} more are needed; a smaller "
@@ -183,15 +190,17 @@ class CupyDevice(Device):
 
 
 class Unpooled:
-    """Memory that is given back as soon as nobody looks at it. Not for graphs, which would go on using it."""
+    """A pool that keeps nothing: memory goes with its last reference. Not for graphs, which use it later."""
 
     def __init__(self, cupy):
         self.cupy = cupy
 
     def malloc(self, nbytes: int):
+        """Return memory that is freed with its last reference."""
         return self.cupy.cuda.MemoryPointer(self.cupy.cuda.Memory(nbytes), 0)
 
     def free_bytes(self) -> int:
+        """Return 0: nothing is kept for reuse."""
         return 0
 
 
@@ -202,6 +211,7 @@ class Graph:
         self.graph, self.pool, self.device = graph, pool, device
 
     def replay(self) -> None:
+        """Run all captured launches, in order."""
         with self.device.handle:
             self.graph.launch(self.device.stream)
 
@@ -218,7 +228,7 @@ class Stage:
             event.record(stream)
 
     def next(self) -> int:
-        """The number of a buffer that nobody reads any more."""
+        """Return the number of a buffer whose last copy is done."""
         if self.closed:
             raise RuntimeError("nothing goes from or to the host while a graph is captured")
         self.turn = 1 - self.turn
@@ -226,6 +236,7 @@ class Stage:
         return self.turn
 
     def upload(self, pointer: int, values: np.ndarray) -> None:
+        """Copy bytes of the host to an address of the device, a buffer at a time."""
         kind = self.runtime.memcpyHostToDevice
         for start in range(0, len(values), STAGE):
             part, i = values[start : start + STAGE], self.next()
@@ -234,6 +245,7 @@ class Stage:
             self.free[i].record(self.stream)
 
     def download(self, values: np.ndarray, pointer: int) -> None:
+        """Copy bytes from an address of the device to the host, a buffer at a time."""
         kind = self.runtime.memcpyDeviceToHost
         for start in range(0, len(values), STAGE):
             part, i = values[start : start + STAGE], self.next()
@@ -246,7 +258,7 @@ class Stage:
 
 
 def source(kernels: Path, file: str, defines: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """What NVRTC compiles, and its options.
+    """Return the text that NVRTC compiles, and its options.
 
     CuPy's cache on disk knows a module by its source, not by what that includes; so the source names the
     headers' digest.
@@ -258,7 +270,7 @@ def source(kernels: Path, file: str, defines: tuple[str, ...]) -> tuple[str, tup
 
 
 def plain(argument):
-    """A kernel's argument with exactly the bytes that it takes: a pointer is 8."""
+    """Return a kernel's argument with exactly the bytes that it takes: a pointer is 8."""
     if argument is None:
         return np.uint64(0)
     return np.uint64(argument.pointer) if isinstance(argument, DeviceArray) else argument
@@ -271,5 +283,5 @@ def three(sizes) -> tuple[int, int, int]:
 
 
 def leading(x: DeviceArray) -> int:
-    """Elements from one row to the next."""
+    """Return how many elements lie from one row to the next."""
     return max(1, x.shape[1], x.strides[0] if x.shape[0] > 1 else 0)

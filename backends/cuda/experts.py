@@ -36,7 +36,7 @@ class Experts(Verbs):
     """The verb experts."""
 
     def experts(self, u, experts: Stacked, routing, first: int = 0):
-        """u b l x -> sum over the chosen of  weight relu(u up')^2 down'"""
+        """Return u b l x -> the sum over the chosen of  weight relu(u up')^2 down'."""
         count, k, x = len(experts.up), routing.expert.shape[-1], u.shape[-1]
         if k > SLOTS or count > EXPERTS:
             raise InputError(
@@ -55,6 +55,7 @@ class Experts(Verbs):
         return y
 
     def few(self, u, experts: Stacked, expert, weight, y, first: int):
+        """Fill y for few tokens: each choice reads its expert."""
         (tokens, k), (count, i, x) = expert.shape, experts.up.shape
         middle = self.device.empty((tokens * k, i), self.dtype)
         held = np.int32(k), np.int32(first), np.int32(count)
@@ -67,6 +68,7 @@ class Experts(Verbs):
         self.launch("experts_decode", "experts_down_few", (tiles(x, ROWS), tokens), block, *args)
 
     def many(self, u, experts: Stacked, expert, weight, y, first: int):
+        """Fill y for many tokens, sorted by expert, so that each expert is read once a tile."""
         (tokens, k), (count, i, x) = expert.shape, experts.up.shape
         choices = tokens * k
         rows = 64 if choices >= MANY * count else 16
@@ -84,7 +86,7 @@ class Experts(Verbs):
         self.launch("experts_sum", "experts_sum", grid, 128, out, place, weight, y, np.int32(k), np.int32(x))
 
     def sorted(self, expert, first: int, count: int, rows: int):
-        """The choices by expert, the place of each, and the tiles of at most `rows` of one expert."""
+        """Return the choices by expert, the place of each, and the tiles of at most `rows` of one expert."""
         choices, device = len(expert), self.device
         warps, room = tiles(choices, CHOICES), choices // rows + min(count, choices)
         counts = device.empty((warps, count), "int32")

@@ -37,7 +37,7 @@ class Parameter(NamedTuple):
 
 @cache
 def signatures(path: Path) -> dict[str, tuple[Parameter, ...]]:
-    """The parameters of each entry point of a kernel file."""
+    """Return the parameters of each entry point of a kernel file."""
     return {
         name: tuple(parameter(part) for part in inside.split(",")) if inside else ()
         for name, _, inside in entries(path)
@@ -46,12 +46,12 @@ def signatures(path: Path) -> dict[str, tuple[Parameter, ...]]:
 
 @cache
 def launch_bounds(path: Path) -> dict[str, str]:
-    """The most threads of a block of each entry point, as its source says it: `32 * WARPS`."""
+    """Return the most threads of a block of each entry point, as in its source: `32 * WARPS`."""
     return {name: bounds.split(",")[0] or "1024" for name, bounds, _ in entries(path)}
 
 
 def entries(path: Path):
-    """(name, launch bounds, parameters) of each entry point, as they are written."""
+    """Yield (name, launch bounds, parameters) of each entry point, as they are written."""
     text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", path.read_text(), flags=re.DOTALL)
     for entry in ENTRY.finditer(text):
         rest, bounds = text[entry.end() :].lstrip(), ""
@@ -62,14 +62,14 @@ def entries(path: Path):
 
 
 def parenthesis(text: str) -> tuple[str, str]:
-    """What is inside the first pair of parentheses, and what follows it."""
+    """Return the text inside the first pair of parentheses, and the text after it."""
     opened = text.index("(")
     closed = closing(text, opened)
     return text[opened + 1 : closed].strip(), text[closed + 1 :]
 
 
 def closing(text: str, at: int) -> int:
-    """Where the parenthesis that opens at `at` closes."""
+    """Return where the parenthesis that opens at `at` closes."""
     depth = 0
     for i in range(at, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -79,6 +79,7 @@ def closing(text: str, at: int) -> int:
 
 
 def parameter(text: str) -> Parameter:
+    """Return a parameter of a C declaration, such as `const int* n`."""
     words = re.sub(r"\b(const|__restrict__|struct)\b", " ", text).replace("*", " * ").split()
     pointer = "*" in words
     kind = [word for word in words[:-1] if word != "*"]
@@ -88,7 +89,7 @@ def parameter(text: str) -> Parameter:
 
 
 def allowed(kind: str, defines: tuple[str, ...]) -> tuple[str, ...]:
-    """The dtypes of an array that may be passed where the source says `kind*`."""
+    """Return the dtypes of an array that may be passed where the source has `kind*`."""
     if kind == "Real":
         return ("bfloat16",) if "REAL_BF16" in defines else ("float32",)
     if kind == "State":
@@ -107,7 +108,7 @@ def check(
     device,
     kernels: Path = KERNELS,
 ) -> None:
-    """TypeError where `args` are not what the kernel takes. None is a null pointer."""
+    """Raise TypeError where `args` are not the kernel's parameters. None is a null pointer."""
     known = signatures(kernels / f"{file}.cu")
     if kernel not in known:
         raise TypeError(f"{file}.cu has no kernel {kernel}; it has {', '.join(known)}")
@@ -121,7 +122,7 @@ def check(
 
 
 def mismatch(argument: Argument, wanted: Parameter, defines: tuple[str, ...], device) -> str | None:
-    """What is wrong with one argument, or None."""
+    """Return why one argument does not fit, or None."""
     if not wanted.pointer:
         scalar = SCALARS.get(wanted.type)
         if scalar is None:
@@ -138,7 +139,7 @@ def mismatch(argument: Argument, wanted: Parameter, defines: tuple[str, ...], de
 
 
 def check_sizes(kernel: str, grid: tuple[int, ...], block: tuple[int, ...], shared: int, limit: int) -> None:
-    """InputError where no device would launch this; `limit` is the most shared memory of a block in bytes.
+    """Raise InputError where no device would launch this; `limit`: most bytes of shared memory of a block.
 
     Grids grow with the batch and the length of a call, so that a user may ask for too large a one.
     """

@@ -22,11 +22,11 @@ class Layers(Verbs):
     """The verbs rms_norm, gated_rms_norm, causal_conv and route."""
 
     def threads(self, width: int) -> int:
-        """Enough for 16 bytes of the width each, in whole warps."""
+        """Return how many threads take 16 bytes of the width each, in whole warps."""
         return min(1024, 32 * tiles(width, 32 * self.pack))
 
     def rms_norm(self, x, delta, weight, eps: float):
-        """norm(x + delta) weight, x + delta"""
+        """Return norm(x + delta) weight, and x + delta."""
         d, y = x.shape[-1], self.device.empty(x.shape, x.dtype)
         x_rows, x_stride = rows(x)
         delta_rows, delta_stride = (None, x_stride) if delta is None else rows(delta)
@@ -36,7 +36,7 @@ class Layers(Verbs):
         return y, x if total is None else total
 
     def gated_rms_norm(self, y, z, weight, eps: float, groups: int, mean=None):
-        """Gate first, then a norm for each group of channels.
+        """Return y silu(z), normalised over each group of channels, times weight: b l c.
 
         Where this is a part of a group, `mean` turns the mean of squares here, b l g 1, into the group's.
         """
@@ -55,7 +55,7 @@ class Layers(Verbs):
         return out
 
     def causal_conv(self, x, weight, bias, tail, lengths=None):
-        """silu(bias + sum_j w[j] x[t - k + 1 + j]), and the tail b k-1 c after the last real position."""
+        """Return silu(bias + sum_j w[j] x[t - k + 1 + j]), and the tail b k-1 c after the last position."""
         (b, length, c), k = x.shape, weight.shape[-1]
         if k > TAPS:
             raise InputError(f"the CUDA backend convolves over at most {TAPS} positions, not conv_kernel {k}")
@@ -72,7 +72,7 @@ class Layers(Verbs):
         return y, tail
 
     def route(self, h, gate, bias, cfg) -> Routing:
-        """The experts of each token, b l k, best first, and their weights in float32."""
+        """Return the experts of each token, b l k, best first, and their weights in float32."""
         (experts, d), k = gate.shape, cfg.num_experts_per_tok
         if experts > EXPERTS or k > CHOSEN:
             raise InputError(

@@ -14,12 +14,12 @@ class Products(Verbs):
     """The verbs linear, linear_pair, mlp and logits."""
 
     def linear(self, x, weight):
-        """x .. i -> .. o"""
+        """Return x [.. i] weight' -> [.. o]."""
         y = self.product(x.reshape(prod(x.shape[:-1]), x.shape[-1]), weight)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def linear_pair(self, x, y, weight):
-        """The weight times x and y end to end."""
+        """Return the weight times x and y end to end."""
         i = x.shape[-1]
         both = self.device.empty((*x.shape[:-1], 2 * i), x.dtype)
         self.device.copy(x, both[..., :i])
@@ -27,19 +27,19 @@ class Products(Verbs):
         return self.linear(both, weight)
 
     def mlp(self, h, up, down):
-        """relu(h up')^2 down'"""
+        """Return relu(h up')^2 down'."""
         u = self.linear(h, up)
         self.device.elementwise("relu2", "relu2", (u, np.int64(u.size)), u.size, self.defines)
         return self.linear(u, down)
 
     def logits(self, h, lm_head):
-        """Like linear, but the sums stay in float32."""
+        """Return the product of linear, in float32."""
         rows = h.reshape(prod(h.shape[:-1]), h.shape[-1])
         out = self.device.empty((len(rows), lm_head.shape[0]), "float32")
         return self.product(rows, lm_head, out).reshape(*h.shape[:-1], out.shape[-1])
 
     def product(self, x, weight, out=None):
-        """x [m, i] weight'. Packed weights know how to multiply."""
+        """Return x [m, i] weight'. Packed weights know how to multiply."""
         if isinstance(weight, DeviceArray):
             return self.device.matmul(x, weight, out)
         return weight.matmul(x, out)

@@ -1,4 +1,4 @@
-"""What a machine may lack, each in a sentence."""
+"""Checks of the machine: each raises InputError, one sentence, for what is missing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROOM = 0.9  # of the free memory for weights; the rest is for states, and for wh
 
 
 def imported():
-    """CuPy."""
+    """Return the module cupy; InputError names the command that installs it."""
     try:
         import cupy
     except ModuleNotFoundError as error:
@@ -24,7 +24,7 @@ def imported():
 
 
 def check_driver(runtime) -> None:
-    """`runtime` is cupy.cuda.runtime; versions are 1000 major + 10 minor."""
+    """Raise InputError if the driver is too old for `runtime` (cupy.cuda.runtime; 13020 is CUDA 13.2)."""
     have, wanted = runtime.driverGetVersion(), runtime.runtimeGetVersion()
     if not have:
         raise InputError("the cuda backend needs an NVIDIA driver, and this machine has none")
@@ -40,7 +40,7 @@ def check_driver(runtime) -> None:
 
 
 def check_libraries(cupy) -> None:
-    """NVRTC and cuBLAS, which are not part of CuPy."""
+    """Raise InputError if NVRTC or cuBLAS, which are not part of CuPy, cannot be loaded."""
     try:
         cupy.cuda.cublas.CUBLAS_OP_T, cupy.cuda.nvrtc.getVersion()
     except (ImportError, RuntimeError, AttributeError):
@@ -48,6 +48,7 @@ def check_libraries(cupy) -> None:
 
 
 def check_capability(name: str, capability: str) -> None:
+    """Raise InputError if the device is older than sm_80."""
     if int(capability) < OLDEST:
         raise InputError(
             f"{name} is of architecture sm_{capability}, and the kernels need sm_{OLDEST} (Ampere) or newer"
@@ -55,7 +56,7 @@ def check_capability(name: str, capability: str) -> None:
 
 
 def find_index(name: str) -> int:
-    """cuda -> 0, cuda:N -> N"""
+    """Return N of "cuda:N", 0 for "cuda" and "auto"; InputError for other names."""
     kind, colon, index = name.partition(":")
     if name == "auto":
         return 0
@@ -65,7 +66,7 @@ def find_index(name: str) -> int:
 
 
 def check_room(cfg, dtype: str, device, share: float = 1.0) -> None:
-    """Whether this share of the weights fits; what fits instead."""
+    """Raise InputError if this share of the weights does not fit; it names what fits instead."""
     held, (free, _) = share * parameters(table(cfg)), device.memory
     if held * ITEMSIZE[dtype] <= ROOM * free:
         return
@@ -79,4 +80,5 @@ def check_room(cfg, dtype: str, device, share: float = 1.0) -> None:
 
 
 def gib(nbytes: int) -> str:
+    """Return bytes as text in GiB."""
     return f"{nbytes / 2**30:.2f} GiB"

@@ -32,7 +32,7 @@ class Scan(Verbs):
         ] = {}  # how often each block of a grid was called, by the size of the grid
 
     def calls(self, grid):
-        """The counters of random rounding, where there is any. They stay: captured graphs point to them."""
+        """Return the counters of random rounding, or None. They stay: captured graphs point to them."""
         if "STATE_F16" not in self.defines:
             return None
         blocks = math.prod(grid)
@@ -41,7 +41,7 @@ class Scan(Verbs):
         return self.counts[blocks]
 
     def run(self, file: str, grid, *args, held: int = 0):
-        """The kernel of a file that has one; a block holds so many tiles in shared memory.
+        """Launch the kernel of a file that has one; a block holds so many tiles in shared memory.
 
         Only two of them know the state as it is stored.
         """
@@ -68,7 +68,7 @@ class Scan(Verbs):
         return y, S
 
     def steps(self, x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit, y):
-        """The recurrence, for a few positions of each row."""
+        """Fill y and change S by the recurrence, for a few positions of each row."""
         (b, length, h, p), (g, state) = x.shape, B.shape[2:]
         grid = tiles(p, STEP_ROWS), h, b
         (x, x_stride), (dt, dt_stride), (B, B_stride), (C, C_stride) = map(positions, (x, dt, B, C))
@@ -95,7 +95,7 @@ class Scan(Verbs):
         )
 
     def chunks(self, x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit, y, first: int, last: int):
-        """Positions first .. last - 1 of each row, a chunk at a time and all chunks at once."""
+        """Fill y and change S for positions first .. last - 1 of each row, all chunks at once."""
         (b, length, h, p), (g, state) = x.shape, B.shape[2:]
         chunks, heads = tiles(last - first, CHUNK), h * tiles(p, TILE)
         step, high, low = (self.device.empty((b, h, chunks * CHUNK), "float32") for _ in range(3))
@@ -162,13 +162,13 @@ class Scan(Verbs):
 
 
 def chunks_at_once(x: tuple[int, ...], B: tuple[int, ...], size: int) -> int:
-    """How many chunks of x b l h p and B b l g n share the scratch; `size`: bytes of an activation."""
+    """Return how many chunks of x b l h p and B b l g n share the scratch; `size`: bytes of an activation."""
     (b, _, h, p), (g, n) = x, B[2:]
     states, steps, scores = h * p * n * (4 + size), 4 * (3 * CHUNK + 1) * h, 4 * g * PAIRS * TILE**2
     return max(1, SCRATCH // (b * (states + steps + scores)))
 
 
 def positions(x):
-    """x [b, l, ..] as a row for each position."""
+    """Return x [b, l, ..] as a row for each position."""
     b, length = x.shape[:2]
     return rows(x.reshape(b, length, math.prod(x.shape[2:])))

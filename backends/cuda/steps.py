@@ -48,8 +48,8 @@ class Steps:
         return self.device.to_host(found.logits), after
 
     def find(self, model, ids: np.ndarray, states: list) -> Step:
-        """The graph of this step, captured if it is a new one."""
-        key = id(model), *(place for state in states if state for place in places(state))
+        """Return the graph of this step, captured if it is a new one."""
+        key = id(model), len(ids), *(place for state in states if state for place in places(state))
         found = self.captured.pop(key, None)
         if found is None:
             while len(self.captured) >= KEPT:
@@ -59,18 +59,19 @@ class Steps:
         return found
 
     def capture(self, model, ids: DeviceArray, states: list) -> Step:
+        """Return a step whose launches are recorded as a graph."""
         result = []
         graph = self.device.capture(lambda: result.extend(step(model, ids, states)))
         return Step(graph, model, ids, result[0])
 
 
 def step(model, ids: DeviceArray, states: list):
-    """One more position of each row: logits b v, next states."""
+    """Return the logits b v of one more position of each row, and the next states."""
     h, states = model.blocks(model.embed(ids), states)
     logits = model.head(h)
     return logits.reshape(len(ids), logits.shape[-1]), states
 
 
 def places(state) -> list[tuple]:
-    """Where the arrays of a state lie, and how large they are."""
+    """Return where the arrays of a state lie, and how large they are."""
     return [(a.pointer, a.shape, a.dtype) for a in vars(state).values() if isinstance(a, DeviceArray)]

@@ -14,7 +14,7 @@ from refengine.spec.arrays import widen
 
 
 def place(group, values: list[np.ndarray], *, device, dtype: str):
-    """The placed form of a group of tensors, in `dtype` where they are matrices."""
+    """Return the placed form of a group of tensors, in `dtype` where they are matrices."""
     dtype = "float32" if group.rows[0].precision == "small" else dtype
     if group.name == "experts":
         return Stacked(stacked(values[::2], device, dtype), stacked(values[1::2], device, dtype))
@@ -24,7 +24,7 @@ def place(group, values: list[np.ndarray], *, device, dtype: str):
 
 
 def stacked(values: list[np.ndarray], device, dtype: str) -> DeviceArray:
-    """E matrices of one shape as one array; each goes to the device by itself."""
+    """Return E matrices of one shape as one array; each goes to the device by itself."""
     whole = device.empty((len(values), *values[0].shape), dtype)
     for i, value in enumerate(values):
         device.upload(whole[i], converted(value, dtype))
@@ -32,7 +32,7 @@ def stacked(values: list[np.ndarray], device, dtype: str) -> DeviceArray:
 
 
 def joined(values: list[np.ndarray], device, dtype: str) -> DeviceArray:
-    """Matrices one below the other."""
+    """Return matrices one below the other, as one."""
     whole = device.empty((sum(len(value) for value in values), *values[0].shape[1:]), dtype)
     first = 0
     for value in values:
@@ -42,7 +42,7 @@ def joined(values: list[np.ndarray], device, dtype: str) -> DeviceArray:
 
 
 def converted(value: np.ndarray, dtype: str) -> np.ndarray:
-    """The same numbers in `dtype`; rounded where that is narrower than the file's."""
+    """Return the same numbers in `dtype`; rounded where that is narrower than the file's."""
     if dtype == "float32":
         return widen(value, np.dtype(np.float32))
     return value.astype(DTYPES[dtype], copy=False)

@@ -48,7 +48,7 @@ def torch_backend(
     compute: str | None = None,
     compiled: bool = True,
 ) -> Backend:
-    """A backend with weights in `dtype` on `device`: cpu, cuda, cuda:N, or auto (cuda where there is one).
+    """Return a backend with weights in `dtype` on `device`: cpu, cuda, cuda:N, auto (cuda if there is one).
 
     threads        of the processor that products may use, in this process; None: as PyTorch is set
     deterministic  the same bits on every run (on CUDA: no atomic additions, no timing-dependent algorithms)
@@ -98,7 +98,7 @@ def torch_backend(
 
 
 def new_state(kind: str, cfg, batch: int, *, dtype, device) -> Recurrent | Cache | None:
-    """The state of a layer that has read nothing."""
+    """Return the state of a layer that has read nothing; None for a layer without one."""
     if kind == "M":
         return Recurrent.empty(cfg, batch, dtype, device)
     if kind == "*":
@@ -107,7 +107,7 @@ def new_state(kind: str, cfg, batch: int, *, dtype, device) -> Recurrent | Cache
 
 
 def find_device(name: str) -> torch.device:
-    """The device called `name`; InputError says why there is none."""
+    """Return the device called `name`; InputError if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")

@@ -17,7 +17,7 @@ from refengine.backends.pytorch.state import index, with_rows
 
 
 class Tip:
-    """Who appended to a buffer last. Only the state that stands there may append in place."""
+    """The last owner of a buffer. Only the state that owns it may append in place."""
 
     def __init__(self):
         self.owner = self
@@ -41,6 +41,7 @@ class Cache:
 
     @classmethod
     def empty(cls, cfg, batch: int, dtype, device) -> Cache:
+        """Return the cache of a layer that has read nothing."""
         k, v = (
             torch.empty(batch, cfg.num_key_value_heads, 0, cfg.head_dim, dtype=dtype, device=device)
             for _ in "kv"
@@ -48,7 +49,7 @@ class Cache:
         return cls(k, v, torch.zeros(batch, dtype=torch.long, device=device))
 
     def append(self, k, v, lengths=None) -> Cache:
-        """k, v: b l kv e"""
+        """Return the cache with k and v, b l kv e, appended; lengths[b] of the positions are real."""
         added = k.shape[1]
         cache = self.reserve(added)
         if self.even:
@@ -69,17 +70,17 @@ class Cache:
         return replace(cache, length=length, most=most, even=bool((length == most).all()), mark=mark)
 
     def reserve(self, added: int) -> Cache:
-        """The same, with room for more, in a buffer at whose tip it stands."""
+        """Return the same cache, with room for more, in a buffer at whose tip it stands."""
         free = self.most + added <= self.k.shape[2] and self.tip.owner is self.mark
         return self if free else self.copied(self.most + added)
 
     def advanced(self) -> Cache:
-        """After one more position of every row has been written."""
+        """Return the cache after one more position of every row has been written."""
         self.tip.owner = mark = object()
         return replace(self, length=self.length + 1, most=self.most + 1, mark=mark)
 
     def copied(self, room: int) -> Cache:
-        """A buffer of one's own with `room`, and half as much again so that appending stays cheap.
+        """Return a copy with `room`, and half as much again so that appending stays cheap.
 
         Zeros, because positions that a shorter row has not reached are read, and weighed with 0."""
         b, kv, _, e = self.k.shape
@@ -88,10 +89,12 @@ class Cache:
         return replace(self, k=k, v=v, tip=Tip())
 
     def take(self, rows) -> Cache:
+        """Return the caches of these rows."""
         rows = index(rows, self.k.device)
         return replace(self, k=self.k[rows], v=self.v[rows], length=self.length[rows], tip=Tip())
 
     def put(self, rows, other: Cache) -> Cache:
+        """Return a cache in which these rows are those of `other`."""
         most = max(self.most, other.most)
         mine, theirs = (c.copied(most) for c in (self, other))
         k, v = with_rows(mine.k, rows, theirs.k), with_rows(mine.v, rows, theirs.v)
@@ -100,11 +103,12 @@ class Cache:
         return Cache(k, v, length, most, even)
 
     def fork(self) -> Cache:
+        """Return a second state of this point; they share the buffer until both go on."""
         return replace(self)
 
 
 def attention(q, k, v, cache: Cache, lengths=None):
-    """y[i] = sum_{j <= i} softmax_j(q[i] . k[j] / sqrt(e)) v[j];  q b l h e, k and v b l kv e -> b l h e"""
+    """Return y b l h e and the next cache: y[i] = sum_{j <= i} softmax_j(q[i] . k[j] / sqrt(e)) v[j]."""
     b, l, h, e = q.shape
     kv = k.shape[2]
     before = cache
@@ -123,6 +127,6 @@ def attention(q, k, v, cache: Cache, lengths=None):
 
 
 def visible(before: Cache, l: int, t: int):
-    """b 1 l t bool: the positions up to each one's own."""
+    """Return b 1 l t bool: which positions each one sees, those up to its own."""
     position = before.length[:, None] + torch.arange(l, device=before.length.device)  # b l
     return (torch.arange(t, device=position.device) <= position[..., None])[:, None]

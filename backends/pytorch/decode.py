@@ -38,7 +38,7 @@ def with_loops(ops: Ops, built, active: torch.dtype) -> Ops:
 
 
 def short(x) -> bool:
-    """b l .. float32 of one position, its channels side by side."""
+    """Return whether x is b l .. float32 of one position, its channels side by side."""
     return x.dtype == torch.float32 and x.shape[1] == 1 and x.stride(-1) == 1 and not x.is_cuda
 
 
@@ -48,6 +48,7 @@ def address(lengths):
 
 
 def rms_norm(built, x, delta, weight, eps):
+    """Return norm(x + delta) weight, and x + delta; or None."""
     if not short(x) or not x.is_contiguous():
         return None
     delta = None if delta is None else delta.contiguous()
@@ -60,6 +61,7 @@ def rms_norm(built, x, delta, weight, eps):
 
 
 def causal_conv(built, x, weight, bias, tail, lengths=None):
+    """Return y b 1 c and the next tail; or None."""
     if not short(x) or not tail.is_contiguous() or weight.stride(0) != 1 or tail.dtype != x.dtype:
         return None
     b, _, c = x.shape
@@ -72,6 +74,7 @@ def causal_conv(built, x, weight, bias, tail, lengths=None):
 
 
 def ssd_scan(built, x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit, chunk):
+    """Return y b 1 h p and the next S; or None."""
     if not all(map(short, (x, dt, B, C))) or not S.is_contiguous():
         return None
     (b, _, h, p), (g, s) = x.shape, B.shape[2:]
@@ -87,6 +90,7 @@ def ssd_scan(built, x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit, chunk)
 
 
 def gated_rms_norm(built, y, z, weight, eps, groups):
+    """Return b 1 c; or None."""
     if not short(y) or not short(z):
         return None
     y, out = y.contiguous(), torch.empty_like(y)
@@ -98,6 +102,7 @@ def gated_rms_norm(built, y, z, weight, eps, groups):
 
 
 def route(built, hidden, gate, bias, cfg):
+    """Return the routing of one position of each row; or None."""
     if not short(hidden) or cfg.n_group > 1:
         return None
     logits, k = torch.nn.functional.linear(hidden, gate).contiguous(), cfg.num_experts_per_tok
@@ -110,6 +115,7 @@ def route(built, hidden, gate, bias, cfg):
 
 
 def attention(built, q, k, v, cache, lengths=None):
+    """Return y b 1 h e and the next cache; or None."""
     known = {torch.float32: built.attend_float32, torch.bfloat16: built.attend_bfloat16}
     (b, l, h, e), kv, attend = q.shape, k.shape[2], known.get(cache.k.dtype)
     if l > 1 or q.is_cuda or attend is None or not cache.k.is_contiguous():

@@ -17,7 +17,7 @@ from refengine.spec.moe import Routing
 
 
 def route(h, gate, bias, cfg) -> Routing:
-    """Choose `num_experts_per_tok` experts for each token; on a tie the lowest index wins."""
+    """Return `num_experts_per_tok` experts for each token; on a tie the lowest index wins."""
     s = torch.sigmoid(F.linear(h.float(), gate))  # b l E
     c = s + bias
     if cfg.n_group > 1:
@@ -30,12 +30,12 @@ def route(h, gate, bias, cfg) -> Routing:
 
 
 def largest(c, k: int):
-    """Indices of the k largest, best first; equal ones in order of index (topk promises no order)."""
+    """Return the indices of the k largest, best first; equal ones in order (topk promises no order)."""
     return torch.sort(c, dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 def only_best_groups(c, groups: int, keep: int):
-    """A group scores the sum of its two best experts; only the `keep` best groups stay in the choice."""
+    """Return c, -inf outside the `keep` best groups; a group scores the sum of its two best experts."""
     by_group = c.unflatten(-1, (groups, -1))
     best = largest(by_group.topk(2, dim=-1).values.sum(-1), keep)
     kept = torch.zeros(by_group.shape[:-1], dtype=torch.bool, device=c.device).scatter_(-1, best, True)
@@ -51,6 +51,7 @@ class Listed(NamedTuple):
 
     @classmethod
     def of(cls, up: list, down: list) -> Listed:
+        """Return the experts of these matrices; an address is 0 where a matrix is not contiguous."""
         where = (
             torch.tensor([m.data_ptr() if m.is_contiguous() else 0 for m in part]) for part in (up, down)
         )
@@ -58,6 +59,8 @@ class Listed(NamedTuple):
 
 
 class Stacked(NamedTuple):
+    """Experts as two arrays, for grouped products."""
+
     up: torch.Tensor  # E i x
     down: torch.Tensor  # E x i
 
@@ -84,11 +87,12 @@ class Experts:
         return y.to(u.dtype).view(u.shape)
 
     def few(self, tokens, experts: Listed, expert) -> bool:
-        """Whether the compiled loops serve these, being few for each expert."""
+        """Return whether the compiled loops serve these, being few for each expert."""
         few = len(expert) <= FEW * min(len(experts.matrices), len(expert))
         return few and self.products.loops(tokens, experts.matrices[0][0])
 
     def listed(self, tokens, experts: Listed, expert, weight, k):
+        """Return the weighted sum [tokens x] float32, by a loop over the experts that were hit."""
         matrices, count = experts.matrices, len(experts.matrices)
         order = expert.argsort(stable=True)
         token, weight, start = order // k, weight[order], 0
@@ -102,6 +106,7 @@ class Experts:
         return y
 
     def compiled(self, tokens, experts: Listed, expert, weight, k, first: int):
+        """Return the same from the compiled loops."""
         tokens, expert, weight = tokens.contiguous(), expert.contiguous(), weight.contiguous()
         (width, n), y = experts.matrices[0][0].shape, torch.empty_like(tokens)
         self.products.native.experts(
@@ -123,13 +128,13 @@ class Experts:
 
 
 def here(expert, first: int, count: int):
-    """Numbers within the experts first .. first + count - 1, and `count` for any other."""
+    """Return numbers within the experts first .. first + count - 1, and `count` for any other."""
     local = expert - first
     return local.masked_fill_((local < 0) | (local >= count), count)
 
 
 def grouped(tokens, matrices: Stacked, expert, weight, k):
-    """One grouped product for all experts; every sum in a fixed order, nothing asked of the device.
+    """Return the weighted sum by grouped products: sums in a fixed order, nothing asked of the device.
 
     Choices of an expert that is not here come last and belong to no group: their rows hold anything.
     """
@@ -144,7 +149,7 @@ def grouped(tokens, matrices: Stacked, expert, weight, k):
 
 
 def product(rows, stacked, ends):
-    """Rows ends[i-1] .. ends[i] times stacked[i]'."""
+    """Return rows ends[i-1] .. ends[i] times stacked[i]', for every i."""
     if hasattr(torch, "_grouped_mm") and rows.dtype == torch.bfloat16 and aligned(stacked):
         return torch._grouped_mm(rows, stacked.transpose(-1, -2), offs=ends)
     y, start = rows.new_empty(len(rows), stacked.shape[1]), 0
@@ -156,5 +161,5 @@ def product(rows, stacked, ends):
 
 
 def aligned(stacked) -> bool:
-    """Rows of both sides begin on 16 bytes, as the grouped kernel needs."""
+    """Return whether rows of both sides begin on 16 bytes, as the grouped kernel needs."""
     return all(size * stacked.element_size() % 16 == 0 for size in stacked.shape[1:])

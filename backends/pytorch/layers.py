@@ -17,7 +17,7 @@ def rms_norm(x, delta, weight, eps: float):
 
 
 def gated_rms_norm(y, z, weight, eps: float, groups: int, mean=None):
-    """Gate first, then a norm for each group of channels.
+    """Return y silu(z), normalised over each group of channels, times weight: b l c.
 
     Where this is only a part of a group, `mean` turns the mean of squares here, b l g 1, into the group's.
     """
@@ -31,7 +31,7 @@ def gated_rms_norm(y, z, weight, eps: float, groups: int, mean=None):
 
 
 def causal_conv(x, weight, bias, tail, lengths=None):
-    """silu(bias + sum_j w[j] x[t - k + 1 + j]), and the last k - 1 rows: b l c, b k-1 c"""
+    """Return silu(bias + sum_j w[j] x[t - k + 1 + j]) b l c, and the last k - 1 rows b k-1 c."""
     length, remembered = x.shape[1], tail.shape[1]
     window = torch.cat([tail, x], dim=1)  # b t+l c
     w = weight[:, 0]  # c k

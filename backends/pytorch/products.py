@@ -25,7 +25,7 @@ PIECE = 1 << 20  # values of a weight that are widened at a time: 4 MB
 
 
 def activations(weights: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of activations for weights of this dtype: the weights' own where the device has units for it.
+    """Return the dtype of activations for weights of this dtype: their own where the device has units for it.
 
     Not float16: the squares of relu^2 pass its largest number, 65504.
     """
@@ -37,13 +37,13 @@ def activations(weights: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def has_bfloat16_units() -> bool:
-    """Whether the processor multiplies bfloat16 matrices faster than float32 ones."""
+    """Return whether the processor multiplies bfloat16 matrices faster than float32 ones."""
     asked = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in asked)
 
 
 def relu2(x):
-    """max(x, 0)^2; overwrites x."""
+    """Return max(x, 0)^2; overwrites x."""
     x = torch.relu_(x)
     return x.mul_(x)
 
@@ -55,10 +55,11 @@ class Products:
         self.dtype, self.native, self.scratch = dtype, native, threading.local()
 
     def embed(self, ids, table):
+        """Return rows of the table, [.. d], in the activations' dtype."""
         return F.embedding(ids, table).to(self.dtype)
 
     def linear(self, x, weight):
-        """x [.. i], weight [o i] or a tuple of such, one below the other -> [.. o] in `self.dtype`"""
+        """Return x [.. i] times weight [o i], or a tuple of such one below the other: [.. o] in `dtype`."""
         x = x.to(self.dtype)
         if isinstance(weight, tuple):
             return torch.cat([self.linear(x, part) for part in weight], dim=-1)
@@ -70,22 +71,22 @@ class Products:
         return self.widened(x.reshape(rows, -1), weight).view(*x.shape[:-1], -1)
 
     def loops(self, x, weight) -> bool:
-        """Whether the compiled loops know these."""
+        """Return whether the compiled loops serve these."""
         known = x.dtype == torch.float32 and weight.dtype == torch.bfloat16 and not weight.is_cuda
         return known and self.native is not None and weight.is_contiguous()
 
     def few_rows(self, x, weight, rows: int):
-        """x [.. i] float32, weight [o i] bfloat16, in the compiled loops."""
+        """Return x [.. i] float32 times weight [o i] bfloat16, by the compiled loops."""
         (o, i), y = weight.shape, x.new_empty(*x.shape[:-1], len(weight))
         self.native.linear(weight.data_ptr(), o, i, x.data_ptr(), rows, y.data_ptr(), torch.get_num_threads())
         return y
 
     def few(self, x, weight):
-        """A product of few rows, in the order of operands that is faster for them."""
+        """Return a product of few rows, in the order of operands that is faster for them."""
         return (weight @ x.reshape(-1, x.shape[-1]).t()).t().reshape(*x.shape[:-1], -1)
 
     def widened(self, x, weight):
-        """x [r i] times a narrower weight [o i]."""
+        """Return x [r i] times a narrower weight [o i], a piece of it at a time."""
         wide, step = self.buffer(x, weight.shape[1]), max(1, PIECE // weight.shape[1])
         y = x.new_empty(len(x), len(weight))
         for start in range(0, len(weight), step):
@@ -95,7 +96,7 @@ class Products:
         return y
 
     def buffer(self, like, row: int):
-        """Room for a piece, each thread's own, kept between calls: fresh pages cost more than the product."""
+        """Return room for a piece, each thread's own, kept: fresh pages cost more than the product."""
         kept: dict[tuple, torch.Tensor] = vars(self.scratch).setdefault("kept", {})
         key, size = (like.device, like.dtype), max(PIECE, row)
         if key not in kept or kept[key].numel() < size:
@@ -103,11 +104,13 @@ class Products:
         return kept[key]
 
     def linear_pair(self, x, y, weight):
+        """Return the weight times x and y end to end."""
         return self.linear(torch.cat([x, y], dim=-1), weight)
 
     def mlp(self, h, up, down):
-        """relu(h up')^2 down'"""
+        """Return relu(h up')^2 down'."""
         return self.linear(relu2(self.linear(h, up)), down)
 
     def logits(self, h, lm_head):
+        """Return a number for each token, [.. v] float32."""
         return self.linear(h, lm_head).float()

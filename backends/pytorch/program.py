@@ -20,7 +20,7 @@ class Unknown(Exception):
 
 
 class Program(NamedTuple):
-    """What a step of one model needs."""
+    """The structures of one model, for its steps."""
 
     kinds: str
     whole: ctypes.Structure
@@ -28,7 +28,7 @@ class Program(NamedTuple):
 
 
 def compiled(model, alone: bool = True) -> Program | None:
-    """The program of a model, or None if the loops cannot serve it; of a rank of several, without the head.
+    """Return the program of a model, or None if the loops cannot serve it; of a rank, without the head.
 
     A rank has a part of every matrix, so widths are those of the tensors.
     """
@@ -51,24 +51,26 @@ def compiled(model, alone: bool = True) -> Program | None:
 
 
 def matrix(weight) -> int:
-    """The address of a bfloat16 matrix."""
+    """Return the address of a bfloat16 matrix; Unknown if it is not one."""
     if not isinstance(weight, torch.Tensor) or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
         raise Unknown
     return weight.data_ptr()
 
 
 def vector(weight) -> int:
-    """The address of a small weight, float32, in whatever order it is kept."""
+    """Return the address of a small weight, float32, in whatever order it is kept."""
     if weight.dtype != torch.float32:
         raise Unknown
     return weight.data_ptr()
 
 
 def norm(cfg, w) -> tuple:
+    """Return the fields of a layer's norm."""
     return vector(w["norm.weight"]), cfg.hidden_size, cfg.layer_norm_epsilon
 
 
 def mamba(cfg, w, m) -> ctypes.Structure:
+    """Return the structure of a Mamba layer."""
     low, high = cfg.time_step_limit
     if m["conv1d.weight"].stride(0) != 1:
         raise Unknown
@@ -89,6 +91,7 @@ def mamba(cfg, w, m) -> ctypes.Structure:
 
 
 def attention(cfg, w, m) -> ctypes.Structure:
+    """Return the structure of an attention layer."""
     qkv = m["qkv_proj"]
     parts = qkv if isinstance(qkv, tuple) else qkv.split(cfg.qkv_widths)
     return filled(
@@ -104,6 +107,7 @@ def attention(cfg, w, m) -> ctypes.Structure:
 
 
 def experts(cfg, w, m) -> ctypes.Structure:
+    """Return the structure of a layer of experts."""
     listed = m["experts"]
     if cfg.n_group > 1 or not isinstance(listed, Listed):
         raise Unknown
@@ -134,6 +138,7 @@ def experts(cfg, w, m) -> ctypes.Structure:
 
 
 def dense(cfg, w, m) -> ctypes.Structure:
+    """Return the structure of a dense layer."""
     up = m["up_proj.weight"]
     return filled("Dense", norm(cfg, w), matrix(up), matrix(m["down_proj.weight"]), len(up))
 

@@ -31,7 +31,7 @@ def ssd_scan(x, dt, A_log, B, C, D, dt_bias, S, lengths=None, dt_limit=(0.0, mat
 
 
 def one_position(x, dt, A, B, C, D, S, chunk):
-    """The recurrence: S <- exp(dt A) S + dt x B',  y = S C + D x."""
+    """Return y and S by the recurrence: S <- exp(dt A) S + dt x B',  y = S C + D x."""
     b, _, h, p = x.shape
     g, n = B.shape[2:]
     r = h // g * p  # rows of S that share B and C
@@ -44,7 +44,7 @@ def one_position(x, dt, A, B, C, D, S, chunk):
 
 
 def chunks(x, dt, A, B, C, D, S, chunk):
-    """Chunks of `chunk` positions; what is left over is padded with positions that do nothing (dt = 0)."""
+    """Return y and S by chunks; the rest is padded with positions that do nothing (dt = 0)."""
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
     r, q = h // g, min(chunk, l) if x.is_cuda else min(chunk, l, SPAN)
     pad = -l % q
@@ -64,7 +64,7 @@ def chunks(x, dt, A, B, C, D, S, chunk):
 
 
 def one_chunk(u, a, B, C, S, later):
-    """u b g r q p, a b g r q, B and C b g q n, S b g (r p) n -> y b q g r p, S"""
+    """Return y b q g r p and S, of u b g r q p, a b g r q, B and C b g q n, S b g (r p) n."""
     b, g, r, q, p = u.shape
     # WITHIN the chunk: attention-like, masked by causality and weighted by the decay
     L = (a[..., :, None] - a[..., None, :]).float().masked_fill_(~later, -math.inf).exp_()  # b g r i j

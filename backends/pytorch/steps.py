@@ -61,6 +61,7 @@ class Steps:
         return out.numpy(), list(map(written, program.kinds, states, before))
 
     def program(self, model) -> Program | None:
+        """Return the program of the model, or None; that of the latest model is kept."""
         if self.latest[0] is not model.weights:
             self.latest = model.weights, compiled(model, self.alone)
         return self.latest[1]
@@ -74,6 +75,7 @@ class Reduce:
         self.call = REDUCE(self.run)
 
     def run(self, kind: int) -> int:
+        """Return whether the sum of `delta` over ranks failed; called from the loops."""
         try:
             self.delta.copy_(self.all_reduce(self.delta, chr(kind)))
         except BaseException as failed:
@@ -81,14 +83,14 @@ class Reduce:
         return self.failed is not None
 
     def checked(self, verb, x):
-        """verb(x), if nothing was raised."""
+        """Return verb(x), or raise what was raised in the loops."""
         if self.failed:
             raise self.failed
         return verb(x)
 
 
 def writable(kind: str, state):
-    """What a layer remembers, in arrays that may be written, with room for a position."""
+    """Return a state in arrays that may be written, with room for a position."""
     if kind == "M":
         state = state.own()
         return state if state.tail.dtype == torch.float32 else replace(state, tail=state.tail.float())
@@ -96,14 +98,14 @@ def writable(kind: str, state):
 
 
 def written(kind: str, before, state):
-    """The state after the step, in the dtype that it had."""
+    """Return the state after the step, in the dtype that it had."""
     if kind == "M" and state.tail.dtype != before.tail.dtype:
         return replace(state, tail=state.tail.to(before.tail.dtype))
     return state.advanced() if kind == "*" else state
 
 
 def remembered(kinds: str, states: list) -> tuple[ctypes.Array, int | None]:
-    """Where the states lie, and the lengths [b], which are the same in every layer that has them."""
+    """Return the addresses of the states, and of the lengths [b], the same in every layer that has them."""
     places, length = (STRUCTURES["State"] * len(states))(), None
     for place, kind, state in zip(places, kinds, states, strict=True):
         if kind == "M":
@@ -116,6 +118,6 @@ def remembered(kinds: str, states: list) -> tuple[ctypes.Array, int | None]:
 
 
 def plain(model, ids, states: list):
-    """The step through the verbs."""
+    """Return the logits [b v] and next states of the step through the verbs."""
     h, states = model.blocks(model.embed(ids[:, None]), states)
     return model.backend.fetch(model.head(h))[:, 0], states

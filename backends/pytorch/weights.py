@@ -14,7 +14,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def tensor(a: np.ndarray) -> torch.Tensor:
-    """The same memory as a tensor. (A bfloat16 goes over as a 16-bit integer, which both libraries know.)"""
+    """Return the same memory as a tensor. (A bfloat16 goes over as a 16-bit integer, which both know.)"""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")  # weights are only read
         if a.dtype == BF16:
@@ -23,7 +23,7 @@ def tensor(a: np.ndarray) -> torch.Tensor:
 
 
 def place(group, values, *, dtype, device, resident: bool):
-    """A matrix; a tuple (q, k, v) or the matrix of all three; the experts, listed or stacked."""
+    """Return a matrix; a tuple (q, k, v) or the matrix of all three; the experts, listed or stacked."""
     small = group.rows[0].precision == "small"
     kept = None if not (resident or small) else torch.float32 if small else dtype
     placed = [tensor(np.ascontiguousarray(v)).to(device=device, dtype=kept) for v in values]
@@ -41,7 +41,7 @@ def place(group, values, *, dtype, device, resident: bool):
 
 
 def by_tap(weight):
-    """c 1 k, but with the channels of one tap side by side in memory, as the convolution reads them."""
+    """Return c 1 k with the channels of one tap side by side in memory, as the convolution reads them."""
     return weight.permute(2, 1, 0).contiguous().permute(2, 1, 0)
 
 
@@ -52,11 +52,13 @@ class Host:
         self.device = device
 
     def array(self, a):
+        """Return an array of the host, or a tensor, on the device."""
         if isinstance(a, torch.Tensor):
             return a.to(self.device)
         return tensor(np.array(a)).to(self.device)
 
     def fetch(self, a) -> np.ndarray:
+        """Return a tensor as an array on the host."""
         if not isinstance(a, torch.Tensor):
             return np.asarray(a)
         a = a.detach().cpu()
