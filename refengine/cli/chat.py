@@ -235,7 +235,7 @@ class Talk:
         if not path:
             raise InputError("/save needs the name of a file")
         try:
-            Path(path).expanduser().write_text(conversation_text(self.history), encoding="utf-8")
+            Path(path).expanduser().write_text(conversation_text(self.history, self.tools), encoding="utf-8")
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror}") from None
 

@@ -144,6 +144,7 @@ def is_object(line: str) -> bool:
         return False
 
 
-def conversation_text(messages: list[dict]) -> str:
-    """Return messages as the text of a file that `read_conversation` reads."""
-    return json.dumps(messages, ensure_ascii=False, indent=1) + "\n"
+def conversation_text(messages: list[dict], tools: list[dict] | None = None) -> str:
+    """Return messages, and tools if there are any, as the text of a file that `read_conversation` reads."""
+    value = {"messages": messages, "tools": tools} if tools else messages
+    return json.dumps(value, ensure_ascii=False, indent=1) + "\n"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import re
 import select
 import signal
@@ -14,6 +13,7 @@ import pytest
 from refengine.text.messages import read_conversation
 from tests.engine.test_cli import cli, fails, piped  # noqa: F401
 
+pty = pytest.importorskip("pty", reason="there are no terminals to open")
 TINY = ("-t", "0", "-n", "40")
 
 

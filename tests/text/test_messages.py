@@ -113,11 +113,9 @@ messages = st.fixed_dictionaries(
 @given(st.lists(messages, max_size=4))
 def test_what_is_written_is_read(some):
     some = normalised(some)
+    tools = [{"name": "f"}]
     assert read_conversation(conversation_text(some), "file") == (some, [])
-    assert read_conversation(json.dumps({"messages": some, "tools": [{"name": "f"}]}), "x") == (
-        some,
-        [{"name": "f"}],
-    )
+    assert read_conversation(conversation_text(some, tools), "file") == (some, tools)
     if some:
         lines = "\n".join(json.dumps(message) for message in some)
         assert read_conversation("\ufeff" + lines + "\n", "file") == (some, [])
