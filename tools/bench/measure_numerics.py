@@ -55,11 +55,12 @@ CONFIG = Config(
 
 
 def rounded(dtype):
-    """A function that rounds to `dtype` and comes back."""
+    """Return a function that rounds to `dtype` and comes back."""
     return lambda a: a.astype(dtype).astype(a.dtype)
 
 
 def exact(a):
+    """Return the array itself."""
     return a
 
 
@@ -67,10 +68,13 @@ BF16, F16 = rounded(ml_dtypes.bfloat16), rounded(np.float16)
 
 
 def error(a, b) -> float:
+    """Return rms(a - b) / rms(b)."""
     return float(np.sqrt(np.mean((a - b.astype(np.float64)) ** 2) / np.mean(b.astype(np.float64) ** 2)))
 
 
 def markdown(title: str, head: list[str], rows: list[list]) -> str:
+    """Return a titled table; a float is shown to two digits."""
+
     def show(cell):
         return f"{cell:.1e}" if isinstance(cell, float) else str(cell)
 
@@ -102,6 +106,7 @@ def dt_bias(rng, shape):
 
 
 def logits_by_length(length: int = 4096) -> str:
+    """Return the table of float32 logits by position, against float64."""
     rng = np.random.default_rng(1)
     weights = {row.name: random_tensor(row, rng) for row in table(CONFIG)}
     ids = rng.integers(0, CONFIG.vocab_size, (1, length))
@@ -144,11 +149,12 @@ def logits_by_length(length: int = 4096) -> str:
 
 
 def windows(length: int) -> list[slice]:
+    """Return the ranges of positions whose errors are shown."""
     return [slice(a, b) for a, b in ((0, 16), (16, 64), (64, 256), (256, 1024), (1024, length))]
 
 
 def scan_inputs(length: int, heads: int = 32):
-    """What a Mamba mixer of a fresh model gives to the scan, in float32."""
+    """Return the arguments of the scan in a fresh model, in float32."""
     rng = np.random.default_rng(2)
     x, B, C = (silu(rng.standard_normal((1, length, *s))) for s in ((heads, 16), (4, 32), (4, 32)))
     arrays = (
@@ -165,6 +171,7 @@ def scan_inputs(length: int, heads: int = 32):
 
 
 def chunks_and_cumsum(length: int = 4096) -> str:
+    """Return the table of the chunked scan, with sums of dt A in float64 and in float32."""
     inputs = scan_inputs(length)
     y, S = scan.ssd_scan(*(a.astype(np.float64) for a in inputs))
     rows = [["recurrence", "", *map(error, scan.ssd_scan(*inputs), (y, S))]]
@@ -194,6 +201,7 @@ def recurrence(inputs, round_A=exact, round_dt=exact, round_decay=exact, round_S
 
 
 def narrow_scan(length: int = 4096) -> str:
+    """Return the table of the scan with one quantity rounded to bfloat16 or float16."""
     inputs = scan_inputs(length)
     y, _, steps = recurrence(inputs)
     slow = np.argsort(-steps.mean(axis=0))[: steps.shape[1] // 4]  # dt A nearest to 0: the longest memory
@@ -223,6 +231,7 @@ def narrow_scan(length: int = 4096) -> str:
 
 
 def narrow_router(tokens: int = 2048) -> str:
+    """Return the table of tokens that get other experts when the router is rounded."""
     rows = []
     for name, d, E, k in (("Nano", 2688, 128, 6), ("Super", 4096, 512, 22), ("Ultra", 8192, 512, 22)):
         rng = np.random.default_rng(3)
@@ -249,6 +258,7 @@ def narrow_router(tokens: int = 2048) -> str:
 
 
 def sums(trials: int = 2000) -> str:
+    """Return the table of sums of products against `tolerance`."""
     rows = []
     for terms in (64, 1024, 16384):
         a, b = np.random.default_rng(4).standard_normal((2, trials, terms)).astype(np.float32)
@@ -264,6 +274,7 @@ def sums(trials: int = 2000) -> str:
 
 
 def main(write: bool) -> None:
+    """Print the tables, or write them into docs/numerics.md."""
     tables = "\n".join(f() for f in (logits_by_length, chunks_and_cumsum, narrow_scan, narrow_router, sums))
     print(tables)
     if write:

@@ -32,6 +32,7 @@ CONTEXTS = (64, 1024, 16384, 65536)
 
 
 def fastest(work, clock, times: int = 8) -> float:
+    """Return the shortest of several runs, in the clock's seconds."""
     taken = []
     for _ in range(times):
         began = clock()
@@ -134,6 +135,7 @@ def by_verb(model: Model, clock, work, times: int = 3) -> dict[str, float]:
 
 
 def main() -> None:
+    """Print the speed of products and of attention and, with a model, where its time goes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?")
     parser.add_argument("--threads", type=int, default=1)

@@ -29,15 +29,17 @@ class Work(NamedTuple):
 
     @property
     def bytes(self) -> float:
+        """Return all bytes of one call."""
         return self.held + self.passing
 
 
 def weight_bytes(rows: list[Tensor]) -> int:
+    """Return the bytes of these tensors on the device."""
     return sum(row.size * (FLOAT if row.precision == "small" else ACTIVATION) for row in rows)
 
 
 def state_bytes(cfg: Config) -> int:
-    """Of a sequence, whatever its length: S and the tails of the convolutions."""
+    """Return the bytes of S and the tails of one sequence, whatever its length."""
     S = cfg.mamba_inner * cfg.ssm_state_size * FLOAT
     return cfg.layers.count("M") * (S + cfg.conv_dim * (cfg.conv_kernel - 1) * ACTIVATION)
 
@@ -80,10 +82,11 @@ class Call(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        """Return the number of new positions."""
         return self.batch * self.length
 
     def rows(self, kind: str, *keys: str) -> list[Tensor]:
-        """The tensors of such a layer whose key begins so."""
+        """Return the tensors of such a layer whose key begins so."""
         keys = tuple(("mixer." if kind else "") + key for key in keys)
         return [row for row in examples(self.cfg)[kind] if row.key.startswith(keys)]
 

@@ -48,6 +48,7 @@ class Use(NamedTuple):
 
 
 def nvrtc_version() -> str:
+    """Return the version of NVRTC; InputError names what is not installed."""
     try:
         version("cuda-core"), version("cuda-bindings")
         return version("nvidia-cuda-nvrtc")

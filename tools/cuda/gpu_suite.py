@@ -130,6 +130,7 @@ def facts() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the suite on this machine's GPU, print its table, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="what is measured: a directory, or tiny")
     parser.add_argument("--minutes", type=float, default=10, help="all checks together end after these")

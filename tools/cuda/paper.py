@@ -56,7 +56,7 @@ class Launch(NamedTuple):
 
 
 class PaperDevice(Device):
-    """Any sizes, no values."""
+    """A device without memory: arrays of any size, no values; it notes what is launched."""
 
     name, arch = "paper", "sm_90"
     shared_limit = 227 << 10
@@ -66,13 +66,17 @@ class PaperDevice(Device):
         self.launched: list[Launch] = []
 
     def allocate(self, nbytes: int):
+        """Return memory at address 0."""
         return SimpleNamespace(ptr=0)
 
-    def clear(self, x: DeviceArray) -> None: ...
+    def clear(self, x: DeviceArray) -> None:
+        """Do nothing: there are no values."""
 
-    def upload(self, x: DeviceArray, values) -> None: ...
+    def upload(self, x: DeviceArray, values) -> None:
+        """Do nothing: there are no values."""
 
     def run(self, file, kernel_name, grid, block, args, shared_bytes, defines) -> None:
+        """Note the launch, and the bytes of its arrays."""
         build = next(build for build, given in BUILDS.items() if given == defines)
         parameters = kernel.signatures(self.kernels / f"{file}.cu")[kernel_name]
         arrays = [(a, p.name) for a, p in zip(args, parameters, strict=True) if isinstance(a, DeviceArray)]
@@ -80,6 +84,7 @@ class PaperDevice(Device):
         self.launched.append(Launch(file, kernel_name, Block(prod(block), shared_bytes), build, moved))
 
     def matmul(self, x: DeviceArray, weight: DeviceArray, out: DeviceArray | None = None) -> DeviceArray:
+        """Note a product by cuBLAS, and return its empty result."""
         if x.shape[1] != weight.shape[1]:
             raise ValueError(f"{x} times {weight}")
         out = self.empty((x.shape[0], weight.shape[0]), x.dtype) if out is None else out

@@ -45,6 +45,8 @@ def lines(found: list[Use], blocks: Blocks) -> list[str]:
 
 
 def cells(row: list[Use], block: Block | None) -> list[str]:
+    """Return the cells of one kernel and build, over all architectures."""
+
     def on_each(name):
         values = [str(getattr(use, name)) for use in row]
         return values[0] if len(set(values)) == 1 else " / ".join(values)
@@ -56,6 +58,7 @@ def cells(row: list[Use], block: Block | None) -> list[str]:
 
 
 def page(found: list[Use], blocks: Blocks) -> str:
+    """Return the text of docs/cuda_resources.md."""
     head = HEAD.format(version=nvrtc_version(), archs=" / ".join(SHARED))
     return head + "".join(f"{line}\n" for line in lines(found, blocks))
 
@@ -98,6 +101,7 @@ def faults(text: str, cache: Path | None = None) -> list[str]:
 
 
 def main(arguments=None) -> int:
+    """Print, write or check the page, and return the exit status."""
     parser = argparse.ArgumentParser("python -m tools.cuda.resources", description=__doc__.split("\n")[0])
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--write", action="store_true", help="write docs/cuda_resources.md")

@@ -50,14 +50,15 @@ class Device(NamedTuple):
     mma: float
 
     def limit(self, item: Work) -> float:
-        """Seconds of one call that no kernel can beat."""
+        """Return the seconds of one call that no kernel can beat."""
         return max(item.bytes / self.bandwidth, item.flops / self.peak(item))
 
     def peak(self, item: Work) -> float:
+        """Return the operations a second of the item's unit."""
         return self.float32 if item.unit == "float32" else self.bf16
 
     def expected(self, item: Work) -> float:
-        """Seconds of one call under the assumptions."""
+        """Return the seconds of one call under the assumptions."""
         reachable = self.peak(item) * SHARES[item.unit] * (self.mma if item.unit == "mma" else 1)
         working = max(item.bytes / (self.bandwidth * MEMORY_SHARE), item.flops / reachable)
         return item.launches * GAP + working
@@ -78,6 +79,8 @@ class Total(NamedTuple):
 
 
 def total(device: Device, items: list[Work]) -> Total:
+    """Return the seconds of all items on one device."""
+
     def summed(of):
         return sum(item.calls * of(item) for item in items)
 
@@ -86,11 +89,12 @@ def total(device: Device, items: list[Work]) -> Total:
 
 
 def needed(cfg: Config, batch: int, context: int) -> float:
-    """Bytes of memory: all weights, and what `batch` sequences remember."""
+    """Return the bytes of memory: all weights, and the states of `batch` sequences."""
     return parameters(trunk(cfg)) * ACTIVATION + batch * (state_bytes(cfg) + context * cache_bytes(cfg))
 
 
 def decode_table(cfg: Config, batches=(1, 8, 64), contexts=(4096, 262144)) -> str:
+    """Return the table of decoding, in tokens a second."""
     rows = []
     for context in contexts:
         for batch in batches:
@@ -115,6 +119,7 @@ def decode_table(cfg: Config, batches=(1, 8, 64), contexts=(4096, 262144)) -> st
 
 
 def prefill_table(cfg: Config, lengths=(512, 4096, 32768)) -> str:
+    """Return the table of reading a prompt, in tokens a second."""
     rows = []
     for length in lengths:
         items = work(cfg, 1, length, 0)
@@ -151,6 +156,7 @@ def number(x: float) -> str:
 
 
 def markdown(head: list[str], rows: list[list]) -> str:
+    """Return a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
@@ -183,6 +189,7 @@ def tables(cfg: Config = CONFIGS["nano"]) -> str:
 
 
 def main(arguments=None) -> int:
+    """Print the tables, or write them into docs/cuda.md."""
     parser = argparse.ArgumentParser("python -m tools.cuda.roofline", description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="put the tables into docs/cuda.md")
     if parser.parse_args(arguments).write:

@@ -19,6 +19,7 @@ from tools.cuda.call import ACTIVATION, FLOAT, Call, Work, chosen, weight_bytes
 
 
 def work(cfg: Config, batch: int, length: int, context: int) -> list[Work]:
+    """Return the work of one call, an item for each kernel, in order."""
     call = Call(cfg, batch, length, context)
     layers = {"M": mamba, "*": attention, "E": experts, "-": mlp}
     parts = [item for kind in dict.fromkeys(cfg.layers) for item in layers[kind](call)]
@@ -26,7 +27,7 @@ def work(cfg: Config, batch: int, length: int, context: int) -> list[Work]:
 
 
 def outer(call: Call, first: bool):
-    """Embedding and norms; then the head, for the last position of each sequence."""
+    """Yield embedding and norms; then the head, for the last position of each sequence."""
     c, d = call.cfg, call.cfg.hidden_size
     row = call.tokens * d * ACTIVATION
     if first:
@@ -50,6 +51,7 @@ def outer(call: Call, first: bool):
 
 
 def mamba(call: Call):
+    """Yield the work of a Mamba layer."""
     c, t = call.cfg, call.tokens
     width, taps = call.cfg.conv_dim, call.cfg.conv_kernel
     yield call.matrix("in_proj", "M", "in_proj")
@@ -83,6 +85,7 @@ def scan_sizes(call: Call):
 
 
 def scan_step(call: Call):
+    """Yield the recurrence of one position."""
     S, x, B, dt, small = scan_sizes(call)
     yield call.one(
         "M",
@@ -117,6 +120,7 @@ def scan_chunks(call: Call):
 
 
 def attention(call: Call):
+    """Yield the work of an attention layer."""
     c, t = call.cfg, call.tokens
     q, k, v = (t * width * ACTIVATION for width in c.qkv_widths)
     known = call.batch * (call.context + call.length) * sum(c.qkv_widths[1:]) * ACTIVATION
@@ -139,6 +143,7 @@ def attention(call: Call):
 
 
 def experts(call: Call):
+    """Yield the work of a layer of experts."""
     c, t = call.cfg, call.tokens
     d, x, i, k = c.hidden_size, c.expert_width, c.moe_intermediate_size, c.num_experts_per_tok
     scores = t * c.n_routed_experts * FLOAT
@@ -173,6 +178,7 @@ def experts(call: Call):
 
 
 def mlp(call: Call, kind: str = "-", prefix: str = ""):
+    """Yield the work of a dense layer, or of the shared expert."""
     up = call.matrix("shared up" if prefix else "up", kind, prefix + "up_proj")
     yield up
     inner = call.tokens * call.rows(kind, prefix + "up_proj")[0].shape[0]
