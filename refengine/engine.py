@@ -21,12 +21,12 @@ from functools import cached_property
 
 import numpy as np
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
 from refengine import backend as backends
 from refengine.checkpoint import Checkpoint
 from refengine.generation import End, Options, Token
 from refengine.loop import SLOTS, Batch, Loop
+from refengine.progress import progress
 from refengine.runner import LocalRunner, Runner, Scores
 from refengine.spec.config import Config, InputError
 from refengine.spec.model import Model
@@ -271,11 +271,6 @@ def _events(batch: Batch) -> Generator[Token | End, None, None]:
             yield event
     finally:
         batch.close()
-
-
-def progress(what: str, total: int, unit: str, silent: bool = False) -> tqdm:
-    """Return a bar on stderr for work that takes more than a second; it is silent without a terminal."""
-    return tqdm(total=total, desc=what, unit=unit, disable=silent or None, delay=1, leave=False)
 
 
 def _kind(value) -> str:

@@ -12,9 +12,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from refengine.generation import Draw, End, Options, Text, Token
 from refengine.machine import peak_memory
+from refengine.progress import progress
 from refengine.runner import PREFILL, How, Part, Runner, chunk_length
 from refengine.spec.config import InputError
 from refengine.text.tokenizer import Tokenizer
@@ -63,6 +65,7 @@ class Loop:
     queue: deque[Sequence] = field(default_factory=deque)
     active: dict[int, Sequence] = field(default_factory=dict)  # by slot
     passed_over: int = 0
+    bar: Any = None  # shows how far the prompts have been read
 
     def __post_init__(self):
         self.lock = threading.Lock()  # not reentrant: a turn must not be entered from a destructor within it
@@ -111,7 +114,11 @@ class Loop:
                 sequences = [self.active[part.slot] for part in parts]
                 for sequence, part in zip(sequences, parts, strict=True):
                     sequence.read += len(part.ids)
+                self.bar = self.bar or progress("prompt", len(parts[0].ids) + sequences[0].left, "token")
                 self.deliver(sequences, self.runner.read(parts))
+                self.bar.update(sum(len(part.ids) for part in parts))
+                if not any(sequence.left for sequence in self.active.values()):
+                    self.bar = self.bar.close()
             ready = [sequence for sequence in self.active.values() if not sequence.left]
             if ready:
                 slots, ids = [s.slot for s in ready], [s.latest for s in ready]

@@ -16,6 +16,7 @@ import numpy as np
 from refengine.anatomy import state_bytes
 from refengine.generation import Draw, Drawing
 from refengine.machine import available_memory, peak_memory
+from refengine.progress import progress
 from refengine.spec import mtp, state
 from refengine.spec.config import Config, InputError
 from refengine.spec.model import Model
@@ -185,6 +186,8 @@ def _joined(parts: list[tuple[list[int], list]]) -> tuple[list[int], list]:
 class LocalRunner:
     """A Runner in this process, over a model that is whole."""
 
+    silent = False  # whether progress bars are left out
+
     def __init__(self, model: Model):
         self.model = model
         self.closed = False
@@ -283,9 +286,11 @@ class LocalRunner:
     def hidden(self, ids: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """Read one sequence from its beginning: (start, h [1 l d]) of each call."""
         states, step = self.new_states(1), chunk_length(self.config)
-        for start in range(0, len(ids), step):
-            h, states = self.blocks(np.array([ids[start : start + step]]), states)
-            yield start, h
+        with progress("text", len(ids), "token", self.silent) as bar:
+            for start in range(0, len(ids), step):
+                h, states = self.blocks(np.array([ids[start : start + step]]), states)
+                yield start, h
+                bar.update(h.shape[1])
 
     def fill(self, slots: list[int], context: int) -> None:
         """Put noise into these slots as if each had read `context` tokens; for measurements."""

@@ -45,7 +45,10 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(raw: bytes, what: str) -> Any:
-    """The value that `raw` spells; `what` names it in a sentence. An object may not have a key twice."""
+    """Return the value that JSON text spells; a byte-order mark is skipped.
+
+    what: names it in a sentence. Raises InputError, also for an object that has a key twice.
+    """
 
     def unique(pairs):
         value = dict(pairs)
@@ -56,7 +59,7 @@ def parse_json(raw: bytes, what: str) -> Any:
         return value
 
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
     except InputError:
         raise
     except UnicodeDecodeError as error:

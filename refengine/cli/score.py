@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 
@@ -28,8 +27,8 @@ def score(file, tokens, as_json, **how):
     if not text:
         raise InputError(f"{options.named(file)} is empty")
     engine = options.load(**how)
-    with progress_of_reading(engine):
-        scores = engine.score(text)
+
+    scores = engine.score(text)
     if not scores.trunk:
         name = options.named(file)
         raise InputError(f"{name} is a single token; there is nothing before it to judge it by")
@@ -48,26 +47,6 @@ def score(file, tokens, as_json, **how):
             if name in result:
                 click.echo(f"{who}: {sentence(result[name])}")
     engine.close()
-
-
-@contextlib.contextmanager
-def progress_of_reading(engine):
-    """Show a bar on a terminal while the engine reads a text that takes more than a second."""
-    from refengine.engine import progress
-
-    runner, hidden = engine.runner, engine.runner.hidden
-
-    def watched(ids):
-        with progress("score", len(ids), "token") as bar:
-            for start, h in hidden(ids):
-                yield start, h
-                bar.update(h.shape[1])
-
-    runner.hidden = watched
-    try:
-        yield
-    finally:
-        del runner.hidden
 
 
 def say_tokens(engine, scores) -> None:

@@ -16,9 +16,10 @@ import numpy as np
 
 from refengine import backend as backends
 from refengine.checkpoint import Checkpoint
-from refengine.engine import Engine, limit_threads, progress
+from refengine.engine import Engine, limit_threads
 from refengine.loop import SLOTS
 from refengine.machine import processors
+from refengine.progress import progress
 from refengine.ranks.comm import TIMEOUT, Ranks
 from refengine.ranks.comm.connect import connect
 from refengine.ranks.launcher import Launch, launched

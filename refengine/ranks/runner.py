@@ -35,6 +35,7 @@ class RankRunner(LocalRunner):
     def __init__(self, model: Model, whole: Config, comm: Ranks, shard: Shard, plain: Backend):
         super().__init__(model)
         self.whole, self.comm, self.shard, self.plain = whole, comm, shard, plain
+        self.silent = comm.rank > 0
         self.homes: dict[int, int | None] = {}  # the rank of ep that has a slot's states; None: all of them
         self.seats = Seats(((),))
         self.dropped: list[int] = []

@@ -1,6 +1,6 @@
 """What is written is what is read, in every layout that means the same, without copying and in no time."""
 
-import time
+import sys
 import tracemalloc
 
 import numpy as np
@@ -109,18 +109,25 @@ def test_a_tensor_at_an_odd_offset_is_read_right(tmp_path):
         assert np.array_equal(value, expected(row, cfg, dtype="F32"))
 
 
-@pytest.mark.parametrize(
-    ("name", "shards", "tensors", "seconds"), [("nano", 13, 6243, 0.5), ("ultra", 100, 51023, 4.0)]
-)
-def test_opening_takes_no_time(name, shards, tensors, seconds, tmp_path, record_property):
+@pytest.mark.parametrize(("name", "shards", "tensors"), [("nano", 13, 6243), ("ultra", 100, 51023)])
+def test_opening_takes_a_few_calls_a_tensor(name, shards, tensors, tmp_path, record_property):
+    """Calls are counted, not seconds: they are the same on a loaded machine."""
     write_sparse(tmp_path, releases.CONFIGS[name], shards=shards)
-    began = time.process_time()
-    checkpoint = Checkpoint.open(tmp_path)
-    took = time.process_time() - began
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        checkpoint = Checkpoint.open(tmp_path)
+    finally:
+        sys.setprofile(None)
     assert len(checkpoint.stored) == tensors and len(checkpoint.files) == shards
     assert not checkpoint.read("backbone.layers.0.mixer.A_log").any()
-    assert took < seconds
-    record_property(f"worst time to open {name}, {tensors} tensors, in seconds", took)
+    record_property(f"worst calls a tensor to open {name}", calls / tensors)
+    assert calls < 200 * tensors
 
 
 def test_opening_takes_no_memory(tmp_path):

@@ -13,6 +13,11 @@ pytestmark = pytest.mark.slow
 TIMEOUT = 6  # seconds: importing torch takes some
 
 
+def thorough(*values):
+    """Return a case of the thorough tier: each takes half a minute."""
+    return pytest.param(*values, marks=pytest.mark.thorough)
+
+
 @pytest.fixture(scope="module")
 def job():
     args = ["generate", "Once upon a time", "-n", 30, "-t", 0, "--timeout", TIMEOUT]
@@ -23,15 +28,15 @@ def job():
     "rank, when, what, says",
     [
         (1, "load", "vanish", "connection to rank 1 is lost"),
-        (0, "all_reduce", "vanish", "rank 0 is lost"),
-        (1, "decode", "vanish", "connection to rank 1 is lost"),
-        (0, "broadcast", "vanish", "rank 0 is lost"),
-        (1, "start", "stop", "the 2 ranks did not meet at"),
+        thorough(0, "all_reduce", "vanish", "rank 0 is lost"),
+        thorough(1, "decode", "vanish", "connection to rank 1 is lost"),
+        thorough(0, "broadcast", "vanish", "rank 0 is lost"),
+        thorough(1, "start", "stop", "the 2 ranks did not meet at"),
         (1, "decode", "stop", "rank 1 did not answer within 6 s"),
         (1, "load", "MemoryError", "rank 1 stopped: there is not enough memory"),
         (0, "draws", "nan", "rank 0 stopped: the logits hold NaN"),
-        (1, "is", "0.0.9", r"another version of refengine than .*0\.0\.9"),
-        (1, "says", "--dtype=float64", "another dtype than .*float64"),
+        thorough(1, "is", "0.0.9", r"another version of refengine than .*0\.0\.9"),
+        thorough(1, "says", "--dtype=float64", "another dtype than .*float64"),
         (1, "lacks", "torch", "ended by the launcher"),
     ],
 )
@@ -39,11 +44,13 @@ def test_the_other_rank_says_why(job, rank, when, what, says):
     ended_badly(job(rank, when, what), {1 - rank}, says)
 
 
+@pytest.mark.thorough
 def test_a_rank_may_load_for_longer_than_the_timeout(job):
     done = job(1, "load", "dawdle")
     assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > TIMEOUT
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("layout, rank, when", [("--tp=2", 1, "prefill"), ("--pp=2", 0, "decode")])
 def test_a_rank_may_compute_for_longer_than_the_timeout(job, layout, rank, when):
     done = job(rank, when, "dawdle", layout=layout)
@@ -51,6 +58,7 @@ def test_a_rank_may_compute_for_longer_than_the_timeout(job, layout, rank, when)
     assert done.out == alone("generate", "Once upon a time", "-n", 30, "-t", 0)
 
 
+@pytest.mark.thorough
 def test_the_other_rank_says_why_from_within_a_compiled_step():
     how = ["--backend", "torch", "--dtype", "bfloat16", "--tp", 2, "--timeout", TIMEOUT]
     job = torchrun(2, "generate", "Once upon a time", "-n", 30, *how, fault=(0, "all_reduce", "vanish"))
@@ -76,7 +84,7 @@ def test_a_missing_library_and_a_wrong_command_are_explained_by_every_rank_and_b
     assert done.err.count("No such option") == 1
 
 
-def test_whoever_reads_the_output_may_leave():
+def test_a_reader_of_the_output_may_leave():
     command = [*by_torchrun(2), "-m", "refengine", "generate", "Once", "-n", 9000, "--ignore-eos", "--tp", 2]
     process = start(command)
     assert process.stdout.read(1)

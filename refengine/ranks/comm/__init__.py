@@ -106,7 +106,7 @@ class Ranks:
             shape[axis] = width
             parts[peer] = x if peer == self.rank else empty(tuple(shape), x)
         self._exchange(dict.fromkeys(parts, x), parts)
-        return joined([parts[peer] for peer in peers], axis)
+        return concatenated([parts[peer] for peer in peers], axis)
 
     def reduce_scatter(self, x, peers, sizes):
         """Return this rank's rows of the sum of `x` over the peers; sizes[i]: number of rows of peers[i]."""
@@ -228,7 +228,7 @@ def size(x) -> int:
     return x.size if isinstance(x, np.ndarray) else x.numel()
 
 
-def joined(parts: list, axis: int):
+def concatenated(parts: list, axis: int):
     """Return the arrays concatenated along `axis`."""
     if isinstance(parts[0], np.ndarray):
         return np.concatenate(parts, axis)

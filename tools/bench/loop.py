@@ -1,0 +1,187 @@
+"""Measure the loop: many prompts of very different lengths through few slots.
+
+    python -m tools.bench.loop MODEL [--slots 8,32] [--prompts 200] [--backend torch --dtype bfloat16]
+    python -m tools.bench.loop tiny --trace      who is in which slot, turn by turn, for 20 prompts
+
+Prints for each number of slots: the share of slots that are busy until the last prompt has begun; the time of
+all over the sum of the calls it made, each at the time that the benchmark measures for its size; the time of
+fixed batches over that of the loop; and the loop's own cost, without the model, drawing and text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+from statistics import mean
+
+import numpy as np
+
+import refengine
+from refengine import bench
+from refengine.generation import Text
+from refengine.loop import Loop
+from refengine.runner import How, Part
+from refengine.spec.sample import Sampling
+
+
+def requests(engine, count: int, most: int, longest: int) -> list[tuple[list[int], dict]]:
+    """Return prompts of 5 to `longest` random tokens, each with 8 to `most` new tokens to write."""
+    rng = np.random.default_rng(0)
+    lengths = np.exp(rng.uniform(np.log(5), np.log(longest), count)).astype(int)
+    ids = [rng.integers(20, engine.config.vocab_size, n).tolist() for n in lengths]
+    new = rng.integers(8, most + 1, count)
+    return [
+        (p, {"max_tokens": int(n), "ignore_eos": True, "temperature": 0})
+        for p, n in zip(ids, new, strict=True)
+    ]
+
+
+class Watched:
+    """A runner whose calls are counted by kind and size, and timed."""
+
+    def __init__(self, runner):
+        self.runner, self.seconds, self.calls = runner, 0.0, Counter()
+
+    def __getattr__(self, name):
+        return getattr(self.runner, name)
+
+    def read(self, parts):
+        """Read parts; see Runner."""
+        self.calls["read", len(parts), max(len(part.ids) for part in parts)] += 1
+        return self.timed(self.runner.read, parts)
+
+    def step(self, slots, ids, draw=True):
+        """Step; see Runner."""
+        self.calls["step", len(slots), 1] += 1
+        return self.timed(self.runner.step, slots, ids, draw)
+
+    def timed(self, call, *args):
+        """Return what the call returns, and add its seconds."""
+        began = time.perf_counter()
+        result = call(*args)
+        self.seconds += time.perf_counter() - began
+        return result
+
+
+def through(engine, work: list, slots: int) -> dict:
+    """Return what one run of all requests measured."""
+    watched, busy, texts = Watched(engine.runner), [], [0.0]
+    loop = Loop(watched, lambda: engine.tokenizer, size=slots)
+    begun: set[int] = set()
+
+    def seen(active: dict) -> None:
+        begun.update(sequence.index for sequence in active.values())
+        if len(begun) < len(work):
+            busy.append(len(active) / slots)
+
+    loop.trace, take = seen, Text.take
+
+    def timed(self, draw):
+        began = time.perf_counter()
+        result = take(self, draw)
+        texts[0] += time.perf_counter() - began
+        return result
+
+    Text.take = timed
+    other = engine.loop
+    engine.__dict__["loop"] = loop
+    began = time.perf_counter()
+    for _ in engine.generate_batch(iter(work)):
+        pass
+    took = time.perf_counter() - began
+    engine.__dict__["loop"], Text.take = other, take
+    steps = sum(n for (kind, _, _), n in watched.calls.items() if kind == "step")
+    sequences = sum(size * n for (kind, size, _), n in watched.calls.items() if kind == "step")
+    own = took - watched.seconds - texts[0]
+    return {
+        "seconds": took, "busy": mean(busy) if busy else 1.0, "calls": watched.calls, "own": own,
+        "steps": steps, "rows": sequences,
+    }  # fmt: skip
+
+
+def in_batches(engine, work: list, slots: int) -> float:
+    """Return the seconds of the same requests in fixed batches, alike in length, each until its last ends."""
+    order = sorted(range(len(work)), key=lambda i: len(work[i][0]))
+    began = time.perf_counter()
+    for start in range(0, len(order), slots):
+        for _ in engine.generate_batch(iter([work[i] for i in order[start : start + slots]])):
+            pass
+    return time.perf_counter() - began
+
+
+def expected(engine, calls: Counter, context: int) -> float:
+    """Return the seconds that these calls add up to by the benchmark's measure of each size."""
+    runner, total, rng = engine.runner, 0.0, np.random.default_rng(1)
+    known: dict = {}
+    for (kind, size, width), n in calls.items():
+        if kind == "step":
+            known[kind, size] = known.get((kind, size)) or bench.decode_seconds(runner, size, context, 8)
+            total += n * known[kind, size]
+            continue
+        width = min(512, -(-width // 16) * 16) if width > 16 else width
+        if (kind, size, width) not in known:
+            rows = rng.integers(20, runner.config.vocab_size, (size, width)).tolist()
+
+            def read(rows: list = rows) -> None:
+                runner.read([Part(i, row, How(Sampling(temperature=0)), True) for i, row in enumerate(rows)])
+                runner.drop(list(range(len(rows))))
+
+            known[kind, size, width] = bench.seconds(read, 3)
+        total += n * known[kind, size, width]
+    return total
+
+
+def trace(engine) -> None:
+    """Print who is in which slot: a row a slot, a column a turn, a letter a prompt; capitals are reading."""
+    work, columns = requests(engine, 20, 24, 900), []
+    loop = Loop(engine.runner, lambda: engine.tokenizer, size=4)
+
+    def seen(active: dict) -> None:
+        columns.append({slot: (s.index, bool(s.left) or s.text.drawn <= 1) for slot, s in active.items()})
+
+    loop.trace = seen
+    engine.__dict__["loop"] = loop
+    for _ in engine.generate_batch(iter(work)):
+        pass
+    for slot in range(4):
+        letters = [column.get(slot) for column in columns]
+        print("".join(" " if c is None else chr((65 if c[1] else 97) + c[0]) for c in letters).rstrip())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default="tiny")
+    parser.add_argument("--slots", default="8,32")
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--new", type=int, default=200, help="new tokens, at most")
+    parser.add_argument("--backend", default="numpy")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--trace", action="store_true")
+    arguments = parser.parse_args()
+    how = {"backend": arguments.backend, "dtype": arguments.dtype, "threads": arguments.threads}
+    engine = refengine.load(arguments.model, **how)
+    if arguments.trace:
+        return trace(engine)
+    work = requests(engine, arguments.prompts, arguments.new, 500)
+    print(
+        "| slots | busy | s | over its calls | fixed batches over it | own ms a step | of it ms a sequence |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for slots in map(int, arguments.slots.split(",")):
+        engine.batch = slots
+        engine.__dict__.pop("loop", None)
+        found = through(engine, work, slots)
+        fixed = in_batches(engine, work, slots)
+        need = expected(engine, found["calls"], 150)
+        print(
+            f"| {slots} | {found['busy']:.3f} | {found['seconds']:.1f} | {found['seconds'] / need:.2f} | "
+            f"{fixed / found['seconds']:.2f} | {1e3 * found['own'] / found['steps']:.3f} | "
+            f"{1e3 * found['own'] / found['rows']:.4f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
