@@ -191,7 +191,7 @@ class Engine:
                     seed = {"seed": chosen.seed} if own.get("seed") is None else {}
                     chosen = Options.of({**shared, **own, **seed}, self.tokenizer.generation)
                 yield self.ids(prompt, **(chat or {})), chosen
-            except InputError as error:
+            except (InputError, TypeError) as error:
                 raise (InputError(f"prompt {i}: {error}") if numbered else error) from None
 
     async def agenerate(self, prompt, **how) -> AsyncIterator[Token | End]:

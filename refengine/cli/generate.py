@@ -9,14 +9,16 @@ import click
 
 from refengine.cli import options
 from refengine.cli.tokenize import ids_of
+from refengine.generation import Options
 from refengine.spec.config import InputError
+from refengine.untrusted import parse_json
 
 
 @click.command(cls=options.Command, short_help="Continue a prompt.")
 @click.argument("prompt", required=False)
 @click.option("--prompt", "-p", "prompt_option", metavar="TEXT", help="The prompt, as an option.")
 @click.option("--file", "-f", "file", metavar="FILE", help="Read the prompt from a file; - is stdin.")
-@click.option("--prompts", metavar="FILE", help="Read one prompt a line; all run side by side.")
+@click.option("--prompts", metavar="FILE", help="Read a prompt a line, side by side; .jsonl: with options.")
 @click.option("--ids", metavar="IDS", help='Token ids as the prompt, as in "10 25 99".')
 @click.option("--echo/--no-echo", default=True, help="Print the prompt too (default), or not.")
 @click.option(
@@ -40,10 +42,11 @@ def generate(prompt, prompt_option, file, prompts, ids, echo, stats, as_json, **
     given = asked(prompt, prompt_option, file, prompts, ids)
     engine = options.load(**how)
     without_tokenizer(engine, ids is not None)
-    texts = [shown_prompt(engine, one) for one in given]
-    events, began = engine.generate_batch(given, **sampling), time.perf_counter()
+    began, prompts_given = time.perf_counter(), [prompt for prompt, _ in given]
+    events = engine.generate_batch(iter(given) if prompts else prompts_given, **sampling)
+    texts = [shown_prompt(engine, prompt) for prompt in prompts_given]
     if as_json:
-        statistics = as_objects(engine, given, texts, events)
+        statistics = as_objects(engine, prompts_given, texts, events)
     elif sampling["logprobs"] is not None:
         statistics = as_lines(engine, texts, events)
     else:
@@ -56,19 +59,22 @@ def generate(prompt, prompt_option, file, prompts, ids, echo, stats, as_json, **
 
 def asked(
     prompt: str | None, option: str | None, file: str | None, prompts: str | None, ids: str | None
-) -> list:
-    """Return the prompts, texts or token ids, from the one source that was named."""
+) -> list[tuple]:
+    """Return (prompt, its options) of each prompt, from the one source that was named."""
     if sum(source is not None for source in (prompt, option, file, prompts, ids)) > 1:
         raise click.UsageError("give one of PROMPT, --prompt, --file, --prompts and --ids")
     prompt = option if prompt is None else prompt
     if ids is not None:
-        return [ids_of(ids)]
+        return [(ids_of(ids), {})]
     if prompts is not None:
-        lines = (line.removesuffix("\r") for line in options.text_of(prompts).split("\n"))
-        texts = [line for line in lines if line.strip()]
-        if not texts:
+        lines = [line.removesuffix("\r") for line in options.text_of(prompts).split("\n")]
+        if prompts.endswith(".jsonl"):
+            given = [entry(line, f"line {n} of {prompts}") for n, line in enumerate(lines, 1) if line.strip()]
+        else:
+            given = [(line, {}) for line in lines if line.strip()]
+        if not given:
             raise InputError(f"{options.named(prompts)} holds no prompt")
-        return texts
+        return given
     if prompt is None and file is None:
         if options.standard_input().isatty():
             raise click.UsageError("give a PROMPT, --file or --prompts, or pipe a text in")
@@ -80,7 +86,19 @@ def asked(
     )
     if not text:
         raise InputError("the prompt is empty")
-    return [text]
+    return [(text, {})]
+
+
+def entry(line: str, where: str) -> tuple:
+    """Return (prompt, its options) from a line of JSON: "prompt" or "messages", and options of generate."""
+    found = parse_json(line.encode(), where)
+    if not isinstance(found, dict) or ("prompt" in found) == ("messages" in found):
+        raise InputError(f'{where} is not an object with either "prompt" or "messages"')
+    prompt = found.pop("prompt") if "prompt" in found else found.pop("messages")
+    if unknown := sorted(set(found) - set(Options.__dataclass_fields__)):
+        known = ", ".join(Options.__dataclass_fields__)
+        raise InputError(f"{where} has {unknown[0]!r}, which is no option: there is {known}")
+    return prompt, found
 
 
 def without_tokenizer(engine, ids: bool) -> None:
@@ -98,10 +116,16 @@ def without_tokenizer(engine, ids: bool) -> None:
 
 
 def shown_prompt(engine, prompt: str | list[int]) -> str:
-    """Return a prompt as text; token ids stay ids where there is no tokenizer."""
+    """Return a prompt as text; token ids stay ids where there is no tokenizer.
+
+    A prompt that is wrong has none: it is reported when it is reached.
+    """
     if isinstance(prompt, str):
         return prompt
-    return engine.tokenizer.decode(prompt)
+    try:
+        return engine.tokenizer.decode(engine.ids(prompt))
+    except InputError:
+        return ""
 
 
 def without_line_end(text: str) -> str:
@@ -187,7 +211,8 @@ def record(i: int, prompts: list, texts: list[str], new: list, end) -> dict:
     """Return what is printed of one prompt; `end` is None where it was interrupted."""
     made = {"index": i, "prompt": texts[i]}
     if not isinstance(prompts[i], str):
-        made["prompt_token_ids"] = prompts[i]
+        messages = isinstance(prompts[i][0], dict)
+        made["messages" if messages else "prompt_token_ids"] = prompts[i]
     made |= {
         "text": "".join(e.text for e in new) + (end.text if end else ""),
         "reason": end.reason if end else "interrupted",

@@ -232,3 +232,34 @@ def test_ctrl_c_ends_with_130_and_says_nothing():
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(120) == 130  # generous: the machine may be busy
     assert b"Traceback" not in process.stderr.read()
+
+
+def test_lines_of_json_carry_their_own_options(cli, tmp_path):
+    lines = [
+        {"prompt": "Once upon a time", "max_tokens": 3},
+        {"prompt": [501, 276], "max_tokens": 2, "temperature": 0.0},
+        {"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 1},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    code, out, err = cli("generate", "--prompts", tmp_path / "p.jsonl", "-t", 0, "--ignore-eos", "--json")
+    found = {record["index"]: record for record in map(json.loads, out.splitlines())}
+    assert code == 0 and [len(found[i]["token_ids"]) for i in range(3)] == [3, 2, 1], err
+    assert found[1]["prompt_token_ids"] == [501, 276] and found[2]["messages"] == lines[2]["messages"]
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("[1]", "line 2 of .*p.jsonl is not an object"),
+        ("{", "line 2 of .*p.jsonl is not valid JSON"),
+        ('{"prompt": "a", "messages": []}', "either"),
+        ('{"prompt": "a", "temprature": 1}', "line 2 of .* has 'temprature', which is no option"),
+        ('{"prompt": "a", "temperature": "hot"}', "prompt 1: temperature = 'hot' is not a number"),
+        ('{"prompt": 5}', "prompt 1: the prompt is of type int"),
+        ('{"prompt": null}', "prompt 1: the prompt is None"),
+    ],
+)
+def test_a_bad_line_of_json_is_named(cli, tmp_path, line, says):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Once"}\n' + line)
+    code, _, err = cli("generate", "--prompts", tmp_path / "p.jsonl", "-n", 1)
+    assert code == 1 and re.search(says, err) and err.count("\n") == 1

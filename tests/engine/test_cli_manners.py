@@ -14,7 +14,6 @@ import refengine
 from refengine.cli import cli as group
 from refengine.cli import hints
 from refengine.cli.options import dtype_of
-from refengine.cli.score import progress_of_reading
 from tests.engine.test_cli import REFENGINE, cli, fails, piped  # noqa: F401
 from tests.support.vocabularies import TINY
 
@@ -200,9 +199,8 @@ def test_score_shows_how_far_it_is(tmp_path):
 
     expected = engine.score(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("refengine.engine.progress", lambda *how: Bar())
-        with progress_of_reading(engine):
-            assert engine.score(text) == expected
+        patch.setattr("refengine.runner.progress", lambda *how: Bar())
+        assert engine.score(text) == expected
     assert len(counts) > 1 and sum(counts) == len(expected.ids)
     assert engine.score(text) == expected and sum(counts) == len(expected.ids)
 
