@@ -1,5 +1,6 @@
 """refengine chat: a conversation in a terminal, in a pipe, and from a file."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import select
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +29,13 @@ class Terminal:
             os.execv(sys.executable, [sys.executable, "-m", "refengine", *args])
         self.seen = ""
 
+    def __del__(self):
+        with contextlib.suppress(OSError):
+            os.close(self.fd)
+            if self.pid:
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+
     def until(self, text: str, seconds: float = 120) -> str:
         """Return what is printed up to `text`, and forget it."""
         end = time.monotonic() + seconds
@@ -40,18 +49,39 @@ class Terminal:
     def type(self, line: str) -> None:
         os.write(self.fd, line.encode() + b"\n")
 
-    def interrupt(self) -> None:
+    def interrupt(self, at_prompt: bool = False) -> None:
+        """Send what Ctrl-C sends; at a prompt, only once the command waits for a key.
+
+        A signal between the prompt and the wait would be noticed with the next key only.
+        """
+        end = time.monotonic() + 120
+        while at_prompt and not self.waits() and time.monotonic() < end:
+            time.sleep(0.05)
         os.kill(self.pid, signal.SIGINT)
 
-    def code(self) -> int:
+    def waits(self) -> bool:
+        """Return whether the command sleeps until there is input."""
+        try:
+            where = Path(f"/proc/{self.pid}/wchan").read_text()
+        except OSError:
+            where = "0"
+        if where == "0":  # the system does not say
+            time.sleep(1)
+            return True
+        return "poll" in where or "select" in where or "tty" in where
+
+    def code(self, seconds: float = 120) -> int:
         """Return the exit code."""
+        end = time.monotonic() + seconds
         while True:
+            assert time.monotonic() < end, f"it does not end: {self.seen!r}"
             try:
-                if not os.read(self.fd, 65536):
+                if select.select([self.fd], [], [], 1)[0] and not os.read(self.fd, 65536):
                     break
             except OSError:  # the terminal is closed
                 break
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        pid, self.pid = self.pid, None
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_a_conversation_in_a_terminal(tmp_path):
@@ -114,10 +144,10 @@ def test_ctrl_c_stops_a_reply_and_keeps_the_talk_and_twice_it_leaves(tmp_path):
     talk.until("> ")
     talk.type(f"/save {tmp_path / 'talk.json'}")
     talk.until("\r\n> ")
-    talk.interrupt()
+    talk.interrupt(at_prompt=True)
     talk.until("(Ctrl-C again, or /exit, leaves)")
     talk.until("> ")
-    talk.interrupt()
+    talk.interrupt(at_prompt=True)
     assert talk.code() == 130
     messages, _ = read_conversation((tmp_path / "talk.json").read_text(), "talk")
     assert [m["role"] for m in messages] == ["user", "assistant"] and messages[1]["content"]
