@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits
 from refengine import backend as backends
 from refengine.checkpoint import Checkpoint
 from refengine.generation import End, Options, Token
-from refengine.loop import SLOTS, Batch, Loop
+from refengine.loop import CLOSED, SLOTS, Batch, Loop
 from refengine.progress import progress
 from refengine.runner import LocalRunner, Runner, Scores
 from refengine.spec.config import Config, InputError
@@ -175,7 +175,7 @@ class Engine:
             return Batch(self.loop, iter(list(requests)))
         if options is not None:
             raise InputError("options needs a list of prompts; an iterator gives pairs (prompt, options)")
-        pairs = (item if isinstance(item, tuple) else (item, {}) for item in prompts)
+        pairs = (item if _is_pair(item) else (item, {}) for item in prompts)
         return Batch(self.loop, self._requests(pairs, base, shared, chat, True))
 
     def _requests(
@@ -196,12 +196,12 @@ class Engine:
 
     async def agenerate(self, prompt, **how) -> AsyncIterator[Token | End]:
         """Return the events of one prompt as `generate` does, for asyncio: each is awaited in a thread."""
-        events = self.generate(prompt, **how)
+        batch = self.generate_batch([prompt], **how)
         try:
-            while event := await asyncio.to_thread(next, events, None):
-                yield event
+            while found := await asyncio.to_thread(next, batch, None):
+                yield found[1]
         finally:
-            events.close()
+            batch.close()
 
     def complete(self, prompt, **how) -> str:
         """Return the text that `generate` gives for one prompt."""
@@ -235,14 +235,14 @@ class Engine:
         """Return teacher-forced logits [tokens, vocabulary], float32 or wider; row i: after token i."""
         self._check_open()
         ids = self.ids(token_ids)
-        with self.loop.lock:
+        with self.loop.alone():
             return self.runner.logits(ids)
 
     def score(self, prompt) -> Scores:
         """Return how likely each token of a text is, given those before it."""
         self._check_open()
         ids = self.ids(prompt)
-        with self.loop.lock:
+        with self.loop.alone():
             return self.runner.score(ids)
 
     def follow(self) -> None:
@@ -251,11 +251,11 @@ class Engine:
 
     def close(self) -> None:
         """Free the states and weights; over ranks, the others may end."""
-        self.runner.close()
+        self.loop.close(InputError(CLOSED))
 
     def _check_open(self) -> None:
         if self.runner.closed:
-            raise InputError("this engine is closed: load the model again")
+            raise InputError(CLOSED)
 
     def __enter__(self) -> Engine:
         return self
@@ -271,6 +271,11 @@ def _events(batch: Batch) -> Generator[Token | End, None, None]:
             yield event
     finally:
         batch.close()
+
+
+def _is_pair(item) -> bool:
+    """Return whether an item of an iterator is (prompt, its options), not a prompt."""
+    return isinstance(item, tuple) and len(item) == 2 and not isinstance(item[1], int)
 
 
 def _kind(value) -> str:

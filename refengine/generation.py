@@ -69,7 +69,10 @@ class Options:
             raise TypeError(f"generate() has no option {unknown[0]!r}; it has {known}")
         names = set(Sampling.__dataclass_fields__)
         advice = {k: v for k, v in advice.items() if k in names}
-        options = cls(**(advice | {k: v for k, v in given.items() if v is not None}))
+        given = {k: v.item() if isinstance(v, np.generic) else v for k, v in given.items() if v is not None}
+        options = cls(**(advice | given))
+        if type(options.ignore_eos) is not bool:
+            raise InputError(f"ignore_eos = {options.ignore_eos!r} is neither True nor False")
         for name in ("max_tokens", "logprobs", "seed", "top_k"):
             value = getattr(options, name)
             if value is not None and (type(value) is not int or value < 0):

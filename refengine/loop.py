@@ -7,10 +7,11 @@ one, so sequences of several callers share the calls of the model.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from refengine.text.tokenizer import Tokenizer
 
 SLOTS = 32  # sequences side by side, at most
 AT_ONCE = 8 * PREFILL  # positions of several prompts in one call while no sequence waits for its next step
+CLOSED = "this engine is closed: load the model again"
 PATIENCE = 3  # calls in a row that may pass over the prompt that has waited longest
 
 Event = Token | End
@@ -68,23 +70,47 @@ class Loop:
     bar: Any = None  # shows how far the prompts have been read
 
     def __post_init__(self):
-        self.lock = threading.Lock()  # not reentrant: a turn must not be entered from a destructor within it
+        self.ready = threading.Condition()  # notified when a turn has ended
+        self.turning = False  # whether a thread makes a turn
 
     def add(self, index: int, ids: list[int], options: Options, inbox: deque) -> Sequence:
         """Return a new sequence at the end of the queue."""
+        if self.runner.closed:
+            raise InputError(CLOSED)
         room = self.runner.config.max_position_embeddings - len(ids)
         new = Sequence(index, ids, options, Text(self.tokenizer(), options, room), inbox)
         self.queue.append(new)
         return new
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let no turn run in the block; waits for the one that runs."""
+        with self.ready:
+            while self.turning:
+                self.ready.wait()
+            self.turning = True
+        try:
+            yield
+        finally:
+            self.finish()
+
+    def finish(self) -> None:
+        """Let others run a turn, and look for their events."""
+        with self.ready:
+            self.turning = False
+            self.ready.notify_all()
+
     def cancel(self, sequence: Sequence) -> None:
         """Take a sequence out: its slot is free at once, or when the turn that runs has ended."""
         sequence.cancelled = True
-        if self.lock.acquire(blocking=False):
-            try:
-                self.sweep()
-            finally:
-                self.lock.release()
+        with self.ready:
+            if self.turning:
+                return
+            self.turning = True
+        try:
+            self.sweep()
+        finally:
+            self.finish()
 
     def sweep(self) -> None:
         """Take out what was cancelled."""
@@ -99,11 +125,19 @@ class Loop:
         if sequences:
             self.runner.drop([sequence.slot for sequence in sequences])
 
-    def wait(self, inbox: deque) -> None:
-        """Make turns until the inbox holds an event."""
-        with self.lock:
-            while not inbox:
+    def wait(self, inbox: deque, running: Collection) -> None:
+        """Make turns until the inbox holds an event or nothing is `running`; other threads may make them."""
+        while True:
+            with self.ready:
+                while self.turning and running and not inbox:
+                    self.ready.wait()
+                if inbox or not running:
+                    return
+                self.turning = True
+            try:
                 self.turn()
+            finally:
+                self.finish()
 
     def turn(self) -> None:
         """Admit what waits, read once, and let everyone that has been read step once."""
@@ -132,13 +166,21 @@ class Loop:
     def fail(self, error: BaseException) -> None:
         """End every sequence that has a slot with an error: what its layers remember is not known."""
         lost = list(self.active.values())
+        known = isinstance(error, InputError)
+        why = error if known else InputError(f"generation was interrupted by {type(error).__name__}")
         for sequence in lost:
-            why = (
-                error if isinstance(error, InputError) else InputError(f"generation was interrupted: {error}")
-            )
             sequence.inbox.append((sequence.index, why))
         self.active = {}
         self.runner.drop([sequence.slot for sequence in lost])
+
+    def close(self, error: InputError) -> None:
+        """End every sequence, those that wait too, with an error, and close the runner."""
+        with self.alone():
+            while self.queue:
+                sequence = self.queue.popleft()
+                sequence.inbox.append((sequence.index, error))
+            self.fail(error)
+            self.runner.close()
 
     def admit(self) -> None:
         """Give free slots to the sequences that have waited longest, as far as the memory allows."""
@@ -179,7 +221,8 @@ class Loop:
     def part(self, sequence: Sequence, chunk: int) -> Part:
         """Return the next part of a prompt."""
         ids, options = sequence.ids[sequence.read : sequence.read + chunk], sequence.options
-        how = None if sequence.read else How(options.sampling, options.seed or 0, options.logprobs)
+        likeliest = options.logprobs and min(options.logprobs, self.runner.config.vocab_size)
+        how = None if sequence.read else How(options.sampling, options.seed or 0, likeliest)
         last = sequence.left <= chunk and not sequence.text.full
         return Part(sequence.slot, ids, how, last)
 
@@ -233,6 +276,7 @@ class Batch(Iterator[tuple[int, Event]]):
         self.loop, self.requests = loop, enumerate(requests)
         self.inbox: deque[tuple[int, Event | Exception]] = deque()
         self.open: dict[int, Sequence] = {}
+        self.cancelled: set[int] = set()  # indices of requests that were not taken yet
         self.refused: Exception | None = (
             None  # of the iterator; raised when the sequences before it have ended
         )
@@ -245,8 +289,11 @@ class Batch(Iterator[tuple[int, Event]]):
                     raise StopIteration
                 error, self.refused = self.refused, None
                 raise error
-            self.loop.wait(self.inbox)
-            index, event = self.inbox.popleft()
+            self.loop.wait(self.inbox, self.open)
+            try:
+                index, event = self.inbox.popleft()
+            except IndexError:  # all were cancelled by another thread, or it took the event
+                continue
             if index not in self.open:  # cancelled
                 continue
             if not isinstance(event, Token):
@@ -265,11 +312,15 @@ class Batch(Iterator[tuple[int, Event]]):
             except InputError as error:
                 self.refused = error
                 return
-            self.open[index] = self.loop.add(index, ids, options, self.inbox)
+            if index not in self.cancelled:
+                self.open[index] = self.loop.add(index, ids, options, self.inbox)
 
     def cancel(self, index: int) -> None:
         """Take the sequence `index` out; it has no more events, not even an End."""
-        if sequence := self.open.pop(index, None):
+        sequence = self.open.pop(index, None)
+        if sequence is None:
+            self.cancelled.add(index)
+        else:
             self.loop.cancel(sequence)
 
     def close(self) -> None:

@@ -81,13 +81,16 @@ def cli():
     """Run, inspect and measure Nemotron 3 (nemotron_h) models. Without --model: the one in this package."""
 
 
+OFF = ("", "0", "false", "no", "off")  # values of a variable that leave a flag off
+
+
 def main(args: list[str] | None = None) -> None:
     """Run a command, and leave with its exit code."""
     args = sys.argv[1:] if args is None else args
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # it may have been closed
             stream.reconfigure(encoding="utf-8", errors="replace")
-    debug = "--debug" in args or bool(os.environ.get("REFENGINE_DEBUG"))
+    debug = "--debug" in args or os.environ.get("REFENGINE_DEBUG", "").lower() not in OFF
     if not debug:
         warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, about numbers that we then refuse
     if launched().count > 1:

@@ -36,6 +36,7 @@ OPTIONS = {  # of llama.cpp, transformers, vLLM and Ollama
     "--stats": "--show-timings --perf --timings --metrics",
     "--json": "--output-format --format --json-output",
     "--prompts FILE": "--prompts-file",
+    "--batch N": "--parallel --max-num-seqs --max-batch-size",
     "nothing: the context is the model's own, and memory grows with the text": "--ctx-size --context-size "
     "--max-model-len --max-seq-len --num-ctx --num_ctx -c",
     "nothing: how weights are stored is read from the files": "--quantization --quantize --load-in-4bit "

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 from unittest import mock
@@ -249,6 +250,100 @@ def test_two_threads_share_the_slots_and_get_their_own_texts(engine):
     for thread in threads:
         thread.join()
     assert found == alone
+
+
+@pytest.mark.parametrize("how", ["cancel", "close"])
+@pytest.mark.parametrize("waiting", [False, True])
+def test_a_batch_may_be_cancelled_by_another_thread(engine, how, waiting):
+    """While its prompt is read, or while it waits for a slot: the thread that iterates over it ends."""
+    others = [engine.generate([7] * 9, max_tokens=10**5, ignore_eos=True) for _ in range(3 * waiting)]
+    for other in others:
+        next(other)
+    batch = engine.generate_batch([[5] * 3000], max_tokens=5)
+    thread = threading.Thread(target=lambda: list(batch))
+    thread.start()
+    while not batch.open:
+        time.sleep(0.01)
+    batch.cancel(0) if how == "cancel" else batch.close()
+    thread.join(120)
+    assert not thread.is_alive()
+    for other in others:
+        other.close()
+    assert engine.complete("Once", max_tokens=1, temperature=0) and not engine.loop.active
+
+
+def test_a_thread_gets_its_token_while_another_waits_for_a_long_prompt(engine):
+    order = []
+
+    def work(name, prompt):
+        next(engine.generate(prompt, max_tokens=1, temperature=0))
+        order.append(name)
+
+    threads = [threading.Thread(target=work, args=("long", [5] * 6000))]
+    threads[0].start()
+    while not engine.loop.active:
+        time.sleep(0.01)
+    threads.append(threading.Thread(target=work, args=("short", [5] * 4)))
+    threads[1].start()
+    for thread in threads:
+        thread.join(300)
+    assert order == ["short", "long"]
+
+
+def test_a_task_that_is_cancelled_frees_its_slot(engine):
+    async def main():
+        async def read():
+            async for _ in engine.agenerate("Once", max_tokens=10**5, ignore_eos=True):
+                pass
+
+        task = asyncio.create_task(read())
+        while not engine.loop.active:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return engine.complete("Once", max_tokens=1, temperature=0)
+
+    assert asyncio.run(main()) and not engine.loop.active
+
+
+def test_what_is_cancelled_before_it_was_taken_never_runs(engine):
+    batch = engine.generate_batch(PROMPTS, max_tokens=1, temperature=0)
+    batch.cancel(1)
+    batch.cancel(6)
+    assert {i for i, _ in batch} == set(range(len(PROMPTS))) - {1, 6}
+
+
+def test_an_engine_that_is_closed_ends_what_runs_and_what_waits_in_a_sentence():
+    engine = refengine.load("tiny", batch=1)
+    running, waiting = (engine.generate_batch(["Once"], max_tokens=9) for _ in range(2))
+    later = engine.generate_batch(["Once"])
+    next(running)
+    waiting.refill()
+    engine.close()
+    for events in (running, waiting, later):
+        with pytest.raises(InputError, match="this engine is closed"):
+            list(events)
+    engine.close()
+
+
+def test_an_interrupted_turn_ends_the_others_in_a_sentence(engine):
+    mine, other = (engine.generate("Once", max_tokens=9) for _ in range(2))
+    next(mine), next(other)
+    with (
+        mock.patch.object(engine.runner, "step", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        for _ in range(9):
+            next(mine)
+    with pytest.raises(InputError, match="interrupted by KeyboardInterrupt"):
+        for _ in range(9):
+            next(other)
+
+
+def test_numbers_of_numpy_are_numbers_and_tuples_of_ids_are_prompts(engine):
+    how = {"max_tokens": np.int64(3), "temperature": np.float64(0), "seed": np.int32(1), "ignore_eos": True}
+    assert len([i for i, e in engine.generate_batch(iter([(10, 25, 99), (10, 25)]), **how) if e.text]) >= 2
 
 
 def test_asyncio_users_have_agenerate(engine):
