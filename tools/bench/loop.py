@@ -2,6 +2,7 @@
 
     python -m tools.bench.loop MODEL [--slots 8,32] [--prompts 200] [--backend torch --dtype bfloat16]
     python -m tools.bench.loop tiny --trace      who is in which slot, turn by turn, for 20 prompts
+    python -m tools.bench.loop tiny --cost       the loop's own processor time, with a model that answers at once
 
 Prints for each number of slots: the share of slots that are busy until the last prompt has begun; the time of
 all over the sum of the calls it made, each at the time that the benchmark measures for its size; the time of
@@ -19,8 +20,8 @@ import numpy as np
 
 import refengine
 from refengine import bench
-from refengine.generation import Text
-from refengine.loop import Loop
+from refengine.generation import Draw, Options, Text
+from refengine.loop import Batch, Loop
 from refengine.runner import How, Part
 from refengine.spec.sample import Sampling
 
@@ -149,6 +150,46 @@ def trace(engine) -> None:
         print("".join(" " if c is None else chr((65 if c[1] else 97) + c[0]) for c in letters).rstrip())
 
 
+class AtOnce:
+    """A runner that has the next token without computing anything."""
+
+    closed = False
+
+    def __init__(self, runner):
+        self.model, self.config, self.fits = runner.model, runner.config, runner.fits
+
+    def read(self, parts):
+        """Return a draw for each prompt that ends."""
+        return [Draw(100 + part.slot) if part.last else None for part in parts]
+
+    def step(self, slots, ids, draw=True):
+        """Return a draw for each slot."""
+        return [Draw(100 + slot) for slot in slots]
+
+    def drop(self, slots):
+        """Do nothing: there are no states."""
+
+
+def cost(engine) -> None:
+    """Print the loop's own milliseconds of processor time, without text, for several numbers of slots."""
+    print("| slots | ms a step | ms a sequence | ms of text a sequence |\n|---|---|---|---|")
+    for slots in (1, 8, 32):
+        loop, text = Loop(AtOnce(engine.runner), lambda: engine.tokenizer, size=slots), [0.0]
+        take, how = Text.take, Options(max_tokens=200, temperature=0, seed=0, ignore_eos=True)
+
+        def timed(self, draw, take=take, text=text):
+            began = time.process_time()
+            result = take(self, draw)
+            text[0] += time.process_time() - began
+            return result
+
+        Text.take, began = timed, time.process_time()
+        count = sum(1 for _ in Batch(loop, iter([([5] * 20, how)] * slots)))
+        took, Text.take = time.process_time() - began, take
+        own = 1e3 * (took - text[0])
+        print(f"| {slots} | {own / 200:.3f} | {own / count:.4f} | {1e3 * text[0] / count:.4f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="tiny")
@@ -159,11 +200,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--trace", action="store_true")
+    parser.add_argument("--cost", action="store_true")
     arguments = parser.parse_args()
     how = {"backend": arguments.backend, "dtype": arguments.dtype, "threads": arguments.threads}
     engine = refengine.load(arguments.model, **how)
     if arguments.trace:
         return trace(engine)
+    if arguments.cost:
+        return cost(engine)
     work = requests(engine, arguments.prompts, arguments.new, 500)
     print(
         "| slots | busy | s | over its calls | fixed batches over it | own ms a step | of it ms a sequence |"
