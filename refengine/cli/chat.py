@@ -177,7 +177,7 @@ class Talk:
 
     def line(self, line: str) -> None:
         """Do a command, or answer a message; an empty line does nothing. Leave is raised by /exit."""
-        if line.startswith("/"):
+        if line.startswith("/") and "\n" not in line:
             self.command(*line.strip().partition(" ")[::2])
         elif line.strip():
             self.turn(line.strip())
@@ -351,7 +351,7 @@ def turns(lines: Iterator[str]) -> Iterator[str]:
             text = line.strip()[3:]
             while not text.rstrip().endswith('"""') and (more := next(lines, None)) is not None:
                 text += "\n" + more
-            yield text.rstrip().removesuffix('"""').strip("\n")
+            yield " " + text.rstrip().removesuffix('"""').strip("\n")  # a space: never a command
             continue
         while line.endswith("\\") and (more := next(lines, None)) is not None:
             line = line[:-1] + "\n" + more

@@ -39,6 +39,10 @@ def generate(prompt, prompt_option, file, prompts, ids, echo, stats, as_json, **
     if options.follows():
         options.load(**how).follow()
         return
+    sources = {"prompt": prompt, "prompt_option": prompt_option, "file": file, "prompts": prompts, "ids": ids}
+    prompt, prompt_option, file, prompts, ids = options.one_of(
+        "PROMPT, --prompt, --file, --prompts and --ids", **sources
+    )
     given = asked(prompt, prompt_option, file, prompts, ids)
     engine = options.load(**how)
     without_tokenizer(engine, ids is not None)
@@ -61,8 +65,6 @@ def asked(
     prompt: str | None, option: str | None, file: str | None, prompts: str | None, ids: str | None
 ) -> list[tuple]:
     """Return (prompt, its options) of each prompt, from the one source that was named."""
-    if sum(source is not None for source in (prompt, option, file, prompts, ids)) > 1:
-        raise click.UsageError("give one of PROMPT, --prompt, --file, --prompts and --ids")
     prompt = option if prompt is None else prompt
     if ids is not None:
         return [(ids_of(ids), {})]

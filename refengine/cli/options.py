@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from refengine.backend import MOST_THREADS, NAMES
 from refengine.ranks.comm import TIMEOUT
@@ -48,6 +49,27 @@ def some_text(ctx, param, values):
     except InputError as error:
         raise click.BadParameter(f"{error}.") from None
     return values
+
+
+class StopText(click.types.StringParamType):
+    """A stop string; a variable holds one a line."""
+
+    envvar_list_splitter = "\n"
+
+
+def one_of(names: str, **sources) -> list:
+    """Return the values of sources of which one may be given; what is typed goes before variables."""
+    context = click.get_current_context()
+    typed = [
+        name
+        for name, value in sources.items()
+        if value is not None and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if typed:
+        sources = {name: value if name in typed else None for name, value in sources.items()}
+    if sum(value is not None for value in sources.values()) > 1:
+        raise click.UsageError(f"give one of {names}")
+    return list(sources.values())
 
 
 def kept(ctx, param, value) -> None:
@@ -326,6 +348,7 @@ sampling = together(
     ),
     click.option(
         "--stop",
+        type=StopText(),
         multiple=True,
         metavar="TEXT",
         callback=some_text,

@@ -25,15 +25,18 @@ def tokenize(text, prompt, file, ids, count, as_json, model):
     from refengine.checkpoint.locate import locate
     from refengine.text.tokenizer import Tokenizer
 
-    given = [source for source in (text, prompt, file, ids) if source is not None]
-    if len(given) > 1:
-        raise click.UsageError("give one of TEXT, --prompt, --file and --ids")
+    text, prompt, file, ids = options.one_of(
+        "TEXT, --prompt, --file and --ids", text=text, prompt=prompt, file=file, ids=ids
+    )
     tokenizer = Tokenizer.load(locate(model))
     if ids is not None:
         numbers = ids_of(ids)
         unknown = [i for i in numbers if tokenizer.hf.id_to_token(i) is None]
         if unknown:
             raise InputError(f"the tokenizer has no token with the id {unknown[0]}")
+        if count:
+            click.echo(json.dumps({"count": len(numbers)}) if as_json else str(len(numbers)))
+            return
         decoded = tokenizer.decode(numbers)
         click.echo(
             json.dumps({"token_ids": numbers, "text": decoded}, ensure_ascii=False) if as_json else decoded

@@ -234,3 +234,10 @@ def test_tools_and_templates_that_are_not_there_are_one_sentence(cli, tmp_path):
     (tmp_path / "tools.json").write_text('[{"name": "weather", "parameters": {}}]')
     code, out, _ = cli("chat", "Hi", "--tools", tmp_path / "tools.json", "--json", "-n", "3")
     assert code == 0 and json.loads(out)["statistics"]["prompt_tokens"] > 100
+
+
+def test_quoted_lines_are_never_a_command():
+    from refengine.cli.chat import turns
+
+    quoted = list(turns(iter(['"""', "/etc/x is a path", '"""', "/help", '"""/new"""'])))
+    assert [turn.startswith("/") for turn in quoted] == [False, True, False]

@@ -207,3 +207,18 @@ def test_score_shows_how_far_it_is(tmp_path):
 
 def test_a_dtype_that_numpy_lacks_names_the_backend_that_has_it(cli):  # noqa: F811
     assert "not in bfloat16; --backend torch does" in fails(cli("generate", "x", "--dtype", "bf16"))
+
+
+def test_what_is_typed_goes_before_a_variable_of_another_source(cli, monkeypatch):  # noqa: F811
+    plain = cli("generate", "Once", "-n", 3, "-t", 0)
+    monkeypatch.setenv("REFENGINE_PROMPT", "Hello")
+    monkeypatch.setenv("REFENGINE_DEBUG", "0")
+    assert cli("generate", "Once", "-n", 3, "-t", 0) == plain
+    assert cli("tokenize", "--ids", "5 6 7", "--count")[1] == "3\n"
+
+
+def test_a_variable_holds_one_stop_string_a_line(cli, monkeypatch):  # noqa: F811
+    whole = cli("generate", "Once upon", "-n", 9, "-t", 0)[1]
+    monkeypatch.setenv("REFENGINE_STOP", "a time")
+    assert whole.startswith("Once upon a time")
+    assert cli("generate", "Once upon", "-n", 9, "-t", 0)[1] == "Once upon \n"
