@@ -18,6 +18,7 @@ import time
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -37,7 +38,7 @@ from refengine.text.tokenizer import Tokenizer
 
 
 def load(
-    model: str = "tiny",
+    model: str | Path = "tiny",
     backend: str | Backend = "numpy",
     dtype: str = "float32",
     device: str | None = None,
@@ -63,6 +64,8 @@ def load(
     """
     began = time.perf_counter()
     limit_threads(threads)
+    if not isinstance(model, (str, Path)):
+        raise InputError(f"the model is {_kind(model)}: give a directory or a name")
     if type(batch) is not int or batch < 1:
         raise InputError(f"batch = {batch!r} is not a whole number from 1 on")
     checkpoint = Checkpoint.open(model).in_large_pages()
@@ -85,6 +88,8 @@ def load(
 def limit_threads(threads: int | None) -> None:
     """Limit the threads of matrix products in this process; raises InputError if `threads` is below 1."""
     if threads is not None:
+        if type(threads) is not int:
+            raise InputError(f"threads = {threads!r} is not a whole number")
         if threads < 1:
             raise InputError(f"threads = {threads} is less than 1")
         threadpool_limits(threads)
