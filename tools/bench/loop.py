@@ -2,7 +2,7 @@
 
     python -m tools.bench.loop MODEL [--slots 8,32] [--prompts 200] [--backend torch --dtype bfloat16]
     python -m tools.bench.loop tiny --trace      who is in which slot, turn by turn, for 20 prompts
-    python -m tools.bench.loop tiny --cost       the loop's own processor time, with a model that answers at once
+    python -m tools.bench.loop tiny --cost       processor time of the loop, with a model that answers at once
 
 Prints for each number of slots: the share of slots that are busy until the last prompt has begun; the time of
 all over the sum of the calls it made, each at the time that the benchmark measures for its size; the time of
