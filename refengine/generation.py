@@ -96,7 +96,7 @@ class Options:
 
 @dataclass
 class Drawing:
-    """How one sequence draws its tokens: sampling, its own random generator, and the tokens so far."""
+    """Draws the tokens of one sequence, by its sampling options, random generator and tokens so far."""
 
     sampling: Sampling
     seed: int

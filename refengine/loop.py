@@ -83,34 +83,29 @@ class Loop:
         return new
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Let no turn run in the block; waits for the one that runs."""
-        with self.ready:
-            while self.turning:
-                self.ready.wait()
-            self.turning = True
-        try:
-            yield
-        finally:
-            self.finish()
+    def alone(self, unless: Callable[[], object] = lambda: False) -> Iterator[bool]:
+        """Hold the turn in the block, and give True; or give False, without it, as soon as `unless()` holds.
 
-    def finish(self) -> None:
-        """Let others run a turn, and look for their events."""
+        Waits for the turn that runs. Afterwards all threads that wait look again.
+        """
         with self.ready:
-            self.turning = False
-            self.ready.notify_all()
+            self.ready.wait_for(lambda: not self.turning or unless())
+            mine = not unless()
+            self.turning |= mine
+        try:
+            yield mine
+        finally:
+            if mine:
+                with self.ready:
+                    self.turning = False
+                    self.ready.notify_all()
 
     def cancel(self, sequence: Sequence) -> None:
         """Take a sequence out: its slot is free at once, or when the turn that runs has ended."""
         sequence.cancelled = True
-        with self.ready:
-            if self.turning:
-                return
-            self.turning = True
-        try:
-            self.sweep()
-        finally:
-            self.finish()
+        with self.alone(unless=lambda: self.turning) as mine:
+            if mine:
+                self.sweep()
 
     def sweep(self) -> None:
         """Take out what was cancelled."""
@@ -127,17 +122,11 @@ class Loop:
 
     def wait(self, inbox: deque, running: Collection) -> None:
         """Make turns until the inbox holds an event or nothing is `running`; other threads may make them."""
-        while True:
-            with self.ready:
-                while self.turning and running and not inbox:
-                    self.ready.wait()
-                if inbox or not running:
-                    return
-                self.turning = True
-            try:
-                self.turn()
-            finally:
-                self.finish()
+        mine = True
+        while mine:
+            with self.alone(unless=lambda: inbox or not running) as mine:
+                if mine:
+                    self.turn()
 
     def turn(self) -> None:
         """Admit what waits, read once, and let everyone that has been read step once."""
@@ -148,11 +137,8 @@ class Loop:
                 sequences = [self.active[part.slot] for part in parts]
                 for sequence, part in zip(sequences, parts, strict=True):
                     sequence.read += len(part.ids)
-                self.bar = self.bar or progress("prompt", len(parts[0].ids) + sequences[0].left, "token")
                 self.deliver(sequences, self.runner.read(parts))
-                self.bar.update(sum(len(part.ids) for part in parts))
-                if not any(sequence.left for sequence in self.active.values()):
-                    self.bar = self.bar.close()
+                self.show(sum(len(part.ids) for part in parts))
             ready = [sequence for sequence in self.active.values() if not sequence.left]
             if ready:
                 slots, ids = [s.slot for s in ready], [s.latest for s in ready]
@@ -162,6 +148,15 @@ class Loop:
             raise
         if self.trace:
             self.trace(dict(self.active))
+
+    def show(self, read: int) -> None:
+        """Move the bar on by tokens that were read; it ends when no prompt in a slot has any left."""
+        left = sum(sequence.left for sequence in self.active.values())
+        self.bar = self.bar or progress("prompt", read + left, "token")
+        self.bar.total = self.bar.n + read + left  # others may have joined or left
+        self.bar.update(read)
+        if not left:
+            self.bar = self.bar.close()
 
     def fail(self, error: BaseException) -> None:
         """End every sequence that has a slot with an error: what its layers remember is not known."""

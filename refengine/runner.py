@@ -28,7 +28,7 @@ PREFILL = 512  # positions of a sequence in one call, at most; cut at whole chun
 
 @dataclass(frozen=True)
 class How:
-    """How a sequence draws; with the first part of its prompt it goes to where the logits are."""
+    """Sampling options of a sequence, sent with the first part of its prompt to the rank that draws."""
 
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0

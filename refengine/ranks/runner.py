@@ -53,7 +53,7 @@ class RankRunner(LocalRunner):
         return super().step(slots, ids, draw)
 
     def drop(self, slots):
-        """Free slots here; the other ranks hear of it with the next call."""
+        """Free slots here; the other ranks are told with the next call."""
         self.dropped += slots
         self.free(slots)
 

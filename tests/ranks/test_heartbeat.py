@@ -88,9 +88,9 @@ def wait(clock, ranks, chain: list[int], works: int | None, seconds: float, sinc
     until = clock.now + seconds
     while clock.now < until:
         clock.now += TIMEOUT / 16
-        for rank, whom in pairwise(chain):
-            send(ranks, rank, [whom])
-            if dead := ranks[rank].dead([whom], since):
+        for rank, other in pairwise(chain):
+            send(ranks, rank, [other])
+            if dead := ranks[rank].dead([other], since):
                 return dead
         if works is not None:
             send(ranks, works)

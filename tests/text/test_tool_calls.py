@@ -46,7 +46,7 @@ def tools(**fields):
 
 
 def is_plain(value) -> bool:
-    """Whether no line of a string is a tag."""
+    """Return whether no line of a string is a tag."""
     return not isinstance(value, str) or not any(line in TAGS for line in value.split("\n"))
 
 
@@ -65,7 +65,7 @@ def meanings(value, schema) -> list:
 @settings(max_examples=500)
 @given(st.dictionaries(st.sampled_from("abc"), st.tuples(values, schemas), max_size=3), st.integers(1, 2))
 def test_a_call_that_was_written_is_read_back(given_, number):
-    """Where the text of a value has one meaning to its schema, and no line of a string is a tag."""
+    """A value comes back if its schema reads its text one way and no line of a string is a tag."""
     one = {k: v for k, (v, s) in given_.items() if is_plain(v) and meanings(v, s) == [v]}
     declared = tools(**{key: schema for key, (_, schema) in given_.items()})
     call = {"name": "f", "arguments": one}

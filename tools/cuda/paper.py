@@ -94,7 +94,7 @@ class PaperDevice(Device):
 
 
 def launches(cfg: Config, batch: int, length: int, context: int, build: str = "bfloat16") -> list[Launch]:
-    """What one call of the model launches, from the ids to the logits of each last position."""
+    """Return the launches of one call of the model, from the ids to the logits of each last position."""
     device = PaperDevice()
     dtype, state = {"float16 state": ("bfloat16", "float16")}.get(build, (build, "float32"))
     backend = cuda_backend(dtype, device, state=state)
