@@ -9,6 +9,7 @@ A backend joins the laws and the recorded vectors by one line in `tests/support/
 """
 
 import os
+import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,6 +18,11 @@ COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, Health
 settings.register_profile("default", max_examples=12, derandomize=True, database=None, **COMMON)
 settings.register_profile("thorough", max_examples=200, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a shell's background job; what tests start inherits it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):
