@@ -39,74 +39,82 @@ class RankRunner(LocalRunner):
         self.homes: dict[int, int | None] = {}  # the rank of ep that has a slot's states; None: all of them
         self.seats = Seats(((),))
         self.dropped: list[int] = []
+        self.broken = False  # whether the last call did not come to its end: nothing more can be asked
 
     # What rank 0 is asked for: every rank makes the same call.
 
     def read(self, parts):
         """Read parts of prompts side by side, on all ranks; see Runner."""
-        self.tell("read", parts=[asdict(part) for part in parts])
-        return super().read(parts)
+        return self.together("read", parts=[asdict(part) for part in parts])
 
     def step(self, slots, ids, draw=True):
         """Feed one token to each of some sequences, on all ranks; see Runner."""
-        self.tell("step", slots=slots, ids=ids, draw=draw)
-        return super().step(slots, ids, draw)
-
-    def drop(self, slots):
-        """Free slots here; the other ranks are told with the next call."""
-        self.dropped += slots
-        self.free(slots)
+        return self.together("step", slots=slots, ids=ids, draw=draw)
 
     def logits(self, ids):
-        """Return teacher-forced logits [tokens v] on rank 0."""
-        self.tell("logits", ids=ids)
-        return self.part_of_logits(ids)
+        """Return teacher-forced logits [tokens v] on every rank."""
+        return self.together("logits", ids=ids)
 
     def score(self, ids):
         """Return the scores of a text on every rank."""
-        self.tell("score", ids=ids)
-        return self.part_of_score(ids)
+        return self.together("score", ids=ids)
 
     def fill(self, slots, context):
         """Put noise into slots of all ranks; for measurements."""
-        self.tell("fill", slots=slots, context=context)
-        self.part_of_fill(slots, context)
+        self.together("fill", slots=slots, context=context)
 
     def peak_memory(self):
         """Return the most bytes that a rank has held."""
-        self.tell("peak_memory")
-        return self.largest(peak_memory())
+        return self.together("peak_memory")
+
+    def drop(self, slots):
+        """Free slots here; the other ranks are told with the next call, or at once if no slot is left.
+
+        They wait for the next call with a timeout while a slot has a sequence, and without one otherwise.
+        """
+        self.dropped += slots
+        self.free(slots)
+        if slots and not (self.homes or self.broken or self.closed):
+            self.together("rest")
 
     def close(self) -> None:
         """Tell the other ranks that nothing more will be asked."""
-        if self.comm.rank == 0 and not self.closed:
+        if self.comm.rank == 0 and not (self.broken or self.closed):
             self.comm.broadcast(None)
         super().close()
 
-    def tell(self, call: str, **arguments) -> None:
-        """Broadcast the next call, with the slots that were dropped since the last one."""
-        dropped, self.dropped = self.dropped, []
-        self.comm.broadcast({"call": call, "dropped": dropped, "arguments": arguments})
-
     def follow(self) -> None:
         """Make this rank's part of all calls of rank 0, until it closes its runner."""
-        while request := self.comm.broadcast(idle=True):
-            self.free(request["dropped"])
-            arguments = request["arguments"]
-            match request["call"]:
-                case "read":
-                    super().read([_part(**part) for part in arguments["parts"]])
-                case "step":
-                    super().step(**arguments)
-                case "logits":
-                    self.part_of_logits(**arguments)
-                case "score":
-                    self.part_of_score(**arguments)
-                case "fill":
-                    self.part_of_fill(**arguments)
-                case "peak_memory":
-                    self.largest(peak_memory())
+        while request := self.comm.broadcast(idle=not self.homes):
+            self.perform(**request)
         super().close()
+
+    def together(self, call: str, **arguments) -> Any:
+        """Broadcast a call, with the slots dropped since the last one, and return this rank's result."""
+        dropped, self.dropped, self.broken = self.dropped, [], True
+        request: dict[str, Any] = {"call": call, "dropped": dropped, "arguments": arguments}
+        self.comm.broadcast(request)
+        result = self.perform(**request)
+        self.broken = False
+        return result
+
+    def perform(self, call: str, dropped: list[int], arguments: dict) -> Any:
+        """Make this rank's part of a call, and return its result."""
+        self.free(dropped)
+        match call:
+            case "read":
+                return super().read([_part(**part) for part in arguments["parts"]])
+            case "step":
+                return super().step(**arguments)
+            case "logits":
+                return self.part_of_logits(**arguments)
+            case "score":
+                return self.part_of_score(**arguments)
+            case "fill":
+                return self.part_of_fill(**arguments)
+            case "peak_memory":
+                return self.largest(peak_memory())
+        return None  # "rest": nothing but the slots that were dropped
 
     # One rank's part of a call.
 

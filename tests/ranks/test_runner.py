@@ -1,0 +1,40 @@
+"""How ranks wait for the next call of rank 0."""
+
+from refengine.checkpoint import Checkpoint
+from refengine.ranks.comm.threads import on_each
+from refengine.ranks.runner import RankRunner
+from refengine.runner import How, Part
+from refengine.spec.layout import Layout
+from refengine.spec.ops import numpy_backend
+from refengine.spec.ranks import part
+from refengine.spec.shard import Shard
+
+
+def test_ranks_wait_with_a_timeout_exactly_while_a_sequence_has_a_slot():
+    """Rank 0 may rest for ever between texts; in the midst of one, its silence must end the job."""
+    checkpoint, waits = Checkpoint.open("tiny"), []
+
+    def rank(comm):
+        shard, backend, broadcast = Shard(Layout(2), comm.rank), numpy_backend(), comm.broadcast
+
+        def watched(value=None, idle=False):
+            if comm.rank:
+                waits.append(idle)
+            return broadcast(value, idle)
+
+        comm.broadcast = watched
+        model = part(checkpoint.config, checkpoint.read, backend, shard, comm)
+        runner = RankRunner(model, checkpoint.config, comm, shard, backend)
+        if comm.rank:
+            return runner.follow()
+        runner.read([Part(0, [5, 6, 7], How(), True), Part(1, [8], How(), True)])
+        runner.step([0, 1], [9, 9])
+        runner.drop([0])
+        runner.step([1], [9])
+        runner.drop([1])
+        runner.score([5, 6, 7])
+        runner.close()
+
+    on_each(2, rank)
+    # read, step, step, the end of both, score, close
+    assert waits == [True, False, False, False, True, True]
