@@ -3,7 +3,8 @@
 Every mixer has one signature, (hidden, w, cfg, state, lengths, ops) -> (its addition to the residual stream,
 next state): hidden is the normalised stream, b l d (h in the chapters where h is not heads); w the layer's
 weights by name; lengths the number of real positions of each row. Each ends with the one sum over
-tensor-parallel ranks that it needs.
+tensor-parallel ranks that it needs. With `record`, a mixer returns in place of the next state a record of the
+call (chapter 9), from which `replay` computes the state after any number of its positions.
 """
 
 from __future__ import annotations
@@ -13,10 +14,20 @@ from dataclasses import replace
 from refengine.spec.arrays import heads, merge, split
 
 
-def mamba2(hidden, w, cfg, state, lengths, ops):  # b l d -> b l d
+def mamba2(hidden, w, cfg, state, lengths, ops, record=False):  # b l d -> b l d
     """Return the output of a Mamba layer and its next state."""
     # PROJECT to z b l (h p), xBC b l c, dt b l h
     z, xBC, dt = split(ops.linear(hidden, w["in_proj.weight"]), cfg.in_proj_widths)
+    # CONVOLVE, SCAN
+    y, state = recur(xBC, dt, w, cfg, state, lengths, ops)  # b l h p
+    # GATE
+    y = ops.gated_rms_norm(merge(y), z, w["norm.weight"], cfg.layer_norm_epsilon, cfg.n_groups)  # b l (h p)
+    # RETURN
+    return ops.all_reduce(ops.linear(y, w["out_proj.weight"]), "M"), (xBC, dt) if record else state
+
+
+def recur(xBC, dt, w, cfg, state, lengths, ops):  # b l c, b l h -> b l h p
+    """Return what a Mamba layer reads from its state at each position, and its next state."""
     # CONVOLVE
     xBC, tail = ops.causal_conv(xBC, w["conv1d.weight"], w["conv1d.bias"], state.tail, lengths)  # b l c
     # SCAN
@@ -25,13 +36,10 @@ def mamba2(hidden, w, cfg, state, lengths, ops):  # b l d -> b l d
     y, S = ops.ssd_scan(  # x, y b l h p   B, C b l g n   S b h p n
         x, dt, w["A_log"], B, C, w["D"], w["dt_bias"], state.S, lengths, cfg.time_step_limit, cfg.chunk_size
     )
-    # GATE
-    y = ops.gated_rms_norm(merge(y), z, w["norm.weight"], cfg.layer_norm_epsilon, cfg.n_groups)  # b l (h p)
-    # RETURN
-    return ops.all_reduce(ops.linear(y, w["out_proj.weight"]), "M"), replace(state, tail=tail, S=S)
+    return y, replace(state, tail=tail, S=S)
 
 
-def attention(hidden, w, cfg, state, lengths, ops):  # b l d -> b l d
+def attention(hidden, w, cfg, state, lengths, ops, record=False):  # b l d -> b l d
     """Return the output of an attention layer and its next cache."""
     # PROJECT
     q, k, v = split(ops.linear(hidden, w["qkv_proj"]), cfg.qkv_widths)
@@ -40,10 +48,10 @@ def attention(hidden, w, cfg, state, lengths, ops):  # b l d -> b l d
     # ATTEND
     y, state = ops.attention(q, k, v, state, lengths)  # b l h e
     # RETURN
-    return ops.all_reduce(ops.linear(merge(y), w["o_proj.weight"]), "*"), state
+    return ops.all_reduce(ops.linear(merge(y), w["o_proj.weight"]), "*"), (k, v) if record else state
 
 
-def experts(hidden, w, cfg, state, lengths, ops):  # b l d -> b l d
+def experts(hidden, w, cfg, state, lengths, ops, record=False):  # b l d -> b l d
     """Return the output of a layer of experts, which has no state."""
     # ROUTE, by the full-width input
     routing = ops.route(hidden, w["gate.weight"], w["gate.e_score_correction_bias"], cfg)
@@ -57,9 +65,19 @@ def experts(hidden, w, cfg, state, lengths, ops):  # b l d -> b l d
     return ops.all_reduce(r + shared, "E"), state
 
 
-def mlp(hidden, w, cfg, state, lengths, ops):  # b l d -> b l d
+def mlp(hidden, w, cfg, state, lengths, ops, record=False):  # b l d -> b l d
     """Return the output of a dense layer, which has no state."""
     return ops.all_reduce(ops.mlp(hidden, w["up_proj.weight"], w["down_proj.weight"]), "-"), state
 
 
 MIXERS = {"M": mamba2, "*": attention, "E": experts, "-": mlp}
+
+
+def replay(kind, record, w, cfg, state, most, lengths, ops):
+    """Return the state after lengths[b], `most` at most, of the positions of a recorded call."""
+    if record is None:
+        return state
+    first, second = (part[:, :most] for part in record)
+    if kind == "M":
+        return recur(first, second, w, cfg, state, lengths, ops)[1]
+    return state.append(first, second, lengths)

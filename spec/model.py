@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from refengine.spec.config import Config
-from refengine.spec.mixers import MIXERS
+from refengine.spec.mixers import MIXERS, replay
 from refengine.spec.ops import Backend
 from refengine.spec.tensors import Group, placed, table
 
@@ -46,15 +46,27 @@ class Model:
         """Return the embeddings of ids: b l -> b l d."""
         return self.backend.ops.embed(ids, self.weights[""]["embeddings.weight"])
 
-    def blocks(self, x, states: list, lengths=None, first: int = 0, last: int | None = None, tap=None):
+    def blocks(
+        self, x, states: list, lengths=None, first: int = 0, last: int | None = None, tap=None, record=False
+    ):
         """Run layers first..last-1, and the final norm after the last of all. b l d -> b l d, next states.
 
-        `states` are those of exactly these layers; `tap(index, x)` sees the stream after each layer.
+        `states` are those of exactly these layers; `tap(index, x)` sees the stream after each layer. With
+        `record` the states stay as they were, and records of the layers, for `commit`, take their place.
         """
         last = len(self.cfg.layers) if last is None else last
-        layers = [(self.cfg.layers[i], self.weights[f"layers.{i}"]) for i in range(first, last)]
         final = self.weights[""]["norm_f.weight"] if last == len(self.cfg.layers) else None
-        return run(x, layers, final, states, lengths, self.cfg, self.backend.ops, first, tap)
+        layers = self.layers(first, last)
+        return run(x, layers, final, states, lengths, self.cfg, self.backend.ops, first, tap, record)
+
+    def commit(self, states: list, records: list, counts, first: int = 0, last: int | None = None) -> list:
+        """Return the states after the first counts[b] positions of each row of a recorded call."""
+        return replayed(self.layers(first, last), states, records, counts, self.cfg, self.backend)
+
+    def layers(self, first: int = 0, last: int | None = None) -> list:
+        """Return (letter, weights) of layers first..last-1."""
+        last = len(self.cfg.layers) if last is None else last
+        return [(self.cfg.layers[i], self.weights[f"layers.{i}"]) for i in range(first, last)]
 
     def head(self, h, rows=None):
         """Return logits, b l d -> b l v; or, with `rows` [b], of one position of each sequence: b v."""
@@ -64,15 +76,30 @@ class Model:
         return self.backend.ops.logits(h, self.weights[""]["embeddings.weight" if tied else "lm_head.weight"])
 
 
-def run(x, layers, final, states, lengths, cfg, ops, first=0, tap=None):
+def run(x, layers, final, states, lengths, cfg, ops, first=0, tap=None, record=False):
     """Run x <- x + mixer(rms_norm(x)) for each (letter, weights); `final`: weight of a last norm, or None."""
     delta, after = None, []
     for i, ((kind, w), state) in enumerate(zip(layers, states, strict=True), first):
         h, x = ops.rms_norm(x, delta, w["norm.weight"], cfg.layer_norm_epsilon)
-        delta, state = MIXERS[kind](h, w["mixer"], cfg, state, lengths, ops)
+        if record and state:
+            state = state.tentative()
+        delta, state = MIXERS[kind](h, w["mixer"], cfg, state, lengths, ops, record)
         after.append(state)
         if tap:
             tap(i, x + delta)
     if final is None:
         return (x if delta is None else x + delta), after
     return ops.rms_norm(x, delta, final, cfg.layer_norm_epsilon)[0], after
+
+
+def replayed(layers, states, records, counts, cfg, backend):
+    """Return the states after the first counts[b] (on the host) positions of each row of a recorded call."""
+    counts = np.asarray(counts)
+    most = int(counts.max(initial=0))
+    if not most:
+        return states
+    lengths = None if (counts == most).all() else backend.array(counts)
+    return [
+        replay(kind, record, w["mixer"], cfg, state, most, lengths, backend.ops)
+        for (kind, w), record, state in zip(layers, records, states, strict=True)
+    ]

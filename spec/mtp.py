@@ -12,7 +12,7 @@ with h := o and the token it guessed. docs/model.md, "Multi-token prediction".
 
 from __future__ import annotations
 
-from refengine.spec.model import Model, run
+from refengine.spec.model import Model, replayed, run
 
 
 def new_states(model: Model, batch: int) -> list:
@@ -20,12 +20,24 @@ def new_states(model: Model, batch: int) -> list:
     return [model.backend.new_state(kind, model.cfg, batch) for kind in model.cfg.mtp_layers]
 
 
-def predict(model: Model, h, next_ids, states: list, lengths=None):
-    """Return o [b l d] and next states, of h [b l d] and next_ids [b l]; `model.head(o)` predicts t[i+2]."""
-    cfg, ops = model.cfg, model.backend.ops
-    blocks = [model.weights[f"mtp.layers.{i}"] for i in range(len(cfg.mtp_layers))]
+def predict(model: Model, h, next_ids, states: list, lengths=None, record=False):
+    """Return o [b l d] and next states, of h [b l d] and next_ids [b l]; `model.head(o)` predicts t[i+2].
+
+    With `record` the states stay as they were, and records take their place.
+    """
+    cfg, ops, layers = model.cfg, model.backend.ops, head_layers(model)
+    blocks = [w for _, w in layers]
     e, _ = ops.rms_norm(model.embed(next_ids), None, blocks[0]["enorm.weight"], cfg.layer_norm_epsilon)
     g, _ = ops.rms_norm(h, None, blocks[0]["hnorm.weight"], cfg.layer_norm_epsilon)
     v = ops.linear_pair(e, g, blocks[0]["eh_proj.weight"])
-    layers = list(zip(cfg.mtp_layers, blocks, strict=True))
-    return run(v, layers, blocks[-1]["final_layernorm.weight"], states, lengths, cfg, ops)
+    return run(v, layers, blocks[-1]["final_layernorm.weight"], states, lengths, cfg, ops, record=record)
+
+
+def commit(model: Model, states: list, records: list, counts) -> list:
+    """Return the head's states after the first counts[b] positions of each row of a recorded call."""
+    return replayed(head_layers(model), states, records, counts, model.cfg, model.backend)
+
+
+def head_layers(model: Model) -> list:
+    """Return (letter, weights) of the head's layers."""
+    return [(kind, model.weights[f"mtp.layers.{i}"]) for i, kind in enumerate(model.cfg.mtp_layers)]

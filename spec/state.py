@@ -9,6 +9,16 @@ so sequences join and leave. A state is used once: after a call only the state i
 that a backend may write in place. To go on from one point twice, `fork` it first; a fork costs nothing
 here, because S and the tail are never written in place, and keys and values are only ever written beyond
 the end of every fork.
+
+A recorded call of several positions leaves the states as they were, and returns a record for each layer: what
+the verbs that change its state have read.
+
+    M    x|B|C before the convolution  b l c   and  dt  b l h         about 1 % of a copy of S, a position
+    *    keys and values  b l kv e
+
+`commit` applies these verbs again to the first counts[b] positions of each row (chapter 13), for any counts:
+speculative decoding reads several guessed tokens in one call and keeps those that were right, without a copy
+of S to return to. The call itself reads a `tentative` state.
 """
 
 from __future__ import annotations
@@ -39,6 +49,10 @@ class Recurrent:
 
     def fork(self) -> Recurrent:
         """Return this state: S and the tail are never written in place."""
+        return self
+
+    def tentative(self) -> Recurrent:
+        """Return this state for a call that must leave it as it is."""
         return self
 
 
@@ -89,6 +103,10 @@ class Cache:
     def fork(self) -> Cache:
         """Return a second state of this point, which shares the buffer."""
         return replace(self)
+
+    def tentative(self) -> Cache:
+        """Return a fork whose positions do not count as written: the next append overwrites them."""
+        return replace(self, written=self.written.copy())
 
     def _copied(self, room: int, exactly: bool = False) -> Cache:
         """Return a copy with `room`, and half as much again so that appending stays cheap."""

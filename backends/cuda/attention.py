@@ -85,6 +85,33 @@ class Cache:
         """Return a second state of this point; appending to either leaves the other as it is."""
         return replace(self, length=self.length.copy())
 
+    def tentative(self) -> Cache:
+        """Return a fork whose positions do not count as written: the next append overwrites them."""
+        mark = None if self.tip.owner is self.mark else object()
+        return replace(self, length=self.length.copy(), tip=Tip(), mark=mark)
+
+    def append(self, k, v, lengths=None) -> Cache:
+        """Return the cache with k and v, b l kv e, appended; lengths[b] of the positions are real."""
+        b, l = k.shape[:2]
+        cache = self.reserve(l)
+        cache.write(k, v, lengths)
+        args = cache.length, lengths, np.int32(l), np.int32(b)
+        cache.launch("attention_advance", (tiles(b, 128),), 128, args)
+        return cache.advanced(l)
+
+    def write(self, k, v, lengths) -> None:
+        """Write k and v, b l kv e, where there is room for them beyond the lengths, which stay."""
+        k, v = whole_heads(k), whole_heads(v)
+        (b, l, kv, e), room = k.shape, self.k.shape[2]
+        held = self.k, self.v, self.length, lengths
+        args = k, v, *places(k), *places(v), *held, *map(np.int32, (l, kv, e, room))
+        self.launch("attention_append", (l, b), min(256, 32 * tiles(kv * e, 32)), args)
+
+    def launch(self, kernel: str, grid, block: int, args) -> None:
+        """Launch a kernel of attention.cu in the build of the cache's dtype."""
+        defines = ("REAL_BF16",) if self.k.dtype == "bfloat16" else ()
+        self.k.device.launch("attention", kernel, grid, (block,), args, 0, defines)
+
 
 class Attention(Verbs):
     """The verb attention."""
@@ -94,17 +121,14 @@ class Attention(Verbs):
 
         q b l h e, k and v b l kv e -> b l h e
         """
-        (b, l, h, e), kv = q.shape, k.shape[2]
+        (_, l, h, e), kv = q.shape, k.shape[2]
         if e > HEAD:
             raise InputError(f"the CUDA backend attends with a head_dim of at most {HEAD}, not {e}")
-        q, k, v = whole_heads(q), whole_heads(k), whole_heads(v)
         cache = cache.reserve(l)
+        cache.write(k, v, lengths)
+        q, y = whole_heads(q), self.device.empty(q.shape, self.dtype)
+        given = q, *places(q), cache.k, cache.v, cache.length, lengths
         room = np.int32(cache.k.shape[2])
-        held = cache.k, cache.v, cache.length, lengths
-        args = k, v, *places(k), *places(v), *held, *map(np.int32, (l, kv, e)), room
-        self.launch("attention", "attention_append", (l, b), min(256, 32 * tiles(kv * e, 32)), *args)
-        y = self.device.empty(q.shape, self.dtype)
-        given = q, *places(q), *held
         sizes = *map(np.int32, (l, kv, h // kv, e)), room, np.float32(math.log2(math.e) / math.sqrt(e))
         attend = self.few if l * (h // kv) <= FEW_ROWS else self.many
         attend(given, sizes, y, cache, lengths)

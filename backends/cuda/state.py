@@ -38,6 +38,10 @@ class Recurrent:
         """Return a copy, since the verbs write in place."""
         return Recurrent(self.tail.copy(), self.S.copy())
 
+    def tentative(self) -> Recurrent:
+        """Return a copy, since the verbs write in place."""
+        return self.fork()
+
 
 def new_state(kind: str, cfg, batch: int, *, dtype: str, wide: str, device) -> Recurrent | Cache | None:
     """Return the state of a layer that has read nothing; None for a layer without one."""

@@ -106,6 +106,11 @@ class Cache:
         """Return a second state of this point; they share the buffer until both go on."""
         return replace(self)
 
+    def tentative(self) -> Cache:
+        """Return a fork whose positions do not count as written: the next append overwrites them."""
+        tip = Tip()
+        return replace(self, tip=tip, mark=tip.owner if self.tip.owner is self.mark else None)
+
 
 def attention(q, k, v, cache: Cache, lengths=None):
     """Return y b l h e and the next cache: y[i] = sum_{j <= i} softmax_j(q[i] . k[j] / sqrt(e)) v[j]."""

@@ -49,6 +49,10 @@ class Recurrent:
         self.forked.append(True)
         return replace(self)
 
+    def tentative(self) -> Recurrent:
+        """Return this state: the verbs do not write in place."""
+        return self
+
     def own(self) -> Recurrent:
         """Return the same state in arrays that may be written."""
         return Recurrent(self.tail.clone(), self.S.clone()) if self.forked else self

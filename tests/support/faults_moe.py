@@ -87,7 +87,7 @@ def experts_weighed_before(u, matrices, routing):
 def moe_layer(*, router_reads_latent=False, shared_reads_latent=False):
     """The mixer, with someone reading what went through the latent instead of the full width."""
 
-    def mixer(h, w, cfg, state, n, ops):
+    def mixer(h, w, cfg, state, n, ops, record=False):
         u = ops.linear(h, w["fc1_latent_proj.weight"])
         through = ops.linear(u, w["fc2_latent_proj.weight"])
         routing = ops.route(
