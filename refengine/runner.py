@@ -193,6 +193,7 @@ class LocalRunner:
         self.closed = False
         self.slots = Slots()
         self.drawings: dict[int, Drawing] = {}
+        self.recorded: tuple[list[int], list[int], list] | None = None  # slots, tokens of each, records
 
     @property
     def config(self) -> Config:
@@ -221,6 +222,32 @@ class LocalRunner:
         for slot in slots:
             self.drawings.pop(slot, None)
         self.slots.drop(slots)
+        if self.recorded and set(slots) & set(self.recorded[0]):
+            self.recorded = None
+
+    def verify(self, slots: list[int], ids: list[list[int]]) -> list[np.ndarray]:
+        """Feed several tokens to each of some sequences; return the logits [tokens v] of each sequence.
+
+        The sequences stay where they were, and nothing is drawn. `commit` keeps some of the tokens, before
+        the next call that reads or steps.
+        """
+        padded, lengths = side_by_side(ids)
+        states, here = self.slots.gather(slots), self.model.backend
+        self.slots.keep(slots, states)
+        given = None if lengths is None else here.array(lengths)
+        h, records = self.model.blocks(self.model.embed(here.array(padded)), states, given, record=True)
+        self.recorded = list(slots), [len(row) for row in ids], records
+        return [logits[: len(row)] for logits, row in zip(self.head(h), ids, strict=True)]
+
+    def commit(self, slots: list[int], counts: list[int]) -> None:
+        """Keep the first counts[i] of the tokens that `verify` fed to slots[i]: all slots of that call."""
+        recorded, most, records = self.recorded or ([], [], [])
+        if slots != recorded:
+            raise ValueError(f"slots {slots} to commit: the call before this one verified {recorded}")
+        if not all(0 <= count <= fed for count, fed in zip(counts, most, strict=True)):
+            raise ValueError(f"{counts} tokens to commit, of {most} that were verified")
+        self.slots.keep(slots, self.model.commit(self.slots.gather(slots), records, counts))
+        self.recorded = None
 
     def fits(self, tokens: int) -> bool:
         """Return whether half of the free memory holds one more sequence of so many tokens."""
@@ -253,16 +280,17 @@ class LocalRunner:
 
         The rows are padded to `width`; the states are stored by their slots.
         """
+        self.recorded = None
         if fresh:
             self.slots.keep(fresh, self.new_states(len(fresh)))
         states, here = self.slots.gather(slots), self.model.backend
         if here.step and width == 1:
             result, states = here.step(self.model, [row[0] for row in rows], states)
         else:
-            lengths = np.array([len(row) for row in rows])
-            ids = np.array([row + [0] * (width - len(row)) for row in rows])
-            h, states = self.blocks(ids, states, None if (lengths == width).all() else lengths)
-            result = self.head(h, lengths - 1) if logits else np.empty((0, 0))
+            ids, lengths = side_by_side(rows)
+            h, states = self.blocks(ids, states, lengths)
+            last = np.array([len(row) - 1 for row in rows])
+            result = self.head(h, last) if logits else np.empty((0, 0))
         self.slots.keep(slots, states)
         return result
 
@@ -336,7 +364,7 @@ class LocalRunner:
     def close(self) -> None:
         """Free the states and the weights."""
         self.closed = True
-        self.slots, self.drawings = Slots(), {}
+        self.slots, self.drawings, self.recorded = Slots(), {}, None
         self.model = replace(self.model, weights={})
 
 
@@ -346,3 +374,11 @@ def _chosen(logits: np.ndarray, ids: list[int]) -> list[float]:
         return []
     rows = log_probs(checked(logits[: len(ids)]))
     return [float(row[token]) for row, token in zip(rows, ids, strict=True)]
+
+
+def side_by_side(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return rows of tokens as ids [b l], padded with zeros, and their lengths [b], None if all are equal."""
+    lengths = np.array([len(row) for row in rows])
+    width = int(lengths.max())
+    ids = np.array([row + [0] * (width - len(row)) for row in rows])
+    return ids, None if (lengths == width).all() else lengths

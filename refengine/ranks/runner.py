@@ -51,6 +51,10 @@ class RankRunner(LocalRunner):
         """Feed one token to each of some sequences, on all ranks; see Runner."""
         return self.together("step", slots=slots, ids=ids, draw=draw)
 
+    def verify(self, slots, ids):
+        """Raise: recorded calls are made in one process only."""
+        raise NotImplementedError("verify and commit are made in one process, not over ranks")
+
     def logits(self, ids):
         """Return teacher-forced logits [tokens v] on every rank."""
         return self.together("logits", ids=ids)

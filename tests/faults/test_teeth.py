@@ -11,7 +11,17 @@ import numpy as np
 from refengine.spec.config import Config
 from refengine.spec.conv import causal_conv
 from refengine.spec.ops import DEFINITION
-from tests.book import test_attention, test_config, test_conv, test_laws, test_norm, test_scan, test_state
+from refengine.spec.state import Cache
+from tests.book import (
+    test_attention,
+    test_config,
+    test_conv,
+    test_laws,
+    test_norm,
+    test_records,
+    test_scan,
+    test_state,
+)
 from tests.support import faults as bad
 from tests.support import faults_moe as spec_with
 from tests.support.cases import Case
@@ -30,6 +40,11 @@ FORKS = law(
     case=Case(layers="*", length=1),
     moves=["read", "fork", "read"],
 )
+KEPT = law(
+    test_records.test_a_recorded_call_kept_up_to_any_position_is_so_many_steps, case=MODEL, read=4, k=4
+)
+UNKEPT = law(test_records.test_a_record_that_is_not_kept_changes_nothing, case=MODEL, read=4, k=4)
+IN_PLACE = law(test_records.test_keeping_a_part_of_a_record_copies_no_cache, case=MODEL, k=3)
 SMALL_STEPS, LIMITED, RESUMED = (vector(f"ssd_scan/{case}") for case in ("small-steps", "limited", "resumed"))
 MAMBA, CONV, GATED = (
     vector(name) for name in ("mamba2/two-groups", "causal_conv/after-a-tail", "gated_rms_norm/two-groups")
@@ -95,6 +110,11 @@ FAULTS = [
     Fault("the future is seen", {"attention": bad.attention_to_the_future_too}, ATTENTION),
     Fault("padding enters the cache", {"attention": bad.attention_that_keeps_padding}, PADDING),
     Fault("forks write over each other", spec_with.forks_write_over_each_other, FORKS),
+    # records
+    Fault("all of a record is kept", spec_with.all_of_a_record_is_kept, KEPT),
+    Fault("a commit forgets the tail", spec_with.commit_forgets_the_tail, KEPT),
+    Fault("a recorded call moves the lengths", spec_with.recorded_call_moves_the_lengths, UNKEPT),
+    Fault("a recorded call counts as written", setting(Cache, "tentative", lambda self: self), IN_PLACE),
 ]
 
 

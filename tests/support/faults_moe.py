@@ -127,6 +127,35 @@ def forks_write_over_each_other(patch):
     patch.setattr(Cache, "append", append)
 
 
+def all_of_a_record_is_kept(patch):
+    right = refengine.spec.model.replay
+    patch.setattr(
+        refengine.spec.model,
+        "replay",
+        lambda kind, record, w, cfg, state, most, n, ops: right(kind, record, w, cfg, state, most, None, ops),
+    )
+
+
+def commit_forgets_the_tail(patch):
+    right = refengine.spec.model.replay
+
+    def replay(kind, record, w, cfg, state, *rest):
+        after = right(kind, record, w, cfg, state, *rest)
+        return dataclasses.replace(after, tail=state.tail) if kind == "M" else after
+
+    patch.setattr(refengine.spec.model, "replay", replay)
+
+
+def recorded_call_moves_the_lengths(patch):
+    right = Cache.tentative
+
+    def tentative(self):
+        self.length[:] += 1
+        return right(self)
+
+    patch.setattr(Cache, "tentative", tentative)
+
+
 def head_of_the_last_row(patch):
     def head(self, h, rows=None):
         return self.backend.ops.logits(h if rows is None else h[:, -1], self.weights[""]["lm_head.weight"])
