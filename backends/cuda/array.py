@@ -30,6 +30,7 @@ class DeviceArray:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: str
+    readonly: bool = False  # a verb that changes its state in place changes a copy instead
 
     @property
     def size(self) -> int:

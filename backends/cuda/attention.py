@@ -48,6 +48,11 @@ class Cache:
         k, v = (device.empty(shape, dtype) for _ in "kv")
         return cls(k, v, device.zeros((batch,), "int32"))
 
+    @property
+    def defines(self) -> tuple[str, ...]:
+        """Return the defines of the kernels for this dtype."""
+        return ("REAL_BF16",) if self.k.dtype == "bfloat16" else ()
+
     def reserve(self, added: int) -> Cache:
         """Return this cache, or a copy, with room for `added` more positions that no fork will write to."""
         if self.most + added <= self.k.shape[2] and self.tip.owner is self.mark:
@@ -94,23 +99,19 @@ class Cache:
         """Return the cache with k and v, b l kv e, appended; lengths[b] of the positions are real."""
         b, l = k.shape[:2]
         cache = self.reserve(l)
-        cache.write(k, v, lengths)
+        cache.write(k.device, k, v, lengths)
         args = cache.length, lengths, np.int32(l), np.int32(b)
-        cache.launch("attention_advance", (tiles(b, 128),), 128, args)
+        k.device.launch("attention", "attention_advance", (tiles(b, 128),), (128,), args, 0, self.defines)
         return cache.advanced(l)
 
-    def write(self, k, v, lengths) -> None:
+    def write(self, device, k, v, lengths) -> None:
         """Write k and v, b l kv e, where there is room for them beyond the lengths, which stay."""
         k, v = whole_heads(k), whole_heads(v)
         (b, l, kv, e), room = k.shape, self.k.shape[2]
         held = self.k, self.v, self.length, lengths
         args = k, v, *places(k), *places(v), *held, *map(np.int32, (l, kv, e, room))
-        self.launch("attention_append", (l, b), min(256, 32 * tiles(kv * e, 32)), args)
-
-    def launch(self, kernel: str, grid, block: int, args) -> None:
-        """Launch a kernel of attention.cu in the build of the cache's dtype."""
-        defines = ("REAL_BF16",) if self.k.dtype == "bfloat16" else ()
-        self.k.device.launch("attention", kernel, grid, (block,), args, 0, defines)
+        threads = min(256, 32 * tiles(kv * e, 32))
+        device.launch("attention", "attention_append", (l, b), (threads,), args, 0, self.defines)
 
 
 class Attention(Verbs):
@@ -125,7 +126,7 @@ class Attention(Verbs):
         if e > HEAD:
             raise InputError(f"the CUDA backend attends with a head_dim of at most {HEAD}, not {e}")
         cache = cache.reserve(l)
-        cache.write(k, v, lengths)
+        cache.write(self.device, k, v, lengths)
         q, y = whole_heads(q), self.device.empty(q.shape, self.dtype)
         given = q, *places(q), cache.k, cache.v, cache.length, lengths
         room = np.int32(cache.k.shape[2])

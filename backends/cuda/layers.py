@@ -1,7 +1,8 @@
 """Norms, the causal convolution and the router: a kernel each, or two, for any number of rows.
 
 Arguments may be parts of a wider array along the last axis (z, xBC and dt of the projection are): a kernel is
-told how many elements apart the rows stand. The tail of the convolution is changed in place.
+told how many elements apart the rows stand. The tail of the convolution is changed in place, or in a copy
+if it is readonly.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class Layers(Verbs):
         if k > TAPS:
             raise InputError(f"the CUDA backend convolves over at most {TAPS} positions, not conv_kernel {k}")
         y = self.device.empty(x.shape, x.dtype)
+        tail = tail.copy() if tail.readonly else tail
         x, x_stride = rows(x)
         args = x, weight, bias, tail, y, lengths
         if length == 1:

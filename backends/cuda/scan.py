@@ -3,7 +3,8 @@
 Letters and equations are those of spec/scan.py. A step of decoding, or of a few drafted tokens, is one
 kernel, which reads and writes the state once. A longer call is four: what each chunk adds to the state, the
 state before each chunk, C B' of each group of heads, the outputs. Sums of dt A are as exact as in float64.
-The state is changed in place.
+The state is changed in place. One that is readonly stays: a step does not write it, a longer call changes a
+copy.
 """
 
 from __future__ import annotations
@@ -40,14 +41,16 @@ class Scan(Verbs):
             self.counts[blocks] = self.device.zeros((blocks,), "int32")
         return self.counts[blocks]
 
-    def run(self, file: str, grid, *args, held: int = 0):
+    def run(self, file: str, grid, *args, held: int = 0, stays: bool = False):
         """Launch the kernel of a file that has one; a block holds so many tiles in shared memory.
 
         Only two of them know the state as it is stored.
         """
         defines = self.defines if file in ("ssd_step", "ssd_pass") else self.activations
         row = CHUNK + (0 if self.dtype == "bfloat16" else 4)  # see tiles.cuh
-        self.device.launch(file, file, grid, (THREADS,), args, held * TILE * row * self.size, defines)
+        defines = (*defines, "STAYS") if stays else defines
+        shared = held * TILE * row * self.size
+        self.device.launch(file, file, grid, (THREADS,), args, shared, defines)
 
     def ssd_scan(
         self, x, dt, A_log, B, C, D, dt_bias, S, lengths=None, dt_limit=(0.0, math.inf), chunk: int = 128
@@ -58,6 +61,8 @@ class Scan(Verbs):
         """
         y = self.device.empty(x.shape, self.dtype)
         dt_limit = [np.float32(bound) for bound in dt_limit]
+        if S.readonly and not (x.shape[1] <= FEW and S.dtype == "float32" and in_registers(S, B, C)):
+            S = S.copy()
         if x.shape[1] <= FEW:
             self.steps(x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit, y)
         else:
@@ -92,6 +97,7 @@ class Scan(Verbs):
             B_stride,
             C_stride,
             *dt_limit,
+            stays=S.readonly,
         )
 
     def chunks(self, x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit, y, first: int, last: int):
@@ -166,6 +172,13 @@ def chunks_at_once(x: tuple[int, ...], B: tuple[int, ...], size: int) -> int:
     (b, _, h, p), (g, n) = x, B[2:]
     states, steps, scores = h * p * n * (4 + size), 4 * (3 * CHUNK + 1) * h, 4 * g * PAIRS * TILE**2
     return max(1, SCRATCH // (b * (states + steps + scores)))
+
+
+def in_registers(S, B, C) -> bool:
+    """Return whether a warp of ssd_step keeps its rows of S from one position to the next."""
+    state, arrays = S.shape[-1], (S, positions(B)[0], positions(C)[0])
+    places = (bytes for a in arrays for bytes in (a.pointer, state * a.itemsize, a.strides[0] * a.itemsize))
+    return state <= (32 if any(place % 16 for place in places) else 128)
 
 
 def positions(x):

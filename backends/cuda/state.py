@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -39,8 +39,8 @@ class Recurrent:
         return Recurrent(self.tail.copy(), self.S.copy())
 
     def tentative(self) -> Recurrent:
-        """Return a copy, since the verbs write in place."""
-        return self.fork()
+        """Return this state in arrays that the verbs do not change."""
+        return Recurrent(replace(self.tail, readonly=True), replace(self.S, readonly=True))
 
 
 def new_state(kind: str, cfg, batch: int, *, dtype: str, wide: str, device) -> Recurrent | Cache | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -56,3 +57,14 @@ def check(device, build, arrays, n=None, limit=NO_LIMIT, around=(0, 0)):
         FLOAT32.near(after[row], state[row], whole_state[row], what=f"S of row {row}")
         if not end:
             assert np.array_equal(after[row], S[row])
+
+
+def stays(device, build, arrays, n, around=(0, 0)):
+    """A readonly state is as before after the call, whose outputs are those of the call that changes it."""
+    S = device.from_host(arrays[-1])
+    kept, _ = scan(device, build, arrays, n, around=around, S=replace(S, readonly=True))
+    assert np.array_equal(device.to_host(S), arrays[-1])
+    y, _ = scan(device, build, arrays, n, around=around, S=S)
+    assert not np.array_equal(device.to_host(S), arrays[-1]) or not n.any()
+    for row, real in enumerate(n):
+        assert np.array_equal(device.to_host(kept)[row, :real], device.to_host(y)[row, :real])

@@ -26,6 +26,8 @@ BUILDS = {
     "float32": (),
     "bfloat16": ("REAL_BF16",),
     "float16 state": ("REAL_BF16", "STATE_F16"),
+    "float32 stays": ("STAYS",),
+    "bfloat16 stays": ("REAL_BF16", "STAYS"),
     **{f"{size} bytes": (f"BYTES_{size}",) for size in (1, 2, 4, 8)},
 }
 
@@ -57,11 +59,12 @@ def nvrtc_version() -> str:
 
 
 def builds(source: Path) -> list[str]:
-    """A file that stores the state of the scan has one more; one that moves elements, one for each size."""
+    """Return the builds of a file: two, or those of the scan's state, or one for each size of an element."""
     text = source.read_text()
     if "BYTES_1" in text:
         return [build for build in BUILDS if build.endswith("bytes")]
-    return ["float32", "bfloat16", *(["float16 state"] if re.search(r"\bState\b", text) else [])]
+    plain = ["float32", "bfloat16", *(["float16 state"] if re.search(r"\bState\b", text) else [])]
+    return plain + (["float32 stays", "bfloat16 stays"] if "STAYS" in text else [])
 
 
 def compiled(source: Path, build: str, arch: str) -> tuple[str, str]:

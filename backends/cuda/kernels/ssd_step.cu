@@ -3,11 +3,16 @@
 //
 // S is [b, h, p, n] and by far the most that is read and written. A warp takes ROWS rows of n values at a
 // time, all of them read before any is used, and keeps them from one position to the next where a lane has
-// room for its share. Head i reads B and C of group i / (h / g). S is written in place. Only the first n[b]
-// positions are real, or all.
+// room for its share. Head i reads B and C of group i / (h / g). S is written in place, or, under -DSTAYS, not
+// at all: then a lane must have that room. Only the first n[b] positions are real, or all.
 #include "rounding.cuh"
 
 constexpr int ROWS = 4;
+#ifdef STAYS
+constexpr bool stays = true;
+#else
+constexpr bool stays = false;
+#endif
 
 // What differs from one sequence, head and row of S to the next; `x`, `dt`, B and C at the first position.
 struct Place {
@@ -51,7 +56,7 @@ DEVICE void steps(Place at, const Clock& clock, float D, int count, int n, unsig
                     sum[r] += s[r][e] * c[e];
                 }
             }
-            if (t < count - 1 && kept) continue;
+            if ((t < count - 1 || stays) && kept) continue;
 #pragma unroll
             for (int r = 0; r < ROWS; r += 2) {
                 Random random(at.element + (unsigned)(r * n + i), call, t);

@@ -13,7 +13,7 @@ from refengine.backends.cuda import scan as module
 from refengine.backends.cuda.scan import FEW
 from refengine.spec.scan import ssd_scan
 from tests.support.cuda_device import device, needs_compiler, perturbed, sanitized
-from tests.support.cuda_scans import check, drawn, scan, uncancelled
+from tests.support.cuda_scans import check, drawn, scan, stays, uncancelled
 from tests.support.cuda_verbs import (
     FLOAT32,
     build_for,
@@ -48,6 +48,15 @@ LIMIT = st.sampled_from(((0.01, 0.2), (0.0, 0.05), (0.5, math.inf)))
 def test_a_few_steps_are_the_recurrence(device, build, seed, b, l, groups, sizes, around, ragged):
     arrays = drawn(build, seed, b, l, groups, sizes)
     check(device, build, arrays, lengths(seed, b, l) if ragged else None, around=around)
+
+
+@on_both
+@given(seed=SEED, l=st.integers(1, FEW + 2), groups=GROUPS, sizes=SIZES, around=AROUND)
+@example(seed=0, l=4, groups=(1, 3), sizes=(64, 128), around=(0, 0))
+@example(seed=0, l=4, groups=(1, 3), sizes=(5, 36), around=(1, 2))
+@example(seed=0, l=2, groups=(2, 2), sizes=(5, 260), around=(0, 0))
+def test_a_readonly_state_stays_and_changes_no_output(device, build, seed, l, groups, sizes, around):
+    stays(device, build, drawn(build, seed, 2, l, groups, sizes), lengths(seed, 2, l), around)
 
 
 @on_both
@@ -169,6 +178,13 @@ def test_a_planted_fault_is_seen(tmp_path, fault):
     length = 3 if fault.startswith("a step") else 140
     with pytest.raises(AssertionError):
         check(broken, FLOAT32, drawn(FLOAT32, 1, 1, length, (1, 1), (8, 16)))
+
+
+@needs_compiler
+def test_a_readonly_state_that_is_written_is_seen(tmp_path):
+    broken = planted(tmp_path, "ssd_step.cu", "(t < count - 1 || stays)", "t < count - 1")
+    with pytest.raises(AssertionError):
+        stays(broken, FLOAT32, drawn(FLOAT32, 1, 2, 3, (1, 1), (8, 16)), np.array([3, 2], np.int32))
 
 
 def test_the_sizes_in_python_are_those_of_the_kernels():
