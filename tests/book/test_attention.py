@@ -4,9 +4,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refengine.conformance.cases import CUTS, Case, agree, cases, cut
 from refengine.spec.attention import attention, attention_in_blocks
 from refengine.spec.ops import numpy_backend
-from tests.support.cases import CUTS, Case, agree, cases, cut
 
 ATTENTIONS = cases("*")
 

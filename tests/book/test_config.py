@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 from hypothesis import given
 
+from refengine.conformance.cases import cases
 from refengine.spec import keys
 from refengine.spec.config import Config
-from tests.support.cases import cases
 from tools.releases import CONFIGS, DENSE, FILES, NANO
 
 LIST = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}

@@ -3,7 +3,7 @@
 import numpy as np
 from hypothesis import given
 
-from tests.support.cases import CUTS, Case, agree, cases, cut
+from refengine.conformance.cases import CUTS, Case, agree, cases, cut
 
 CONVS = cases("M")
 

@@ -3,11 +3,11 @@
 import numpy as np
 from hypothesis import given
 
+from refengine.conformance.cases import Case, agree, cases
+from refengine.conformance.truth import router_margin
 from refengine.spec.mixers import MIXERS
 from refengine.spec.numerics import tolerance
 from tests.book.test_route import read_off as route
-from tests.support.cases import Case, agree, cases
-from tests.support.truth import router_margin
 
 MOES = cases("E")
 

@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.support.cases import CUTS, Case, agree, cases, cut, terms
-from tests.support.truth import agree_with_truth, counted, model, same_states, truth
+from refengine.conformance.cases import CUTS, Case, agree, cases, cut, terms
+from refengine.conformance.truth import agree_with_truth, counted, model, same_states, truth
 
 
 @given(case=cases(), cuts=CUTS)

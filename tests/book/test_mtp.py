@@ -6,13 +6,13 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refengine.conformance.cases import CUTS, Case, agree, cases, cut, terms
+from refengine.conformance.truth import counted, model, router_margin, truth
 from refengine.spec import mtp
 from refengine.spec.numerics import tolerance
 from refengine.spec.tensors import groups, table
 from tests.book.test_attention import read_off as attention
 from tests.book.test_experts import read_off as experts
-from tests.support.cases import CUTS, Case, agree, cases, cut, terms
-from tests.support.truth import counted, model, router_margin, truth
 
 HEADS = cases(st.sampled_from(("M", "*", "M-")), max_length=12, mtp_layers="*E")
 

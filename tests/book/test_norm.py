@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.cases import agree, cases
+from refengine.conformance.cases import agree, cases
 
 
 @given(case=cases("M"), size=st.sampled_from((1.0, 1e-3, 1e4)))

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refengine.conformance.cases import Case, agree, cases
+from refengine.conformance.truth import agree_with_truth, model
 from refengine.spec.arrays import DTYPES, widen
 from refengine.spec.numerics import relu2, sigmoid, silu, softplus, tolerance
 from refengine.spec.ops import numpy_backend
 from refengine.spec.tensors import groups, table
-from tests.support.cases import Case, agree, cases
-from tests.support.truth import agree_with_truth, model
 
 
 @pytest.mark.parametrize("disk", ["BF16", "F16"])

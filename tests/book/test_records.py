@@ -4,11 +4,11 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from refengine.conformance.cases import Case, agree, cases, terms
+from refengine.conformance.truth import agree_with_truth, counted, model, same_states, truth
 from refengine.spec import mtp, state
 from refengine.spec.numerics import tolerance
 from tests.book.test_mtp import read_off
-from tests.support.cases import Case, agree, cases, terms
-from tests.support.truth import agree_with_truth, counted, model, same_states, truth
 
 RECORDED = cases(max_length=9)
 HEADS = cases(st.sampled_from(("M", "*", "M-")), max_length=6, mtp_layers="*E")

@@ -4,9 +4,9 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from refengine.conformance.cases import Case, agree, cases
+from refengine.conformance.truth import Truth, router_margin
 from refengine.spec.numerics import tolerance
-from tests.support.cases import Case, agree, cases
-from tests.support.truth import Truth, router_margin
 
 ROUTERS = cases("E")
 

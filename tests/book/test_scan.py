@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.cases import CUTS, Case, agree, cases, cut
+from refengine.conformance.cases import CUTS, Case, agree, cases, cut
 
 SCANS = cases("M", max_length=40)
 NO_LIMIT = (0.0, math.inf)

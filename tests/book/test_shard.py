@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from refengine.conformance.cases import Case
 from refengine.spec.arrays import DTYPES, split
 from refengine.spec.config import Config, InputError
 from refengine.spec.layout import Layout, obstacles, plan, span, unit
 from refengine.spec.shard import CUTS, Shard, cut, held_bytes, rows
 from refengine.spec.tensors import table
-from tests.support.cases import Case
 from tests.support.layouts import LAYOUTS, Cuttable, cuttable, spelled
 from tools.releases import CONFIGS
 

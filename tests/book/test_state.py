@@ -4,10 +4,10 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from refengine.conformance.cases import Case, agree, cases, terms
+from refengine.conformance.truth import model, truth_of
 from refengine.spec import state
 from refengine.spec.state import new_state
-from tests.support.cases import Case, agree, cases, terms
-from tests.support.truth import model, truth_of
 
 MOVES = ("read", "leave", "join", "fork", "swap", "overwrite")
 

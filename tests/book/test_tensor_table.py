@@ -4,8 +4,8 @@ from functools import lru_cache
 
 import pytest
 
+from refengine.conformance.cases import Case
 from refengine.spec.tensors import active_parameters, groups, parameters, placed, table
-from tests.support.cases import Case
 from tools.releases import CONFIGS, DENSE
 
 

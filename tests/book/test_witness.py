@@ -8,11 +8,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from refengine.conformance.cases import Case, terms
+from refengine.conformance.truth import model, truth
 from refengine.spec.config import Config
 from refengine.spec.model import Model
 from refengine.spec.ops import DEFINITION, numpy_backend
-from tests.support.cases import Case, terms
-from tests.support.truth import model, truth
 
 why = "the live witness needs: pip install 'refengine[test]'"
 pytest.importorskip("torch", reason=why)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from refengine.checkpoint import INDEX, Checkpoint
+from refengine.conformance.cases import Case
 from refengine.spec.config import InputError
 from refengine.spec.tensors import table
-from tests.support.cases import Case
 from tests.support.checkpoints import (
     CONFIGS,
     add,

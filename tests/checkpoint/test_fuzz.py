@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from refengine.checkpoint import INDEX, Checkpoint
 from refengine.checkpoint.safetensors_file import SafetensorsFile
+from refengine.conformance.cases import Case
 from refengine.spec.config import InputError
-from tests.support.cases import Case
 from tests.support.checkpoints import join, parts, random_checkpoint
 
 resource = pytest.importorskip("resource")

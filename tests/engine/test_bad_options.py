@@ -12,6 +12,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import refengine
 from refengine import backend, bench
+from refengine.conformance.cases import Case
 from refengine.runner import LocalRunner
 from refengine.spec.arrays import ITEMSIZE
 from refengine.spec.config import Config, InputError
@@ -19,7 +20,6 @@ from refengine.spec.model import Model
 from refengine.spec.ops import numpy_backend
 from refengine.spec.tensors import active_parameters, parameters, table
 from tests.engine.test_cli import cli, fails, piped  # noqa: F401
-from tests.support.cases import Case
 from tools.releases import NANO
 
 CFG = Config.from_hf(NANO)

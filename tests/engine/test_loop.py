@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 import refengine
 from refengine import End, InputError, Token
+from refengine.conformance.cases import Case, cases, terms
+from refengine.conformance.truth import model
 from refengine.generation import Options
 from refengine.loop import Loop
 from refengine.runner import LocalRunner
@@ -21,10 +23,8 @@ from refengine.spec.layout import Layout
 from refengine.spec.numerics import tolerance
 from refengine.spec.ops import numpy_backend
 from refengine.spec.sample import penalised, probabilities
-from tests.support.cases import Case, cases, terms
 from tests.support.layouts import cuttable, spelled
 from tests.support.runners import case_over_ranks
-from tests.support.truth import model
 
 EXACT = numpy_backend(np.float64)
 LAYOUTS = [

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refengine.conformance.cases import Case, agree, cases, terms
+from refengine.conformance.truth import counted, model, truth_of
 from refengine.runner import How, LocalRunner, Part
-from tests.support.cases import Case, agree, cases, terms
-from tests.support.truth import counted, model, truth_of
 
 
 class Sequences:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from refengine.conformance.cases import Case
 from refengine.spec.config import Config
 from refengine.spec.conv import causal_conv
 from refengine.spec.ops import DEFINITION
@@ -24,7 +25,6 @@ from tests.book import (
 )
 from tests.support import faults as bad
 from tests.support import faults_moe as spec_with
-from tests.support.cases import Case
 from tests.support.teeth import Fault, each, law, plain, setting, vector
 
 M, A, MODEL = Case(layers="M"), Case(layers="*"), Case(layers="M*EM", length=19)

@@ -2,13 +2,13 @@
 
 import refengine.spec.keys
 import refengine.spec.mixers
+from refengine.conformance.cases import Case
 from refengine.spec.config import InputError
 from refengine.spec.ops import DEFINITION
 from tests.book import test_config, test_experts, test_mtp, test_numerics, test_route
 from tests.book import test_tensor_table as counts
 from tests.faults import test_teeth
 from tests.support import faults_moe as bad
-from tests.support.cases import Case
 from tests.support.teeth import Fault, each, law, plain, setting, vector
 from tools.releases import CONFIGS
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refengine.conformance.cases import Case
 from refengine.ranks.comm import Solo, heartbeat
 from refengine.ranks.comm.heartbeat import Heartbeat, ends
 from refengine.ranks.load import with_heartbeats
@@ -17,7 +18,6 @@ from refengine.spec.model import Model
 from refengine.spec.ops import numpy_backend
 from refengine.spec.ranks import sharded
 from refengine.spec.shard import Shard
-from tests.support.cases import Case
 
 TIMEOUT = 4.0
 RANKS = range(4)

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from refengine.conformance.cases import CUTS, agree, terms
+from refengine.conformance.truth import counted, truth
 from refengine.spec.layout import Layout
 from refengine.spec.numerics import tolerance
 from tests.book.test_mtp import read_off
-from tests.support.cases import CUTS, agree, terms
 from tests.support.layouts import (
     LAYOUTS,
     Cuttable,
@@ -20,7 +21,6 @@ from tests.support.layouts import (
     split_rows_are_the_whole,
     sums_to_the_whole,
 )
-from tests.support.truth import counted, truth
 
 EVERY = pytest.mark.parametrize("layout", LAYOUTS, ids=spelled)
 A_FEW = settings(max_examples=max(2, settings.default.max_examples // 5))

@@ -15,10 +15,10 @@ import pytest
 from refengine.checkpoint import Checkpoint
 from refengine.checkpoint.random_values import random_values
 from refengine.checkpoint.write import write
+from refengine.conformance.cases import Case
 from refengine.spec.arrays import DTYPES
 from refengine.spec.config import Config, InputError
 from refengine.spec.tensors import Tensor
-from tests.support.cases import Case
 
 CONFIGS = {
     "mamba": Case(layers="MM").cfg,

@@ -9,15 +9,15 @@ from functools import cached_property
 import numpy as np
 from hypothesis import strategies as st
 
+from refengine.conformance.cases import Case, cases, cut
+from refengine.conformance.truth import agree_with_truth
 from refengine.spec import mtp
 from refengine.spec.config import Config
 from refengine.spec.layout import Layout, span
 from refengine.spec.ops import numpy_backend
 from refengine.spec.ranks import new_states, part, sharded, step
 from refengine.spec.shard import Shard
-from tests.support.cases import Case, cases, cut
 from tests.support.ranks import overheard
-from tests.support.truth import agree_with_truth
 
 EIGHT = range(1, 9)
 LAYOUTS = [Layout(tp, ep, pp) for tp in EIGHT for ep in EIGHT for pp in EIGHT if tp * ep * pp <= 8]

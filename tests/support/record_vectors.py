@@ -22,10 +22,10 @@ import transformers
 from transformers.cache_utils import DynamicCache
 from transformers.models.nemotron_h import modeling_nemotron_h as hf
 
+from refengine.conformance.cases import Case
+from refengine.conformance.truth import router_margin, truth
 from refengine.spec.arrays import widen
 from refengine.spec.tensors import table
-from tests.support.cases import Case
-from tests.support.truth import router_margin, truth
 from tests.support.witness import logits, theirs
 
 ROOT = Path(__file__).resolve().parents[2] / "tests" / "vectors"

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from refengine.conformance.cases import agree, terms
 from refengine.spec.arrays import DTYPES
 from refengine.spec.config import Config
 from refengine.spec.mixers import MIXERS
 from refengine.spec.model import Model
 from refengine.spec.tensors import table
-from tests.support.cases import agree, terms
 
 ROOT = Path(__file__).resolve().parents[1] / "vectors"
 MANIFEST = tomllib.loads((ROOT / "manifest.toml").read_text())["vectors"] if ROOT.exists() else {}

@@ -10,12 +10,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from refengine.backends.cuda.layers import Layers
+from refengine.conformance.cases import Case
+from refengine.conformance.truth import router_margin
 from refengine.spec.config import InputError
 from refengine.spec.moe import route
-from tests.support.cases import Case
 from tests.support.cuda_device import device, needs_compiler, perturbed, sanitized
 from tests.support.cuda_verbs import BFLOAT16, FLOAT32, build_for, exact, on_both, planted, small, within
-from tests.support.truth import router_margin
 
 SEED = st.integers(0, 9999)
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refengine.backends.cuda import cuda_backend
+from refengine.conformance.cases import Case, terms
 from refengine.spec import state as spec_state
 from refengine.spec.model import Model
 from refengine.spec.ops import numpy_backend
-from tests.support.cases import Case, terms
 from tests.support.cuda_device import device, emulated, needs_compiler, sanitized  # noqa: F401
 from tools.cuda.emulator import EmulatedDevice
 

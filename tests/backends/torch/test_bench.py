@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from refengine import bench
+from refengine.conformance.cases import Case
 from refengine.runner import LocalRunner
 from refengine.spec.model import Model
 from refengine.spec.ops import numpy_backend
 from refengine.spec.tensors import parameters, table
-from tests.support.cases import Case
 from tests.support.torch_benches import Torch
 
 CASE = Case(layers="M*E-", batch=1)

@@ -13,12 +13,12 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
+from refengine.conformance.cases import Case
+from refengine.conformance.truth import truth
 from refengine.spec.arrays import DTYPES
 from refengine.spec.model import Model
 from refengine.spec.ops import DEFINITION, numpy_backend
-from tests.support.cases import Case
 from tests.support.torch_benches import Torch, needs_cuda, torch
-from tests.support.truth import truth
 
 from refengine.backends.pytorch import torch_backend  # isort: skip
 

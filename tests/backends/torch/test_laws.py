@@ -8,9 +8,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refengine.conformance.cases import CUTS, cases, cut, terms
 from refengine.spec import state as spec_state
 from refengine.spec.model import Model
-from tests.support.cases import CUTS, cases, cut, terms
 from tests.support.torch_benches import TRUTH, on_all
 
 CASES = cases(max_length=14, n_routed_experts=9, num_experts_per_tok=9, n_group=1)

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refengine.conformance.cases import Case
 from refengine.spec import moe
 from refengine.spec.arrays import DTYPES
 from refengine.spec.ops import DEFINITION
 from refengine.spec.tensors import Group
-from tests.support.cases import Case
 from tests.support.torch_benches import Torch, on_all, placed, small, torch, values
 
 SIZE = st.integers(1, 37)

@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refengine.conformance.cases import CUTS, cut
+from refengine.conformance.truth import agree_with_truth
 from refengine.ranks.comm.threads import on_each
 from refengine.spec import moe
 from refengine.spec.layout import span
 from refengine.spec.ops import DEFINITION
 from refengine.spec.ranks import new_states, part, sharded, step
 from refengine.spec.shard import Shard
-from tests.support.cases import CUTS, cut
 from tests.support.layouts import LAYOUTS, cuttable
 from tests.support.torch_benches import ALL, on_all, placed, small, torch, values
-from tests.support.truth import agree_with_truth
 
 SIZE = st.integers(1, 37)
 SEED = st.integers(0, 9999)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from refengine.conformance.cases import Case
 from refengine.spec.model import Model
 from tests.backends.torch.test_laws import step
-from tests.support.cases import Case
 from tests.support.torch_benches import torch
 
 from refengine.backends.pytorch import torch_backend  # isort: skip

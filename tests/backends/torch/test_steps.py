@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refengine.conformance.cases import Case, cases, terms
 from refengine.ranks.comm import RankError, Solo
 from refengine.ranks.comm.threads import on_each
 from refengine.spec import state as spec_state
@@ -15,7 +16,6 @@ from refengine.spec.model import Model
 from refengine.spec.ops import numpy_backend
 from refengine.spec.ranks import new_states, part
 from refengine.spec.shard import Shard
-from tests.support.cases import Case, cases, terms
 from tests.support.torch_benches import torch
 
 from refengine.backends.pytorch import native, steps, torch_backend  # isort: skip

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from refengine.conformance.cases import Case, terms
 from refengine.spec.model import Model
 from tests.backends.torch.test_laws import step, truth
-from tests.support.cases import Case, terms
 from tests.support.torch_benches import Torch, torch
 
 HOW = Torch("torch-float32", "float32")

@@ -15,6 +15,7 @@ from functools import lru_cache
 import hypothesis
 import numpy as np
 
+from refengine.conformance.cases import Case, agree, terms
 from refengine.spec.arrays import heads, widen
 from refengine.spec.model import Model
 from refengine.spec.moe import only_best_groups
@@ -22,7 +23,6 @@ from refengine.spec.norm import rms
 from refengine.spec.numerics import sigmoid, silu, tolerance
 from refengine.spec.ops import DEFINITION, Backend, Ops, numpy_backend
 from refengine.spec.state import Cache, Recurrent
-from tests.support.cases import Case, agree, terms
 
 
 @dataclass(frozen=True)

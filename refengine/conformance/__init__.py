@@ -1,0 +1,1 @@
+"""Check that an implementation computes what `refengine.spec` defines: cases, laws, mistakes, traces."""
