@@ -1,7 +1,8 @@
-"""Seeded cases. Hypothesis draws the sizes of a model, which shrink; a seeded generator fills the arrays.
+"""Seeded cases: sizes of a small model, filled by a seeded generator, and the test of agreement.
 
-A `Case` is a handful of small numbers; its repr, which a failing test prints, runs it again.
-Axes that meet in an array are drawn from menus without a common member, so no two can be confused.
+A `Case` is a handful of small numbers; its repr, which a failing check prints, runs it again. Axes that meet
+in an array are drawn from menus without a common member, so no two can be confused. Hypothesis draws cases by
+`refengine.conformance.strategies`; this module does not need it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import numpy as np
-from hypothesis import strategies as st
 
 from refengine.spec.arrays import DTYPES
 from refengine.spec.config import Config
@@ -26,6 +26,7 @@ MENUS = {
     "attention": ((6, 2), (6, 3), (5, 1)), "head_dim": (10, 12),
     "n_routed_experts": (9, 12), "num_experts_per_tok": (4, 1, 6), "moe_latent_size": (20, None),
     "n_group": (1, 3), "norm_topk_prob": (True, False),
+    "layer_norm_epsilon": (1e-5, 3e-3), "routed_scaling_factor": (2.5, 0.7),
 }  # fmt: skip
 
 
@@ -52,20 +53,23 @@ class Case:
     moe_latent_size: int | None = 20
     n_group: int = 1
     norm_topk_prob: bool = True
+    layer_norm_epsilon: float = 1e-5
+    routed_scaling_factor: float = 2.5
     tied: bool = False
     disk: str = "BF16"
 
     def __repr__(self) -> str:
-        """One line to copy into a test: what differs from the case above."""
+        """Return one line of code that makes this case: the fields that differ from the defaults."""
         told = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in told)})"
 
     def _repr_pretty_(self, printer, cycle):
-        """Hypothesis would print all fields."""
+        """Print the repr where Hypothesis would print all fields."""
         printer.text(repr(self))
 
     @cached_property
     def cfg(self) -> Config:
+        """Return the configuration of the model."""
         drawn = {key: getattr(self, key) for key in MENUS if key not in ("heads_per_group", "attention")}
         heads, kv = self.attention
         return Config.from_hf(
@@ -75,7 +79,6 @@ class Case:
                 "hybrid_override_pattern": self.layers,
                 "vocab_size": 61,
                 "max_position_embeddings": 512,
-                "layer_norm_epsilon": 1e-5,
                 "tie_word_embeddings": self.tied,
                 "mamba_num_heads": self.n_groups * self.heads_per_group,
                 "num_attention_heads": heads,
@@ -83,7 +86,6 @@ class Case:
                 "moe_intermediate_size": 13,
                 "moe_shared_expert_intermediate_size": 17,
                 "intermediate_size": 31,
-                "routed_scaling_factor": 2.5,
                 "topk_group": 2 if self.n_group > 1 else 1,
                 "num_nextn_predict_layers": int(bool(self.mtp_layers)),
                 "mtp_hybrid_override_pattern": self.mtp_layers,
@@ -91,28 +93,30 @@ class Case:
         )
 
     def rng(self, *what: int) -> np.random.Generator:
+        """Return a generator of random numbers; `what` tells the streams of one case apart."""
         return np.random.default_rng([self.seed, *what])
 
     def normal(self, what: int, *shape: int) -> np.ndarray:
-        """Activations of size 1, exact in float32 too; `what` tells the arrays of a case apart."""
+        """Return activations of size 1, float64 but exact in float32; `what` tells the arrays apart."""
         return self.rng(2, what).standard_normal(shape).astype(np.float32).astype(np.float64)
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor by its name in the checkpoint, in the file's dtype."""
+        """Return a tensor by its name in the checkpoint, in the file's dtype."""
         return random_tensors(self.cfg, self.seed, self.disk)[name]
 
     def exact(self, key: str, block: str = "layers.0") -> np.ndarray:
-        """A weight of one mixer, in float64."""
+        """Return a weight of one mixer, in float64."""
         prefix = "" if block.startswith("mtp.") else "backbone."
         return self.read(f"{prefix}{block}.mixer.{key}").astype(np.float64)
 
     @property
     def ids(self) -> np.ndarray:
+        """Return the token ids of the sequences, [batch length]."""
         return self.rng(1).integers(0, self.cfg.vocab_size, (self.batch, self.length))
 
     @property
     def lengths(self) -> np.ndarray:
-        """How many of its tokens each row really has: n[b], at least one row full."""
+        """Return how many tokens of each row are real, [batch]; at least one row is full."""
         n = self.rng(3).integers(0, self.length + 1, self.batch)
         n[self.seed % self.batch] = self.length
         return n
@@ -120,7 +124,7 @@ class Case:
 
 @lru_cache(maxsize=64)
 def random_tensors(cfg: Config, seed: int, disk: str = "BF16") -> dict[str, np.ndarray]:
-    """A checkpoint whose every tensor matters: values by role, about as large as in a trained model."""
+    """Return tensors by name; values by role, about as large as in a trained model, and every one matters."""
     rng = np.random.default_rng([seed, 0])
     return {
         row.name: random_tensor(row, rng).astype(DTYPES["F32" if row.dtype == "F32" else disk])
@@ -129,6 +133,7 @@ def random_tensors(cfg: Config, seed: int, disk: str = "BF16") -> dict[str, np.n
 
 
 def random_tensor(row: Tensor, rng: np.random.Generator) -> np.ndarray:
+    """Return random values for one tensor of the table, float64."""
     match row.key.removeprefix("mixer."):
         case "A_log":
             return np.log(rng.uniform(1, 16, row.shape))
@@ -144,30 +149,15 @@ def random_tensor(row: Tensor, rng: np.random.Generator) -> np.ndarray:
             return 1.5 * rng.standard_normal(row.shape) / math.sqrt(row.shape[-1])
 
 
-ANY_LAYERS = st.text("M*E-", min_size=1, max_size=5)
-
-
-@st.composite
-def cases(draw, layers: str | st.SearchStrategy = ANY_LAYERS, max_length: int = 20, **fixed) -> Case:
-    """A case with these layers, or with one to five of any kind."""
-    letters = layers if isinstance(layers, str) else draw(layers)
-    sizes = {key: fixed[key] if key in fixed else draw(st.sampled_from(menu)) for key, menu in MENUS.items()}
-    sizes |= {"batch": draw(st.integers(1, 3)), "length": draw(st.integers(1, max_length))} | fixed
-    return Case(layers=letters, seed=draw(st.integers(0, 9999)), **sizes)
-
-
 def cut(case: Case, cuts) -> list[slice]:
-    """The positions of a case in consecutive pieces, from any numbers at all."""
+    """Return the positions of a case in consecutive pieces; any numbers may be the cuts."""
     ends = sorted({0, case.length} | {c % case.length for c in cuts})
     return [slice(a, b) for a, b in pairwise(ends)]
 
 
-CUTS = st.lists(st.integers(0, 63), max_size=4)
-
-
 def terms(cfg: Config, length: int) -> int:
-    """Products that one logit may be a sum of: a row of every matrix on its way, and the positions."""
-    per_row = {}
+    """Return how many products a logit may be a sum of: a row of each matrix on its way, and positions."""
+    per_row: dict[tuple[str, str], int] = {}
     for row in table(cfg):
         if row.precision != "small":
             per_row[row.block, row.role] = max(row.shape[-1], per_row.get((row.block, row.role), 0))
@@ -175,16 +165,28 @@ def terms(cfg: Config, length: int) -> int:
 
 
 def agree(actual, expected, dtype, terms: int, what: str = "", stretch: float = 1.0) -> float:
-    """Both are the same sum of `terms` products of numbers about as large as the largest of `expected`, or 1.
+    """Return the relative error; AssertionError if it exceeds the rounding of a sum of `terms` products.
 
-    `stretch`: by how much a division enlarged the rounding of what it divided. Returns the relative error.
+    The products are of numbers about as large as the largest of `expected`, or 1. `stretch`: by how much a
+    division enlarged the rounding of what it divided.
     """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape, f"{what}: shape {actual.shape} for {expected.shape}"
+    if actual.shape != expected.shape:
+        raise AssertionError(f"{what}: shape {actual.shape} for {expected.shape}")
     if not expected.size:
         return 0.0
     error = np.abs(actual - expected) / max(1.0, np.abs(expected).max())
     worst, allowed = error.max(), tolerance(dtype, terms) * stretch
-    where = tuple(int(i) for i in np.unravel_index(error.argmax(), error.shape))
-    assert worst <= allowed, f"{what}: off by {worst:.3g} at {where}; {dtype} is allowed {allowed:.3g}"
+    if not worst <= allowed:
+        where = tuple(int(i) for i in np.unravel_index(error.argmax(), error.shape))
+        raise AssertionError(f"{what}: off by {worst:.3g} at {where}; {dtype} is allowed {allowed:.3g}")
     return float(worst)
+
+
+def __getattr__(name: str):
+    """Import the strategies, which need Hypothesis, when they are first asked for."""
+    if name in ("ANY_LAYERS", "CUTS", "cases"):
+        from refengine.conformance import strategies
+
+        return getattr(strategies, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

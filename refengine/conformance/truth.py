@@ -1,6 +1,6 @@
-"""What a case's answer is: the spec's definition in float64, one sequence at a time, in one call.
+"""The answer of a case: the spec's definition in float64, one sequence at a time, in one call.
 
-Rounding alone does not say how far a right answer may lie from it; the truth also tells two things it met.
+Rounding alone does not say how far a right answer may lie from it; a `Truth` also holds two measures.
   margin    Two experts whose scores differ by less than rounding may be chosen either way, and one flipped
             expert is not rounding: from its first such token on, a sequence is set apart.
   stretch   The gated norm divides by the size of its group. Where a gate closes on all of a group (of 7
@@ -9,10 +9,10 @@ Rounding alone does not say how far a right answer may lie from it; the truth al
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import hypothesis
 import numpy as np
 
 from refengine.conformance.cases import Case, agree, terms
@@ -27,6 +27,8 @@ from refengine.spec.state import Cache, Recurrent
 
 @dataclass(frozen=True)
 class Truth:
+    """The float64 results for one sequence of l tokens, and how sure its choices of experts are."""
+
     logits: np.ndarray  # l v
     hidden: np.ndarray  # l d, after the final norm
     stream: np.ndarray  # layer l d, after each layer
@@ -35,24 +37,25 @@ class Truth:
     stretch: float
 
     def sure(self, dtype, size: int) -> int:
-        """Positions before the first whose experts could have been chosen otherwise."""
+        """Return the number of positions before the first whose experts could have been chosen otherwise."""
         close = np.flatnonzero(self.margin <= tolerance(dtype, size))
         return int(close[0]) if len(close) else len(self.margin)
 
 
 @lru_cache(maxsize=128)
 def model(case: Case, backend: Backend) -> Model:
+    """Return the model of a case, placed by a backend."""
     return Model.build(case.cfg, case.read, backend)
 
 
 @lru_cache(maxsize=512)
 def truth(case: Case, row: int, n: int | None = None) -> Truth:
-    """Of the first n tokens of one of the case's sequences."""
+    """Return the truth of the first n tokens of one of the case's sequences."""
     return truth_of(case, case.ids[row : row + 1, :n])
 
 
 def truth_of(case: Case, ids: np.ndarray) -> Truth:
-    """Of any sequence, ids [1 l]."""
+    """Return the truth of any sequence, ids [1 l]."""
     ops, margins, stretches = watched(DEFINITION, ids.shape[1])
     m = Model.build(case.cfg, case.read, numpy_backend(np.float64, ops=ops))
     if not ids.size:
@@ -64,6 +67,7 @@ def truth_of(case: Case, ids: np.ndarray) -> Truth:
 
 
 def watched(ops: Ops, length: int) -> tuple[Ops, list[np.ndarray], list[float]]:
+    """Return verbs that note router margins [l] and stretches while they compute, and the two lists."""
     margins, stretches = [np.full(length, np.inf)], [1.0]
 
     def route(h, gate, bias, cfg):
@@ -78,7 +82,7 @@ def watched(ops: Ops, length: int) -> tuple[Ops, list[np.ndarray], list[float]]:
 
 
 def router_margin(h, gate, bias, cfg):
-    """By how much the last chosen expert (or group) beat the first one not chosen. b l d -> b l"""
+    """Return by how much the last chosen expert (or group) beat the first one not chosen. b l d -> b l"""
     c = sigmoid(h @ widen(gate, h.dtype).T) + bias
     won = np.full(c.shape[:-1], np.inf)
     if cfg.n_group > 1:
@@ -89,20 +93,21 @@ def router_margin(h, gate, bias, cfg):
 
 
 def lead(c, k):
-    """How far the k-th largest lies above the next."""
+    """Return how far the k-th largest of the last axis lies above the next."""
     c = -np.sort(-c, axis=-1)
     return c[..., k - 1] - c[..., k] if k < c.shape[-1] else np.full(c.shape[:-1], np.inf)
 
 
 def counted(tied: bool) -> bool:
-    """Whether a comparison is cut short; `pytest --hypothesis-show-statistics` tells how often."""
-    if tied and hypothesis.currently_in_test_context():
+    """Return `tied`, whether a comparison is cut short; Hypothesis counts it among its statistics."""
+    hypothesis = sys.modules.get("hypothesis")
+    if tied and hypothesis and hypothesis.currently_in_test_context():
         hypothesis.event("a router tie: set apart")
     return tied
 
 
 def agree_with_truth(case: Case, row: int, logits, dtype, at: slice = slice(None)) -> None:
-    """`logits` [l v] of one sequence, or of its positions `at`, are the truth, up to a tie in the router."""
+    """Check logits [l v] of one sequence, or of its positions `at`, against the truth, up to a router tie."""
     true, size = truth(case, row), terms(case.cfg, case.length)
     sure = true.sure(dtype, size)
     counted(sure < len(true.margin))
@@ -113,7 +118,7 @@ def agree_with_truth(case: Case, row: int, logits, dtype, at: slice = slice(None
 
 
 def same_states(case: Case, row: int, states: list, backend, n: int | None = None) -> None:
-    """What is remembered of one sequence is what reading it alone leaves behind."""
+    """Check that the states of one sequence are those that reading it alone leaves behind."""
     true, size = truth(case, row, n), terms(case.cfg, case.length)
     if counted(true.sure(backend.dtype, size) < len(true.margin)):
         return
@@ -126,7 +131,8 @@ def same_states(case: Case, row: int, states: list, backend, n: int | None = Non
             ]
         elif isinstance(state, Cache):  # a backend's own is opaque, and judged by the tokens that follow
             t = int(expected.length[0])
-            assert state.length[row] == t, f"length {state.length[row]} of layer {i}, not {t}"
+            if state.length[row] != t:
+                raise AssertionError(f"length {state.length[row]} of layer {i}, not {t}")
             (k, v), (true_k, true_v) = state.upto(t), expected.upto(t)
             pairs = [("k", k[row], true_k[0]), ("v", v[row], true_v[0])]
         for name, mine, theirs in pairs:

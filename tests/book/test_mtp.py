@@ -28,8 +28,10 @@ def run(backend, case: Case, pieces):
     return np.concatenate(out, axis=1)
 
 
-def norm(x, weight):
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * weight
+def norm(case: Case, x, key: str):
+    """One of the head's norms, or of its layers', with the case's epsilon."""
+    weight = case.read(key + ".weight").astype(np.float64)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + case.layer_norm_epsilon) * weight
 
 
 def read_off(case: Case, row: int):
@@ -39,16 +41,16 @@ def read_off(case: Case, row: int):
         return case.read(name + ".weight").astype(np.float64)
 
     first, second = "mtp.layers.0", "mtp.layers.1"
-    e = norm(w("backbone.embeddings")[np.roll(case.ids[row], -1)], w(f"{first}.enorm"))
-    g = norm(truth(case, row).hidden, w(f"{first}.hnorm"))
+    e = norm(case, w("backbone.embeddings")[np.roll(case.ids[row], -1)], f"{first}.enorm")
+    g = norm(case, truth(case, row).hidden, f"{first}.hnorm")
     v = np.concatenate([e, g], axis=-1) @ w(f"{first}.eh_proj").T
-    h = norm(v, w(f"{first}.norm"))
+    h = norm(case, v, f"{first}.norm")
     q, k, value = ((h @ w(f"{first}.mixer.{x}_proj").T).reshape(1, len(h), -1, case.head_dim) for x in "qkv")
     v = v + attention(q, k, value).reshape(len(h), -1) @ w(f"{first}.mixer.o_proj").T
-    h = norm(v, w(f"{second}.norm"))
+    h = norm(case, v, f"{second}.norm")
     v = v + np.array([experts(case, token, second) for token in h])
     gate, bias = w(f"{second}.mixer.gate"), case.exact("gate.e_score_correction_bias", second)
-    o = norm(v, w(f"{second}.final_layernorm"))
+    o = norm(case, v, f"{second}.final_layernorm")
     return o @ w("backbone.embeddings" if case.tied else "lm_head").T, router_margin(h, gate, bias, case.cfg)
 
 

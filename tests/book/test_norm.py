@@ -17,8 +17,8 @@ def test_a_norm_adds_then_divides_by_the_root_mean_square_and_multiplies_by_plai
     for added in (None, delta):
         total = x if added is None else x + delta
         given_delta = None if added is None else backend.give(delta)
-        h, stream = backend.ops.rms_norm(backend.give(x), given_delta, placed, 1e-5)
-        expected = total / np.sqrt((total**2).mean(-1, keepdims=True) + 1e-5) * weight
+        h, stream = backend.ops.rms_norm(backend.give(x), given_delta, placed, case.layer_norm_epsilon)
+        expected = total / np.sqrt((total**2).mean(-1, keepdims=True) + case.layer_norm_epsilon) * weight
         agree(backend.fetch(h), expected, backend.dtype, d, "normalised")
         agree(backend.fetch(stream) / size, total / size, backend.dtype, 1, "stream")
 
@@ -29,11 +29,11 @@ def test_the_gate_comes_before_the_norm_of_each_group(backend, case):
     c = case.cfg
     y, z = (case.normal(i, case.batch, case.length, c.mamba_inner) for i in (0, 1))
     w = backend.weights(c, case.read)["norm.weight"]
-    actual = backend.ops.gated_rms_norm(backend.give(y), backend.give(z), w, 1e-5, c.n_groups)
+    actual = backend.ops.gated_rms_norm(backend.give(y), backend.give(z), w, c.layer_norm_epsilon, c.n_groups)
     gated, expected = y * z / (1 + np.exp(-z)), np.empty_like(y)
     for group in np.split(np.arange(c.mamba_inner), c.n_groups):
         u = gated[..., group]
-        expected[..., group] = u / np.sqrt((u**2).mean(-1, keepdims=True) + 1e-5)
+        expected[..., group] = u / np.sqrt((u**2).mean(-1, keepdims=True) + c.layer_norm_epsilon)
     expected *= case.exact("norm.weight")
     agree(backend.fetch(actual), expected, backend.dtype, c.mamba_inner // c.n_groups)
 
