@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -114,6 +115,10 @@ class Drawing:
             return Draw(token)
         row = log_probs(logits)
         return Draw(token, float(row[token]), tuple(alternatives(row, self.logprobs)))
+
+    def fork(self) -> Drawing:
+        """Return a second drawing that goes on from here as this one does."""
+        return deepcopy(self)
 
     def follow(self, token: int) -> None:
         """Go on as if `token` had been drawn here: another rank drew it."""

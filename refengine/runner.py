@@ -81,6 +81,18 @@ class Runner(Protocol):
         """Feed one token to each of some slots; return what each draws next, or with draw = False nothing."""
         ...
 
+    def verify(self, slots: list[int], ids: list[list[int]]) -> list[np.ndarray]:
+        """Feed several tokens to each of some slots, which stay where they were; return logits [tokens v]."""
+        ...
+
+    def commit(self, slots: list[int], counts: list[int]) -> None:
+        """Keep the first counts[i] of the tokens that `verify`, the call before, fed to slots[i]."""
+        ...
+
+    def fork(self, slot: int, into: list[int]) -> None:
+        """Copy the sequence of a slot, and how it draws, into other slots, which are free."""
+        ...
+
     def drop(self, slots: list[int]) -> None:
         """Free the slots of sequences that have ended."""
         ...
@@ -193,7 +205,7 @@ class LocalRunner:
         self.closed = False
         self.slots = Slots()
         self.drawings: dict[int, Drawing] = {}
-        self.recorded: tuple[list[int], list[int], list] | None = None  # slots, tokens of each, records
+        self.recorded: tuple[list[int], list[int], Any] | None = None  # slots, tokens of each, records
 
     @property
     def config(self) -> Config:
@@ -231,23 +243,53 @@ class LocalRunner:
         The sequences stay where they were, and nothing is drawn. `commit` keeps some of the tokens, before
         the next call that reads or steps.
         """
-        padded, lengths = side_by_side(ids)
-        states, here = self.slots.gather(slots), self.model.backend
-        self.slots.keep(slots, states)
-        given = None if lengths is None else here.array(lengths)
-        h, records = self.model.blocks(self.model.embed(here.array(padded)), states, given, record=True)
+        logits, records = self.record(slots, ids, [], max(map(len, ids)))
         self.recorded = list(slots), [len(row) for row in ids], records
-        return [logits[: len(row)] for logits, row in zip(self.head(h), ids, strict=True)]
+        return [found[: len(row)] for found, row in zip(logits, ids, strict=True)]
+
+    def record(self, slots: list[int], rows: list[list[int]], fresh: list[int], width: int) -> tuple:
+        """Return logits [b width v] of rows of tokens, and records; the states stay as they were."""
+        if fresh:
+            self.slots.keep(fresh, self.new_states(len(fresh)))
+        ids, lengths = side_by_side(rows, width)
+        states = self.slots.gather(slots)
+        self.slots.keep(slots, states)
+        h, records = self.blocks(ids, states, lengths, record=True)
+        return self.head(h), records
 
     def commit(self, slots: list[int], counts: list[int]) -> None:
         """Keep the first counts[i] of the tokens that `verify` fed to slots[i]: all slots of that call."""
+        self.replay(slots, self.verified(slots, counts), counts)
+        self.recorded = None
+
+    def verified(self, slots: list[int], counts: list[int]) -> Any:
+        """Return the records of the latest `verify`; ValueError if it was of other slots or fewer tokens."""
         recorded, most, records = self.recorded or ([], [], [])
         if slots != recorded:
             raise ValueError(f"slots {slots} to commit: the call before this one verified {recorded}")
         if not all(0 <= count <= fed for count, fed in zip(counts, most, strict=True)):
             raise ValueError(f"{counts} tokens to commit, of {most} that were verified")
-        self.slots.keep(slots, self.model.commit(self.slots.gather(slots), records, counts))
-        self.recorded = None
+        return records
+
+    def replay(self, slots: list[int], records: list, counts: list[int], *layers: int) -> None:
+        """Store the states of slots after the first counts[i] tokens of a recorded call of `layers`."""
+        self.slots.keep(slots, self.model.commit(self.slots.gather(slots), records, counts, *layers))
+
+    def fork(self, slot: int, into: list[int]) -> None:
+        """Copy the sequence of a slot, and how it draws, into other slots, which are free."""
+        self.forkable(slot, into)
+        self.copy(slot, into)
+        self.drawings |= {other: self.drawings[slot].fork() for other in into}
+
+    def forkable(self, slot: int, into: list[int]) -> None:
+        """Raise ValueError unless a slot has a sequence, and those it is to be copied into have none."""
+        if slot not in self.drawings or len({slot, *into}) <= len(into) or set(into) & set(self.drawings):
+            raise ValueError(f"slot {slot} to fork into {into}: it must be in use, and these free")
+
+    def copy(self, slot: int, into: list[int]) -> None:
+        """Store copies of the states of a slot in others."""
+        states = self.slots.gather([slot])
+        self.slots.keep([slot, *into], state.take(states, [0] * (1 + len(into))))
 
     def fits(self, tokens: int) -> bool:
         """Return whether half of the free memory holds one more sequence of so many tokens."""
@@ -287,7 +329,7 @@ class LocalRunner:
         if here.step and width == 1:
             result, states = here.step(self.model, [row[0] for row in rows], states)
         else:
-            ids, lengths = side_by_side(rows)
+            ids, lengths = side_by_side(rows, width)
             h, states = self.blocks(ids, states, lengths)
             last = np.array([len(row) - 1 for row in rows])
             result = self.head(h, last) if logits else np.empty((0, 0))
@@ -348,15 +390,18 @@ class LocalRunner:
         """Return the states of sequences that have read nothing."""
         return self.model.new_states(batch)
 
-    def blocks(self, ids: np.ndarray, states: list, lengths: np.ndarray | None = None) -> tuple[Any, list]:
-        """Run all layers: ids [b l], of which lengths [b] are real -> h [b l d], states."""
+    def blocks(
+        self, ids: np.ndarray, states: list, lengths: np.ndarray | None = None, record: bool = False
+    ) -> tuple[Any, list]:
+        """Run all layers: ids [b l], of which lengths [b] are real -> h [b l d], next states or records."""
         here = self.model.backend
         x = self.model.embed(here.array(ids))
-        return self.model.blocks(x, states, None if lengths is None else here.array(lengths))
+        given = None if lengths is None else here.array(lengths)
+        return self.model.blocks(x, states, given, record=record)
 
-    def head(self, h, rows: np.ndarray | None = None) -> np.ndarray:
-        """Return logits on the host: [b l v], or with rows [b] of one position of each sequence: [b v]."""
-        return self.model.backend.fetch(self.model.head(h, rows))
+    def head(self, h, positions: np.ndarray | None = None) -> np.ndarray:
+        """Return logits on the host: [b l v], or with positions [b] of one of each sequence: [b v]."""
+        return self.model.backend.fetch(self.model.head(h, positions))
 
     def follow(self) -> None:
         """Return at once: in one process there is no rank 0 to follow."""
@@ -376,9 +421,8 @@ def _chosen(logits: np.ndarray, ids: list[int]) -> list[float]:
     return [float(row[token]) for row, token in zip(rows, ids, strict=True)]
 
 
-def side_by_side(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return rows of tokens as ids [b l], padded with zeros, and their lengths [b], None if all are equal."""
+def side_by_side(rows: list[list[int]], width: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return rows as ids [b width], padded with zeros, and their lengths [b], None if all are full."""
     lengths = np.array([len(row) for row in rows])
-    width = int(lengths.max())
     ids = np.array([row + [0] * (width - len(row)) for row in rows])
     return ids, None if (lengths == width).all() else lengths

@@ -57,7 +57,7 @@ class Model:
         last = len(self.cfg.layers) if last is None else last
         final = self.weights[""]["norm_f.weight"] if last == len(self.cfg.layers) else None
         layers = self.layers(first, last)
-        return run(x, layers, final, states, lengths, self.cfg, self.backend.ops, first, tap, record)
+        return run_layers(x, layers, final, states, lengths, self.cfg, self.backend.ops, first, tap, record)
 
     def commit(self, states: list, records: list, counts, first: int = 0, last: int | None = None) -> list:
         """Return the states after the first counts[b] positions of each row of a recorded call."""
@@ -68,15 +68,15 @@ class Model:
         last = len(self.cfg.layers) if last is None else last
         return [(self.cfg.layers[i], self.weights[f"layers.{i}"]) for i in range(first, last)]
 
-    def head(self, h, rows=None):
-        """Return logits, b l d -> b l v; or, with `rows` [b], of one position of each sequence: b v."""
+    def head(self, h, positions=None):
+        """Return logits, b l d -> b l v; or, with `positions` [b], of one of each sequence: b v."""
         tied = self.cfg.tie_word_embeddings
-        if rows is not None:
-            h = h[np.arange(len(rows)), rows]
+        if positions is not None:
+            h = h[np.arange(len(positions)), positions]
         return self.backend.ops.logits(h, self.weights[""]["embeddings.weight" if tied else "lm_head.weight"])
 
 
-def run(x, layers, final, states, lengths, cfg, ops, first=0, tap=None, record=False):
+def run_layers(x, layers, final, states, lengths, cfg, ops, first=0, tap=None, record=False):
     """Run x <- x + mixer(rms_norm(x)) for each (letter, weights); `final`: weight of a last norm, or None."""
     delta, after = None, []
     for i, ((kind, w), state) in enumerate(zip(layers, states, strict=True), first):

@@ -12,7 +12,7 @@ with h := o and the token it guessed. docs/model.md, "Multi-token prediction".
 
 from __future__ import annotations
 
-from refengine.spec.model import Model, replayed, run
+from refengine.spec.model import Model, replayed, run_layers
 
 
 def new_states(model: Model, batch: int) -> list:
@@ -30,7 +30,8 @@ def predict(model: Model, h, next_ids, states: list, lengths=None, record=False)
     e, _ = ops.rms_norm(model.embed(next_ids), None, blocks[0]["enorm.weight"], cfg.layer_norm_epsilon)
     g, _ = ops.rms_norm(h, None, blocks[0]["hnorm.weight"], cfg.layer_norm_epsilon)
     v = ops.linear_pair(e, g, blocks[0]["eh_proj.weight"])
-    return run(v, layers, blocks[-1]["final_layernorm.weight"], states, lengths, cfg, ops, record=record)
+    final = blocks[-1]["final_layernorm.weight"]
+    return run_layers(v, layers, final, states, lengths, cfg, ops, record=record)
 
 
 def commit(model: Model, states: list, records: list, counts) -> list:

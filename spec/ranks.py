@@ -34,7 +34,7 @@ from refengine.spec.config import Config
 from refengine.spec.layout import span, unit
 from refengine.spec.model import Model
 from refengine.spec.ops import Backend
-from refengine.spec.shard import Shard, cut, rows
+from refengine.spec.shard import Shard, cut, held_tensors
 from refengine.spec.tensors import Group, placed
 
 
@@ -67,7 +67,8 @@ def part(cfg: Config, read: Callable[[str], np.ndarray], backend: Backend, shard
     def place(group: Group):
         return backend.place(group, [cut(row, read(row.name), cfg, shard) for row in group.rows])
 
-    return Model(shard.local(cfg), placed(rows(cfg, shard), place), sharded(backend, cfg, shard, comm))
+    weights = placed(held_tensors(cfg, shard), place)
+    return Model(shard.local(cfg), weights, sharded(backend, cfg, shard, comm))
 
 
 def sharded(
@@ -128,11 +129,14 @@ def new_states(model: Model, shard: Shard, batch: int) -> list:
     return [model.backend.new_state(kind, model.cfg, batch) for kind in model.cfg.layers[first:last]]
 
 
-def step(model: Model, shard: Shard, comm: Comm, ids, states: list, n=None):
-    """Run this stage's layers: ids b l -> the stream b l d, for `head` on the last stage, and new states."""
-    (first, last), stage = shard.layers(model.cfg), shard.layout.tp * shard.layout.ep
-    x = model.embed(ids) if first == 0 else comm.receive(shard.rank - stage, ids)
-    x, states = model.blocks(x, states, n, first, last)
+def stage(model: Model, shard: Shard, comm: Comm, ids, states: list, lengths=None, record=False):
+    """Run the layers of this rank's stage: ids b l -> the stream b l d, and the next states.
+
+    On the last stage the stream is for `head`. With `record`, records take the place of the states.
+    """
+    (first, last), apart = shard.layers(model.cfg), shard.layout.tp * shard.layout.ep
+    x = model.embed(ids) if first == 0 else comm.receive(shard.rank - apart, ids)
+    x, states = model.blocks(x, states, lengths, first, last, record=record)
     if last < len(model.cfg.layers):
-        comm.send(x, shard.rank + stage)
+        comm.send(x, shard.rank + apart)
     return x, states

@@ -76,7 +76,7 @@ CUTS = {
 
 
 def held(row: Tensor, cfg: Config, shard: Shard) -> tuple[int, list[range]]:
-    """The axis, and the ranges along it, that this rank holds of a tensor of `rows`."""
+    """The axis, and the ranges along it, that this rank holds of one of `held_tensors`."""
     axis, segments = CUTS[row.cut]
     length, t, tp = row.shape[axis], shard.at[0], shard.layout.tp
     match segments:
@@ -99,8 +99,8 @@ def held(row: Tensor, cfg: Config, shard: Shard) -> tuple[int, list[range]]:
     return axis, ranges
 
 
-def rows(cfg: Config, shard: Shard) -> list[Tensor]:
-    """The tensors of which this rank holds something: its layers, its experts; the head on the last stage."""
+def held_tensors(cfg: Config, shard: Shard) -> list[Tensor]:
+    """Return the tensors that this rank holds in whole or in part; the last stage has the head."""
     first, last = shard.layers(cfg)
     ends = last == len(cfg.layers)
     looks_up = first == 0 or (ends and (cfg.tie_word_embeddings or cfg.mtp_layers))
@@ -118,7 +118,7 @@ def rows(cfg: Config, shard: Shard) -> list[Tensor]:
 
 
 def cut(row: Tensor, value: Array, cfg: Config, shard: Shard) -> Array:
-    """Return the part of a tensor of `rows` that this rank holds: a view, where that is one range."""
+    """Return the part of one of `held_tensors` that this rank holds: a view, where that is one range."""
     axis, ranges = held(row, cfg, shard)
     pieces = [value[(slice(None),) * axis + (slice(part.start, part.stop),)] for part in ranges]
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis)
@@ -127,7 +127,7 @@ def cut(row: Tensor, value: Array, cfg: Config, shard: Shard) -> Array:
 def held_bytes(cfg: Config, shard: Shard) -> Counter[str]:
     """How many bytes of the checkpoint this rank holds, by role."""
     total: Counter[str] = Counter()
-    for row in rows(cfg, shard):
+    for row in held_tensors(cfg, shard):
         axis, ranges = held(row, cfg, shard)
         share = row.size // row.shape[axis] * sum(map(len, ranges))
         total[row.role] += share * DTYPES[row.dtype].itemsize

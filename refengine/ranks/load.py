@@ -29,7 +29,7 @@ from refengine.spec.arrays import DTYPES
 from refengine.spec.config import Config, InputError
 from refengine.spec.layout import Layout, plan
 from refengine.spec.ops import Backend
-from refengine.spec.shard import Shard, held, rows
+from refengine.spec.shard import Shard, held, held_tensors
 from refengine.spec.tensors import parameters, table
 
 
@@ -69,7 +69,7 @@ def load(
     cfg = checkpoint.config
     shard = Shard(plan(cfg, tp, ep, pp), comm.rank)
     comm.compare(identity(checkpoint, shard.layout, backend, dtype))
-    mine = rows(cfg, shard)
+    mine = held_tensors(cfg, shard)
     share = here.local_count * sum(sizes(row, cfg, shard)[0] for row in mine) / parameters(table(cfg))
     chosen = with_heartbeats(backends.make(backend, cfg, dtype, device, threads, deterministic, share), comm)
     with progress("loading", len(mine), "tensor", silent=comm.rank > 0) as bar:
@@ -145,7 +145,7 @@ def bytes_read(cfg: Config, shard: Shard) -> dict[str, Counter[str]]:
     """
     kept: Counter[str] = Counter()
     touched: Counter[str] = Counter()
-    for row in rows(cfg, shard):
+    for row in held_tensors(cfg, shard):
         width = DTYPES[row.dtype].itemsize
         mine, passed = sizes(row, cfg, shard)
         kept[row.role] += mine * width

@@ -52,8 +52,18 @@ class RankRunner(LocalRunner):
         return self.together("step", slots=slots, ids=ids, draw=draw)
 
     def verify(self, slots, ids):
-        """Raise: recorded calls are made in one process only."""
-        raise NotImplementedError("verify and commit are made in one process, not over ranks")
+        """Feed several tokens to each of some sequences, on all ranks; see Runner."""
+        return self.together("verify", slots=slots, ids=ids)
+
+    def commit(self, slots, counts):
+        """Keep the first of the tokens that were verified, on all ranks; see Runner."""
+        self.verified(slots, counts)
+        self.together("commit", slots=slots, counts=counts)
+
+    def fork(self, slot, into):
+        """Copy the sequence of a slot into others, on all ranks; see Runner."""
+        self.forkable(slot, into)
+        self.together("fork", slot=slot, into=into)
 
     def logits(self, ids):
         """Return teacher-forced logits [tokens v] on every rank."""
@@ -110,6 +120,12 @@ class RankRunner(LocalRunner):
                 return super().read([_part(**part) for part in arguments["parts"]])
             case "step":
                 return super().step(**arguments)
+            case "verify":
+                return self.part_of_verify(**arguments)
+            case "commit":
+                return super().commit(**arguments)
+            case "fork":
+                return super().fork(**arguments)
             case "logits":
                 return self.part_of_logits(**arguments)
             case "score":
@@ -148,21 +164,22 @@ class RankRunner(LocalRunner):
 
     def call(self, slots, rows, fresh, wanted):
         """Feed this rank's rows of a call; return the draws of all rows."""
+        mine = self.seat(slots, fresh)
+        width = max(map(len, rows))
+        logits = self.forward(*_padded(slots, rows, fresh, mine), any(wanted) or width == 1, width)
+        self.slots.drop([-1])
+        if width > 1 and not any(wanted):
+            return [None] * len(slots)
+        return self.share([slots[i] for i in mine], slots, wanted, logits)
+
+    def seat(self, slots: list[int], fresh: list[int]) -> list[int]:
+        """Assign the sequences of a call to ranks, and return the numbers of this rank's."""
         e = self.shard.at[1]
         seats, homes = Seats.of_slots(slots, fresh, self.homes, self.shard.layout.ep)
         self.sit(seats)
         self.slots.drop([slot for slot in slots if homes[slot] not in (None, e)])
         self.homes |= homes
-        mine = [i for i in seats.of[e] if i is not None]
-        padded = [rows[i] for i in mine] or [[0]]
-        width = max(map(len, rows))
-        own = [slots[i] for i in mine] or [-1]  # slot -1 is padding: a rank must take part in every exchange
-        new = [slot for slot in own if slot in fresh or slot == -1]
-        logits = self.forward(own, padded, new, any(wanted) or width == 1, width)
-        self.slots.drop([-1])
-        if width > 1 and not any(wanted):
-            return [None] * len(slots)
-        return self.share([slots[i] for i in mine], slots, wanted, logits)
+        return [i for i in seats.of[e] if i is not None]
 
     def share(self, mine: list[int], slots: list[int], wanted: list[bool], logits: np.ndarray) -> list:
         """Draw where the logits are, and return what all sequences of the call drew."""
@@ -197,6 +214,40 @@ class RankRunner(LocalRunner):
         if isinstance(found, InputError):
             raise RankError(str(found))
         return found
+
+    def part_of_verify(self, slots: list[int], ids: list[list[int]]) -> list[np.ndarray]:
+        """Return the logits [tokens v] of each sequence; this rank records those it has."""
+        mine, width = self.seat(slots, []), max(map(len, ids))
+        logits, records = self.record(*_padded(slots, ids, [], mine), width)
+        self.slots.drop([-1])
+        self.recorded = list(slots), [len(row) for row in ids], (mine, records)
+        sizes = self.seats.sizes[:1] if self.seats.repeated else self.seats.sizes
+        heard = {
+            self.leader(e): np.empty((size, width, self.whole.vocab_size)) for e, size in enumerate(sizes)
+        }
+        own = heard.get(self.comm.rank)
+        if own is not None:
+            own[:] = logits
+        self.comm.share(own, heard)
+        found = {
+            i: rows[at]
+            for of, rows in zip(self.seats.of, heard.values(), strict=False)
+            for at, i in enumerate(of)
+        }
+        return [found[i][: len(row)] for i, row in enumerate(ids)]
+
+    def replay(self, slots, records, counts, *layers):
+        """Store the states of this rank's slots after the tokens that are kept."""
+        mine, records = records
+        if mine:
+            own = [slots[i] for i in mine], records, [counts[i] for i in mine]
+            super().replay(*own, *self.shard.layers(self.whole))
+
+    def copy(self, slot, into):
+        """Store copies of the states of a slot in others, on the ranks that have it."""
+        self.homes |= dict.fromkeys(into, self.homes[slot])
+        if self.homes[slot] in (None, self.shard.at[1]):
+            super().copy(slot, into)
 
     def part_of_logits(self, ids: list[int]) -> np.ndarray:
         """Return the logits of one sequence, from the last stage."""
@@ -244,18 +295,28 @@ class RankRunner(LocalRunner):
         """Return the states of this rank's stage for sequences that have read nothing."""
         return ranks.new_states(self.model, self.shard, batch)
 
-    def blocks(self, ids, states, lengths=None) -> tuple[Any, list]:
+    def blocks(self, ids, states, lengths=None, record=False) -> tuple[Any, list]:
         """Run this rank's stage."""
         array = self.model.backend.array
         lengths = None if lengths is None else array(lengths)
-        return ranks.step(self.model, self.shard, self.comm, array(ids), states, lengths)
+        return ranks.stage(self.model, self.shard, self.comm, array(ids), states, lengths, record)
 
-    def head(self, h, rows=None):
+    def head(self, h, positions=None):
         """Return logits on the last stage, and an array of their shape that is never read on others."""
         if self.is_last:
-            return super().head(h, rows)
-        shape = h.shape[: 2 if rows is None else 1]
+            return super().head(h, positions)
+        shape = h.shape[: 2 if positions is None else 1]
         return np.empty((*shape, self.whole.vocab_size), np.float32)
+
+
+def _padded(slots: list[int], rows: list[list[int]], fresh: list[int], mine: list[int]) -> tuple:
+    """Return the slots, rows and fresh slots of one rank's sequences.
+
+    Without one it has a row of padding in slot -1, because a rank must take part in every exchange.
+    """
+    own = [slots[i] for i in mine] or [-1]
+    new = [slot for slot in own if slot in fresh or slot == -1]
+    return own, [rows[i] for i in mine] or [[0]], new
 
 
 def _part(how: dict | None, **part) -> Part:

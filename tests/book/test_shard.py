@@ -13,7 +13,7 @@ from refengine.conformance.cases import Case
 from refengine.spec.arrays import DTYPES, split
 from refengine.spec.config import Config, InputError
 from refengine.spec.layout import Layout, obstacles, plan, span, unit
-from refengine.spec.shard import CUTS, Shard, cut, held_bytes, rows
+from refengine.spec.shard import CUTS, Shard, cut, held_bytes, held_tensors
 from refengine.spec.tensors import table
 from tests.support.layouts import LAYOUTS, Cuttable, cuttable, spelled
 from tools.releases import CONFIGS
@@ -58,7 +58,7 @@ def test_every_number_is_held_as_often_as_its_cut_says(layout, data):
     held = {row.name: np.zeros(row.size, int) for row in table(cfg)}
     for shard in shards(layout):
         sizes = Counter()
-        for row in rows(cfg, shard):
+        for row in held_tensors(cfg, shard):
             part = cut(row, np.arange(row.size).reshape(row.shape), cfg, shard)
             assert part.size, f"rank {shard.rank} holds nothing of {row.name}"
             held[row.name][part.ravel()] += 1

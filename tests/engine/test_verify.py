@@ -1,57 +1,11 @@
 """Several tokens at once, of which a part is kept: the same as so many single steps, slot by slot."""
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refengine.conformance.cases import Case, agree, cases, terms
-from refengine.conformance.truth import counted, model, truth_of
-from refengine.runner import How, LocalRunner, Part
-
-
-class Sequences:
-    """What each slot of a runner has read, beside the runner."""
-
-    def __init__(self, backend, case: Case):
-        self.backend, self.case, self.rng = backend, case, case.rng(13)
-        self.runner = LocalRunner(model(case, backend))
-        self.known: dict[int, list[int]] = {}
-
-    def tokens(self, count: int) -> list[int]:
-        return self.rng.integers(0, self.case.cfg.vocab_size, count).tolist()
-
-    def join(self, slot: int) -> None:
-        ids = self.tokens(int(self.rng.integers(1, 6)))
-        self.runner.read([Part(slot, ids, How(), True)])
-        self.known[slot] = ids
-
-    def verify(self, slots: list[int], ids: list[list[int]]) -> None:
-        """Each row of logits is that of the sequence, read alone up to there."""
-        for slot, row, logits in zip(slots, ids, self.runner.verify(slots, ids), strict=True):
-            self.check(self.known[slot] + row, logits)
-
-    def check(self, ids: list[int], logits: np.ndarray) -> None:
-        true, size = truth_of(self.case, np.array([ids])), terms(self.case.cfg, len(ids))
-        if not counted(true.sure(self.backend.dtype, size) < len(ids)):
-            expected = true.logits[-len(logits) :]
-            agree(logits, expected, self.backend.dtype, size, f"after {len(ids)}", true.stretch)
-
-    def turn(self, slots: list[int], most: int, keep: bool) -> None:
-        """Verify up to `most` tokens in each of these slots, and keep some of them."""
-        ids = [self.tokens(int(self.rng.integers(1, most + 1))) for _ in slots]
-        self.verify(slots, ids)
-        if keep:
-            counts = [int(self.rng.integers(0, len(row) + 1)) for row in ids]
-            self.runner.commit(slots, counts)
-            for slot, row, count in zip(slots, ids, counts, strict=True):
-                self.known[slot] = self.known[slot] + row[:count]
-
-    def step(self, slots: list[int]) -> None:
-        ids = self.tokens(len(slots))
-        self.runner.step(slots, ids, draw=False)
-        for slot, token in zip(slots, ids, strict=True):
-            self.known[slot] = [*self.known[slot], token]
+from refengine.conformance.cases import Case, cases
+from tests.support.sequences import Sequences
 
 
 @given(
@@ -94,3 +48,27 @@ def test_only_what_was_verified_can_be_committed(backend):
     runner.drop([0])
     with pytest.raises(ValueError, match="verified"):
         runner.commit([0], [1])
+
+
+@given(case=cases(max_length=1), turns=st.integers(1, 3))
+def test_a_fork_and_its_origin_go_separate_ways(backend, case, turns):
+    sequences = Sequences(backend, case)
+    sequences.join(4)
+    sequences.join(7)
+    sequences.fork(4, [1, 2])
+    for _ in range(turns):
+        sequences.turn([2, 4, 7], 3, True)
+        sequences.step([1, 4])
+    sequences.leave(4)
+    sequences.fork(2, [4])
+    sequences.verify([1, 2, 4, 7], [sequences.tokens(2) for _ in range(4)])
+
+
+def test_only_free_slots_are_forked_into(backend):
+    sequences = Sequences(backend, Case(layers="M*"))
+    sequences.join(0)
+    sequences.join(1)
+    for slot, into in ((0, [0]), (0, [1]), (2, [3]), (0, [2, 2])):
+        with pytest.raises(ValueError, match="fork"):
+            sequences.runner.fork(slot, into)
+    sequences.step([0, 1])

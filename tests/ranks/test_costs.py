@@ -6,7 +6,7 @@ import pytest
 
 from refengine.ranks.comm.threads import on_each
 from refengine.spec.layout import Layout
-from refengine.spec.ranks import new_states, part, step
+from refengine.spec.ranks import new_states, part, stage
 from refengine.spec.shard import Shard
 from tests.support.layouts import EXACT, LAYOUTS, Cuttable
 from tools.bench.rank_model import H100, Link, messages, seconds
@@ -19,7 +19,7 @@ def sent(case, layout) -> float:
     def rank(comm):
         shard = Shard(layout, comm.rank)
         model = part(case.cfg, case.read, EXACT, shard, comm)
-        x, _ = step(model, shard, comm, case.ids, new_states(model, shard, case.batch))
+        x, _ = stage(model, shard, comm, case.ids, new_states(model, shard, case.batch))
         if shard.at[2] == layout.pp - 1:
             model.head(x)
         return sum(comm.sent.values())

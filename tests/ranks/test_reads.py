@@ -19,7 +19,7 @@ from refengine.spec.config import Config
 from refengine.spec.layout import plan
 from refengine.spec.ops import numpy_backend
 from refengine.spec.ranks import part
-from refengine.spec.shard import Shard, held, rows
+from refengine.spec.shard import Shard, held, held_tensors
 from tests.support.checkpoints import random_checkpoint
 
 PAGE = mmap.PAGESIZE
@@ -94,7 +94,7 @@ def test_a_rank_touches_the_bytes_that_it_says_and_a_page_a_piece(directory, tp,
     shard = Shard(plan(WIDE, tp, ep, pp), rank)
     said = bytes_read(WIDE, shard)
     touched = said["touched"].total()
-    pieces = sum(len(held(row, WIDE, shard)[1]) for row in rows(WIDE, shard))
+    pieces = sum(len(held(row, WIDE, shard)[1]) for row in held_tensors(WIDE, shard))
     assert found["before"] == 0
     assert touched <= found["filled"] <= touched + PAGE * pieces
     assert tp > 1 or touched == said["kept"].total()

@@ -15,7 +15,7 @@ from refengine.spec import mtp
 from refengine.spec.config import Config
 from refengine.spec.layout import Layout, span
 from refengine.spec.ops import numpy_backend
-from refengine.spec.ranks import new_states, part, sharded, step
+from refengine.spec.ranks import new_states, part, sharded, stage
 from refengine.spec.shard import Shard
 from tests.support.ranks import overheard
 
@@ -91,7 +91,7 @@ def by_ranks(case: Case, layout: Layout, cuts=(), n=None, watch=None, split=Fals
         for piece in cut(case, cuts):
             ids = case.ids[mine, piece]
             real = None if n is None else np.clip(n[mine] - piece.start, 0, ids.shape[1])
-            x, states = step(model, shard, comm, ids, states, real)
+            x, states = stage(model, shard, comm, ids, states, real)
             if shard.at[2] == layout.pp - 1:
                 pieces.append(model.head(x))
             if case.mtp_layers and pieces:

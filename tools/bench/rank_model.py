@@ -19,7 +19,7 @@ from refengine.ranks.comm import WHOLE
 from refengine.spec.arrays import DTYPES
 from refengine.spec.config import Config
 from refengine.spec.layout import Layout, span
-from refengine.spec.shard import Shard, held, held_bytes, rows
+from refengine.spec.shard import Shard, held, held_bytes, held_tensors
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def busiest(experts: int, k: int, ep: int, tokens: int) -> float:
 def part(cfg: Config, kind: str, tp: int, ep: int, tokens: int) -> tuple[float, float]:
     """Return (bytes read, operations) of a rank for `tokens` tokens in a layer of a kind; "" is the head."""
     shard, read, done = Shard(Layout(tp, ep), 0), 0.0, 0.0
-    for row in rows(replace(cfg, layers=kind, mtp_layers=""), shard):
+    for row in held_tensors(replace(cfg, layers=kind, mtp_layers=""), shard):
         if row.role == "embedding" or (row.role == "lm_head") != (kind == ""):
             continue
         axis, ranges = held(row, cfg, shard)

@@ -13,7 +13,7 @@ from refengine.ranks.comm.threads import on_each
 from refengine.spec import moe
 from refengine.spec.layout import span
 from refengine.spec.ops import DEFINITION
-from refengine.spec.ranks import new_states, part, sharded, step
+from refengine.spec.ranks import new_states, part, sharded, stage
 from refengine.spec.shard import Shard
 from tests.support.layouts import LAYOUTS, cuttable
 from tests.support.torch_benches import ALL, on_all, placed, small, torch, values
@@ -47,7 +47,7 @@ def by_ranks(case, layout, how, cuts, split) -> list:
             model = replace(model, backend=sharded(here, case.cfg, shard, comm, list(map(len, spans))))
         states = new_states(model, shard, len(case.ids[mine]))
         for piece in cut(case, cuts):
-            x, states = step(model, shard, comm, here.array(case.ids[mine, piece]), states)
+            x, states = stage(model, shard, comm, here.array(case.ids[mine, piece]), states)
             if shard.at[2] == layout.pp - 1:
                 pieces.append(here.fetch(model.head(x)))
         return pieces and np.concatenate(pieces, axis=1)
