@@ -82,18 +82,23 @@ def split_reasoning(text: str, inside: bool = True) -> tuple[str, str]:
     """Return (thinking, answer) of what the model wrote, both without <think> and </think>.
 
     `inside`: whether the reply begins inside a thought, which the end of the prompt decides. The model may
-    open another thought; </think> ends one, and so does a call where one really begins. What a call holds is
-    not searched for tags.
+    open another thought; </think> ends one, and so does a call. A call that is not whole where </think>
+    follows is a mention: text of the thought. What a call holds is not searched for tags.
     """
     parts: dict[bool, list[str]] = {True: [], False: []}
-    at = 0
+    begin = at = 0  # where the piece begins, and where the next mark is looked for
     while mark := MARK.search(text, at):
-        parts[inside].append(text[at : mark.start()])
-        at, inside = mark.end(), mark[0] == "<think>"
-        if mark[0] not in ("<think>", "</think>"):
-            at, _ = end_of_call(text, mark)
-            parts[False].append(text[mark.start() : at])
-    parts[inside].append(text[at:])
+        at = mark.end()
+        is_call = mark[0] not in ("<think>", "</think>")
+        end, _ = end_of_call(text, mark, inside) if is_call else (at, True)
+        if end is None:
+            continue
+        parts[inside].append(text[begin : mark.start()])
+        inside = mark[0] == "<think>"
+        if is_call:
+            parts[False].append(text[mark.start() : end])
+        begin = at = end
+    parts[inside].append(text[begin:])
     thinking, answer = (
         "\n".join(filter(None, (t.strip("\n") for t in parts[part]))) for part in (True, False)
     )

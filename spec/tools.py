@@ -18,6 +18,9 @@ import contextlib
 import json
 import math
 import re
+from typing import NamedTuple
+
+from refengine.spec.keys import InputError, shown
 
 INSTRUCTIONS = """To call one, write exactly this and nothing after it:
 
@@ -74,9 +77,18 @@ def as_text(value) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list | tuple) else str(value)
 
 
+NAME = re.compile(r"[^>\n]+")  # of a function or a parameter
+
+
 def write_call(call: dict) -> str:
-    """Return the text of a call {"name", "arguments": object}, which may be wrapped."""
+    """Return the text of a call {"name", "arguments": object}, which may be wrapped.
+
+    InputError for a name that could not be read back: an empty one, or one with ">" or a line end in it.
+    """
     name, arguments = function(call)["name"], function(call).get("arguments") or {}
+    for each in (name, *arguments):
+        if not NAME.fullmatch(each):
+            raise InputError(f"the name {shown(each)} cannot be written in a tool call")
     blocks = (f"<parameter={key}>\n{as_text(value)}\n</parameter>\n" for key, value in arguments.items())
     return f"<tool_call>\n<function={name}>\n{''.join(blocks)}</function>\n</tool_call>\n"
 
@@ -108,25 +120,37 @@ def read_reply(text: str, tools: list[dict]) -> tuple[str, list[dict]]:
         root = declared.get(begin[1])
         fields = root.get("properties") if isinstance(root, dict) else None
         fields = fields if isinstance(fields, dict) else {}
-        values, end, _ = written_call(text, begin.end())
-        arguments = {key: read_value(value, fields.get(key), root) for key, value in values}
+        call = written_call(text, begin.end())
+        arguments = {key: read_value(value, fields.get(key), root) for key, value in call.found}
         calls.append({"name": begin[1], "arguments": arguments})
-        words, at = words + text[at : begin.start()], end
+        words, at = words + text[at : begin.start()], call.end
     return (words + text[at:]).strip("\n") if calls else text, calls
 
 
-def written_call(text: str, at: int) -> tuple[list[tuple[str, str]], int, bool]:
-    """Return (keys and values as written, where the call ends, whether that is certain).
+class Written(NamedTuple):
+    """A call as it is written.
 
-    `at` is behind <function=NAME>. The end is not certain where text that follows could change it.
+    found    its keys and values as text; of JSON, the calls
+    end      where it ends
+    certain  whether no text that follows could change the end
+    closed   whether it is whole: a tag ends it; of JSON, all of it is calls
     """
+
+    found: list
+    end: int
+    certain: bool
+    closed: bool
+
+
+def written_call(text: str, at: int) -> Written:
+    """Return the call whose <function=NAME> ends at `at`."""
     values, certain = [], True
     while (part := following(PART, text, at))[1]:
         value, at, ended = value_text(text, part.end())
         certain &= ended
         values.append((part[1], value))
     certain &= part[0].endswith("</tool_call>") and text.startswith("\n", part.end())
-    return values, part.end(), certain
+    return Written(values, part.end(), certain, bool(part[0]))
 
 
 def value_text(text: str, start: int) -> tuple[str, int, bool]:
@@ -157,7 +181,7 @@ def read_value(text: str, schema, root=None):
     """
     readings = [text]
     with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(AS_IN_JSON.get(text.strip(), text), parse_constant=finite, parse_float=finite)
+        value = from_json(AS_IN_JSON.get(text.strip(), text))
         readings.insert(0 if text in ("null", "None") else 1, value)
     for exact in (True, False):
         for value in readings:
@@ -174,6 +198,17 @@ def finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
         raise ValueError(text)
     return value
+
+
+def writable(value):
+    """Return a JSON value; ValueError where a text in it has half of a character, which no file can hold."""
+    json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def from_json(text: str):
+    """Return the value of JSON text; ValueError where JSON could not write it again."""
+    return writable(json.loads(text, parse_constant=finite, parse_float=finite))
 
 
 TYPE_OF = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
@@ -246,33 +281,60 @@ JSON_END = re.compile(r"\s*</TOOLCALL>")
 def read_json_reply(text: str) -> tuple[str, list[dict]]:
     """Return (the text around the calls, the calls) of a reply as Nemotron Nano v2 writes it.
 
-    Its calls are <TOOLCALL>[{"name": ..., "arguments": {...}}, ...]</TOOLCALL>; a list cut off gives none.
+    Its calls are <TOOLCALL>[{"name": ..., "arguments": {...}}, ...]</TOOLCALL>. A list that is cut off, or
+    holds anything but calls, gives none and stays in the text.
     """
     calls, words, at = [], "", 0
     while begin := JSON_CALLS.search(text, at):
-        found, end, _ = written_json(text, begin.end())
-        calls += [{"name": call["name"], "arguments": call.get("arguments") or {}} for call in found]
-        words, at = words + text[at : begin.start()], end
+        call = written_json(text, begin.end())
+        calls += call.found
+        words, at = words + text[at : begin.start() if call.found else call.end], call.end
     return (words + text[at:]).strip("\n") if calls else text, calls
 
 
-def written_json(text: str, at: int) -> tuple[list[dict], int, bool]:
-    """Return (calls in JSON, where they end, whether that is certain); `at` is behind <TOOLCALL>."""
+def written_json(text: str, at: int) -> Written:
+    """Return the calls in JSON that begins at `at`, behind <TOOLCALL>."""
     try:
-        found, at = json.JSONDecoder().raw_decode(text, at)
+        value, at = json.JSONDecoder(parse_constant=finite, parse_float=finite).raw_decode(text, at)
+        writable(value)
     except (ValueError, RecursionError):
-        return [], len(text), False
+        return Written([], len(text), False, False)
     end = JSON_END.match(text, at)
-    found = found if isinstance(found, list) else [found]
-    found = [call for call in found if isinstance(call, dict) and isinstance(call.get("name"), str)]
-    return found, end.end() if end else at, bool(end)
+    found = [json_call(one) for one in (value if isinstance(value, list) else [value])]
+    calls = [call for call in found if call] if all(found) else []
+    return Written(calls, end.end() if end else at, bool(end), bool(calls))
+
+
+def json_call(value) -> dict | None:
+    """Return {"name", "arguments": object}; None for a value that is no call.
+
+    Arguments may be absent or null (none), or the JSON text of an object.
+    """
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
+        return None
+    arguments = value.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = from_json(arguments.strip() or "{}")
+        except (ValueError, RecursionError):
+            return None
+    arguments = {} if arguments is None else arguments
+    return {"name": value["name"], "arguments": arguments} if isinstance(arguments, dict) else None
 
 
 # A call of either form; a mention of <tool_call> is none.
 BEGINNING = re.compile(r"<tool_call>\s*<function=[^>\n]+>|<TOOLCALL>\s*(?=[\[{])")
 
 
-def end_of_call(text: str, begin: re.Match) -> tuple[int, bool]:
-    """Return (where the call that BEGINNING has found ends, whether that is certain)."""
+def end_of_call(text: str, begin: re.Match, thinking: bool = False) -> tuple[int | None, bool]:
+    """Return (where the call that BEGINNING has found ends, whether that is certain).
+
+    In a thought the end is None for a call that is only mentioned: one that is not whole where </think>
+    follows.
+    """
     read = written_json if begin[0].startswith("<TOOLCALL>") else written_call
-    return read(text, begin.end())[1:]
+    until = text.find("</think>", begin.end()) if thinking else -1
+    call = read(text if until < 0 else text[:until], begin.end())
+    if until < 0:
+        return call.end, call.certain and (call.closed or not thinking)
+    return call.end if call.closed else None, True

@@ -39,24 +39,26 @@ class Reply:
     def take(self, final: bool):
         """Yield pieces of the text held, up to where text that follows could change their meaning."""
         while mark := MARK.search(self.held):
+            is_call = mark[0] not in ("<think>", "</think>")
+            end, certain = end_of_call(self.held, mark, self.inside) if is_call else (mark.end(), True)
+            if end is None:  # only mentioned: text like any other
+                yield self.piece(self.held[: mark.end()])
+                self.held = self.held[mark.end() :]
+                continue
             yield self.piece(self.held[: mark.start()])
+            if not (certain or final):
+                self.held = self.held[mark.start() :]
+                return
             self.cut()
-            end = mark.end()
-            if mark[0] in ("<think>", "</think>"):
-                self.inside = mark[0] == "<think>"
-            else:
-                end, complete = end_of_call(self.held, mark)
-                self.inside = False
-                if not (complete or final):
-                    self.held = self.held[mark.start() :]
-                    return
+            self.inside = mark[0] == "<think>"
+            if is_call:
                 yield self.piece(self.held[mark.start() : end])
                 self.cut()
             self.held = self.held[end:]
         partial = None if final else PARTIAL.search(self.held)
-        certain = partial.start() if partial else len(self.held)
-        yield self.piece(self.held[:certain])
-        self.held = self.held[certain:]
+        certain_to = partial.start() if partial else len(self.held)
+        yield self.piece(self.held[:certain_to])
+        self.held = self.held[certain_to:]
 
     def cut(self) -> None:
         """Begin a new piece: line ends around it do not count."""

@@ -11,6 +11,7 @@ from refengine.spec.tools import write_call
 from refengine.text.reply import Reply
 
 CALL = write_call({"name": "f", "arguments": {"a": "1 </tool_call> <think>"}})
+OPEN = "<tool_call>\n<function=x>"
 PARTS = (
     *("<think>", "</think>", "<tool_call>", "</tool_call>", "<function=f>", "</function>"),
     *(
@@ -59,6 +60,16 @@ def test_no_tag_is_left_and_the_answer_survives_into_the_next_prompt(text, insid
     assert answer in prompt and prompt.count("<think>") == 2
 
 
+@settings(max_examples=300)
+@given(st.lists(st.sampled_from(PARTS), max_size=10).map("".join))
+def test_what_a_thought_mentions_never_swallows_the_answer(thought):
+    """After </think> comes the answer; all of it, where no whole call ended the thought before."""
+    _, answer = split_reasoning(f"{thought}</think>\nThe answer.")
+    assert answer.endswith("The answer.")
+    if not any(call in thought for call in ("</function>", "</tool_call>", "]", "}", "</think>")):
+        assert answer == "The answer."
+
+
 @pytest.mark.parametrize(
     "text, inside, thinking, answer",
     [
@@ -76,6 +87,14 @@ def test_no_tag_is_left_and_the_answer_survives_into_the_next_prompt(text, insid
             "It opens a call.",
         ),
         (f"Hm.\n{CALL}", True, "Hm.", CALL.strip()),
+        ("I write <tool_call>\n<function=x> then.\n</think>\nNo.", True, f"I write {OPEN} then.", "No."),
+        (f"It is {OPEN}\n<parameter=a>\n1\n</think>\nNo.", True, f"It is {OPEN}\n<parameter=a>\n1", "No."),
+        (f"It is {OPEN}\n</think>\nYes.\n{CALL}", True, f"It is {OPEN}", f"Yes.\n{CALL.strip()}"),
+        (f"Not {OPEN} but\n{CALL}</think>\nDone.", True, f"Not {OPEN} but", CALL + "Done."),
+        ("As <TOOLCALL>[...]</TOOLCALL>.\n</think>\nNo.", True, "As <TOOLCALL>[...]</TOOLCALL>.", "No."),
+        ("As <TOOLCALL>[1]</TOOLCALL>.\n</think>\nNo.", True, "As <TOOLCALL>[1]</TOOLCALL>.", "No."),
+        (f"{OPEN} <think>more</think>No.", True, f"{OPEN} \nmore", "No."),
+        (f"Hm.\n{OPEN}\n<parameter=a>\n1", True, "Hm.", f"{OPEN}\n<parameter=a>\n1"),  # cut off
         (f"Hm.\n{CALL}</think>\nDone.", True, "Hm.", CALL + "Done."),
     ],
 )

@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from refengine.spec.config import InputError
 from refengine.spec.tools import accepts, as_text, read_calls, read_json_reply, read_reply, write_call
+from refengine.text.messages import conversation_text, read_conversation
+from refengine.text.reply import Reply
 
 TYPES = ("string", "integer", "number", "boolean", "null", "array", "object")
 TAGS = ("<tool_call>", "</tool_call>", "<function=f>", "</function>", "<parameter=b>", "</parameter>")
@@ -176,3 +179,63 @@ def test_the_calls_of_nano_v2_are_json():
     assert read_json_reply(text) == ("Let me see.", calls)
     assert read_json_reply(text.removesuffix("</TOOLCALL>")) == ("Let me see.", calls)
     assert read_json_reply(text[:-20]) == (text[:-20], [])
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [{"name": "", "arguments": {}}],
+        [{"name": 5, "arguments": {}}],
+        [{"name": "f", "arguments": [1]}],
+        [{"name": "f", "arguments": "x"}],
+        [{"name": "f", "arguments": 5}],
+        [{"name": "f", "arguments": False}],
+        [{"name": "f"}, {"name": ""}],
+        [{"arguments": {}}],
+        [5],
+        [],
+    ],
+)
+def test_json_that_is_no_call_stays_text(calls):
+    text = f"I call <TOOLCALL>{json.dumps(calls)}</TOOLCALL>"
+    assert read_json_reply(text) == (text, [])
+
+
+@pytest.mark.parametrize("arguments", ["null", '""', "{}", '"{}"'])
+def test_arguments_may_be_absent_or_the_text_of_an_object(arguments):
+    text = f'<TOOLCALL>[{{"name": "f", "arguments": {arguments}}}, {{"name": "g"}}]</TOOLCALL>'
+    assert read_json_reply(text)[1] == [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]
+    assert read_json_reply(text.replace(arguments, '"{\\"a\\": 1}"'))[1][0]["arguments"] == {"a": 1}
+
+
+odd = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just("\ud800"),
+    lambda v: st.lists(v, max_size=2) | st.dictionaries(st.sampled_from(("name", "arguments", "a")), v),
+    max_leaves=5,
+)
+calls_like = st.fixed_dictionaries(
+    {"name": st.sampled_from(("f", "g h", "", "a>b")) | odd}, optional={"arguments": odd}
+)
+
+
+@given(st.lists(calls_like | odd, max_size=3) | odd)
+def test_calls_that_were_read_are_written_and_read_back(value):
+    """Whatever a model writes as JSON: a reply that is saved is a conversation that is read."""
+    reply = Reply(False)
+    reply.push(f"Well.\n<TOOLCALL>{json.dumps(value)}</TOOLCALL>")
+    reply.flush()
+    message = reply.message([{"name": "f"}], json_calls=True)
+    saved = conversation_text([message]).encode().decode()
+    assert read_conversation(saved, "talk")[0] == [message]
+
+
+@given(st.text(max_size=4), st.text(max_size=4))
+def test_a_name_that_could_not_be_read_back_is_not_written(name, key):
+    call = {"name": name, "arguments": {key: "x"}}
+    try:
+        text = write_call(call)
+    except InputError as error:
+        assert "cannot be written in a tool call" in str(error) and "\n" not in str(error)
+        assert not name or not key or set(name + key) & set(">\n")
+    else:
+        assert read_calls(text, []) == [call]
