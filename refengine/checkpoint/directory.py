@@ -37,6 +37,7 @@ from refengine.spec.tensors import Tensor
 from refengine.untrusted import read_json, shown
 
 INDEX = "model.safetensors.index.json"
+AUTO = {"BF16": "bfloat16", "F16": "float16"}  # the dtype in which such weights stay as they are
 EDGE = 64 * 2**10  # bytes at either end of a file's data that the fingerprint covers
 
 
@@ -86,6 +87,18 @@ class Checkpoint:
         """Give back the memory that reading these tensors (or all) filled; views stay valid and refill it."""
         for name in self.stored if names is None else names:
             self.stored[name].release()
+
+    def auto_dtype(self, backend: str) -> str:
+        """Return the dtype that "auto" means for a backend, by its name.
+
+        NumPy computes in float32. The other backends keep weights as the checkpoint stores most of them, and
+        choose the dtype of activations by the processor (docs/torch.md).
+        """
+        sizes: dict[str, int] = {}
+        for at in self.stored.values():
+            sizes[at.dtype] = sizes.get(at.dtype, 0) + at.nbytes
+        most = max(sizes, key=lambda dtype: sizes[dtype], default="")
+        return "float32" if backend == "numpy" else AUTO.get(most, "float32")
 
     def fingerprint(self) -> str:
         """Return a digest of the configuration, of all headers, and of both ends of all data."""

@@ -3,6 +3,7 @@
 $HF_HUB_CACHE, or $HF_HOME/hub, or ~/.cache/huggingface/hub
   models--OWNER--NAME/
     refs/main             the commit of a branch or tag
+    refs/refs/pr/1        the commit of a pull request, whose revision is refs/pr/1
     snapshots/COMMIT/     the files of a commit, as links
 """
 
@@ -12,7 +13,7 @@ import os
 import re
 from pathlib import Path
 
-NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?:@[\w.-]+)?")
+NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w-][\w.-]*(?:/[\w-][\w.-]*)*))?")
 
 
 def cache_directory() -> Path:
@@ -25,11 +26,39 @@ def cache_directory() -> Path:
 
 
 def cached(name: str) -> Path | None:
-    """Return the directory of OWNER/NAME or OWNER/NAME@REVISION in the cache; None where it is not there."""
-    if not NAME.fullmatch(name):
+    """Return the directory of OWNER/NAME or OWNER/NAME@REVISION in the cache; None where it is not there.
+
+    A revision is a branch, a tag, a commit, or a pull request (refs/pr/1).
+    """
+    if not (found := NAME.fullmatch(name)):
         return None
-    name, _, revision = name.partition("@")
-    return snapshot(cache_directory() / f"models--{name.replace('/', '--')}", revision or "main")
+    return snapshot(folder_of(found[1]), found[2] or "main")
+
+
+def folder_of(name: str) -> Path:
+    """Return the folder of OWNER/NAME in the cache, whether or not it is there."""
+    return cache_directory() / f"models--{name.replace('/', '--')}"
+
+
+def revisions(name: str) -> list[str]:
+    """Return the revisions of OWNER/NAME in the cache: branches, tags and pull requests, else commits."""
+    refs, snapshots = folder_of(name) / "refs", folder_of(name) / "snapshots"
+    try:
+        named = [path.relative_to(refs).as_posix() for path in refs.rglob("*") if path.is_file()]
+        named = [revision for revision in named if snapshot(folder_of(name), revision)]
+        return sorted(named) or sorted(path.name for path in snapshots.iterdir())
+    except OSError:
+        return []
+
+
+def models() -> list[str]:
+    """Return the names of the models in the cache."""
+    try:
+        folders = [path.name for path in cache_directory().iterdir() if (path / "snapshots").is_dir()]
+    except OSError:
+        return []
+    parts = [folder.split("--", 2) for folder in sorted(folders) if folder.count("--") >= 2]
+    return [f"{owner}/{name}" for kind, owner, name in parts if kind == "models"]
 
 
 def snapshot(folder: Path, revision: str = "main") -> Path | None:
@@ -42,7 +71,7 @@ def snapshot(folder: Path, revision: str = "main") -> Path | None:
         commit = (folder / "refs" / revision).read_text().strip()
     except (OSError, ValueError):
         commit = revision
-    if re.fullmatch(r"[\w.-]+", commit) and (snapshots / commit).is_dir():
+    if re.fullmatch(r"[\w-][\w.-]*", commit) and (snapshots / commit).is_dir():
         return snapshots / commit
     if revision != "main":
         return None

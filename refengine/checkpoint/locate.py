@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from refengine.checkpoint.hub import NAME, cache_directory, cached, snapshot
+from refengine.checkpoint.hub import NAME, cache_directory, cached, revisions, snapshot
 from refengine.spec.config import InputError
 from refengine.untrusted import unreadable
 
 EMBEDDED = Path(__file__).parent.parent / "models"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def embedded() -> list[str]:
+    """Return the names of the models inside this package."""
+    return sorted(path.name for path in EMBEDDED.iterdir())
 
 
 def locate(model: str | Path) -> Path:
@@ -22,9 +27,9 @@ def locate(model: str | Path) -> Path:
     name = os.fspath(model)
     if not name:
         raise InputError("the name of the model is empty")
-    embedded = sorted(path.name for path in EMBEDDED.iterdir())
-    path = EMBEDDED / name if name in embedded else Path(name)
-    if name not in embedded and not path.exists():
+    inside = name in embedded()
+    path = EMBEDDED / name if inside else Path(name)
+    if not inside and not path.exists():
         path = cached(name) or path
     try:
         names = sorted(os.listdir(path))
@@ -33,7 +38,7 @@ def locate(model: str | Path) -> Path:
     except NotADirectoryError:
         raise _not_a_directory(path) from None
     except FileNotFoundError:
-        raise _absent(name, embedded) from None
+        raise _absent(name) from None
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
     if not any(name.endswith(".safetensors") for name in names):
@@ -49,12 +54,18 @@ def _not_a_directory(path: Path) -> InputError:
     return InputError(f"{path} is not a directory: give the one with config.json and *.safetensors files")
 
 
-def _absent(name: str, embedded: list[str]) -> InputError:
-    if NAME.fullmatch(name):
-        how = f"'hf download {name}', then give {name} again"
+def _absent(name: str) -> InputError:
+    if found := NAME.fullmatch(name):
+        model, revision = found[1], found[2]
+        command = f"hf download {model}" + (f" --revision {revision}" if revision else "")
+        how = f"if it is on the Hugging Face hub, '{command}', then give {name} again"
+        known = revisions(model)
+        if revision and known:
+            there = ", ".join(known[:8])
+            return InputError(f"the cache has no revision {revision} of {model}, but {there}; {how}")
         where = f"there is no directory {name}, and no model of this name in {cache_directory()}"
-        return InputError(f"{where}; if it is on the Hugging Face hub, {how}")
-    known = ", ".join(embedded)
+        return InputError(f"{where}; {how}")
+    known = ", ".join(embedded())
     return InputError(f"there is no model {name!r}: give a directory or an embedded model ({known})")
 
 

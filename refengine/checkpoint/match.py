@@ -30,6 +30,8 @@ HEAD_BEGINS = re.compile(r"mtp\.layers\.(\d{1,4})\.eh_proj\.weight")
 HEAD_ENDS = re.compile(r"mtp\.layers\.(\d{1,4})\.final_layernorm\.weight")
 MTP_LAYER = re.compile(r"mtp\.layers\.(\d{1,4})\.")
 ROWS_OF_HEADS = (".mixer.q_proj.weight", ".mixer.k_proj.weight")
+LATENT = re.compile(r"\.mixer\.(fc[12])_latent_proj\.weight$")
+EXPERT = re.compile(r"\.mixer\.experts\.(?:\d{1,5}\.)?(up|down)_proj(?:\.weight)?$")
 LAYER = re.compile(r"(.*?)layers\.\d+\.(?:norm|mixer)\.")
 # Packed weights have a dtype of at most a byte (modelopt, FP8, bitsandbytes), or are words of 32 bits under
 # names of their own (GPTQ, AWQ, compressed-tensors) or under the usual one (mlx).
@@ -124,11 +126,14 @@ def with_heads(hf: dict, found: dict[str, Stored], notes: list[str]) -> dict:
         if size * heads != hf.get("hidden_size"):
             notes.append(f"config.json lacks head_dim, and q_proj has {q.shape[0]} rows: head_dim = {size}")
             hf = hf | {"head_dim": size}
-    if any(name in hf for name in names_of("num_key_value_heads")):
+    if any(hf.get(name) is not None for name in names_of("num_key_value_heads")):
         return hf
+    every = any(name in hf for name in names_of("num_key_value_heads"))  # null: as many as query heads
     size = size or next((hf[name] for name in names_of("head_dim") if hf.get(name) is not None), None)
-    if type(size) is int and size > 0 and k.shape[0] % size == 0 and k.shape[0]:
-        kv = k.shape[0] // size
+    if type(size) is not int or size <= 0 or k.shape[0] % size or not k.shape[0]:
+        return hf
+    kv = k.shape[0] // size
+    if not (every and kv == heads):
         notes.append(f"config.json lacks num_key_value_heads, and k_proj has {k.shape[0]} rows: {kv} heads")
         hf = hf | {"num_key_value_heads": kv}
     return hf
@@ -138,10 +143,12 @@ def settled(cfg: Config, found: dict[str, Stored], notes: list[str]) -> Config:
     """Return the configuration with what the tensors in the files say better than config.json, with notes.
 
     Only what is unambiguous: prediction heads that are there or not, the rows of the embedding and lm_head
-    where both agree, and key/value heads.
+    where both agree, key/value heads, and the latent of the experts. InputError names key/value heads that
+    have two readings.
     """
     cfg = _settled_head(cfg, found, notes)
     cfg = _settled_vocabulary(cfg, found, notes)
+    cfg = _settled_latent(cfg, found, notes)
     return _settled_attention(cfg, found, notes)
 
 
@@ -185,7 +192,11 @@ def _settled_vocabulary(cfg: Config, found: dict[str, Stored], notes: list[str])
 
 
 def _settled_attention(cfg: Config, found: dict[str, Stored], notes: list[str]) -> Config:
-    """Return the configuration with as many key/value heads as k_proj has rows for, where q_proj fits."""
+    """Return the configuration with as many key/value heads as k_proj has rows for, where q_proj fits.
+
+    InputError where num_key_value_heads may be right instead, and the number and size of heads wrong: no
+    tensor tells 8 heads of 16 from 4 of 32.
+    """
     first = f"backbone.layers.{cfg.layers.find('*')}.mixer."
     q, k = (found.get(f"{first}{each}_proj.weight") for each in "qk")
     heads, size = cfg.num_attention_heads, cfg.head_dim
@@ -194,9 +205,42 @@ def _settled_attention(cfg: Config, found: dict[str, Stored], notes: list[str]) 
     kv = k.shape[0] // size
     if kv in (0, cfg.num_key_value_heads) or heads % kv:
         return cfg
-    what = f"config.json has num_key_value_heads = {cfg.num_key_value_heads}"
+    given, other = cfg.num_key_value_heads, k.shape[0] // cfg.num_key_value_heads
+    what = f"config.json has num_key_value_heads = {given}"
+    if other * given == k.shape[0] and q.shape[0] % other == 0 and q.shape[0] // other % given == 0:
+        rows = f"q_proj has {q.shape[0]} rows and k_proj {k.shape[0]}"
+        one = f"{heads} heads of {size} with num_key_value_heads = {kv}"
+        raise InputError(
+            f"{what}, but {rows}: that is {one}, or {q.shape[0] // other} heads of {other} with {given}; "
+            "correct num_attention_heads, head_dim or num_key_value_heads in config.json"
+        )
     notes.append(f"{what}, and k_proj {k.shape[0]} rows: {kv} counts")
     return replace(cfg, num_key_value_heads=kv)
+
+
+def _settled_latent(cfg: Config, found: dict[str, Stored], notes: list[str]) -> Config:
+    """Return the configuration with the latent of the experts that the tensors have, where all of them agree.
+
+    The projections into the latent and back and the matrices of the experts have its width; without a latent
+    there are no such projections, and the experts work at full width.
+    """
+    widths: set[int] = set()
+    projections = False
+    for name, at in found.items():
+        part = LATENT.search(name) or EXPERT.search(name)
+        if part is None or not name.startswith("backbone.") or len(at.shape) < 2:
+            continue
+        projections |= part[1] in ("fc1", "fc2")
+        widths.add(at.shape[-2 if part[1] in ("fc1", "down") else -1])  # of its rows, else of its columns
+    width = widths.pop() if len(widths) == 1 else 0
+    given = cfg.moe_latent_size
+    if "E" not in cfg.layers or not width or (width if projections else None) == given:
+        return cfg
+    if not projections and width != cfg.hidden_size:
+        return cfg
+    has = f"projections into a latent of {width}" if projections else "no projections into a latent"
+    notes.append(f"config.json has moe_latent_size = {shown(given)}, the files have {has}: they count")
+    return replace(cfg, moe_latent_size=width if projections else None)
 
 
 def match(
@@ -204,8 +248,9 @@ def match(
 ) -> dict[str, Stored]:
     """Return where each tensor of the table lies; `size` is that of all files in bytes."""
     if _expert_bytes(cfg) > size:  # before the table, which a false config.json can make enormous
-        what = f"config.json calls for more experts than the {size} bytes of its files can hold"
-        raise InputError(f"{directory}: {what}; is the download complete?")
+        each = f"{cfg.n_routed_experts} in each of {(cfg.layers + cfg.mtp_layers).count('E')} layers"
+        what = f"config.json calls for more experts than the {size} bytes of its files can hold ({each})"
+        raise InputError(f"{directory}: {what}: is it that of this model, and is the download complete?")
     stored: dict[str, Stored] = {}
     missing: list[str] = []
     used: set[str] = set()

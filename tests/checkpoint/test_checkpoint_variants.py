@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_the_rows_of_both_tables_count_and_not_a_stale_vocabulary(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "keys", [{"head_dim": None}, {"num_key_value_heads": 1}, {"num_key_value_heads": 6}, {}]
+    "keys", [{"head_dim": None}, {"num_key_value_heads": 3}, {"num_key_value_heads": 6}, {}]
 )
 @pytest.mark.parametrize("hidden", [24, 26])
 def test_attention_heads_are_those_of_the_projections(hidden, keys, tmp_path):
@@ -146,6 +147,60 @@ def test_attention_heads_that_the_projections_leave_open_are_refused(keys, tmp_p
     random_checkpoint(tmp_path, CONFIGS["attention"])
     alter_json(tmp_path / "config.json", **keys)
     assert "where config.json calls for" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "heads, size, kv, given, other",
+    [
+        (6, 10, 2, 1, "3 heads of 20 with 1"),
+        (8, 16, 4, 2, "4 heads of 32 with 2"),
+        (4, 32, 2, 4, "8 heads of 16 with 4"),
+        (8, 16, 4, 1, "2 heads of 64 with 1"),
+        (8, 16, 4, 8, "16 heads of 8 with 8"),
+    ],
+)
+def test_key_value_heads_with_two_readings_are_refused_with_both(heads, size, kv, given, other, tmp_path):
+    """128 rows of q and 64 of k are 8 heads of 16, 4 of keys, as well as 4 heads of 32, 2 of keys."""
+    sizes = {"num_attention_heads": heads, "head_dim": size, "num_key_value_heads": kv}
+    random_checkpoint(tmp_path, replace(CONFIGS["attention"], **sizes))
+    alter_json(tmp_path / "config.json", num_key_value_heads=given)
+    said = refusal(tmp_path)
+    assert f"num_key_value_heads = {given}, but q_proj has {heads * size} rows" in said
+    assert f"{heads} heads of {size} with num_key_value_heads = {kv}, or {other};" in said
+
+
+def test_no_number_of_key_value_heads_means_the_rows_of_k(tmp_path):
+    """A null is as many as query heads, unless k_proj has fewer rows."""
+    cfg = CONFIGS["attention"]
+    random_checkpoint(tmp_path, cfg)
+    text = json.loads((tmp_path / "config.json").read_text()) | {"num_key_value_heads": None}
+    (tmp_path / "config.json").write_text(json.dumps(text))
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.config == cfg and "k_proj has 20 rows: 2 heads" in checkpoint.notes[0]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(
+    "config, given", [("latent", None), ("latent", 5), ("latent", 26), ("experts", 7), ("experts", 10**6)]
+)
+def test_the_latent_of_the_experts_is_that_of_the_tensors(config, given, stacked, tmp_path):
+    cfg = CONFIGS[config]
+    random_checkpoint(tmp_path, cfg, stacked=stacked)
+    alter_json(tmp_path / "config.json", moe_latent_size=given)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.config == cfg and given != cfg.moe_latent_size
+    (note,) = checkpoint.notes
+    assert f"moe_latent_size = {given}, the files have " in note and "projections into a latent" in note
+
+
+def test_a_latent_on_which_the_tensors_do_not_agree_is_refused(tmp_path):
+    path = random_checkpoint(tmp_path, CONFIGS["latent"]) / "model.safetensors"
+    alter_json(tmp_path / "config.json", moe_latent_size=None)
+    rename(path, lambda name: None if name.endswith("fc2_latent_proj.weight") else name)
+    said = refusal(tmp_path)
+    assert "fc2_latent_proj" in said
+    rename(path, lambda name: None if "latent" in name else name)
+    assert "experts.0.up_proj" in refusal(tmp_path)
 
 
 CACHE = {"quant_method": "modelopt", "quant_algo": None, "kv_cache_scheme": {"num_bits": 8, "type": "float"}}

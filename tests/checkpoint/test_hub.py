@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from refengine.checkpoint import Checkpoint
-from refengine.checkpoint.hub import cache_directory
+from refengine.checkpoint.hub import cache_directory, models
 from refengine.spec.config import InputError
 from tests.support.vocabularies import TINY
 
@@ -29,6 +29,9 @@ def folder(tmp_path, monkeypatch):
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("aaa")
     (folder / "refs" / "v2").write_text("bbb")
+    for ref in ("refs/pr/1", "feature/x"):
+        (folder / "refs" / ref).parent.mkdir(parents=True)
+        (folder / "refs" / ref).write_text("bbb")
     return folder
 
 
@@ -36,6 +39,27 @@ def test_a_name_is_looked_up_in_the_cache(folder):
     assert Checkpoint.open(NAME).directory == folder / "snapshots" / "aaa"
     assert Checkpoint.open(f"{NAME}@v2").directory == folder / "snapshots" / "bbb"
     assert Checkpoint.open(f"{NAME}@bbb").directory == folder / "snapshots" / "bbb"
+
+
+@pytest.mark.parametrize("revision", ["refs/pr/1", "feature/x"])
+def test_a_revision_may_be_a_pull_request_or_a_branch_with_a_slash(folder, revision):
+    assert Checkpoint.open(f"{NAME}@{revision}").directory == folder / "snapshots" / "bbb"
+
+
+def test_a_revision_that_is_not_there_names_those_that_are_and_the_command(folder):
+    says = "no revision refs/pr/2 of nvidia/a-model, but feature/x, main, refs/pr/1, v2; .*"
+    says += "'hf download nvidia/a-model --revision refs/pr/2'"
+    with pytest.raises(InputError, match=says):
+        Checkpoint.open(f"{NAME}@refs/pr/2")
+    assert models() == [NAME]
+
+
+def test_no_name_leads_out_of_the_cache(folder, tmp_path):
+    shutil.copytree(TINY, tmp_path / "secret")
+    (folder / "refs" / "bad").write_text("../../../../secret")
+    for name in (f"{NAME}@bad", f"{NAME}@../../../../secret", f"{NAME}@refs/../main", f"{NAME}@/main"):
+        with pytest.raises(InputError):
+            Checkpoint.open(name)
 
 
 def test_a_folder_of_the_cache_is_a_model(folder):
