@@ -1,0 +1,174 @@
+"""Every number of the engine is that of a literal reading: more prompts than slots, long ones beside short.
+
+A text is replayed alone: each token is drawn from the teacher-forced logits and from all that stands before
+it, by the literal reading of the sampling chapter, with one number of its own generator a token. `score` is
+held against one call over the whole text, and against one position at a time.
+"""
+
+from functools import lru_cache
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import refengine
+from refengine import End
+from refengine.conformance.cases import Case, agree, cases, terms
+from refengine.conformance.truth import counted, model, truth
+from refengine.runner import LocalRunner
+from refengine.spec import mtp
+from refengine.spec.ops import numpy_backend
+from refengine.spec.sample import Sampling
+from tests.book.test_sampling_order import AtABorder, read_off
+
+EXACT = numpy_backend(np.float64)
+NEAR = 1e-9  # of float64 logits, whatever the order of summation
+
+
+@lru_cache
+def tiny():
+    """The embedded model in float64, with five slots."""
+    return refengine.load("tiny", dtype="float64", batch=5)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return tiny()
+
+
+def text(seed: int, length: int, engine) -> list[int]:
+    return np.random.default_rng([seed, length]).integers(20, engine.config.vocab_size, length).tolist()
+
+
+def events(engine, prompts, options) -> dict[int, list]:
+    """Return the events of each prompt, all asked for at once."""
+    found: dict[int, list] = {i: [] for i in range(len(prompts))}
+    for i, event in engine.generate_batch(prompts, options=options):
+        found[i].append(event)
+    return found
+
+
+def log_softmax(row):
+    shifted = row - row.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def replayed(engine, prompt: list[int], told: list, how: Sampling, seed: int, n: int) -> int:
+    """Check the events of one text; return how many tokens come before one that rounding decides."""
+    *tokens, end = told
+    assert isinstance(end, End)
+    ids = prompt + [token.id for token in tokens]
+    logits = engine.logits(ids)[len(prompt) - 1 :]
+    generator = np.random.Generator(np.random.Philox(seed))
+    for i, token in enumerate(tokens):
+        log_p = log_softmax(logits[i])
+        assert abs(token.logprob - log_p[token.id]) < NEAR
+        best = sorted(range(len(log_p)), key=lambda t: (-log_p[t], t))[:n]
+        assert [t for t, _ in token.top] == best or log_p[best[-1]] - np.sort(log_p)[-n - 1] < NEAR
+        assert np.abs([p - log_p[t] for t, p in token.top]).max(initial=0) < NEAR
+        try:
+            p = read_off(logits[i], how, ids[: len(prompt) + i])
+        except AtABorder:
+            return i
+        u = generator.random() if how.temperature else 0.0
+        below = 0.0
+        for t in sorted(p):
+            below += p[t]
+            if below > u - NEAR:
+                break
+        if abs(below - u) < NEAR:
+            return i
+        assert t == token.id, f"token {i} of a prompt of {len(prompt)}: {token.id}, where {t} is drawn"
+    return len(tokens)
+
+
+LENGTHS = [9, 700, 1, 30, 513, 9, 3, 130, 512, 9, 64, 2, 1030, 17, 9]
+HOW = dict(temperature=1.1, top_k=40, top_p=0.97, min_p=0.001, repetition_penalty=1.4)
+
+
+def test_every_number_of_every_text_is_that_of_the_text_read_alone(engine):
+    """More prompts than slots, of 1 to 1030 tokens: a short one steps while long ones are read in pieces."""
+    prompts = [text(i, length, engine) for i, length in enumerate(LENGTHS)]
+    own = [{"max_tokens": 2 + i % 4, "seed": 900 + i, "logprobs": i % 4, "ignore_eos": True} | HOW
+           for i in range(len(prompts))]  # fmt: skip
+    found = events(engine, prompts, own)
+    compared = 0
+    for i, prompt in enumerate(prompts):
+        assert len(found[i]) == 1 + own[i]["max_tokens"]
+        compared += replayed(engine, prompt, found[i], Sampling(**HOW), 900 + i, i % 4)
+    assert compared > 0.9 * sum(o["max_tokens"] for o in own)
+
+
+def test_the_penalty_sees_the_whole_text_the_prompt_included(engine):
+    """A prompt in two calls that repeats no token near its end, greedy, so that nothing else decides."""
+    prompt = text(7, 700, engine)
+    how = {"temperature": 0, "repetition_penalty": 5.0}
+    options = how | {"max_tokens": 40, "logprobs": 1, "ignore_eos": True}
+    [told] = events(engine, [prompt], [options]).values()
+    assert replayed(engine, prompt, told, Sampling(**how), 0, 1) > 35
+
+
+PLAIN = {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+@settings(max_examples=3)
+@given(first=st.integers(0, 2**31), count=st.integers(33, 80))
+@example(first=0, count=150)
+def test_prompt_number_i_has_the_seed_plus_i_however_many_there_are(first, count):
+    engine, prompt = tiny(), [25, 26, 27]
+    p = np.exp(log_softmax(engine.logits(prompt)[-1] / 2))
+    border = np.cumsum(p)
+    told = {}
+    for i, event in engine.generate_batch([prompt] * count, seed=first, max_tokens=1, **PLAIN):
+        told.setdefault(i, getattr(event, "id", None))
+    for i in range(count):
+        u = np.random.Generator(np.random.Philox(first + i)).random()
+        if told[i] is not None and np.abs(border - u).min() > NEAR:
+            assert told[i] == np.searchsorted(border, u, side="right"), f"prompt {i}"
+
+
+def one_by_one(m, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return ln p by trunk and head, one position a call."""
+    here, states, further = m.backend, m.new_states(1), mtp.new_states(m, 1)
+    trunk, head = [], []
+    for i in range(len(ids) - 1):
+        h, states = m.blocks(m.embed(here.array(np.array([ids[i : i + 1]]))), states)
+        trunk.append(log_softmax(here.fetch(m.head(h))[0, 0].astype(np.float64))[ids[i + 1]])
+        if m.cfg.mtp_layers and i + 2 < len(ids):
+            o, further = mtp.predict(m, h, here.array(np.array([ids[i + 1 : i + 2]])), further)
+            head.append(log_softmax(here.fetch(m.head(o))[0, 0].astype(np.float64))[ids[i + 2]])
+    return np.array(trunk), np.array(head)
+
+
+@given(
+    case=cases(batch=1, max_length=30, mtp_layers="*E", n_routed_experts=9, num_experts_per_tok=9, n_group=1),
+    chunk=st.sampled_from((5, 7, 512)),
+)
+@example(case=Case(length=30, batch=1, mtp_layers="*E", num_experts_per_tok=9, chunk_size=1, seed=5), chunk=5)
+def test_every_value_of_score_is_that_of_one_position_at_a_time(case, chunk):
+    """Every token visits every expert, so that none can flip."""
+    m, ids = model(case, EXACT), case.ids[0].tolist()
+    with mock.patch("refengine.runner.PREFILL", chunk):
+        scores = LocalRunner(m).score(ids)
+    size, stretch = terms(case.cfg, case.length), truth(case, 0).stretch
+    counted(stretch > 100)
+    for name, mine, true in zip(
+        ("trunk", "head"), (scores.trunk, scores.head), one_by_one(m, ids), strict=True
+    ):
+        agree(np.array(mine), true, np.float64, size, name, 4 * stretch)
+
+
+@pytest.mark.parametrize("length", [2, 513, 514, 1030])
+def test_every_value_of_a_long_score_is_that_of_one_call(engine, length):
+    ids, m = text(3, length, engine), engine.model
+    scores = engine.score(ids)
+    h, _ = m.blocks(m.embed(np.array([ids])), m.new_states(1))
+    o, _ = mtp.predict(m, h[:, :-1], np.array([ids[1:]]), mtp.new_states(m, 1))
+    trunk, head = (m.head(x)[0] for x in (h, o))
+    expected = [log_softmax(row)[token] for row, token in zip(trunk, ids[1:], strict=False)]
+    assert np.abs(np.array(scores.trunk) - expected).max() < NEAR
+    expected = [log_softmax(row)[token] for row, token in zip(head, ids[2:], strict=False)]
+    assert len(scores.head) == length - 2
+    assert np.abs(np.array(scores.head) - expected).max(initial=0) < NEAR
