@@ -220,7 +220,7 @@ def loaded(name: str):
 
 
 def candidate(value, dtype: str | None = None, device: str | None = None, name: str = "candidate") -> Bench:
-    """Return a candidate, of a Bench, a Backend, an Ops, functions by name, or a function that returns one."""
+    """Return a candidate of a Bench, a Backend, an Ops, functions by name, or a function that returns one."""
     if isinstance(value, Bench):
         return value
     if isinstance(value, Backend):

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refengine.conformance.cases import CUTS, agree, terms
+from refengine.conformance.readings import head as read_off
 from refengine.conformance.truth import counted, truth
 from refengine.spec.layout import Layout
 from refengine.spec.numerics import tolerance
-from tests.book.test_mtp import read_off
 from tests.support.layouts import (
     LAYOUTS,
     Cuttable,
