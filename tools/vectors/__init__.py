@@ -1,0 +1,1 @@
+"""Write the shipped vectors; programs in other languages that read them."""
