@@ -15,9 +15,9 @@ from __future__ import annotations
 import asyncio
 import operator
 import time
-from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ from refengine.spec.model import Model
 from refengine.spec.ops import Backend
 from refengine.spec.tensors import table
 from refengine.text.chat_template import ChatTemplate
+from refengine.text.ids_only import tokenizer_of
 from refengine.text.tokenizer import Tokenizer
 
 
@@ -53,7 +54,7 @@ def load(
         backend: "numpy", "torch" or "cuda"; or a Backend of your own, which makes `dtype`, `device` and
             `deterministic` its own affair.
         dtype: of the activations: "float32" or "float64" (numpy); "float32", "bfloat16", "float16" or
-            "float64" (torch); "float32", "bfloat16" or "float16" (cuda).
+            "float64" (torch); "float32", "bfloat16" or "float16" (cuda). "auto": see Checkpoint.auto_dtype.
         device: "cpu", "cuda", "cuda:1", ...; None: the CPU, and for the cuda backend the first GPU.
         threads: of matrix products in this process; None: as many as there are processors.
         deterministic: ask for the same bits on every run where a device would not give them.
@@ -73,6 +74,7 @@ def load(
     if isinstance(backend, Backend):
         chosen = backend
     else:
+        dtype = checkpoint.auto_dtype(backend) if dtype == "auto" else dtype
         chosen = backends.make(backend, cfg, dtype, device, threads, deterministic)
     with progress("loading", len(table(cfg)), "tensor") as bar:
 
@@ -117,10 +119,16 @@ class Engine:
         """Return the spec's Model: over ranks, this rank's part of it."""
         return self.runner.model
 
-    @cached_property
+    @property
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer, read when first asked for: logits of token ids need none."""
-        return Tokenizer.load(self.checkpoint.directory, self.config)
+        """Return the tokenizer, read when first asked for; a checkpoint without one has IdsOnly."""
+        return self._tokenizer()
+
+    @cached_property
+    def _tokenizer(self) -> Callable[[], Tokenizer]:
+        """Return a function that reads the tokenizer once, and does not keep the engine alive."""
+        directory, config = self.checkpoint.directory, self.config
+        return cache(lambda: tokenizer_of(directory, config))
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
@@ -130,7 +138,7 @@ class Engine:
     @cached_property
     def loop(self) -> Loop:
         """Return the loop in which all sequences of this engine run."""
-        return Loop(self.runner, lambda: self.tokenizer, self.load_seconds, self.batch)
+        return Loop(self.runner, self._tokenizer, self.load_seconds, self.batch)
 
     def generate(self, prompt, *, chat: dict | None = None, **options) -> Generator[Token | End, None, None]:
         """Return the events of one prompt: Tokens, then one End. Closing the iterator frees the slot.

@@ -59,9 +59,9 @@ def _absent(name: str) -> InputError:
         model, revision = found[1], found[2]
         command = f"hf download {model}" + (f" --revision {revision}" if revision else "")
         how = f"if it is on the Hugging Face hub, '{command}', then give {name} again"
-        known = revisions(model)
-        if revision and known:
-            there = ", ".join(known[:8])
+        others = revisions(model)
+        if revision and others:
+            there = ", ".join(others[:8])
             return InputError(f"the cache has no revision {revision} of {model}, but {there}; {how}")
         where = f"there is no directory {name}, and no model of this name in {cache_directory()}"
         return InputError(f"{where}; {how}")

@@ -26,7 +26,7 @@ COMMANDS = """\
 /help            print this list
 /exit            leave (also Ctrl-D, or Ctrl-C twice)
 /new             forget the conversation; the system text stays
-/system TEXT     change the system text
+/system TEXT     change the system text; without TEXT there is none
 /regen           answer the last message again
 /save FILE       write the conversation as JSON
 /load FILE       continue a conversation that was saved
@@ -34,6 +34,22 @@ COMMANDS = """\
 /stats           print speed and memory of the last reply
 A line that ends in \\ goes on in the next one; \"\"\" begins and ends a text of several lines.
 A message that begins with / is given with a space before it. Ctrl-C stops a reply."""
+
+
+# Commands, and other names for them, that take nothing after them.
+ALONE: tuple[str, ...] = (
+    "/help",
+    "/?",
+    "/exit",
+    "/quit",
+    "/bye",
+    "/new",
+    "/clear",
+    "/reset",
+    "/regen",
+    "/regenerate",
+)
+ALONE += ("/retry", "/stats")
 
 
 class OnOff(click.ParamType):
@@ -55,9 +71,13 @@ class OnOff(click.ParamType):
 @click.argument("message", required=False)
 @click.option("--prompt", "-p", "prompt", metavar="TEXT", help="The message, as an option.")
 @click.option("--system", metavar="TEXT", help="Instructions before the conversation.")
-@click.option("--messages", metavar="FILE", help="Begin with the messages of a JSON file.")
-@click.option("--tools", metavar="FILE", help="JSON file of functions to call.")
-@click.option("--template", metavar="NAME", help="Name of a chat template, or a .jinja file.")
+@click.option(
+    "--messages", type=options.FileName(), metavar="FILE", help="Begin with the messages of a JSON file."
+)
+@click.option("--tools", type=options.FileName(), metavar="FILE", help="JSON file of functions to call.")
+@click.option(
+    "--template", type=options.FileName(), metavar="NAME", help="Name of a chat template, or a .jinja file."
+)
 @click.option(
     "--thinking",
     type=OnOff(),
@@ -94,8 +114,7 @@ def chat(
     --messages reads.
     """
     how, sampling = options.parted(others)
-    if message is not None and prompt is not None:
-        raise click.UsageError("give one of MESSAGE and --prompt")
+    message, prompt = options.one_of("MESSAGE and --prompt", message=message, prompt=prompt)
     message = prompt if message is None else message
     engine = options.load(**how)
     if options.follows():
@@ -185,6 +204,8 @@ class Talk:
     def command(self, name: str, rest: str) -> None:
         """Do one of COMMANDS; InputError for an unknown one."""
         rest = rest.strip()
+        if rest and name in ALONE:
+            raise InputError(f"{name} takes nothing after it, not {rest!r}; /help lists the commands")
         if name in ("/exit", "/quit", "/bye"):
             raise Leave
         if name in ("/help", "/?"):
@@ -235,9 +256,9 @@ class Talk:
         if not path:
             raise InputError("/save needs the name of a file")
         try:
-            Path(path).expanduser().write_text(conversation_text(self.history, self.tools), encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror}") from None
+            expanded(path).write_text(conversation_text(self.history, self.tools), encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be written: {getattr(error, 'strerror', error)}") from None
 
     def read(self, path: str) -> None:
         """Take the conversation, and tools if there are any, from a file of JSON."""
@@ -245,8 +266,8 @@ class Talk:
 
         if not path:
             raise InputError("/load needs the name of a file")
-        expanded = path if path == "-" else str(Path(path).expanduser())
-        self.history, tools = read_conversation(options.text_of(expanded), options.named(path))
+        found = options.text_of(path if path == "-" else str(expanded(path)))
+        self.history, tools = read_conversation(found, options.named(path))
         self.tools = tools or self.tools
 
     def turn(self, text: str) -> None:
@@ -308,6 +329,14 @@ class Talk:
             click.echo(summary(statistics), err=True)
         if interrupted:
             raise KeyboardInterrupt
+
+
+def expanded(path: str) -> Path:
+    """Return the path that a user types, in which ~ is the home directory."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(f"{path}: there is no such home directory") from None
 
 
 class Shown:

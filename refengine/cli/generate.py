@@ -17,8 +17,20 @@ from refengine.untrusted import parse_json
 @click.command(cls=options.Command, short_help="Continue a prompt.")
 @click.argument("prompt", required=False)
 @click.option("--prompt", "-p", "prompt_option", metavar="TEXT", help="The prompt, as an option.")
-@click.option("--file", "-f", "file", metavar="FILE", help="Read the prompt from a file; - is stdin.")
-@click.option("--prompts", metavar="FILE", help="Read a prompt a line, side by side; .jsonl: with options.")
+@click.option(
+    "--file",
+    "-f",
+    "file",
+    type=options.FileName(),
+    metavar="FILE",
+    help="Read the prompt from a file; - is stdin.",
+)
+@click.option(
+    "--prompts",
+    type=options.FileName(),
+    metavar="FILE",
+    help="Read a prompt a line, side by side; .jsonl: with options.",
+)
 @click.option("--ids", metavar="IDS", help='Token ids as the prompt, as in "10 25 99".')
 @click.option("--echo/--no-echo", default=True, help="Print the prompt too (default), or not.")
 @click.option(
@@ -45,7 +57,8 @@ def generate(prompt, prompt_option, file, prompts, ids, echo, stats, as_json, **
     )
     given = asked(prompt, prompt_option, file, prompts, ids)
     engine = options.load(**how)
-    without_tokenizer(engine, ids is not None)
+    if has_ids_only(engine):
+        note_ids_only(engine, given)
     began, prompts_given = time.perf_counter(), [prompt for prompt, _ in given]
     events = engine.generate_batch(iter(given) if prompts else prompts_given, **sampling)
     texts = [shown_prompt(engine, prompt) for prompt in prompts_given]
@@ -103,18 +116,13 @@ def entry(line: str, where: str) -> tuple:
     return prompt, found
 
 
-def without_tokenizer(engine, ids: bool) -> None:
-    """Let an engine whose model has no tokenizer generate from and to token ids; InputError for a text."""
-    path = engine.checkpoint.directory / "tokenizer.json"
-    if path.exists():
-        return
-    from refengine.text.ids_only import IdsOnly
+def note_ids_only(engine, given: list[tuple]) -> None:
+    """Print a note that a model without a tokenizer prints ids; InputError for a prompt that is text."""
+    from refengine.text.ids_only import HOW
 
-    how = "copy the tokenizer.json of the model that this one was made from"
-    if not ids:
-        raise InputError(f'{path} does not exist: give token ids (--ids "10 25 99"), or {how}')
-    options.note(f"{path} does not exist, so ids are printed; for text, {how}")
-    engine.__dict__["tokenizer"] = IdsOnly.load(engine.checkpoint.directory, engine.config)
+    if texts := [prompt for prompt, _ in given if isinstance(prompt, str)]:
+        engine.tokenizer.encode(texts[0])
+    options.note(f"{engine.tokenizer.path} does not exist, so ids are printed; for text, {HOW}")
 
 
 def shown_prompt(engine, prompt: str | list[int]) -> str:
@@ -179,13 +187,13 @@ def as_lines(engine, texts: list[str], events) -> dict[int, dict]:
         if hasattr(event, "statistics"):
             done[i] = event.statistics
             continue
-        top = "  ".join(f"{shown(engine, token)} {logprob:.3f}" for token, logprob in event.top)
+        top = "  ".join(f"{quoted(engine, token)} {logprob:.3f}" for token, logprob in event.top)
         index = f"{i}  " if len(texts) > 1 else ""
-        click.echo(f"{index}{shown(engine, event.id):16} {event.logprob:8.3f}   {top}".rstrip())
+        click.echo(f"{index}{quoted(engine, event.id):16} {event.logprob:8.3f}   {top}".rstrip())
     return done
 
 
-def shown(engine, token: int) -> str:
+def quoted(engine, token: int) -> str:
     """Return a token's text in quotes, so that spaces and line ends can be seen."""
     return repr(engine.tokenizer.decode([token], skip_special_tokens=False))
 

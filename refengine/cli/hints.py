@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 import click
+from click.core import ParameterSource
 
 OPTIONS = {  # of llama.cpp, transformers, vLLM and Ollama
     "-n/--max-tokens N": "--n-predict --predict --num-predict --max-new-tokens --max_new_tokens --max_tokens "
@@ -86,12 +89,39 @@ def hint(name: str, command: click.Command | None = None) -> str:
 
 
 def with_hint(error: click.ClickException) -> click.ClickException:
-    """Return an error that, for an unknown option of another engine, names ours."""
+    """Return an error that names our option for one of another engine, and the variable of a wrong value."""
+    if type(error) is click.BadParameter:
+        message = error.message
+        for theirs, ours in NUMBERS.items():
+            message = message.replace(theirs, ours)
+        variable = variable_of(error)
+        if variable and error.param:
+            option = next(name for name in error.param.opts if name.startswith("--"))
+            return click.UsageError(f"Invalid value of {variable} (for {option}): {message}", error.ctx)
+        return click.BadParameter(message, error.ctx, error.param, error.param_hint)
     if isinstance(error, click.NoSuchOption):
         said = hint(error.option_name, error.ctx.command if error.ctx else None)
         if said:
             return click.UsageError(f"No such option {error.option_name!r}.{said}", error.ctx)
     return error
+
+
+NUMBERS = {
+    "is not a valid integer range": "is not a whole number",
+    "is not a valid integer": "is not a whole number",
+    "is not a valid float range": "is not a number",
+}
+
+
+def variable_of(error: click.BadParameter) -> str:
+    """Return the environment variable whose value is wrong; empty where it was typed."""
+    if error.ctx is None or error.param is None or not error.param.name:
+        return ""
+    if error.ctx.get_parameter_source(error.param.name) is not ParameterSource.ENVIRONMENT:
+        return ""
+    names = error.param.envvar or ()
+    names = [names] if isinstance(names, str) else names
+    return next((name for name in names if os.environ.get(name)), "")
 
 
 def refuse_clusters(args: list[str], command: click.Command) -> None:

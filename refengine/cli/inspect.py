@@ -12,11 +12,18 @@ from refengine.units import bytes_text, count_text
 
 
 @click.command(short_help="Show what a model is made of.")
-@click.argument("model", required=False)
+@click.argument("model", required=False, type=options.ModelName())
 @click.option(
-    "--model", "-m", "named", default="tiny", metavar="MODEL", help="The same as the argument MODEL."
+    "--model",
+    "-m",
+    "named",
+    type=options.ModelName(),
+    default="tiny",
+    metavar="MODEL",
+    help="The same as the argument MODEL.",
 )
 @options.as_json
+@options.quiet
 @options.debug
 @click.pass_context
 def inspect(context, model, named, as_json):
@@ -84,4 +91,5 @@ def text(a: dict) -> str:
         f"a token       {bytes_text(s['kv_bytes_per_token'])} of keys and values in {s['dtype']}"
         + (f", and {bytes_text(s['mtp_kv_bytes_per_token'])} for the prediction head" if head else ""),
     ]
-    return "\n".join(lines + [f"note          {note}" for note in a["notes"]])
+    notes = [] if options.flag("quiet") else [f"note          {note}" for note in a["notes"]]
+    return "\n".join(lines + notes)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from refengine.backend import MOST_THREADS, NAMES
 from refengine.ranks.comm import TIMEOUT
@@ -49,6 +50,26 @@ def some_text(ctx, param, values):
     except InputError as error:
         raise click.BadParameter(f"{error}.") from None
     return values
+
+
+class FileName(click.types.StringParamType):
+    """The name of a file; a shell completes it."""
+
+    def shell_complete(self, ctx, param, incomplete):
+        """Return the item that lets the shell complete names of files."""
+        return [CompletionItem(incomplete, type="file")]
+
+
+class ModelName(click.types.StringParamType):
+    """A directory, or the name of a model; a shell completes both."""
+
+    def shell_complete(self, ctx, param, incomplete):
+        """Return the known names that begin so, and the item that lets the shell complete directories."""
+        from refengine.checkpoint.hub import models
+        from refengine.checkpoint.locate import embedded
+
+        names = [CompletionItem(name) for name in [*embedded(), *models()] if name.startswith(incomplete)]
+        return [CompletionItem(incomplete, type="dir"), *names]
 
 
 class StopText(click.types.StringParamType):
@@ -108,23 +129,11 @@ class Dtype(click.Choice):
         return DTYPES.get(name, name)
 
 
-STORED = {"BF16": "bfloat16", "F16": "float16"}
-
-
 def dtype_of(model: str, backend: str) -> str:
-    """Return the dtype that --dtype auto means.
-
-    NumPy computes in float32. The other backends keep weights as the checkpoint stores most of them, and
-    choose the dtype of activations by the processor (docs/torch.md).
-    """
-    if backend == "numpy":
-        return "float32"
+    """Return the dtype that --dtype auto means: that of Checkpoint.auto_dtype."""
     from refengine.checkpoint import Checkpoint
 
-    sizes: dict[str, int] = {}
-    for tensor in Checkpoint.open(model).stored.values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
-    return STORED.get(max(sizes, key=lambda dtype: sizes[dtype], default=""), "float32")
+    return Checkpoint.open(model).auto_dtype(backend)
 
 
 def with_dtype(command):
@@ -144,7 +153,7 @@ TOGETHER = {  # options that share a line of help
     "tp": ("--tp N, --ep N, --pp N", "Ranks for layers, experts, list of layers."),
     "quiet": ("-q, --quiet; -v, --verbose", "Print no notes; print what is loaded."),
     "show_thinking": ("--show-thinking", "Print thoughts; a terminal shows them anyway."),
-    "timeout": ("--timeout SECONDS", "A rank silent for so long is lost.  [20]"),
+    "timeout": ("--timeout SECONDS", "Longest wait for a rank's heartbeat.  [20]"),
 }
 SHARED = {"ep", "pp", "verbose"}
 
@@ -159,10 +168,12 @@ class Command(click.Command):
             for param in self.get_params(ctx)
             if isinstance(param, click.Option)
         ]
+        names = {name for name, record in found if record is not None}
+        shared = TOGETHER if names >= {"verbose"} else {}  # a command without ranks shares no line
         rows = [
-            TOGETHER.get(name or "", (record[0], RANGE.sub("", record[1])))
+            shared.get(name or "", (record[0], RANGE.sub("", record[1])))
             for name, record in found
-            if record is not None and name not in SHARED
+            if record is not None and not (shared and name in SHARED)
         ]
         with formatter.section("Options"):
             formatter.write_dl(rows)
@@ -174,16 +185,17 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, one 
 model = click.option(
     "--model",
     "-m",
+    type=ModelName(),
     default="tiny",
     show_default=True,
     metavar="MODEL",
     help="Directory, or name in the Hugging Face cache.",
 )
 
+quiet = click.option("--quiet", "-q", is_flag=True, expose_value=False, callback=kept, help="Print no notes.")
+
 loudness = together(
-    click.option(
-        "--quiet", "-q", is_flag=True, expose_value=False, callback=kept, help="Print no notes on stderr."
-    ),
+    quiet,
     click.option(
         "--verbose",
         "-v",
@@ -246,7 +258,7 @@ ranks = together(
         show_default=True,
         metavar="SECONDS",
         envvar=("REFENGINE_TIMEOUT", "REFENGINE_PATIENCE"),
-        help="Without a heartbeat a rank counts as lost.",
+        help="Longest wait for a rank's heartbeat; a rank without one is considered dead.",
     ),
 )
 
@@ -371,8 +383,8 @@ def text_of(path: str) -> str:
         raise InputError("the name of the file is empty")
     try:
         data = standard_input().read() if path == "-" else Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{name} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name} cannot be read: {getattr(error, 'strerror', error)}") from None
     return decoded(data, name).removeprefix("\ufeff")  # a byte-order mark is no text
 
 

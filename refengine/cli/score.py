@@ -12,7 +12,7 @@ from refengine.spec.config import InputError
 
 
 @click.command(cls=options.Command, short_help="Measure how likely a text is.")
-@click.argument("file")
+@click.argument("file", type=options.FileName())
 @click.option("--tokens", is_flag=True, help="Print a line a token, too.")
 @options.as_json
 @options.engine
@@ -51,10 +51,10 @@ def score(file, tokens, as_json, **how):
 
 def say_tokens(engine, scores) -> None:
     """Print a line a token: its text and its log-probability."""
-    from refengine.cli.generate import shown
+    from refengine.cli.generate import quoted
 
     for token, logprob in zip(scores.ids[1:], scores.trunk, strict=True):
-        click.echo(f"{shown(engine, token):16} {logprob:8.3f}")
+        click.echo(f"{quoted(engine, token):16} {logprob:8.3f}")
 
 
 def sentence(f: dict) -> str:

@@ -14,21 +14,28 @@ from refengine.spec.config import InputError
 @click.command(cls=options.Command, short_help="Print token ids of a text, or the text of ids.")
 @click.argument("text", required=False)
 @click.option("--prompt", "-p", "prompt", metavar="TEXT", help="The text, as an option.")
-@click.option("--file", "-f", "file", metavar="FILE", help="The text is in a file; - is stdin.")
+@click.option(
+    "--file", "-f", "file", type=options.FileName(), metavar="FILE", help="The text is in a file; - is stdin."
+)
 @click.option("--ids", metavar="IDS", help='Token ids, as in "10 25 99": print their text.')
 @click.option("--count", is_flag=True, help="Print the number of tokens only.")
 @options.as_json
 @options.model
+@options.quiet
 @options.debug
 def tokenize(text, prompt, file, ids, count, as_json, model):
     """Print a line for each token of TEXT: its id and its text. Nothing is stripped from a file."""
+    from refengine.checkpoint.generation_config import generation_config
     from refengine.checkpoint.locate import locate
     from refengine.text.tokenizer import Tokenizer
 
     text, prompt, file, ids = options.one_of(
         "TEXT, --prompt, --file and --ids", text=text, prompt=prompt, file=file, ids=ids
     )
-    tokenizer = Tokenizer.load(locate(model))
+    directory = locate(model)
+    tokenizer = Tokenizer.load(directory)
+    for note in generation_config(directory)[1]:
+        options.note(note)
     if ids is not None:
         numbers = ids_of(ids)
         unknown = [i for i in numbers if tokenizer.hf.id_to_token(i) is None]

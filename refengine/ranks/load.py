@@ -67,6 +67,7 @@ def load(
     limit_threads(threads)
     checkpoint = Checkpoint.open(model)
     cfg = checkpoint.config
+    dtype = checkpoint.auto_dtype(backend) if dtype == "auto" else dtype
     shard = Shard(plan(cfg, tp, ep, pp), comm.rank)
     comm.compare(identity(checkpoint, shard.layout, backend, dtype))
     mine = held_tensors(cfg, shard)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from refengine.checkpoint.generation_config import generation_config
 from refengine.spec.config import Config, InputError
+from refengine.text.tokenizer import Stream, Tokenizer, eos_ids, recommended
+
+HOW = "copy the tokenizer.json of the model that this one was made from"
 
 
-class NoText:
+class NoText(Stream):
     """A stream of tokens that gives no text."""
+
+    def __init__(self):
+        pass
 
     def push(self, token_id: int) -> str:
         """Return no text."""
@@ -21,21 +27,17 @@ class NoText:
         return ""
 
 
-@dataclass
-class IdsOnly:
+class IdsOnly(Tokenizer):
     """Serve generation in place of a tokenizer, for token ids."""
 
-    stop_ids: frozenset[int] = frozenset()
-    generation: dict = field(default_factory=dict)
-
-    @classmethod
-    def load(cls, directory: Path, config: Config) -> IdsOnly:
-        """Return it with the end tokens of the config."""
-        return cls(frozenset(config.eos_token_id))
+    def __init__(self, directory: Path, config: Config):
+        self.path, advice = directory / "tokenizer.json", generation_config(directory)[0]
+        self.stop_ids = frozenset(eos_ids(advice, directory) | set(config.eos_token_id))
+        self.generation, self.vocab_size = recommended(advice, directory), config.vocab_size
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Raise InputError: text needs a tokenizer."""
-        raise InputError('the model has no tokenizer: give token ids (--ids "10 25 99")')
+        raise InputError(f'{self.path} does not exist: give token ids (--ids "10 25 99"), or {HOW}')
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Return the ids with spaces between them."""
@@ -44,3 +46,11 @@ class IdsOnly:
     def stream(self, *, skip_special_tokens: bool = False) -> NoText:
         """Return a stream that gives no text."""
         return NoText()
+
+
+def tokenizer_of(directory: Path, config: Config) -> Tokenizer:
+    """Return the tokenizer of a checkpoint, or IdsOnly where it has no tokenizer.json."""
+    path = directory / "tokenizer.json"
+    if path.exists() or path.is_symlink():  # a link to nothing is an error, not a model without one
+        return Tokenizer.load(directory, config)
+    return IdsOnly(directory, config)

@@ -11,9 +11,14 @@ import click
 import pytest
 
 import refengine
+from refengine.checkpoint import Checkpoint
+from refengine.checkpoint.random_values import random_values
+from refengine.checkpoint.write import write
 from refengine.cli import cli as group
 from refengine.cli import hints
 from refengine.cli.options import dtype_of
+from refengine.conformance.cases import Case
+from refengine.ranks.load import load as load_rank
 from tests.engine.test_cli import REFENGINE, cli, fails, piped  # noqa: F401
 from tests.support.vocabularies import TINY
 
@@ -46,6 +51,23 @@ def test_a_model_without_a_tokenizer_generates_from_and_to_ids(cli, tmp_path):  
     assert '--ids "10 25 99"' in fails(cli("generate", "Once", *how))
 
 
+def test_a_model_without_a_tokenizer_serves_ids_in_python_too(tmp_path):
+    """Its end tokens and its advice on sampling are those of the other files."""
+    for name in ("config.json", "model.safetensors", "generation_config.json", "chat_template.jinja"):
+        shutil.copy(TINY / name, tmp_path)
+    ours, whole = refengine.load(tmp_path), refengine.load("tiny")
+    how = {"max_tokens": 6, "seed": 3}
+    expected = [event.id for event in list(whole.generate([10, 25], **how))[:-1]]
+    *tokens, end = ours.generate([10, 25], **how)
+    assert [token.id for token in tokens] == expected and end.reason == "length"
+    assert ours.tokenizer.stop_ids == whole.tokenizer.stop_ids
+    assert ours.tokenizer.generation == whole.tokenizer.generation
+    assert ours.score([10, 25, 99]).trunk == whole.score([10, 25, 99]).trunk
+    for prompt in ("Once", [{"role": "user", "content": "Hi"}]):
+        with pytest.raises(refengine.InputError, match=r"tokenizer\.json does not exist: give token ids"):
+            ours.complete(prompt)
+
+
 def test_notes_of_a_checkpoint_reach_every_command_once(cli, tmp_path, monkeypatch):  # noqa: F811
     shutil.copytree(TINY, tmp_path / "m", ignore=shutil.ignore_patterns("*.md"))
     config = json.loads((tmp_path / "m" / "config.json").read_text()) | {"a_key_of_the_future": 1}
@@ -61,6 +83,9 @@ def test_notes_of_a_checkpoint_reach_every_command_once(cli, tmp_path, monkeypat
         if err:  # where the checkpoint has a note of it
             assert err.startswith("note: ") and err.count("a_key_of_the_future") == 1
         assert cli(*command, "-q")[2] == ""
+    assert "note " in cli("inspect")[1] and "note " not in cli("inspect", "--quiet")[1]
+    (tmp_path / "m" / "generation_config.json").write_text("{,}")
+    assert cli("tokenize", "x")[2].startswith("note: ") and cli("tokenize", "x", "--quiet")[2] == ""
 
 
 def test_verbose_says_what_is_loaded(cli):  # noqa: F811
@@ -123,6 +148,17 @@ def test_dtypes_have_short_names_and_auto(cli):  # noqa: F811
     assert dtype_of(str(TINY), "numpy") == "float32" and dtype_of(str(TINY), "torch") == "bfloat16"
 
 
+@pytest.mark.parametrize("disk, auto", [("BF16", "bfloat16"), ("F16", "float16"), ("F32", "float32")])
+def test_auto_is_one_rule_in_python_and_on_the_command_line(disk, auto, tmp_path):
+    cfg = Case(layers="M*E-").cfg
+    write(tmp_path, cfg, random_values(cfg), dtype=disk)
+    assert dtype_of(str(tmp_path), "torch") == auto == Checkpoint.open(tmp_path).auto_dtype("torch")
+    for load in (refengine.load, load_rank):
+        with load(tmp_path, dtype="auto") as engine:
+            head = engine.model.weights[""]["lm_head.weight"]
+            assert head.dtype == "float32" == dtype_of(str(tmp_path), "numpy")
+
+
 def test_the_version_names_what_refengine_runs_on(cli):  # noqa: F811
     code, out, _ = cli("--version")
     first, *rows = out.splitlines()
@@ -142,6 +178,34 @@ def test_a_shell_completes_commands_and_options(cli, shell):  # noqa: F811
         asked["COMP_CWORD"] = "--max"
     done = subprocess.run(REFENGINE, env=os.environ | asked, capture_output=True, text=True)
     assert "--max-tokens" in done.stdout and done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "words, kinds",
+    [
+        ("generate --file ", {"file"}),
+        ("generate --prompts ", {"file"}),
+        ("tokenize -f ", {"file"}),
+        ("score ", {"file"}),
+        ("chat --messages ", {"file"}),
+        ("chat --tools ", {"file"}),
+        ("chat --template ", {"file"}),
+        ("chat --model ", {"dir", "tiny", "nvidia/a-model"}),
+        ("chat -m n", {"dir", "nvidia/a-model"}),
+        ("inspect ", {"dir", "tiny", "nvidia/a-model"}),
+    ],
+)
+def test_a_shell_completes_names_of_files_and_models(words, kinds, tmp_path, monkeypatch, capsys):
+    (tmp_path / "models--nvidia--a-model" / "snapshots").mkdir(parents=True)
+    (tmp_path / "datasets--nvidia--a-set" / "snapshots").mkdir(parents=True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("_REFENGINE_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", f"refengine {words}")
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split(" "))))
+    with contextlib.suppress(SystemExit, click.exceptions.Exit):
+        refengine.cli.complete([])
+    rows = [line.split(",") for line in capsys.readouterr().out.splitlines()]
+    assert {name if kind == "plain" else kind for kind, name in rows} == kinds
 
 
 def test_tokenize_prints_ids_and_texts(cli, tmp_path):  # noqa: F811

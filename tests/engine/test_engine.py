@@ -1,7 +1,9 @@
 """The engine adds nothing to the model: what it generates is what the logits say, however it is asked."""
 
+import gc
 import os
 import shutil
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -229,6 +231,26 @@ def test_an_option_that_does_not_exist_is_named(engine):
 def test_a_choice_there_is_not_is_refused_in_one_sentence(choice, says):
     with pytest.raises(InputError, match=says):
         refengine.load(**{"model": "tiny"} | choice)
+
+
+def test_an_engine_that_is_deleted_is_freed_at_once():
+    """Without the garbage collector, which may run much later: an engine is in no circle of references."""
+    gc.collect()
+    gc.disable()
+    try:
+        engine = refengine.load("tiny")
+        assert engine.complete("Once", max_tokens=2) and engine.score("Once upon").trunk
+        assert engine.chat_template.render([{"role": "user", "content": "Hi"}])
+        for events in (engine.generate("Once"), engine.generate_batch(iter(["Once", "A"]))):
+            next(events)
+        held = [weakref.ref(each) for each in (engine, engine.runner, engine.checkpoint, engine.loop)]
+        weights = weakref.ref(engine.model.weights[""]["lm_head.weight"])
+        del engine
+        assert held[1]() and next(events), "while its events are wanted it lives"
+        del events
+        assert [each() for each in (*held, weights)] == [None] * 5
+    finally:
+        gc.enable()
 
 
 def test_a_single_rank_is_the_engine():
