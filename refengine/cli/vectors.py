@@ -1,0 +1,160 @@
+"""refengine vectors: write vectors for programs in any language, and judge the outputs of such a program."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import click
+
+from refengine.backend import NAMES
+from refengine.cli import options, with_variables
+from refengine.spec.config import InputError
+
+some = click.option(
+    "--op",
+    "ops",
+    multiple=True,
+    metavar="NAME",
+    help="Only these: an operation, a folder, mixers, states, sampling, texts, or a pattern of case names.",
+)
+
+
+@click.group(short_help="Write vectors for any language, and judge outputs.")
+def vectors():
+    """Vectors: inputs, parameters and right outputs of every operation, in files that any language reads.
+
+    docs/vectors.md describes the format.
+    """
+
+
+@vectors.command(short_help="Write vectors into a directory.")
+@click.argument("directory", type=click.Path(path_type=Path))
+@some
+@click.option("--cases", type=click.IntRange(min=0, max=9999), default=0, metavar="N", show_default=True)
+@click.option("--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, metavar="N", show_default=True)
+@options.as_json
+@options.debug
+def write(directory, ops, cases, seed, as_json):
+    """Write the shipped vectors into DIRECTORY, and --cases N more of each operation, drawn from --seed."""
+    from refengine.conformance.vectors_files import SHIPPED, manifest, selected
+    from refengine.conformance.vectors_files import write as write_set
+
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is not a directory")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / "manifest.json").exists():
+        raise InputError(f"{directory} is not empty, and holds no vectors: choose another directory")
+    chosen = selected(manifest(SHIPPED), ops)
+    count = write_set(directory, _all(chosen, cases, seed))
+    size = sum(path.stat().st_size for path in directory.rglob("*.*"))
+    if as_json:
+        click.echo(json.dumps({"directory": str(directory), "cases": count, "bytes": size}))
+    else:
+        click.echo(f"{count} cases, {size / 1e6:.2f} MB, in {directory}; manifest.json lists them")
+
+
+def _all(chosen: list[dict], cases: int, seed: int):
+    """Yield the chosen cases of the shipped set, and `cases` new ones of each of their operations."""
+    from refengine.conformance.vectors_files import shipped_vector
+    from refengine.conformance.vectors_make import PLANS, drawn
+    from refengine.conformance.vectors_text import SAMPLINGS, sampling
+    from refengine.progress import progress
+
+    operations = list(dict.fromkeys(e["operation"] for e in chosen))
+    for e in chosen:
+        yield shipped_vector(e["name"])
+    drawable = [op for op in operations if op in PLANS or op == "sample"]
+    with progress("vectors", cases * len(drawable), "case") as bar:
+        for op in drawable:
+            for number in range(cases):
+                if op == "sample":
+                    given, why = list(SAMPLINGS.values())[number % len(SAMPLINGS)]
+                    yield sampling(f"sample/seed-{seed}-{number}", given, why, 1000 + 9999 * seed + number)
+                else:
+                    yield drawn(op, seed, number)
+                bar.update()
+
+
+@vectors.command(short_help="Compute the outputs with a backend of ours.")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--outputs", required=True, type=click.Path(path_type=Path), metavar="DIR2")
+@some
+@click.option("--backend", type=click.Choice(NAMES), default="numpy", show_default=True)
+@click.option("--dtype", default="float32", type=options.Dtype(), show_default=True, help="Of activations.")
+@options.debug
+def compute(directory, outputs, ops, backend, dtype):
+    """Write to DIR2 the outputs that a backend computes for the vectors in DIRECTORY, as float64."""
+    from refengine.backend import make
+    from refengine.conformance.vectors_files import save
+    from refengine.conformance.vectors_files import vectors as read_set
+    from refengine.conformance.vectors_replay import REPLAY, replay
+    from refengine.conformance.vectors_text import choose, write_answers
+
+    dtype, count = "float32" if dtype == "auto" else dtype, 0
+    for vector in read_set(directory, ops):
+        if vector.texts:
+            write_answers(outputs, vector)
+        else:
+            if vector.operation in REPLAY:
+                answers = replay(vector, make(backend, vector.cfg, dtype), dtype)
+            else:
+                answers = choose(vector)
+            wide = {key: a if a.dtype.kind == "i" else a.astype("float64") for key, a in answers.items()}
+            save(outputs / f"{vector.name}.safetensors", wide, {"engine": f"{backend}, {dtype}"})
+        count += 1
+    click.echo(f"outputs of {count} cases in {outputs}")
+
+
+@vectors.command(short_help="Judge outputs that another program wrote.")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--outputs", required=True, type=click.Path(path_type=Path), metavar="DIR2")
+@some
+@click.option(
+    "--dtype", default="float32", type=options.Dtype(), show_default=True, help="In which they were computed."
+)
+@click.option("--complete", is_flag=True, help="A case without a file of outputs fails too.")
+@options.as_json
+@options.debug
+def check(directory, outputs, ops, dtype, complete, as_json):
+    """Judge the outputs in DIR2 by the vectors in DIRECTORY; exit code 1 if one is wrong.
+
+    DIR2 holds files of the same names; each holds the outputs of its case by their names.
+    """
+    from refengine.conformance.vectors_files import check_outputs
+    from refengine.conformance.vectors_text import judge_text_file
+
+    dtype = "float32" if dtype == "auto" else dtype
+    rows = check_outputs(directory, outputs, ops, dtype, judge_text_file)
+    given = [row for row in rows if row.note != "no file"]
+    wrong = [row for row in (rows if complete else given) if not row.passed]
+    if as_json:
+        click.echo(json.dumps([_as_object(row) for row in (rows if complete else given)]))
+    else:
+        for row in rows if complete else given:
+            click.echo(_line(row))
+        left = len(rows) - len(given)
+        click.echo(
+            f"{len(given) - len([r for r in wrong if r in given])} of {len(given)} cases right in {dtype}"
+        )
+        if left:
+            click.echo(f"{left} cases without a file in {outputs}")
+    if wrong:
+        raise click.exceptions.Exit(1)
+
+
+def _as_object(row) -> dict:
+    """Return a row for JSON, which has no infinity: null."""
+    error = row.error if math.isfinite(row.error) else None
+    return row._asdict() | {"error": error, "passed": row.passed}
+
+
+def _line(row) -> str:
+    """Return a row as a line: the case, its error as a part of what is allowed, and its note."""
+    verdict = "pass" if row.passed else "FAIL"
+    error = f"{row.error:8.1e} of {row.allowed:.1e}" if math.isfinite(row.error) else ""
+    return f"{verdict}  {row.case:34} {error:20} {row.note}".rstrip()
+
+
+for _command in vectors.commands.values():
+    with_variables(_command)
