@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import operator
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits
 
 from refengine import backend as backends
 from refengine.checkpoint import Checkpoint
-from refengine.generation import End, Options, Token
+from refengine.generation import End, Options, PromptError, Token
 from refengine.loop import CLOSED, SLOTS, Batch, Loop
 from refengine.progress import progress
 from refengine.runner import LocalRunner, Runner, Scores
@@ -168,13 +168,15 @@ class Engine:
 
         Args:
             prompts: a list, all of which is checked before the first event; or an iterator, from which
-                prompts are taken as slots fall free, or pairs (prompt, its options).
+                prompts are taken as slots fall free, or pairs (prompt, its options). An InputError in
+                place of a prompt is one that was found wrong already.
             options: for a list, the options of each prompt; they go before the `shared` ones.
             chat, shared: as in `generate`, for all prompts.
 
         Raises:
-            InputError: names the number of the prompt that is wrong, from 0. From an iterator it is raised
-                after the prompts before it have ended.
+            PromptError: an InputError with the number of the prompt that is wrong, from 0. For one of an
+                iterator it is raised after the prompts before it have ended; `next` then goes on with the
+                prompts after it.
         """
         self._check_open()
         base = Options.of(shared, self.tokenizer.generation)
@@ -184,28 +186,34 @@ class Engine:
             given: Sequence[Mapping] = [{}] * len(prompts) if options is None else options
             if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != len(prompts):
                 raise InputError(f"options is not a list of {len(prompts)} dicts, one a prompt")
-            requests = self._requests(zip(prompts, given, strict=True), base, shared, chat, len(prompts) > 1)
-            return Batch(self.loop, iter(list(requests)))
+            requests = [
+                self._request(i, *pair, base, shared, chat)
+                for i, pair in enumerate(zip(prompts, given, strict=True))
+            ]
+            for wrong in (each for each in requests if isinstance(each, PromptError)):
+                raise wrong if len(prompts) > 1 else wrong.error
+            return Batch(self.loop, iter(requests))
         if options is not None:
             raise InputError("options needs a list of prompts; an iterator gives pairs (prompt, options)")
         pairs = (item if _is_pair(item) else (item, {}) for item in prompts)
-        return Batch(self.loop, self._requests(pairs, base, shared, chat, True))
+        return Batch(self.loop, (self._request(i, *pair, base, shared, chat) for i, pair in enumerate(pairs)))
 
-    def _requests(
-        self, pairs: Iterable[tuple], base: Options, shared: dict, chat: dict | None, numbered: bool
-    ) -> Iterator[tuple[list[int], Options]]:
-        """Check prompts and their options, one by one: token ids, options."""
-        for i, (prompt, own) in enumerate(pairs):
-            try:
-                if not isinstance(own, Mapping):
-                    raise InputError(f"its options are {_kind(own)}, not a dict")
-                chosen = replace(base, seed=(base.seed or 0) + i)
-                if own:
-                    seed = {"seed": chosen.seed} if own.get("seed") is None else {}
-                    chosen = Options.of({**shared, **own, **seed}, self.tokenizer.generation)
-                yield self.ids(prompt, **(chat or {})), chosen
-            except (InputError, TypeError) as error:
-                raise (InputError(f"prompt {i}: {error}") if numbered else error) from None
+    def _request(
+        self, i: int, prompt, own: Mapping, base: Options, shared: dict, chat: dict | None
+    ) -> tuple[list[int], Options] | PromptError:
+        """Return the token ids and the options of prompt i, or its error."""
+        try:
+            if isinstance(prompt, InputError):
+                raise prompt
+            if not isinstance(own, Mapping):
+                raise InputError(f"its options are {_kind(own)}, not a dict")
+            chosen = replace(base, seed=(base.seed or 0) + i)
+            if own:
+                seed = {"seed": chosen.seed} if own.get("seed") is None else {}
+                chosen = Options.of({**shared, **own, **seed}, self.tokenizer.generation)
+            return self.ids(prompt, **(chat or {})), chosen
+        except (InputError, TypeError) as error:
+            return PromptError(i, error.with_traceback(None))
 
     async def agenerate(self, prompt, **how) -> AsyncIterator[Token | End]:
         """Return the events of one prompt as `generate` does, for asyncio: each is awaited in a thread."""

@@ -19,6 +19,14 @@ from refengine.text.stop_strings import StopStrings
 from refengine.text.tokenizer import Tokenizer
 
 
+class PromptError(InputError):
+    """Raised for one prompt among several that is wrong: its number, from 0, and the error of it alone."""
+
+    def __init__(self, index: int, error: Exception):
+        super().__init__(f"prompt {index}: {error}")
+        self.index, self.error = index, error
+
+
 @dataclass(frozen=True)
 class Token:
     """One new token, and the text that became certain with it: none yet, or that of several tokens."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from refengine.generation import Draw, End, Options, Text, Token
+from refengine.generation import Draw, End, Options, PromptError, Text, Token
 from refengine.machine import peak_memory
 from refengine.progress import progress
 from refengine.runner import PREFILL, How, Part, Runner, chunk_length
@@ -264,26 +264,24 @@ class Batch(Iterator[tuple[int, Event]]):
     """The events of several sequences, (index, event), in order within each sequence.
 
     Requests are taken from their iterator as slots fall free. An error of one sequence is raised in place of
-    its next event; `close` cancels all, `cancel` one of them.
+    its next event, that of a request when the sequences before it have ended; `next` then goes on with the
+    others. `close` cancels all, `cancel` one of them.
     """
 
-    def __init__(self, loop: Loop, requests: Iterator[tuple[list[int], Options]]):
+    def __init__(self, loop: Loop, requests: Iterator[tuple[list[int], Options] | PromptError]):
         self.loop, self.requests = loop, enumerate(requests)
         self.inbox: deque[tuple[int, Event | Exception]] = deque()
         self.open: dict[int, Sequence] = {}
         self.cancelled: set[int] = set()  # indices of requests that were not taken yet
-        self.refused: Exception | None = (
-            None  # of the iterator; raised when the sequences before it have ended
-        )
+        self.refused: deque[PromptError] = deque()  # wait for the sequences before them
 
     def __next__(self) -> tuple[int, Event]:
         while True:
             self.refill()
+            if self.refused and all(index > self.refused[0].index for index in self.open):
+                raise self.refused.popleft()
             if not self.inbox and not self.open:
-                if not self.refused:
-                    raise StopIteration
-                error, self.refused = self.refused, None
-                raise error
+                raise StopIteration
             self.loop.wait(self.inbox, self.open)
             try:
                 index, event = self.inbox.popleft()
@@ -299,28 +297,31 @@ class Batch(Iterator[tuple[int, Event]]):
 
     def refill(self) -> None:
         """Queue as many requests as there are slots."""
-        while len(self.open) < self.loop.size and not self.refused:
+        while len(self.open) + len(self.refused) < self.loop.size:
             try:
-                index, (ids, options) = next(self.requests)
+                index, request = next(self.requests)
             except StopIteration:
                 return
-            except InputError as error:
-                self.refused = error
-                return
-            if index not in self.cancelled:
-                self.open[index] = self.loop.add(index, ids, options, self.inbox)
+            if index in self.cancelled:
+                continue
+            if isinstance(request, PromptError):
+                self.refused.append(request)
+            else:
+                self.open[index] = self.loop.add(index, *request, self.inbox)
 
     def cancel(self, index: int) -> None:
         """Take the sequence `index` out; it has no more events, not even an End."""
         sequence = self.open.pop(index, None)
         if sequence is None:
             self.cancelled.add(index)
+            self.refused = deque(error for error in self.refused if error.index != index)
         else:
             self.loop.cancel(sequence)
 
     def close(self) -> None:
         """Take all sequences out."""
         self.requests = enumerate(())
+        self.refused.clear()
         for index in list(self.open):
             self.cancel(index)
 

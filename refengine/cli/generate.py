@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 
 import click
 
 from refengine.cli import options
 from refengine.cli.tokenize import ids_of
-from refengine.generation import Options
+from refengine.generation import Options, PromptError
 from refengine.spec.config import InputError
 from refengine.untrusted import parse_json
 
@@ -45,7 +46,8 @@ from refengine.untrusted import parse_json
 def generate(prompt, prompt_option, file, prompts, ids, echo, stats, as_json, **others):
     """Continue PROMPT (or a file, or standard input); text is printed as it comes.
 
-    With --json: an object a prompt, as each is done, so not always in order ("index" counts from 0).
+    With --json: an object a prompt, as each is done, so not always in order ("index" counts from 0). A prompt
+    of --prompts that is wrong is reported on stderr, and the others run; the exit code is then 1.
     """
     how, sampling = options.parted(others)
     if options.follows():
@@ -56,11 +58,15 @@ def generate(prompt, prompt_option, file, prompts, ids, echo, stats, as_json, **
         "PROMPT, --prompt, --file, --prompts and --ids", **sources
     )
     given = asked(prompt, prompt_option, file, prompts, ids)
+    from refengine.text.ids_only import HOW
+
     engine = options.load(**how)
-    if has_ids_only(engine):
-        note_ids_only(engine, given)
+    if has_ids_only(engine) and not all(isinstance(prompt, str) for prompt, _ in given):
+        options.note(f"{engine.tokenizer.path} does not exist, so ids are printed; for text, {HOW}")
     began, prompts_given = time.perf_counter(), [prompt for prompt, _ in given]
     events = engine.generate_batch(iter(given) if prompts else prompts_given, **sampling)
+    refused: list[PromptError] = []
+    events = reported(events, refused)
     texts = [shown_prompt(engine, prompt) for prompt in prompts_given]
     if as_json:
         statistics = as_objects(engine, prompts_given, texts, events)
@@ -72,6 +78,21 @@ def generate(prompt, prompt_option, file, prompts, ids, echo, stats, as_json, **
         say_statistics(statistics, time.perf_counter() - began)
         options.say_ranks(engine)
     engine.close()
+    if refused:
+        raise click.exceptions.Exit(1)
+
+
+def reported(events, refused: list[PromptError]) -> Iterator[tuple]:
+    """Yield the events; a prompt that is refused is reported on stderr, and its error is its only event."""
+    while True:
+        try:
+            yield next(events)
+        except StopIteration:
+            return
+        except PromptError as error:
+            click.echo(f"refengine: {error}", err=True)
+            refused.append(error)
+            yield error.index, error
 
 
 def asked(
@@ -105,24 +126,21 @@ def asked(
 
 
 def entry(line: str, where: str) -> tuple:
-    """Return (prompt, its options) from a line of JSON: "prompt" or "messages", and options of generate."""
-    found = parse_json(line.encode(), where)
+    """Return (prompt, its options) from a line of JSON: "prompt" or "messages", and options of generate.
+
+    The prompt of a line that cannot be read is the InputError that says why.
+    """
+    try:
+        found = parse_json(line.encode(), where)
+    except InputError as error:
+        return error, {}
     if not isinstance(found, dict) or ("prompt" in found) == ("messages" in found):
-        raise InputError(f'{where} is not an object with either "prompt" or "messages"')
+        return InputError(f'{where} is not an object with either "prompt" or "messages"'), {}
     prompt = found.pop("prompt") if "prompt" in found else found.pop("messages")
     if unknown := sorted(set(found) - set(Options.__dataclass_fields__)):
         known = ", ".join(Options.__dataclass_fields__)
-        raise InputError(f"{where} has {unknown[0]!r}, which is no option: there is {known}")
+        return InputError(f"{where} has {unknown[0]!r}, which is no option: there is {known}"), {}
     return prompt, found
-
-
-def note_ids_only(engine, given: list[tuple]) -> None:
-    """Print a note that a model without a tokenizer prints ids; InputError for a prompt that is text."""
-    from refengine.text.ids_only import HOW
-
-    if texts := [prompt for prompt, _ in given if isinstance(prompt, str)]:
-        engine.tokenizer.encode(texts[0])
-    options.note(f"{engine.tokenizer.path} does not exist, so ids are printed; for text, {HOW}")
 
 
 def shown_prompt(engine, prompt: str | list[int]) -> str:
@@ -154,14 +172,17 @@ def as_text(engine, texts: list[str], events, echo: bool) -> dict[int, dict]:
     turn = 0
     options.say(waiting[turn])
     waiting[turn] = ""
+    ended = set()
     for i, event in events:
         waiting[i] += text_of_event(engine, event)
         if hasattr(event, "statistics"):
             done[i] = event.statistics
+        if not hasattr(event, "id"):
+            ended.add(i)
         while turn < len(texts):
             options.say(waiting[turn])
             waiting[turn] = ""
-            if turn not in done:
+            if turn not in ended:
                 break
             turn += 1
             options.say("\n\n" if turn < len(texts) else "\n")
@@ -170,6 +191,8 @@ def as_text(engine, texts: list[str], events, echo: bool) -> dict[int, dict]:
 
 def text_of_event(engine, event) -> str:
     """Return the text of an event; without a tokenizer the id of a new token, after a space."""
+    if isinstance(event, PromptError):
+        return ""
     return f" {event.id}" if has_ids_only(engine) and hasattr(event, "id") else event.text
 
 
@@ -184,6 +207,8 @@ def as_lines(engine, texts: list[str], events) -> dict[int, dict]:
     """Print a line a token: the token, ln p, and the likeliest alternatives. Return statistics."""
     done = {}
     for i, event in events:
+        if isinstance(event, PromptError):
+            continue
         if hasattr(event, "statistics"):
             done[i] = event.statistics
             continue
@@ -204,7 +229,9 @@ def as_objects(engine, prompts: list, texts: list[str], events) -> dict[int, dic
     done: dict[int, dict] = {}
     try:
         for i, event in events:
-            if hasattr(event, "statistics"):
+            if isinstance(event, PromptError):
+                click.echo(json.dumps({"index": i, "error": str(event.error)}, ensure_ascii=False))
+            elif hasattr(event, "statistics"):
                 done[i] = event.statistics
                 click.echo(json.dumps(record(i, prompts, texts, tokens[i], event), ensure_ascii=False))
             else:

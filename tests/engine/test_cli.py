@@ -263,3 +263,24 @@ def test_a_bad_line_of_json_is_named(cli, tmp_path, line, says):
     (tmp_path / "p.jsonl").write_text('{"prompt": "Once"}\n' + line)
     code, _, err = cli("generate", "--prompts", tmp_path / "p.jsonl", "-n", 1)
     assert code == 1 and re.search(says, err) and err.count("\n") == 1
+
+
+def test_a_bad_line_stops_no_other(cli, tmp_path):
+    lines = ['{"prompt": "Once"}', "{", '{"prompt": ""}', '{"prompt": "One", "max_tokens": 2}', "[1]"]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    how = ("generate", "--prompts", tmp_path / "p.jsonl", "-n", 1, "-t", 0, "--ignore-eos")
+    code, out, err = cli(*how, "--json")
+    found = {record["index"]: record for record in map(json.loads, out.splitlines())}
+    assert code == 1 and [len(found[i]["token_ids"]) for i in (0, 3)] == [1, 2]
+    assert [re.sub("^.*p.jsonl", "", found[i]["error"])[:15] for i in (1, 2, 4)] == [
+        " is not valid J",
+        "the prompt is e",
+        " is not an obje",
+    ]
+    assert [line[:19] for line in err.splitlines()] == [f"refengine: prompt {i}" for i in (1, 2, 4)]
+    code, out, again = cli(*how, "--stats")
+    assert code == 1 and [line for line in out.splitlines() if line.startswith("==>")] == [
+        f"==> {i} of 5 <==" for i in range(1, 6)
+    ]
+    assert "Once" in out and "One" in out and "all 2: prompts of " in again
+    assert cli(*how, "--logprobs", 1)[0] == 1

@@ -16,7 +16,7 @@ import refengine
 from refengine import End, InputError, Token
 from refengine.conformance.cases import Case, cases, terms
 from refengine.conformance.truth import model
-from refengine.generation import Options
+from refengine.generation import Options, PromptError
 from refengine.loop import Loop
 from refengine.runner import LocalRunner
 from refengine.spec.layout import Layout
@@ -212,6 +212,33 @@ def test_a_bad_prompt_of_an_iterator_is_raised_after_those_before_it(engine):
         for i, event in events:
             seen += [i] * isinstance(event, End)
     assert sorted(seen) == [0, 1]
+
+
+def test_the_prompts_after_a_bad_one_of_an_iterator_go_on(engine):
+    """Each bad one is raised once, by its number, after those before it; there may be more than slots."""
+    bad = [InputError("found wrong already"), "", [10**6], ("The", {"top_p": 7}), ("The", 1.5), "", 5]
+    given = [*bad[:5], "Once", *bad[5:], "The", "", "A"]
+    events, ended, refused = engine.generate_batch(iter(given), max_tokens=3, temperature=0), [], []
+    while True:
+        try:
+            i, event = next(events)
+        except StopIteration:
+            break
+        except PromptError as error:
+            assert str(error) == f"prompt {error.index}: {error.error}"
+            assert all(i in ended for i in (5, 8, 10) if i < error.index)
+            refused.append(error.index)
+            continue
+        ended += [i] * isinstance(event, End)
+    assert sorted(ended) == [5, 8, 10] and refused == [0, 1, 2, 3, 4, 6, 7, 9]
+    assert not engine.loop.active and not engine.loop.queue
+
+
+def test_a_bad_prompt_that_was_cancelled_is_not_raised(engine):
+    events = engine.generate_batch(iter(["Once", "", "A"]), max_tokens=3, temperature=0)
+    next(events)
+    events.cancel(1)
+    assert {i for i, _ in events} == {0, 2}
 
 
 @pytest.mark.parametrize("prompts", ["text", None, {"role": "user"}, 5, b"text"])
