@@ -15,10 +15,11 @@ from __future__ import annotations
 import asyncio
 import operator
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -195,8 +196,9 @@ class Engine:
             return Batch(self.loop, iter(requests))
         if options is not None:
             raise InputError("options needs a list of prompts; an iterator gives pairs (prompt, options)")
+        pairs: Iterator[tuple[Any, Mapping]]
         pairs = (item if _is_pair(item) else (item, {}) for item in prompts)
-        return Batch(self.loop, (self._request(i, *pair, base, shared, chat) for i, pair in enumerate(pairs)))
+        return Batch(self.loop, (self._request(i, *one, base, shared, chat) for i, one in enumerate(pairs)))
 
     def _request(
         self, i: int, prompt, own: Mapping, base: Options, shared: dict, chat: dict | None
