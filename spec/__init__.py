@@ -27,4 +27,5 @@ CHAPTERS = (
     "layout",     # how several ranks can share a model
     "shard",      # what each of them holds
     "ranks",      # what they say to each other
+    "quant",      # weights in 8 or 4 bits
 )  # fmt: skip

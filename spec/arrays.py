@@ -14,6 +14,8 @@ of a batch may be of different lengths: `lengths[b]` is how many of the `l` posi
 
 from __future__ import annotations
 
+from typing import Any, Protocol, runtime_checkable
+
 import ml_dtypes
 import numpy as np
 
@@ -25,13 +27,33 @@ DTYPES = {
 ITEMSIZE = {dtype.name: dtype.itemsize for dtype in DTYPES.values()}  # "bfloat16": 2, ...
 
 
-def widen(a: Array, dtype) -> Array:
-    """Return `a` in the (wider) dtype of the computation; weights stay in the file's dtype until then."""
+@runtime_checkable
+class PackedWeight(Protocol):
+    """A matrix in fewer bits, of chapter 23: it has a shape, and slices of it are packed too."""
+
+    shape: Any
+    dequantize: Any  # (dtype) -> Array
+    joined: Any  # (others, axis) -> PackedWeight
+
+
+Weight = Array | PackedWeight
+
+
+def widen(a: Weight, dtype) -> Array:
+    """Return `a` in the (wider) dtype of the computation; weights stay in the file's form until then."""
+    if not isinstance(a, np.ndarray):
+        return a.dequantize(dtype)
     if a.dtype == dtype:
         return a
     if a.dtype == DTYPES["BF16"] and dtype == np.float32:  # a bfloat16 is the upper half of a float32
         return (a.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return a.astype(dtype)
+
+
+def join(parts: list, axis: int) -> Weight:
+    """Return slices of a weight, packed or not, end to end along an axis."""
+    first, *others = parts
+    return np.concatenate(parts, axis) if isinstance(first, np.ndarray) else first.joined(others, axis)
 
 
 def split(x, widths):

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from refengine.spec.arrays import Weight
 from refengine.spec.config import Config
 from refengine.spec.mixers import MIXERS, replay
-from refengine.spec.ops import Backend
+from refengine.spec.ops import Backend, placed_by
 from refengine.spec.tensors import Group, placed, table
 
 
@@ -30,11 +31,11 @@ class Model:
     backend: Backend
 
     @classmethod
-    def build(cls, cfg: Config, read: Callable[[str], np.ndarray], backend: Backend) -> Model:
-        """Return the model, each tensor of the table placed; read(name) is a tensor in the file's dtype."""
+    def build(cls, cfg: Config, read: Callable[[str], Weight], backend: Backend) -> Model:
+        """Return the model, each tensor of the table placed; read(name) is a tensor in the file's form."""
 
         def place(group: Group):
-            return backend.place(group, [read(row.name) for row in group.rows])
+            return placed_by(backend, group, [read(row.name) for row in group.rows])
 
         return cls(cfg, placed(table(cfg), place), backend)
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from refengine.spec.arrays import Array, widen
+from refengine.spec.arrays import Array, Weight, widen
 from refengine.spec.config import Config
 from refengine.spec.numerics import relu2, sigmoid, wide
 
@@ -35,7 +35,7 @@ class Routing(NamedTuple):
     weight: Any  # *b k, float32 or wider
 
 
-def route(h: Float[Array, "*b d"], gate: Array, bias: Float[Array, " E"], cfg: Config) -> Routing:
+def route(h: Float[Array, "*b d"], gate: Weight, bias: Float[Array, " E"], cfg: Config) -> Routing:
     """Return `num_experts_per_tok` experts for each token; on a tie the lowest index wins."""
     dtype = wide(h.dtype)
     s = sigmoid(h.astype(dtype, copy=False) @ widen(gate, dtype).T)  # *b E
@@ -63,7 +63,7 @@ def only_best_groups(c: Float[Array, "*b E"], groups: int, keep: int) -> Float[A
     return np.where(kept[..., None], by_group, -np.inf).reshape(c.shape)
 
 
-def mlp(h: Float[Array, "*b d"], up: Array, down: Array) -> Float[Array, "*b d"]:
+def mlp(h: Float[Array, "*b d"], up: Weight, down: Weight) -> Float[Array, "*b d"]:
     """Return relu(h up')^2 down': an expert, the shared expert, and the dense `-` layer."""
     return relu2(h @ widen(up, h.dtype).T) @ widen(down, h.dtype).T
 

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from refengine.spec import moe
-from refengine.spec.arrays import Array, widen
+from refengine.spec.arrays import DTYPES, Array, Weight, widen
 from refengine.spec.attention import attention, attention_in_blocks
 from refengine.spec.config import Config
 from refengine.spec.conv import causal_conv
@@ -61,7 +61,7 @@ class Backend:
 
     name: str
     ops: Ops
-    place: Callable[[Group, list[Array]], Any]  # a group's tensors in the file's dtype -> a weight
+    place: Callable[[Group, list], Any]  # a group's tensors in the file's dtype, or packed -> a weight
     new_state: Callable[[str, Config, int], Any]  # layer letter, config, batch -> an empty state (or None)
     array: Callable[[Array], Any]  # host -> here: token ids, row lengths, hidden states
     fetch: Callable[[Any], Array]  # here -> host: logits, hidden states
@@ -69,26 +69,27 @@ class Backend:
     step: Callable | None = None  # (model, ids [b], states) -> logits [b v] on the host, next states
     # The same for tensor-parallel ranks: it calls the embed, all_reduce and logits of the model's ops.
     step_of_ranks: Callable | None = None
+    packed: bool = False  # whether `place` takes packed weights; else they are dequantized to bfloat16 first
 
 
-def embed(ids: Int[Array, "*b"], table: Float[Array, "v d"], dtype=np.float32) -> Float[Array, "*b d"]:
+def embed(ids: Int[Array, "*b"], table: Weight, dtype=np.float32) -> Float[Array, "*b d"]:
     """Return rows of the table, not scaled; the dtype of the computation starts here."""
     return widen(table[ids], dtype)
 
 
-def linear(x: Float[Array, "*b i"], weight: Array | tuple) -> Float[Array, "*b o"]:
+def linear(x: Float[Array, "*b i"], weight: Weight | tuple) -> Float[Array, "*b o"]:
     """Return x weight'. A weight may be a tuple of matrices, one below the other (q | k | v)."""
     if isinstance(weight, tuple):
         return np.concatenate([linear(x, part) for part in weight], axis=-1)
     return x @ widen(weight, x.dtype).T
 
 
-def linear_pair(x: Float[Array, "*b i"], y: Float[Array, "*b i"], weight: Array) -> Float[Array, "*b o"]:
+def linear_pair(x: Float[Array, "*b i"], y: Float[Array, "*b i"], weight: Weight) -> Float[Array, "*b o"]:
     """Return [x, y] weight': one product for two inputs end to end."""
     return linear(np.concatenate([x, y], axis=-1), weight)
 
 
-def logits(hidden: Float[Array, "*b d"], lm_head: Float[Array, "v d"]) -> Float[Array, "*b v"]:
+def logits(hidden: Float[Array, "*b d"], lm_head: Weight) -> Float[Array, "*b v"]:
     """Return a number for each token of the vocabulary, float32 or wider."""
     return linear(hidden, lm_head).astype(wide(hidden.dtype), copy=False)
 
@@ -109,12 +110,22 @@ REFERENCE = replace(
 )
 
 
-def place(group: Group, values: list[Array], dtype, resident: bool) -> Any:
+def placed_by(backend: Backend, group: Group, values: list) -> Any:
+    """Return the weight of a group, as the backend places it."""
+    if not backend.packed:
+        values = [v if isinstance(v, np.ndarray) else v.dequantize(DTYPES["BF16"]) for v in values]
+    return backend.place(group, values)
+
+
+def place(group: Group, values: list, dtype, resident: bool) -> Any:
     """Return a NumPy weight: the matrix itself, (q, k, v), or [(up, down), ...] of the experts.
 
     `resident`: widened once, now. Otherwise matrices stay as they are in the file, perhaps in a memory map,
-    and are widened each time they are used. Small tensors are always widened to float32 or wider.
+    and are widened each time they are used; packed ones always. Small tensors are always widened to float32
+    or wider.
     """
+    packed = any(not isinstance(value, np.ndarray) for value in values)
+    resident = resident and not packed
     if resident or group.rows[0].precision == "small":
         values = [widen(value, wide(dtype)) for value in values]
     if group.name == "experts":
@@ -131,4 +142,5 @@ def numpy_backend(dtype=np.float32, resident: bool = True, ops: Ops = REFERENCE)
         new_state=partial(new_state, dtype=np.dtype(dtype)),
         array=np.asarray,
         fetch=np.asarray,
+        packed=True,
     )

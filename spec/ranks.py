@@ -33,7 +33,7 @@ import numpy as np
 from refengine.spec.config import Config
 from refengine.spec.layout import span, unit
 from refengine.spec.model import Model
-from refengine.spec.ops import Backend
+from refengine.spec.ops import Backend, placed_by
 from refengine.spec.shard import Shard, cut, held_tensors
 from refengine.spec.tensors import Group, placed
 
@@ -65,7 +65,7 @@ def part(cfg: Config, read: Callable[[str], np.ndarray], backend: Backend, shard
     """Return the model of one rank; read(name) returns a whole tensor (or memory map) in the file's dtype."""
 
     def place(group: Group):
-        return backend.place(group, [cut(row, read(row.name), cfg, shard) for row in group.rows])
+        return placed_by(backend, group, [cut(row, read(row.name), cfg, shard) for row in group.rows])
 
     weights = placed(held_tensors(cfg, shard), place)
     return Model(shard.local(cfg), weights, sharded(backend, cfg, shard, comm))

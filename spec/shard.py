@@ -13,9 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from refengine.spec.arrays import DTYPES, Array
+from refengine.spec.arrays import DTYPES, Weight, join
 from refengine.spec.config import Config
 from refengine.spec.layout import Layout, span, unit
 from refengine.spec.tensors import Tensor, table
@@ -117,11 +115,11 @@ def held_tensors(cfg: Config, shard: Shard) -> list[Tensor]:
     return list(filter(mine, table(cfg)))
 
 
-def cut(row: Tensor, value: Array, cfg: Config, shard: Shard) -> Array:
+def cut(row: Tensor, value: Weight, cfg: Config, shard: Shard) -> Weight:
     """Return the part of one of `held_tensors` that this rank holds: a view, where that is one range."""
     axis, ranges = held(row, cfg, shard)
     pieces = [value[(slice(None),) * axis + (slice(part.start, part.stop),)] for part in ranges]
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis)
+    return pieces[0] if len(pieces) == 1 else join(pieces, axis)
 
 
 def held_bytes(cfg: Config, shard: Shard) -> Counter[str]:
