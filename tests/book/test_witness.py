@@ -17,7 +17,8 @@ from refengine.spec.ops import DEFINITION, numpy_backend
 why = "the live witness needs: pip install 'refengine[test]'"
 pytest.importorskip("torch", reason=why)
 pytest.importorskip("transformers", minversion="5.8.1", reason=why)
-from tests.support.witness import logits, theirs  # noqa: E402
+from refengine.conformance.witness import hf_model as theirs  # noqa: E402
+from refengine.conformance.witness import logits  # noqa: E402
 
 PLAIN = {"moe_latent_size": None}
 MODELS = {  # prompts that no chunk divides
