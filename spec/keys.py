@@ -93,6 +93,8 @@ IGNORED = {
     "transformers_version", "model_type", "rope_scaling", "rope_parameters", "quantization_config",
     "compression_config", "attn_implementation", "mtp_use_repeated_layer", "router_aux_loss_coef",
     "moe_aux_loss_coeff", "moe_router_load_balancing_type", "unsloth_version", "unsloth_fixed",
+    # of a narrower prediction head, which mtp_bottleneck_* asks for
+    "mtp_scale_shared_expert_with_bottleneck", "mtp_dense_mlp_match_moe_active_params",
     # of every configuration that transformers writes, without a meaning for this family
     "output_hidden_states", "output_attentions", "return_dict", "chunk_size_feed_forward",
     "is_encoder_decoder", "is_decoder", "id2label", "label2id", "problem_type", "torchscript", "pruned_heads",
@@ -110,6 +112,7 @@ IGNORED = {
 OFF: tuple = (False, 0, "", [], {})
 REFUSED: dict[str, tuple] = {
     "mtp_use_rope": OFF, "mtp_bottleneck_*": OFF, "mtp_naive_parallel_*": OFF, "mtp_block_configs": OFF,
+    "mtp_window_size": OFF, "mtp_softmax_type": ("vanilla",), "mtp_use_bottleneck_lm_head": OFF,
     "block_configs": OFF,                # widths of their own in every layer
     # attention
     "use_rope": OFF, "position_embedding_type": ("none", "nope"), "qk_norm": OFF, "use_qk_norm": OFF,
@@ -142,6 +145,7 @@ ALIASES = {
 # SYNONYMS: names of other exporters. Where two are present they must agree: no rule says which one counts.
 SYNONYMS = {
     "norm_eps": "layer_norm_epsilon", "rms_norm_eps": "layer_norm_epsilon",
+    "layernorm_epsilon": "layer_norm_epsilon",
     "attention_head_dim": "head_dim", "kv_channels": "head_dim", "num_query_groups": "num_key_value_heads",
     "mamba_n_heads": "mamba_num_heads", "mamba_d_head": "mamba_head_dim", "mamba_d_state": "ssm_state_size",
     "mamba_state_dim": "ssm_state_size", "mamba_num_groups": "n_groups",
