@@ -1,0 +1,284 @@
+"""Finding the first wrong layer of a trace, the step within it, and the known mistake that explains it.
+
+Each layer is recomputed in float64 from the trace's own input (recompute.py), and once more as the trace's
+dtype rounds. The distance of these two is one *rounding* of that step: an error of at most LIMIT roundings
+is right. A layer with a larger one is recomputed with each mistake of mistakes.py; those that reproduce the
+trace, to within LIMIT roundings too, are its causes.
+
+A router may choose either of two experts whose scores differ by no more than rounding: such a position is
+counted as a near-tie and is no error, if the layer with the other choice is what the trace holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from refengine.conformance.mistakes import MISTAKES, Mistake
+from refengine.conformance.recompute import Found, Recomputation, Unit, margin, roundoff
+from refengine.conformance.trace import Trace
+from refengine.spec.config import Config, InputError
+
+LIMIT = 8.0  # roundings
+CLOSE = 4.0  # roundings of the scores within which a choice of experts is a near-tie
+CAUSES = 3  # named at most
+SEARCHES = 4  # layers that are recomputed with all mistakes; the others only with those found by then
+
+
+@dataclass(frozen=True)
+class Step:
+    """Holds the error of one value of a layer, in the value's own units and in roundings."""
+
+    name: str
+    error: float
+    rounding: float
+    at: tuple[int, ...] = ()  # where the error is largest: sequence, position
+
+    @property
+    def roundings(self) -> float:
+        """Return the error in roundings."""
+        return self.error / self.rounding if self.error else 0.0
+
+    @property
+    def wrong(self) -> bool:
+        """Return whether the error is more than rounding."""
+        return not self.roundings <= LIMIT
+
+
+@dataclass
+class Finding:
+    """Holds what was found of one layer: its steps, near-ties of its router, and causes of its error."""
+
+    unit: Unit
+    steps: list[Step]
+    ties: int = 0
+    causes: list[Mistake] = field(default_factory=list)
+    searched: bool = False
+
+    @property
+    def wrong(self) -> bool:
+        """Return whether a step is beyond rounding."""
+        return any(step.wrong for step in self.steps)
+
+    @property
+    def worst(self) -> float:
+        """Return the largest error, in roundings."""
+        return max((step.roundings for step in self.steps), default=0.0)
+
+    @property
+    def first(self) -> Step | None:
+        """Return the first step beyond rounding."""
+        return next((step for step in self.steps if step.wrong), None)
+
+
+def diagnose(trace: Trace, cfg: Config, read: Callable, mistakes=MISTAKES) -> Iterator[Finding]:
+    """Return a Finding for each unit of the model, in order; InputError where the trace does not fit it."""
+    of = Recomputation(trace, cfg, read)
+    known: list[Mistake] = []
+    searches = 0
+    for unit in of.units():
+        finding, near = judged(of, unit)
+        if finding.wrong:
+            finding.causes = causes(of, unit, finding, near, known)
+            if not finding.causes and searches < SEARCHES:
+                searches += 1
+                finding.searched = True
+                finding.causes = causes(of, unit, finding, near, mistakes)
+            known += [mistake for mistake in finding.causes if mistake not in known]
+        yield finding
+
+
+def judged(of: Recomputation, unit: Unit) -> tuple[Finding, np.ndarray | None]:
+    """Return the finding of a unit without causes, and where its router's choice is a near-tie: b l."""
+    exact, rounded = of.run(unit), of.run(unit, rounds=True)
+    near = near_ties(of, exact, rounded)
+    other = None
+    if near is not None and near.any() and not of.stored_as(f"{unit.name}.router"):
+        other = of.run(unit, flip=near)
+    steps, ties = compared(of, exact, rounded, near, other)
+    return Finding(unit, steps, ties), near
+
+
+def near_ties(of: Recomputation, exact: Found, rounded: Found) -> np.ndarray | None:
+    """Return at which positions rounding may change the choice of experts; None without a router."""
+    if exact.scores is None:
+        return None
+    noise = np.abs(rounded.scores - exact.scores).max(-1)
+    return margin(exact.scores, of.cfg) <= CLOSE * np.maximum(noise, roundoff("float32"))
+
+
+def compared(
+    of: Recomputation, exact: Found, rounded: Found, near=None, other: Found | None = None
+) -> tuple[list[Step], int]:
+    """Return the errors of all values that the trace holds, and the number of near-ties.
+
+    near: positions whose routing may differ; other: the values with the other choice there.
+    """
+    steps, ties = [], 0
+    eps = max(roundoff(of.trace.dtype), roundoff("float64"))
+    scale = roundoff("float64") / roundoff("float32") if of.trace.dtype == "float64" else 1.0
+    for name, value in exact.values.items():
+        if not of.stored_as(name):
+            continue
+        given = of.given(name).astype(np.float64)
+        noise, error = np.abs(rounded.values[name] - value) * scale, np.abs(given - value)
+        size = np.abs(value)
+        if name.rpartition(".")[2] not in ("S", "tail"):
+            real = of.real_of(name)
+            axes = tuple(range(2, value.ndim))
+            noise, error, size = (np.where(real, a.max(axes), 0.0) for a in (noise, error, size))
+            if near is not None and name.endswith(".router"):
+                changed = _chosen(given) != _chosen(value)
+                tied = near & changed.any(-1) & real
+                ties += int(tied.sum())
+                noise = np.where((_chosen(rounded.values[name]) != _chosen(value)).any(-1), 0.0, noise)
+                error = np.where(tied, 0.0, error)
+            elif near is not None and not of.stored_as(f"{name.rpartition('.')[0]}.router"):
+                noise = np.where(near, 0.0, noise)
+                limit = LIMIT * _rounding(noise, size, eps)
+                second = np.full(error.shape, -1.0)
+                if other is not None:
+                    second = np.where(real, np.abs(given - other.values[name]).max(axes), 0.0)
+                tied = near & (error > limit) & (second <= limit)
+                ties = max(ties, int(tied.sum()))
+                error = np.where(tied, np.maximum(second, 0.0), error)
+        error = np.where(np.isnan(error), np.inf, error)
+        at = tuple(int(i) for i in np.unravel_index(error.argmax(), error.shape))[:2]
+        steps.append(Step(name, float(error.max()), _rounding(noise, size, eps), at))
+    return steps, ties
+
+
+def _rounding(noise: np.ndarray, size: np.ndarray, eps: float) -> float:
+    finite = noise[np.isfinite(noise)]
+    largest = float(np.max(size[np.isfinite(size)], initial=0.0))
+    return max(float(np.max(finite, initial=0.0)), eps * largest, 1e-300)
+
+
+def _chosen(weights: np.ndarray) -> np.ndarray:
+    return weights != 0
+
+
+def causes(of: Recomputation, unit: Unit, finding: Finding, near, mistakes) -> list[Mistake]:
+    """Return the mistakes, at most CAUSES, with which the unit is what the trace holds; the nearest first."""
+    found = []
+    clean = {step.name for step in finding.steps if not step.wrong}
+    before = {step.name: step.error for step in finding.steps if step.wrong}
+    for mistake in mistakes:
+        if not possible(of, unit, mistake) or f"{unit.name}.{mistake.step}" in clean:
+            continue
+        steps = with_mistake(of, unit, mistake, near, before)
+        if steps and not any(step.wrong for step in steps):
+            found.append((max(step.roundings for step in steps), mistake))
+    found.sort(key=lambda item: item[0])
+    return [mistake for _, mistake in found[:CAUSES]]
+
+
+def possible(of: Recomputation, unit: Unit, mistake: Mistake) -> bool:
+    """Return whether a mistake can be made in a unit."""
+    if mistake.step == "mixer" and not of.cfg.moe_latent_size:
+        return False
+    if mistake.kind == "outer":
+        steps = {"embeddings": "embeddings", "final": "norm_f"}
+        return steps.get(unit.name) == mistake.step
+    if mistake.kind == "mtp":
+        return unit.name == ("mtp.final" if mistake.step == "final_layernorm" else "mtp.input")
+    return unit.kind in mistake.kind
+
+
+def with_mistake(of: Recomputation, unit: Unit, mistake: Mistake, near, before: dict) -> list[Step]:
+    """Return the errors of the trace against a unit computed with a mistake; [] where that fails.
+
+    before: the errors without the mistake, of the wrong steps; [] too where one of them is not halved.
+    """
+    try:
+        exact = of.run(unit, mistake)
+        if any(
+            step.error > before.get(step.name, np.inf) / 2 for step in compared(of, exact, exact, near)[0]
+        ):
+            return []
+        rounded = of.run(unit, mistake, rounds=True)
+    except (ValueError, IndexError, FloatingPointError):
+        return []
+    return compared(of, exact, rounded, near)[0]
+
+
+def visible(of: Recomputation, unit: Unit, mistake: Mistake) -> float:
+    """Return by how many roundings a mistake would change the values that the trace holds of a unit."""
+    clean, rounded = of.run(unit), of.run(unit, rounds=True)
+    try:
+        wrong = of.run(unit, mistake)
+    except (ValueError, IndexError, FloatingPointError):
+        return 0.0
+    eps, worst = roundoff(of.trace.dtype), 0.0
+    for name in wrong.values:
+        if not of.stored_as(name):
+            continue
+        value = clean.values[name]
+        change, noise, size = (
+            np.abs(wrong.values[name] - value), np.abs(rounded.values[name] - value), np.abs(value)
+        )  # fmt: skip
+        if name.rpartition(".")[2] not in ("S", "tail"):
+            axes = tuple(range(2, value.ndim))
+            change, noise, size = (
+                np.where(of.real_of(name), a.max(axes), 0.0) for a in (change, noise, size)
+            )
+        change = np.where(np.isnan(change), np.inf, change)
+        worst = max(worst, float(change.max()) / _rounding(noise, size, eps))
+    return worst
+
+
+def exercised(of: Recomputation, mistakes=MISTAKES) -> dict[Mistake, float]:
+    """Return for each mistake by how many roundings it would show in the first layer where it can be made."""
+    units = list(of.units())
+    found = {}
+    for mistake in mistakes:
+        unit = next((unit for unit in units if possible(of, unit, mistake)), None)
+        found[mistake] = 0.0 if unit is None else visible(of, unit, mistake)
+    return found
+
+
+def compare(a: Trace, b: Trace) -> list[Step]:
+    """Return the difference of every array that two traces share, in order; b is the measure.
+
+    The rounding is that of the coarser dtype, at the size of the array. InputError if they differ in tokens.
+    """
+    if a.token_ids != b.token_ids or a.calls != b.calls:
+        raise InputError(f"{a.name} and {b.name} are traces of different tokens, or of different calls")
+    if a.fingerprint and b.fingerprint and a.fingerprint != b.fingerprint:
+        raise InputError(f"{a.name} and {b.name} were recorded from different models")
+    eps, steps = max(roundoff(a.dtype), roundoff(b.dtype)), []
+    for name in sorted(set(a.arrays) & set(b.arrays), key=order):
+        x, y = (t.array(name) for t in (a, b))
+        if x.size != y.size:
+            raise InputError(f"{name} has the shape {list(x.shape)} in {a.name}, {list(y.shape)} in {b.name}")
+        if name.endswith(".router.experts") or name.endswith(".router.weights"):
+            continue
+        x, y = x.astype(np.float64), y.astype(np.float64).reshape(x.shape)
+        error = np.abs(x - y)
+        error = np.where(np.isnan(error), np.inf, error).reshape(-1)
+        steps.append(Step(name, float(error.max(initial=0.0)), max(eps * float(np.abs(y).max()), 1e-300)))
+    if not steps:
+        raise InputError(f"{a.name} and {b.name} have no array in common")
+    return steps
+
+
+def order(name: str) -> tuple:
+    """Return a key by which names of arrays sort in the order of the computation."""
+    from refengine.conformance.watch import STEPS
+
+    steps = ["input", *dict.fromkeys(step for kind in STEPS.values() for step in kind)]
+    block, _, step = name.removesuffix(".experts").removesuffix(".weights").rpartition(".")
+    head = name.startswith("mtp")
+    outer = {
+        "embeddings": -1,
+        "final_hidden": 1 << 20,
+        "logits": 1 << 21,
+        "eh_proj": -1,
+        "enorm": -3,
+        "hnorm": -2,
+    }
+    if "layers" in block:
+        return head, int(block.rpartition(".")[2]), steps.index(step) if step in steps else 99, name
+    return head, outer.get(step or name, 0), 0, name

@@ -1,0 +1,32 @@
+"""The fingerprint of a model: which weights a trace was recorded from, whatever engine or file layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+
+import numpy as np
+
+from refengine.spec.config import Config
+from refengine.spec.tensors import table
+
+PART = 4096  # bytes from the start, the middle and the end of each tensor
+
+
+def fingerprint(cfg: Config, read: Callable[[str], np.ndarray]) -> str:
+    """Return 16 hexadecimal digits of the config, the tensor table and 4 KB of three places of each tensor.
+
+    read: a tensor by its name in the table, in the file's dtype. The prediction head is left out, since
+    engines that do not run it do not load it.
+    """
+    rows = [row for row in table(cfg) if not row.block.startswith("mtp.")]
+    known = {key: value for key, value in cfg.to_hf().items() if "mtp" not in key and "nextn" not in key}
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
+    for row in rows:
+        digest.update(f"{row.name} {list(row.shape)}".encode())
+        raw = np.ascontiguousarray(read(row.name)).reshape(-1).view(np.uint8)
+        middle = len(raw) // 2 // PART * PART
+        for start in (0, middle, max(0, len(raw) - PART)):
+            digest.update(raw[start : start + PART].tobytes())
+    return digest.hexdigest()[:16]
