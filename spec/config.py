@@ -110,8 +110,10 @@ class Config:
         out = {f.name: getattr(self, f.name) for f in fields(self)}
         letters, mtp = out.pop("layers"), out.pop("mtp_layers")
         out = {k: v for k, v in out.items() if set(REQUIRED.get(k, KINDS)) & set(letters + mtp)}
-        if self.time_step_limit == (0.0, math.inf):  # JSON cannot write it, and its absence means it
+        if self.time_step_limit == (0.0, math.inf):  # its absence means it
             del out["time_step_limit"]
+        elif self.time_step_limit[1] == math.inf:  # as transformers writes what JSON has no number for
+            out["time_step_limit"] = (self.time_step_limit[0], {"__float__": "Infinity"})
         out |= {
             "model_type": "nemotron_h",
             "architectures": [ARCHITECTURE],
