@@ -1,11 +1,13 @@
 """Laws of the text that the embedded model learns from (tools/tiny/stories)."""
 
+import json
 import random
 import re
 from pathlib import Path
 
 import pytest
 
+from tools.tiny import judge
 from tools.tiny.stories import chat, check, documents, plots, skills, tell, words
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,8 +105,13 @@ def test_answers_of_the_skills_are_right():
         said, copied = re.fullmatch(r"Copy:(.*)\nAnswer:(.*)", text).groups()
         assert said == copied
         text = "".join(t for t, _ in skills.counting(rng))
-        items, number = re.fullmatch(r"Count:(.*)\nAnswer: (\w+)\.", text).groups()
-        assert words.NUMBERS.index(number) == len(items.split())
+        rounds = re.findall(r"Count:(.*)\nAnswer: (\w+)\.", text)
+        assert rounds and text == "\n".join(f"Count:{items}\nAnswer: {number}." for items, number in rounds)
+        assert all(words.NUMBERS.index(number) == len(items.split()) for items, number in rounds)
+        text = "".join(t for t, _ in skills.running_count(rng))
+        for line in text.splitlines():
+            found = re.fullmatch(r"Count along:((?: \w+ \w+)+)\.", line)[1].split()
+            assert len(set(found[0::2])) == 1 and found[1::2] == words.NUMBERS[1 : len(found) // 2 + 1]
 
 
 def test_questions_about_a_story_are_answered_from_its_cast(told):
@@ -115,27 +122,90 @@ def test_questions_about_a_story_are_answered_from_its_cast(told):
             assert names <= {story.values["H"], story.values.get("F")}
 
 
-def test_chats_are_rendered_as_the_template_renders_them():
+def test_chats_are_rendered_by_the_packaged_template():
+    """An independent Jinja environment renders the shipped file to the text that is trained on."""
     jinja = pytest.importorskip("jinja2.sandbox")
-    template = jinja.ImmutableSandboxedEnvironment().from_string(
-        (ROOT / "refengine/models/tiny/chat_template.jinja").read_text()
-    )
+    environment = jinja.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+    template = environment.from_string((SHIPPED / "chat_template.jinja").read_text())
     rng = random.Random(6)
+    for _ in range(80):
+        made, thinking = chat.talk(rng), rng.random() < 0.5
+        text = template.render(messages=made.with_thoughts() if thinking else made.messages, tools=made.tools)
+        assert text == "".join(t for t, _ in made.render(thinking)) + "\n"
+
+
+def test_only_replies_are_worth_learning():
+    rng = random.Random(8)
+    for kind in chat.SCENES:
+        made = chat.scene(rng, kind)
+        pieces = made.render(True)
+        learned = "".join(t for t, w in pieces if w > 0)
+        assert made.answer in learned and made.replies[-1][0] in learned
+        assert not [m for m in made.messages if m["role"] == "user" and f"user\n{m['content']}" in learned]
+        assert sum(t == "<|im_end|>" and w == 1.0 for t, w in pieces) == len(made.replies)
+
+
+def test_a_requested_story_has_the_name_and_the_thing():
+    rng = random.Random(9)
+    wished = set()
+    for _ in range(150):
+        made = chat.scene(rng, "story_about_both")
+        name, thing = re.search(r"(\w+) and an? (\w+)\.", made.messages[0]["content"]).groups()
+        assert judge.requested(made.answer, name, thing)
+        wished.add(thing)
+    assert len(wished) > 40  # nearly every thing can be asked for
+
+
+def test_the_example_of_the_documentation_is_in_the_training_text():
+    """The request that the documentation shows is one that the generator can make."""
+    rng = random.Random(10)
+    seen = {chat.scene(rng, "story_about_both").messages[0]["content"] for _ in range(20_000 // 40)}
+    assert any(re.fullmatch(r"Tell me a story about a girl named \w+ and a \w+\.", wish) for wish in seen)
+    assert "Mia" in words.GIRLS and "kite" in words.THINGS
+
+
+def test_replies_of_chats_are_right():
+    rng = random.Random(11)
     for _ in range(60):
-        turns, thinking = [chat.turn(rng) for _ in range(rng.randint(1, 3))], rng.random() < 0.5
-        messages = []
-        for user, thought, answer in turns:
-            messages.append({"role": "user", "content": "".join(t for t, _ in user)})
-            messages.append(
-                {
-                    "role": "assistant",
-                    "content": "".join(t for t, _ in answer),
-                    "reasoning_content": thought if thinking else "",
-                }
+        for kind in ("sums", "tool_add_used"):
+            a, b, c = map(
+                int, re.fullmatch(r"(\d+) \+ (\d+) = (\d+)\.", chat.scene(rng, kind).answer).groups()
             )
-        assert (
-            template.render(messages=messages) == "".join(t for t, _ in chat.render(turns, thinking)) + "\n"
+            assert a + b == c
+        made = chat.scene(rng, "counting")
+        items = made.messages[-2]["content"].split("?")[1].split()
+        assert made.answer == f"I count {words.NUMBERS[len(items)]}."
+        made = chat.scene(rng, "recall")
+        told = " ".join(m["content"] for m in made.messages if m["role"] == "user")
+        facts = dict(re.findall(r"(\w+) has the (\w+)\.", told))
+        name, thing = (
+            re.fullmatch(r"(\w+) has the (\w+)\.", made.answer)
+            or re.fullmatch(r"The (?P<t>\w+) is with (?P<n>\w+)\.", made.answer)
+        ).groups()
+        assert facts.get(name, facts.get(thing)) in (name, thing)
+
+
+def test_tools_are_called_with_what_was_asked_and_their_result_is_used():
+    rng = random.Random(12)
+    for _ in range(40):
+        made = chat.scene(rng, "tool_add")
+        (call,) = made.calls
+        assert [int(n) for n in re.findall(r"\d+", made.messages[0]["content"])] == list(
+            call["arguments"].values()
         )
+        assert call["name"] in {tool["function"]["name"] for tool in made.tools}
+        made = chat.scene(rng, "tool_weather_used")
+        sky, city = re.fullmatch(r"It is (\w+) in (\w+)\.", made.answer).groups()
+        assert sky in made.messages[-2]["content"] and city in made.messages[0]["content"]
+
+
+def test_held_out_forms_are_never_trained_on():
+    rng = random.Random(13)
+    trained = {m["content"] for _ in range(400) for m in chat.scene(rng, "beyond").messages}
+    unseen = {chat.scene(rng, "beyond_unseen").messages[0]["content"] for _ in range(100)}
+    assert not trained & unseen
+    assert {chat.scene(rng, kind).answer for kind in ("beyond", "beyond_unseen")} == {chat.SORRY}
 
 
 def test_rows_hold_whole_documents_and_every_token_its_weight():
@@ -165,6 +235,24 @@ def test_keys_and_values_are_single_tokens():
     tokenizer = tokenizers.Tokenizer.from_file(str(SHIPPED / "tokenizer.json"))
     for word in [*words.NAMES, *words.THINGS, *skills.COPY_WORDS, *words.NUMBERS]:
         assert len(tokenizer.encode(" " + word, add_special_tokens=False).ids) == 1, word
+
+
+def test_a_new_tokenizer_keeps_keys_and_values_whole():
+    pytest.importorskip("tokenizers")
+    from tools.tiny import tokenizer as trained
+
+    tokenizer = trained.train(2048, seed=1, count=150)
+    for word in [
+        *words.NAMES,
+        *words.THINGS,
+        *skills.COPY_WORDS,
+        *words.NUMBERS,
+        *words.CITIES,
+        *words.WEATHER,
+    ]:
+        assert len(tokenizer.encode(" " + word, add_special_tokens=False).ids) == 1, word
+    for i, special in enumerate(trained.SPECIALS):
+        assert tokenizer.encode(special, add_special_tokens=False).ids == [i]
 
 
 def test_the_longest_copied_run_is_found():

@@ -1,7 +1,14 @@
 """Laws of the training tool: its module is the spec's model, and packing, exporting and resuming change
 nothing."""
 
-from argparse import Namespace
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +16,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from tools.tiny import kernels  # noqa: E402
 from tools.tiny import train as train_tiny  # noqa: E402
-from tools.tiny.model import TinyModel, export_state, import_state, scan  # noqa: E402
-from tools.tiny.optim import orthogonalize, split_parameters  # noqa: E402
+from tools.tiny.card import MARKS, curve, write_figures  # noqa: E402
+from tools.tiny.model import Experts, TinyModel, export_state, import_state, scan  # noqa: E402
+from tools.tiny.optim import Optimizer, orthogonalize, split_parameters  # noqa: E402
+from tools.tiny.ranks import Ranks, Shared  # noqa: E402
+from tools.tiny.rows import Rows  # noqa: E402
 from tools.tiny.stories import words  # noqa: E402
 
-SHIPPED = Path(__file__).resolve().parents[2] / "refengine/models/tiny"
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ROOT / "refengine/models/tiny"
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +104,19 @@ def test_the_shipped_file_means_the_same_to_spec_and_trainer():
     assert np.abs(ours - theirs).max() <= 1e-4 * max(1.0, np.abs(ours).max())
 
 
-def test_the_shipped_file_is_small_and_made_of_blocks_of_16():
+def test_the_files_are_small_and_made_of_blocks():
+    """Blocks of 16 in the shipped file (NVFP4), of 64 in the next one (NVFP4 in GGUF); at most 9 MB."""
     assert (SHIPPED / "model.safetensors").stat().st_size <= 9_000_000
-    cfg = train_tiny.CONFIG
-    widths = (
+    next_ = export_state(TinyModel(train_tiny.CONFIG))
+    assert sum(t.numel() * t.element_size() for t in next_.values()) < 8_900_000
+    assert 3_500_000 < sum(t.numel() for t in next_.values()) < 4_500_000
+    for cfg, block in ((json.loads((SHIPPED / "config.json").read_text()), 16), (train_tiny.CONFIG, 64)):
+        assert all(width % block == 0 for width in _widths(cfg))
+
+
+def _widths(cfg):
+    """Return the widths along which matrices are packed in blocks."""
+    return (
         cfg["hidden_size"],
         cfg["moe_latent_size"],
         cfg["moe_intermediate_size"],
@@ -103,7 +124,6 @@ def test_the_shipped_file_is_small_and_made_of_blocks_of_16():
         cfg["mamba_num_heads"] * cfg["mamba_head_dim"],
         cfg["num_attention_heads"] * cfg["head_dim"],
     )
-    assert all(w % 16 == 0 for w in widths)
 
 
 def test_dense_recall_rows_ask_only_what_they_told():
@@ -151,21 +171,180 @@ def test_one_batch_can_be_learned(small):
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_stopping_and_resuming_goes_on_where_it_was(small, tmp_path):
-    """The weights, their average, both optimizers and the counters come back; the next step is the same."""
+def test_compiled_loops_are_the_layer_and_its_gradient():
+    """Losses and every gradient, with the compiled loops and with the layer's form in PyTorch."""
+    if kernels.load() is None:
+        pytest.skip("no C++ compiler")
+    torch.manual_seed(5)
+    model = TinyModel({**train_tiny.CONFIG, "vocab_size": 96, "hidden_size": 64, "n_routed_experts": 4})
+    ids, first = torch.randint(18, 96, (2, 64)), torch.zeros(2, 64, dtype=torch.bool)
+    first[:, 0] = first[0, 13] = first[1, 33] = first[1, 34] = True
+
+    def gradients():
+        model.zero_grad()
+        main, mtp = model.losses(ids, first, torch.ones(2, 64))
+        (main + mtp).backward()
+        return {"main": main.detach(), **{n: p.grad.clone() for n, p in model.named_parameters()}}
+
+    assert kernels.fits(model.cfg, 64)
+    compiled = gradients()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "fits", lambda *_: False)
+        plain = gradients()
+    for name, value in plain.items():
+        scale = max(1e-3, float(value.abs().max()))
+        torch.testing.assert_close(compiled[name], value, atol=2e-5 * scale, rtol=1e-4, msg=name)
+
+
+def test_experts_sorted_by_token_are_the_sum_over_experts():
+    torch.manual_seed(6)
+    t, e, width, latent, k = 12, 5, 6, 4, 2
+    u, up, down, w = (
+        torch.randn(*s, requires_grad=True, dtype=torch.float64)
+        for s in ((t, latent), (e, width, latent), (e, latent, width), (t, k))
+    )
+    idx = torch.stack([torch.randperm(e - 1)[:k] for _ in range(t)])  # the last expert gets nothing
+
+    def plain():
+        hidden = torch.relu(torch.einsum("tl,eil->tei", u, up)).square()
+        y = torch.einsum("tei,eli->tel", hidden, down)
+        return (y.gather(1, idx[..., None].expand(-1, -1, latent)) * w[..., None]).sum(1)
+
+    def sorted_():
+        return Experts.apply(u, up, down, idx, w, torch.bincount(idx.reshape(-1), minlength=e))
+
+    aim = torch.randn(t, latent, dtype=torch.float64)
+    one, two = (torch.autograd.grad(((f() - aim) ** 2).sum(), (u, up, down, w)) for f in (plain, sorted_))
+    torch.testing.assert_close(sorted_(), plain())
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_plan_goes_by_steps():
+    plan = train_tiny.Plan(100, 200, 1000)
+    assert [plan.stage(s) for s in (0, 99, 100, 299, 300, 1299)] == [
+        ("pairs", 0), ("pairs", 99), ("skills", 0), ("skills", 199), ("world", 0), ("world", 999)
+    ]  # fmt: skip
+    rates = [plan.rate(s) for s in range(300, 1300)]
+    assert rates == sorted(rates, reverse=True) and 0 < rates[-1] < 0.06 * rates[0]
+    assert [plan.dense(s)[1] for s in (0, 20, 45, 99)] == [2, 4, 8, 8]
+    assert plan.share(150) == 1.0 and plan.share(400) > plan.share(700) and plan.share(1200) == 0.0
+    with pytest.raises(argparse.ArgumentTypeError):
+        train_tiny.stages("5,0,3")
+
+
+def test_rows_are_a_function_of_seed_rank_and_step():
     tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(str(SHIPPED / "tokenizer.json"))
-    args = Namespace(work=str(tmp_path), average=0.9, stage="pairs", init=None, seed=0)
-    torch.manual_seed(4)
+
+    def rows(seed, rank):
+        return Rows(tokenizer, seed, rank, 512, 256)
+
+    through = rows(1, 0)
+    first = [through.documents(step, 0.5) for step in range(34)]
+    for step in (33, 5):  # another start, another order
+        assert all(
+            np.array_equal(a, b) for a, b in zip(rows(1, 0).documents(step, 0.5), first[step], strict=True)
+        )
+    assert all(np.array_equal(a, b) for a, b in zip(rows(1, 0).dense(7, 4), through.dense(7, 4), strict=True))
+    others = [rows(2, 0).documents(5, 0.5), rows(1, 1).documents(5, 0.5), first[4]]
+    assert not any(np.array_equal(other[0], first[5][0]) for other in others)
+
+
+def test_two_ranks_with_the_same_rows_take_the_step_of_one(small):
+    """Gradients are averaged, matrices shared out; both ranks end with the same bits, as one alone."""
     ids, first = torch.randint(18, 96, (2, 32)), torch.zeros(2, 32, dtype=torch.bool)
     first[:, 0] = True
-    batch = ids, first, torch.ones(2, 32)
-    one = train_tiny.Trainer(TinyModel(small.cfg), tokenizer, args)
-    for _ in range(3):
-        one.learn(batch, 0.5)
-    one.save()
-    two = train_tiny.Trainer(TinyModel(small.cfg), tokenizer, args)
-    assert two.resume() and (two.step, two.age, two.tokens) == (3, 3, 192)
-    for trainer in (one, two):
-        trainer.learn(batch, 0.5)
-    ours, theirs = one.average.values, two.average.values
-    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+    def model():
+        torch.manual_seed(7)
+        return TinyModel(small.cfg)
+
+    alone = _steps(Ranks(), model(), ids, first)
+    memory, barrier = torch.zeros(3, len(alone.values)), threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        ranks = [Shared(rank, 2, memory, barrier) for rank in range(2)]
+        pair = list(pool.map(lambda r, m: _steps(r, m, ids, first), ranks, [model(), model()]))
+    assert pair[0].mine["muon"] and not {s[0] for s in pair[0].mine["muon"]} & {
+        s[0] for s in pair[1].mine["muon"]
+    }
+    for name in ("values", "average", "momentum", "second"):
+        ours, theirs = (getattr(optimizer, name) for optimizer in pair)
+        assert torch.equal(ours, theirs), name
+    torch.testing.assert_close(pair[0].values, alone.values, atol=1e-4, rtol=1e-3)
+
+
+def _steps(ranks, model, ids, first):
+    """Take three steps on one rank."""
+    optimizer = Optimizer(model, ranks)
+    for step in range(3):
+        main, mtp = model.losses(ids, first, torch.ones(2, 32), step % 2 == 0)
+        (main if mtp is None else main + mtp).backward()
+        optimizer.step(0.02, 3e-3, step % 2 == 0)
+    return optimizer
+
+
+SMALL = {
+    "hidden_size": 64, "n_routed_experts": 4, "moe_intermediate_size": 16, "moe_latent_size": 32,
+    "moe_shared_expert_intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
+
+
+def _command(out, *more):
+    return [
+        sys.executable, "-m", "tools.tiny.train", "--seed", "3", "--out", str(out), "--stages", "3,4,7",
+        "--tokens", "256", "--length", "256", "--documents", "60", "--save-every", "2", "--no-evaluate",
+        "--config", str(out.parent / "small.json"), *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
+    """Two processes, SIGKILL, --resume: the weights, the state and the losses of a run without a kill."""
+    (tmp_path / "small.json").write_text(json.dumps(SMALL))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(_command(whole), cwd=ROOT, check=True, capture_output=True)
+    run = subprocess.Popen(_command(killed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    state = killed / "run" / "state.pt"
+    until = time.monotonic() + 300
+    while not state.exists() and time.monotonic() < until and run.poll() is None:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    reached = torch.load(state, weights_only=True)["step"]
+    assert 0 < reached < 14
+    again = subprocess.run(_command(killed), cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 2 and "--resume" in again.stderr
+    done = subprocess.run(_command(killed, "--resume"), cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "resumed at step" in done.stdout
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
+    one, two = (torch.load(out / "run" / "state.pt", weights_only=True) for out in (whole, killed))
+    for name in ("values", "momentum", "first", "second", "average"):
+        assert torch.equal(one["optimizer"][name], two["optimizer"][name]), name
+    logs = [
+        [json.loads(line) for line in (out / "run" / "log.jsonl").read_text().splitlines()]
+        for out in (whole, killed)
+    ]
+    assert [{**line, "minutes": 0} for line in logs[0]] == [{**line, "minutes": 0} for line in logs[1]]
+    names = {path.name for path in whole.iterdir()} - {"run"}
+    assert names == {path.name for path in SHIPPED.iterdir()} | {"curve.svg"}
+    card = (whole / "README.md").read_text()
+    assert all(mark in card for mark in MARKS) and "curve.svg" in card
+
+
+def test_figures_go_between_the_marks_of_the_card(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
+    for value in ("0.5", "0.7"):
+        write_figures(card, [("copying", value, ">= 0.9 MISSED")])
+    text = card.read_text()
+    assert "| copying | 0.7 | >= 0.9 MISSED |" in text and "old" not in text and "0.5" not in text
+    assert text.startswith("before") and text.rstrip().endswith("after")
+
+
+def test_the_curve_is_drawn_from_the_log():
+    lines = [{"step": s, "loss": 8.0 / s, "mtp": 9.0 / s} for s in (20, 40, 60)] + [
+        {"step": 60, "held_out": 1.0}
+    ]
+    drawn = curve(lines)
+    assert drawn.startswith("<svg") and drawn.count("<polyline") == 3 and "60 steps" in drawn

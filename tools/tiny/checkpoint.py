@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
 
 from . import tokenizer as tiny_tokenizer
 from .model import TinyModel, export_state, import_state
@@ -16,7 +15,7 @@ CONFIG = {
     "architectures": ["NemotronHForCausalLM"],
     "model_type": "nemotron_h",
     "vocab_size": 2048,
-    "hidden_size": 160,
+    "hidden_size": 192,
     "num_hidden_layers": len(PATTERN),
     "hybrid_override_pattern": PATTERN,
     "layers_block_type": [KINDS[c] for c in PATTERN],
@@ -51,10 +50,10 @@ CONFIG = {
     "time_step_floor": 1e-4,
     "rescale_prenorm_residual": True,
     "use_mamba_kernels": False,
-    "n_routed_experts": 48,
+    "n_routed_experts": 32,
     "num_experts_per_tok": 4,
-    "moe_intermediate_size": 96,
-    "intermediate_size": 96,
+    "moe_intermediate_size": 128,
+    "intermediate_size": 128,
     "moe_latent_size": 64,
     "n_shared_experts": 1,
     "moe_shared_expert_intermediate_size": 192,
@@ -78,7 +77,7 @@ CONFIG = {
 
 
 def write_checkpoint(directory, model, tokenizer, record):
-    """Export to the HF layout: config, tokenizer, chat template, BF16 weights, how they came to be."""
+    """Write the files of the package but the card: configs, tokenizer, template, weights, training.json."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tiny_tokenizer.save(tokenizer, directory)
@@ -91,23 +90,9 @@ def write_checkpoint(directory, model, tokenizer, record):
     (directory / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def read_checkpoint(directory, tokenizer=None):
-    """Exported weights -> module; with a `tokenizer`, embedding rows move to where it has the same token."""
+def read_checkpoint(directory):
+    """Return exported weights as a module."""
     directory = Path(directory)
-    cfg = json.loads((directory / "config.json").read_text())
-    tensors = load_file(directory / "model.safetensors")
-    old = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    if tokenizer is not None and tokenizer.get_vocab() != old.get_vocab():
-        model = TinyModel({**cfg, "vocab_size": CONFIG["vocab_size"]})
-        fresh = export_state(model)
-        for name in ("backbone.embeddings.weight", "lm_head.weight"):
-            for token, i in tokenizer.get_vocab().items():
-                ids = old.encode(tokenizer.decode([i]) or token, add_special_tokens=False).ids
-                rows = [old.token_to_id(token)] if old.token_to_id(token) is not None else ids
-                if rows:
-                    fresh[name][i] = tensors[name][rows].float().mean(0)
-            tensors[name] = fresh[name]
-    else:
-        model = TinyModel(cfg)
-    import_state(model, tensors)
+    model = TinyModel(json.loads((directory / "config.json").read_text()))
+    import_state(model, load_file(directory / "model.safetensors"))
     return model

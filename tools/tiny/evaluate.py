@@ -1,11 +1,13 @@
-"""Every number of the embedded model's card, from the shipped files, through the project's own engine:
+"""Measure every number of the embedded model's card, from its files, through the project's own engine:
 
-    python -m tools.tiny.evaluate                 (--card FILE also writes them into the card)
+    python -m tools.tiny.evaluate --model DIR             (--card FILE also writes the figures into the card)
 
-Greedy answers are compared word for word; stories are sampled as `generate` samples them by default.
+Questions are held out (tools/tiny/cases.py), answers greedy and judged by tools/tiny/judge.py; stories are
+sampled as `generate` samples them by default.
 """
 
 import argparse
+import json
 import random
 import time
 from dataclasses import replace
@@ -14,48 +16,50 @@ from pathlib import Path
 import numpy as np
 
 import refengine
+from refengine.runner import LocalRunner
 from refengine.spec import mtp
 from refengine.spec.sample import log_probs
-from tools.tiny.stories import chat, check, skills, tell, words
+from tools.tiny import cases, judge, second_reading
+from tools.tiny.card import write_figures
+from tools.tiny.stories import chat, check, tell, words
 
-TRAINING_SEED, HELD_OUT_SEED = 2, 90_001
-MARKS = "<!-- figures -->", "<!-- end of figures -->"
-
-
-def text_of(pieces):
-    return "".join(t for t, _ in pieces)
+TRAINING_SEED, HELD_OUT_SEED = 2, cases.HELD_OUT_SEED
+BEGUN = "Once upon a time"
 
 
 class Figures:
-    """Measures one engine; every method returns a dict of named numbers."""
+    """Measures one engine; methods return dicts of named numbers. `size` scales the numbers of cases."""
 
-    def __init__(self, engine):
-        self.engine, self.encode = engine, engine.tokenizer.encode
+    def __init__(self, engine, size=1.0):
+        self.engine, self.encode, self.size = engine, engine.tokenizer.encode, size
+
+    def many(self, count):
+        """Return a number of cases, scaled."""
+        return max(1, round(count * self.size))
 
     def complete(self, prompts, chats=None, **options):
-        """The texts that follow the prompts, without end tokens."""
+        """Return the texts that follow the prompts, without end tokens."""
         texts = ["" for _ in prompts]
         for i, event in self.engine.generate_batch(prompts, chat=chats, **options):
             texts[i] += event.text
         return texts
 
-    def right(self, cases, max_tokens=24, chats=None):
-        """The share of (prompt, expected) whose greedy continuation is what was expected."""
-        prompts, expected = zip(*cases, strict=True)
-        told = self.complete(prompts, chats, temperature=0, max_tokens=max_tokens)
-        return sum(t.split("\n")[0].strip() == e for t, e in zip(told, expected, strict=True)) / len(cases)
+    def right(self, asked, max_tokens=24):
+        """Return the share of text cases whose greedy continuation is right."""
+        told = self.complete([case.prompt for case in asked], temperature=0, max_tokens=max_tokens)
+        return judge.share(case.right(text) for case, text in zip(asked, told, strict=True))
 
     def stories(self, count=100):
-        """Sampled stories, read back by the generator's parser, and how far they repeat training text."""
-        begun = "Once upon a time"
-        told = [begun + t for t in self.complete([begun] * count, max_tokens=400, seed=1)]
+        """Return figures of sampled stories, the stories and their faults."""
+        count = self.many(count)
+        told = [BEGUN + t for t in self.complete([BEGUN] * count, max_tokens=400, seed=1)]
         reports = [check(t) for t in told]
-        longest = longest_runs(told, training_stories(20_000))
+        longest = longest_runs(told, training_stories(self.many(20_000)))
         found = {
             "stories sampled": count,
-            "every sentence parses": sum(r.parsed for r in reports) / count,
-            "names and objects consistent": sum(r.consistent for r in reports) / count,
-            "... and all of one plot": sum(r.coherent for r in reports) / count,
+            "every sentence parses": judge.share(r.parsed for r in reports),
+            "names and objects consistent": judge.share(r.consistent for r in reports),
+            "... and all of one plot": judge.share(r.coherent for r in reports),
             "words of a story, mean": float(np.mean([len(t.split()) for t in told])),
             "longest run of words in 20000 training stories, median": float(np.median(longest)),
             "longest run of words in 20000 training stories, max": max(longest),
@@ -63,82 +67,72 @@ class Figures:
         }
         return found, told, [r.why for r in reports if r.why]
 
-    def recall(self, count, stories, cases=40):
-        """Name to thing: one question after `count` facts and `stories` stories."""
-        rng, out = random.Random(HELD_OUT_SEED + 100 * count + stories), []
-        for _ in range(cases):
-            pairs = skills.facts(rng, count)
-            name, thing = rng.choice(pairs)
-            prompt = text_of(skills.state(pairs) + skills.between(rng, stories, pairs))
-            out.append((f"{prompt}\nQuestion: What does {name} have?\nAnswer:", f"{name} has the {thing}."))
-        share = self.right(out, 8)
-        return share, int(np.mean([len(self.encode(p)) for p, _ in out]))
-
-    def small_skills(self, cases=50):
+    def second_reading(self, told):
+        """Return the shares of stories with each fault of the second reading, beside the generator's own."""
         rng = random.Random(HELD_OUT_SEED)
-        figures = {}
-        for size in (5, 10):
-            some = [" ".join(rng.sample(skills.COPY_WORDS, size)) for _ in range(cases)]
-            figures[f"copying {size} words"] = self.right([(f"Copy: {s}\nAnswer:", s) for s in some])
-        both = [(a, b) for a in range(10) for b in range(10)]
-        figures["one-digit sums (all 100)"] = self.right(
-            [(f"Question: What is {a} + {b}?\nAnswer:", f"{a} + {b} = {a + b}.") for a, b in both]
-        )
-        counts = [(rng.choice(words.THINGS), n) for n in range(1, 10) for _ in range(5)]
-        figures["counting to nine"] = self.right(
-            [(f"Count:{f' {w}' * n}\nAnswer:", f"{words.NUMBERS[n]}.") for w, n in counts]
-        )
-        asked = []
-        for _ in range(cases):
-            story = tell(rng)
-            question, answer = rng.choice(story.questions)
-            asked.append((f"{story.text}\n\nQuestion: {question}\nAnswer:", answer))
-        figures["questions about a story"] = self.right(asked)
-        return figures
+        out = {}
+        for name, texts in (("", told), (" (the generator's own stories)", [tell(rng).text for _ in told])):
+            readings = [second_reading.read(text) for text in texts]
+            out[f"second reading, no fault{name}"] = judge.share(not r.faults for r in readings)
+            for kind in second_reading.FAULTS:
+                out[f"second reading, {kind} fault{name}"] = judge.share(r.has(kind) for r in readings)
+        return out
 
-    def chats(self, cases=50):
-        rng, figures = random.Random(HELD_OUT_SEED), {}
-        for thinking in (True, False):
-            found = {"sum": [], "recall": [], "question": []}
-            while any(len(v) < cases for v in found.values()):
-                user, _, answer = chat.turn(rng)
-                user, answer = text_of(user), text_of(answer)
-                kind = (
-                    "sum"
-                    if "+" in user and len(user) < 20
-                    else "recall"
-                    if user.startswith("Remember")
-                    else "question"
-                    if "\n\n" in user
-                    else None
-                )
-                if kind and len(found[kind]) < cases:
-                    found[kind].append(([{"role": "user", "content": user}], answer))
-            for kind, items in found.items():
-                told = self.complete(
-                    [m for m, _ in items], {"enable_thinking": thinking}, temperature=0, max_tokens=64
-                )
-                ends = [t.split("</think>")[-1].strip() for t in told]
-                share = sum(e == a for e, (_, a) in zip(ends, items, strict=True)) / cases
-                figures[f"chat, {kind}, thinking {'on' if thinking else 'off'}"] = share
-        return figures
+    def recall(self):
+        """Return recall of 4 and 8 facts across 0 to 16 stories, and beyond."""
+        out = {}
+        for count in (4, 8):
+            for stories in (0, 1, 2, 4, 8, 16):
+                asked = cases.recall(count, stories, self.many(40 if stories < 8 else 20))
+                out[f"recall, {count} facts, {stories} stories between"] = self.right(asked, 8)
+        return out
+
+    def small_skills(self):
+        """Return the shares of right answers to small tasks in text."""
+        out = {f"copying {n} words": self.right(cases.copying(n, self.many(50)), 40) for n in (5, 10)}
+        out["one-digit sums (all 100)"] = self.right(cases.sums())
+        out["counting to nine"] = self.right(cases.counting(self.many(8)))
+        out["questions about a story"] = self.right(cases.questions(self.many(60)))
+        return out
+
+    def chats(self):
+        """Return the shares of right replies in chats, thinking on and off."""
+        out = {}
+        for name, kind, _ in cases.CHATS:
+            asked = cases.chats(kind, self.many(50))
+            for thinking in (True, False):
+                told = self.replies(asked, thinking, 400 if kind == "story_about_both" else 80)
+                judged = (c.right(t, thinking) for c, t in zip(asked, told, strict=True))
+                out[f"chat, {name}, thinking {'on' if thinking else 'off'}"] = judge.share(judged)
+        return out
+
+    def replies(self, asked, thinking, max_tokens):
+        """Return the greedy replies to chat cases; each is rendered with its own tools."""
+        rendered = [
+            self.engine.ids(
+                case.prompt, enable_thinking=thinking, **({"tools": case.tools} if case.tools else {})
+            )
+            for case in asked
+        ]
+        return self.complete(rendered, temperature=0, max_tokens=max_tokens)
 
     def forward(self, ids):
-        """Teacher-forced logits of the trunk [t v], row i about token i+1, and of the head [t-1 v], i+2."""
-        model, trunk, head = self.engine.model, [], []
-        states = mtp.new_states(model, 1)
-        for start, _, h, _ in self.engine.read([list(ids)]):
-            trunk.append(model.backend.fetch(model.head(h))[0])
+        """Return logits of the trunk [t v], row i for token i+1, and of the head [t-1 v], i+2."""
+        runner, trunk, head = self.engine.runner, [], []
+        states = mtp.new_states(runner.model, 1)
+        for start, h in runner.hidden(list(ids)):
+            trunk.append(runner.head(h)[0])
             following = ids[start + 1 : start + 1 + h.shape[1]]
             if len(following):
-                o, states = mtp.predict(model, h[:, : len(following)], np.array([following]), states)
-                head.append(model.backend.fetch(model.head(o))[0])
+                after = runner.model.backend.array(np.array([following]))
+                o, states = mtp.predict(runner.model, h[:, : len(following)], after, states)
+                head.append(runner.head(o)[0])
         return np.concatenate(trunk), np.concatenate(head)
 
     def losses(self, count=60):
-        """Nats per token on stories never trained on, of the trunk and of the head."""
+        """Return nats per token on stories never trained on, of the trunk and of the head."""
         rng, trunk, head, n, m = random.Random(HELD_OUT_SEED), 0.0, 0.0, 0, 0
-        for _ in range(count):
+        for _ in range(self.many(count)):
             ids = [*self.encode(tell(rng).text), 2]
             a, b = self.forward(ids)
             trunk -= log_probs(a[:-1])[np.arange(len(ids) - 1), ids[1:]].sum()
@@ -150,12 +144,12 @@ class Figures:
         }
 
     def drafting(self, count=30):
-        """How often the head's guess is accepted, in the model's greedy and in its sampled text."""
+        """Return how often the head's guess is accepted, in the model's greedy and in its sampled text."""
         rng = random.Random(HELD_OUT_SEED)
         figures = {}
         for name, temperature in (("greedy", 0.0), ("temperature 0.7", 0.7)):
             kept = total = 0
-            for i in range(count):
+            for i in range(self.many(count)):
                 who = rng.choice(words.NAMES)
                 child = "girl" if who in words.GIRLS else "boy"
                 prompt = self.encode(f"Once upon a time, there was a little {child} named {who}.")
@@ -174,9 +168,9 @@ class Figures:
             figures[f"MTP acceptance, {name}"] = kept / total
         return figures
 
-    def expert_load(self, texts):
-        """Tokens of the busiest expert over the mean, in every expert layer, on the model's own stories."""
-        model = self.engine.model
+    def expert_load(self, texts, what):
+        """Return the tokens of the busiest expert over the mean, in every expert layer, on these texts."""
+        model = self.engine.runner.model
         ops, seen = model.backend.ops, []
 
         def counted(*args):
@@ -184,18 +178,33 @@ class Figures:
             seen.append(np.bincount(np.asarray(routing.expert).ravel(), minlength=model.cfg.n_routed_experts))
             return routing
 
-        watched = replace(model, backend=replace(model.backend, ops=replace(ops, route=counted)))
-        figures = Figures(replace(self.engine, model=watched))
+        watched = replace(model, backend=replace(model.backend, ops=replace(ops, route=counted), step=None))
+        figures = Figures(replace(self.engine, runner=LocalRunner(watched)))
         layers = [i for i, kind in enumerate(model.cfg.layers) if kind == "E"] + ["mtp"]
         loads = np.zeros((len(layers), model.cfg.n_routed_experts))
         for text in texts:
             seen.clear()
             figures.forward(self.encode(text)[:500])
-            loads += np.array(seen)
+            loads += np.array(seen).reshape(-1, *loads.shape).sum(0)
         return {
-            f"expert load max/mean, layer {name}": float(row.max() / row.mean())
+            f"expert load max/mean on {what}, layer {name}": judge.balance(row)
             for name, row in zip(layers, loads, strict=True)
         }
+
+    def samples(self, count=10):
+        """Return `count` stories and chats as they come, in Markdown."""
+        out = ["# Samples, none left out", "", "## Stories", ""]
+        for text in self.complete([BEGUN] * self.many(count), max_tokens=400, seed=11):
+            out += [BEGUN + text, "", "---", ""]
+        out += ["## Chats", ""]
+        rng = cases.seeded("samples")
+        for i in range(self.many(count)):
+            talk, thinking = chat.talk(rng), i % 2 == 0
+            case = cases.Case(talk.prompt(), talk.answer, tuple(talk.calls), talk.tools)
+            reply = self.replies([case], thinking, 300)[0]
+            out += [f"**{m['role']}** {m['content'] or m.get('tool_calls')}" for m in talk.prompt()]
+            out += [f"**reply, thinking {'on' if thinking else 'off'}** {reply}", "", "---", ""]
+        return "\n".join(out)
 
 
 def training_stories(count):
@@ -228,60 +237,62 @@ def longest_runs(texts, corpus):
     return best
 
 
-def measure(model, say):
-    """Tell all figures to `say`, in the order of the card; return the sampled stories and their faults."""
-    figures = Figures(refengine.load(model))
+def measure(model, say, size=1.0):
+    """Tell all figures to `say`, in the order of the card; return (Figures, faults of the stories)."""
+    figures = Figures(refengine.load(model), size)
     say(figures.losses())
     found, told, wrong = figures.stories()
     say(found)
-    for count in (4, 8):
-        for stories in (0, 1):
-            share, _ = figures.recall(count, stories)
-            say({f"recall, {count} facts, {stories} stories between": share})
-    for stories in (2, 4, 8, 16, 32):
-        share, length = figures.recall(4, stories, cases=16)
-        say({f"recall, 4 facts, {stories} stories between (about {length} tokens)": share})
+    say(figures.second_reading(told))
+    say(figures.recall())
     say(figures.small_skills())
     say(figures.chats())
     say(figures.drafting())
-    say(figures.expert_load(told[:40]))
-    return told, wrong
+    rng = cases.seeded("load")
+    say(figures.expert_load(told[: figures.many(40)], "stories"))
+    say(figures.expert_load([cases.text_of(chat.chat(rng)) for _ in range(figures.many(40))], "chats"))
+    return figures, wrong
 
 
-def write_card(path, figures):
-    """Put the figures between the markers of the card."""
-    before, rest = Path(path).read_text().split(MARKS[0])
-    rows = [
-        "| figure | measured |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in figures.items()),
-    ]
-    Path(path).write_text(
-        before + MARKS[0] + "\n" + "\n".join(rows) + "\n" + MARKS[1] + rest.split(MARKS[1])[1]
-    )
+def shown(value):
+    """Return a figure as it stands on the card."""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def row_of(name, value):
+    """Return (figure, measured, bar) as texts; a bar that is missed is marked."""
+    bar = cases.bar_of(name)
+    text = f"{bar[0]} {bar[1]:g}" if bar else ""
+    return name, shown(value), text if cases.met(name, value) is not False else f"{text} MISSED"
 
 
 def main():
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--card", help="also write the figures into this model card, between its markers")
-    parser.add_argument("--stories", help="also write the sampled stories to this file")
+    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--samples", help="also write ten stories and ten chats to this file")
+    parser.add_argument("--size", type=float, default=1.0, help="scales the numbers of cases (for tests)")
     args = parser.parse_args()
     begun, out = time.perf_counter(), {}
 
     def say(found):
+        out.update(found)
         for name, value in found.items():
-            out[name] = f"{value:.3f}" if isinstance(value, float) else str(value)
-            print(f"{name:76s} {out[name]}", flush=True)
+            print("{:76s} {:>9s}  {}".format(*row_of(name, value)), flush=True)
 
-    told, wrong = measure(args.model, say)
-    say({"seconds this took": round(time.perf_counter() - begun)})
+    figures, wrong = measure(args.model, say, args.size)
+    missed = [name for name, value in out.items() if cases.met(name, value) is False]
+    say({"bars missed": len(missed), "seconds this took": round(time.perf_counter() - begun)})
     for why in wrong[:10]:
         print("failed:", why)
     if args.card:
-        write_card(args.card, out)
-    if args.stories:
-        Path(args.stories).write_text("\n\n----\n\n".join(told))
+        write_figures(Path(args.card), [row_of(name, value) for name, value in out.items()])
+    if args.json:
+        Path(args.json).write_text(json.dumps(out, indent=1) + "\n")
+    if args.samples:
+        Path(args.samples).write_text(figures.samples() + "\n")
 
 
 if __name__ == "__main__":

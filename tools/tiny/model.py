@@ -6,11 +6,14 @@ expert. Documents are packed into rows; `first` marks the tokens that start a do
 layer's experts are stacked.
 """
 
+import itertools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from . import kernels
 
 
 class RMSNorm(nn.Module):
@@ -83,6 +86,11 @@ class Mamba(nn.Module):
         b, length, _ = x.shape
         gn = self.g * self.n
         z, xBC, dt = self.in_proj(x).split([self.inner, self.inner + 2 * gn, self.h], -1)
+        if kernels.fits(self.cfg, length):
+            age = age.int()
+            xBC = kernels.ConvSilu.apply(xBC, self.conv1d.weight[:, 0], self.conv1d.bias, age)
+            A, dt = -self.A_log.exp(), F.softplus(dt + self.dt_bias)
+            return self.gated(kernels.Scan.apply(xBC, dt, A, self.D, age, self.g), z)
         w = self.conv1d.weight[:, 0]  # c k
         k = w.shape[1]
         y = self.conv1d.bias + w[:, k - 1] * xBC
@@ -99,11 +107,13 @@ class Mamba(nn.Module):
             first,
             self.cfg["chunk_size"],
         )
-        y = (y + self.D[:, None] * xs).reshape(b, length, self.inner) * F.silu(z)
-        y = F.rms_norm(
-            y.view(b, length, self.g, -1), (self.inner // self.g,), eps=self.cfg["layer_norm_epsilon"]
-        )
-        return self.out_proj(y.reshape(b, length, self.inner) * self.norm.weight)
+        return self.gated((y + self.D[:, None] * xs).reshape(b, length, self.inner), z)
+
+    def gated(self, y, z):
+        """Gate, normalise by groups and project out: y and z b l inner -> b l d."""
+        groups = (y * F.silu(z)).unflatten(-1, (self.g, -1))
+        y = F.rms_norm(groups, groups.shape[-1:], eps=self.cfg["layer_norm_epsilon"])
+        return self.out_proj(y.flatten(-2) * self.norm.weight)
 
 
 class Attention(nn.Module):
@@ -123,6 +133,51 @@ class Attention(nn.Module):
         k, v = (t.repeat_interleave(self.q // self.kv, 1) for t in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o_proj(y.transpose(1, 2).reshape(b, length, -1))
+
+
+class Experts(torch.autograd.Function):
+    """The routed experts: u t l, up e i l, down e l i, idx and w t k, counts e -> sum of w * expert(u), t l.
+
+    Tokens are sorted by expert once; each expert is two products forward and four backward on its slice of
+    one array, without a node of autograd for each.
+    """
+
+    @staticmethod
+    def forward(ctx, u, up, down, idx, w, counts):
+        """Return the weighted sum over each token's experts."""
+        order = idx.reshape(-1).argsort(stable=True)
+        token, edges = order // idx.shape[1], [0, *counts.cumsum(0).tolist()]
+        x, share = u[token], w.reshape(-1)[order, None]
+        act, y = x.new_empty(len(order), up.shape[1]), torch.empty_like(x)
+        spans = [(e, a, b) for e, (a, b) in enumerate(itertools.pairwise(edges)) if a < b]
+        for e, a, b in spans:
+            torch.mm(x[a:b], up[e].T, out=act[a:b])
+        act.relu_()
+        square = act * act
+        for e, a, b in spans:
+            torch.mm(square[a:b], down[e].T, out=y[a:b])
+        ctx.save_for_backward(x, up, down, act, square, y, share, order, token)
+        ctx.spans, ctx.shape = spans, w.shape
+        return torch.zeros_like(u).index_add_(0, token, y * share)
+
+    @staticmethod
+    def backward(ctx, g):
+        """Return the gradients of u, up, down and w."""
+        x, up, down, act, square, y, share, order, token = ctx.saved_tensors
+        gy = g[token]
+        gw = gy.new_empty(len(order)).index_copy_(0, order, (gy * y).sum(-1)).view(ctx.shape)
+        gy *= share
+        gup, gdown = torch.zeros_like(up), torch.zeros_like(down)
+        gact, gx = torch.empty_like(act), torch.empty_like(x)
+        for e, a, b in ctx.spans:
+            torch.mm(gy[a:b].T, square[a:b], out=gdown[e])
+            torch.mm(gy[a:b], down[e], out=gact[a:b])
+        gact.mul_(act).mul_(2.0)
+        for e, a, b in ctx.spans:
+            torch.mm(gact[a:b].T, x[a:b], out=gup[e])
+            torch.mm(gact[a:b], up[e], out=gx[a:b])
+        gu = torch.zeros_like(g).index_add_(0, token, gx)
+        return gu, gup, gdown, None, gw, None
 
 
 class LatentMoE(nn.Module):
@@ -145,28 +200,17 @@ class LatentMoE(nn.Module):
 
     def forward(self, h):
         shape, h = h.shape, h.reshape(-1, h.shape[-1])  # t d
-        tokens, e = h.shape[0], self.bias.shape[0]
+        e = self.bias.shape[0]
         s = self.gate(h).sigmoid()
         idx = (s.detach() + self.bias).topk(self.k, -1).indices  # t k
         w = s.gather(1, idx)
         w = w / (w.sum(-1, keepdim=True) + 1e-20) * self.scale
-        flat = idx.reshape(-1)
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=e)
-        u = self.fc1(h)[order // self.k].split(counts.tolist())  # one piece an expert
-        y = torch.cat(
-            [
-                F.relu(piece @ up.T).square() @ down.T
-                for piece, up, down in zip(u, self.up.unbind(), self.down.unbind(), strict=True)
-            ]
-        )
-        back = torch.empty_like(order).index_copy(0, order, torch.arange(len(order)))
-        y = y[back].view(tokens, self.k, -1)
-        r = (y * w[..., None]).sum(1)
+        counts = torch.bincount(idx.reshape(-1), minlength=e)
+        r = Experts.apply(self.fc1(h), self.up, self.down, idx, w, counts)
         out = self.fc2(r) + self.shared_down(F.relu(self.shared_up(h)).square())
         self.load = counts
         p = (s / s.sum(-1, keepdim=True)).mean(0)
-        self.aux = e * (p * counts / flat.numel()).sum()
+        self.aux = e * (p * counts / idx.numel()).sum()
         return out.view(shape)
 
 

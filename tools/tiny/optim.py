@@ -1,10 +1,20 @@
-"""Muon for matrices, Adam for everything else, and a running average of the weights (what is exported)."""
+"""One array of all parameters, stepped by Muon (matrices) and Adam (the rest), and its running average.
+
+Parameters of a model are laid into one array in four parts: the trunk's and the prediction head's share of
+Adam, then of Muon. So a gradient is exchanged in one piece, a checkpoint holds a few arrays, and the
+prediction head can rest on the steps that do not train it.
+"""
 
 import torch
 
+from .ranks import Ranks
+
+BETA1, BETA2, EPSILON, MOMENTUM = 0.9, 0.97, 1e-8, 0.95
+PARTS = ("adam", "adam_mtp", "muon", "muon_mtp")
+
 
 def orthogonalize(g, steps=5):
-    """The nearest semi-orthogonal matrix, roughly, by a quintic Newton-Schulz iteration; g ... m n."""
+    """Return roughly the nearest semi-orthogonal matrix, by a quintic Newton-Schulz iteration; g ... m n."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[-2] > g.shape[-1]
     x = g.transpose(-1, -2) if tall else g
@@ -15,45 +25,111 @@ def orthogonalize(g, steps=5):
     return x.transpose(-1, -2) if tall else x
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized per matrix; a stack of experts is a stack of matrices."""
-
-    def __init__(self, params, lr=0.02, momentum=0.95):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalize(p.grad.lerp(buffer, group["momentum"]))
-                p.add_(update, alpha=-group["lr"] * max(1.0, p.shape[-2] / p.shape[-1]) ** 0.5)
+def part_of(name, parameter):
+    """Return the part of PARTS of a parameter; embedding, head, router and convolution are Adam's."""
+    matrix = parameter.ndim >= 2 and not any(k in name for k in ("embeddings", "lm_head", "gate", "conv1d"))
+    return ("muon" if matrix else "adam") + ("_mtp" if name.startswith("mtp.") else "")
 
 
 def split_parameters(model):
-    """(matrices for Muon, the rest for Adam): embedding, head, routers, convolutions, vectors."""
-    muon, adam = [], []
-    for name, p in model.named_parameters():
-        matrix = p.ndim >= 2 and not any(k in name for k in ("embeddings", "lm_head", "gate", "conv1d"))
-        (muon if matrix else adam).append(p)
-    return muon, adam
+    """Return (matrices for Muon, the rest for Adam)."""
+    named = list(model.named_parameters())
+    muon = [p for n, p in named if part_of(n, p).startswith("muon")]
+    return muon, [p for n, p in named if part_of(n, p).startswith("adam")]
 
 
-class Average:
-    """Exponential moving average of parameters; buffers (selection biases) are copied."""
+class Optimizer:
+    """Lays a model's parameters and gradients into one array each, and steps them.
 
-    def __init__(self, model, decay):
-        self.decay, self.seen = decay, 0
-        self.values = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    `values`, `grads`, `momentum` (Muon), `first` and `second` (Adam) and `average` are float32 arrays of all
+    parameters; every rank holds the same ones.
+    """
+
+    def __init__(self, model, ranks=None, average=0.99):
+        self.ranks, self.keep, self.steps = (
+            ranks or Ranks(),
+            average,
+            {"adam": 0, "adam_mtp": 0, "average": 0},
+        )
+        named = sorted(model.named_parameters(), key=lambda item: PARTS.index(part_of(*item)))
+        self.values = torch.cat([p.detach().reshape(-1) for _, p in named])
+        self.grads = torch.zeros_like(self.values)
+        self.momentum, self.first, self.second = (torch.zeros_like(self.values) for _ in range(3))
+        self.average = self.values.clone()
+        self.spans, self.matrices, at = {}, {"muon": [], "muon_mtp": []}, 0
+        for name, p in named:
+            part, end = part_of(name, p), at + p.numel()
+            p.data, p.grad = (flat[at:end].view(p.shape) for flat in (self.values, self.grads))
+            self.spans[part] = (self.spans.get(part, (at,))[0], end)
+            if part in self.matrices:
+                self.matrices[part].append((at, end, p.shape))
+            at = end
+        self.ranks.allocate(at)
+        self.share_out()
+
+    def share_out(self):
+        """Give each matrix to one rank, the largest work first to the rank with the least."""
+        self.mine = {}
+        for part, matrices in self.matrices.items():
+            load, self.mine[part] = [0] * self.ranks.size, []
+            for at, end, shape in sorted(matrices, key=lambda m: -(m[1] - m[0]) * min(m[2][-2:])):
+                rank = load.index(min(load))
+                load[rank] += (end - at) * min(shape[-2:])
+                if rank == self.ranks.rank:
+                    self.mine[part].append((at, end, shape))
 
     @torch.no_grad()
-    def update(self, model):
-        self.seen += 1
-        keep = min(self.decay, self.seen / (self.seen + 10))
-        for k, v in model.state_dict().items():
-            self.values[k].lerp_(v, 1 - keep) if not k.endswith(".bias") or "conv1d" in k else self.values[
-                k
-            ].copy_(v)
+    def step(self, muon_rate, adam_rate, head):
+        """Take one step with the gradients of all ranks, and clear them; `head`: the prediction head too."""
+        self.ranks.mean(self.grads)
+        parts = ("", "_mtp") if head else ("",)
+        norm = torch.stack([self.grads[slice(*self.spans["adam" + p])].norm() for p in parts]).norm()
+        scale = 1.0 / max(1.0, float(norm))
+        for p in parts:
+            self._adam("adam" + p, adam_rate, scale)
+            self._orthogonal("muon" + p)
+        self.ranks.wait()
+        for p in parts:
+            a, b = self.spans["muon" + p]
+            self.values[a:b].sub_(self.ranks.updates[a:b], alpha=muon_rate)
+        self.steps["average"] += 1
+        seen = self.steps["average"]
+        self.average.lerp_(self.values, 1 - min(self.keep, seen / (seen + 10)))
+        self.grads.zero_()
+
+    def _adam(self, part, rate, scale):
+        """Step a part by Adam."""
+        span = slice(*self.spans[part])
+        g, m, v = self.grads[span].mul_(scale), self.first[span], self.second[span]
+        self.steps[part] += 1
+        n = self.steps[part]
+        m.lerp_(g, 1 - BETA1)
+        v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
+        root = v.sqrt().div_((1 - BETA2**n) ** 0.5).add_(EPSILON)
+        self.values[span].addcdiv_(m, root, value=-rate / (1 - BETA1**n))
+
+    def _orthogonal(self, part):
+        """Write the updates of this rank's matrices where all ranks read them."""
+        a, b = self.spans[part]
+        self.momentum[a:b].lerp_(self.grads[a:b], 1 - MOMENTUM)
+        for at, end, shape in self.mine[part]:
+            g = self.grads[at:end].lerp(self.momentum[at:end], MOMENTUM).view(shape)
+            size = max(1.0, shape[-2] / shape[-1]) ** 0.5
+            self.ranks.updates[at:end].view(shape).copy_(orthogonalize(g)).mul_(size)
+
+    def state(self):
+        """Return what a later run needs to go on: arrays by name, and the counts of steps."""
+        names = ("values", "momentum", "first", "second", "average")
+        return {name: getattr(self, name) for name in names} | {"steps": dict(self.steps)}
+
+    def restore(self, state):
+        """Take over a state that `state` returned."""
+        self.steps = dict(state["steps"])
+        for name in ("values", "momentum", "first", "second", "average"):
+            getattr(self, name).copy_(state[name])
+
+    def use_average(self):
+        """Put the running average in the place of the values (before an export); the values are returned."""
+        values = self.values.clone()
+        self.values.copy_(self.average)
+        return values

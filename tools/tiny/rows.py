@@ -1,8 +1,9 @@
-"""What the embedded model reads while it is trained: rows of tokens, and what each token is worth.
+"""The rows of tokens that the embedded model is trained on, and the weight of each token.
 
 batch(rows) -> ids [rows length], first [rows length]: a document begins here, weight [rows length]
 """
 
+import hashlib
 import random
 
 import numpy as np
@@ -13,8 +14,9 @@ from .stories import documents, words
 class Pairs:
     """Rows of symbols, the densest practice of recall; `weight` marks what can be known.
 
-    A quarter of the rows: `count` (name, thing) pairs, then the names again, each with its thing. A quarter:
-    pairs of any symbols. Half: random words, among them one or two names, each after its own verbs.
+    Of eight rows two hold `count` (name, thing) pairs, then the names again, each with its thing; two hold
+    pairs of any symbols; one holds 2 * `count` symbols again and again in the same order (copying); three
+    hold random words, among them one or two names, each after its own verbs.
     """
 
     VERBS = "said asked cried thought whispered shouted called and but for when with hugged".split()  # noqa: SIM905
@@ -35,6 +37,11 @@ class Pairs:
         weight = np.zeros((rows, self.length), np.float32)
         for r in range(rows):
             kind = r % 4
+            if r % 8 == 3:
+                size = 2 * self.count
+                ids[r] = np.resize(self.rng.permutation(self.symbols)[:size], self.length)
+                weight[r, size + 1 :] = 1
+                continue
             if kind >= 2:
                 self._talk(ids[r], weight[r])
                 continue
@@ -65,19 +72,45 @@ class Pairs:
             at += 2 + int(self.rng.integers(0, 3)) * int(self.rng.random() < 0.5)
 
 
-class Mixed:
-    """Packed rows of documents, a share of them from the `skills` mix."""
+def seeded(*numbers):
+    """Return a seed for `random` and NumPy that differs for every tuple of numbers."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little")
 
-    def __init__(self, tokenizer, seed, length):
-        self.rng, self.tokenizer, self.share = random.Random(seed), tokenizer, 1.0
-        self.rows = documents.pack(self._documents(), length)
 
-    def _documents(self):
+class Rows:
+    """The rows of every step, a function of (seed, rank, step) alone: a resumed run reads what it would have
+    read.
+
+    Documents are drawn and packed for BLOCK steps at a time; what does not fit into the last rows is dropped.
+    """
+
+    BLOCK = 32
+
+    def __init__(self, tokenizer, seed, rank, tokens, length):
+        self.tokenizer, self.seed, self.rank, self.tokens, self.length = tokenizer, seed, rank, tokens, length
+        self.at, self.rows = None, []
+
+    def dense(self, step, count):
+        """Return the dense rows of a step, with `count` pairs (None: drawn)."""
+        seed = seeded(self.seed, self.rank, "dense", step)
+        source = Pairs(self.tokenizer, seed)
+        source.count = count or (2, 4, 8)[seed % 3]
+        return source.batch(self.tokens // source.length)
+
+    def documents(self, step, share):
+        """Return the packed rows of a step; `share` of the documents come from the skills mix."""
+        block, index = divmod(step, self.BLOCK)
+        each = self.tokens // self.length
+        if self.at != (block, share):
+            rng = random.Random(seeded(self.seed, self.rank, "documents", block))
+            packed = documents.pack(self._endless(rng, share), self.length)
+            self.at, self.rows = (block, share), [next(packed) for _ in range(each * self.BLOCK)]
+        return tuple(
+            np.stack(part) for part in zip(*self.rows[index * each : (index + 1) * each], strict=True)
+        )
+
+    def _endless(self, rng, share):
         while True:
-            mix = "skills" if self.rng.random() < self.share else "world"
-            kind, pieces = documents.document(self.rng, mix)
+            kind, pieces = documents.document(rng, "skills" if rng.random() < share else "world")
             ids, weight = documents.encode(self.tokenizer, pieces)
-            yield ids, weight * (2.0 if kind not in ("story", "about_story", "chat", "cast_lines") else 1.0)
-
-    def batch(self, rows):
-        return tuple(np.stack(part) for part in zip(*(next(self.rows) for _ in range(rows)), strict=True))
+            yield ids, weight * documents.worth(kind)

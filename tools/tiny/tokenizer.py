@@ -49,7 +49,8 @@ def train(vocab_size=2048, seed=0, count=6000):
         for special in SPECIALS:
             text = text.replace(special, "\n")
         texts.append(text)
-    whole = {*words.NAMES, *words.NUMBERS, *words.FOODS, *words.HELPERS, *skills.COPY_WORDS}
+    whole = {*words.NAMES, *words.NUMBERS, *words.FOODS, *words.HELPERS, *words.CITIES, *words.WEATHER}
+    whole |= set(skills.COPY_WORDS)
     texts += ["".join(f" {w}" for w in sorted(whole))] * 300
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

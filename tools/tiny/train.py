@@ -1,275 +1,318 @@
-"""Train the embedded model: `python -m tools.tiny.train --work DIR --minutes 100`.
+"""Train the embedded model, from random weights to the files of the package:
 
-Stages, each left on accuracy and not on the clock (docs/lab-notes.md says what happened without them):
+    python -m tools.tiny.train --seed 1 --out DIR               (--resume goes on after a kill, to the same
+    bits)
 
-    pairs    rows of 64 symbols: name thing name thing ..., then the same in another order; 2, 4, 8 pairs
-    skills   recall, restating and copying in words, lines about one cast, until facts and casts are kept
-    world    stories, with the share of skills falling; the learning rate falls to a tenth with the minutes
+Stages go by steps, never by the clock or by accuracy (docs/lab-notes.md says why each is there):
 
-`--init DIR` starts from exported weights (the tokenizer may have changed: rows of the embedding follow their
-token). Checkpoints go to `--work`, the newest is resumed; `--export DIR` writes the running average as a
-BF16 checkpoint.
+    pairs    dense rows of symbols: name thing name thing ..., asked again in another order; 2, 4, then 8
+    pairs skills   recall, copying, counting and sums in words, lines about one cast, chats; dense rows go on
+    world    stories and chats, with skills mixed in; the learning rate falls to a twentieth
+
+DIR receives the package's files, the card with its figures, curves and samples; DIR/run the log and the state
+of the run. Two processes of one thread each train together; each step takes the mean of their gradients.
 """
 
 import argparse
 import json
 import platform
-import random
+import shutil
+import subprocess
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
+from . import ranks as processes
 from . import tokenizer as tiny_tokenizer
 from .accuracy import drafts_agree, kept, recall_accuracy
-from .checkpoint import CONFIG, read_checkpoint, write_checkpoint
+from .card import curve, write_text
+from .checkpoint import CONFIG, PACKAGED, read_checkpoint, write_checkpoint
 from .model import TinyModel
-from .optim import Average, Muon, split_parameters
-from .rows import Mixed, Pairs
+from .optim import Optimizer
+from .rows import Pairs, Rows
 
-MTP_WEIGHT, AUX_WEIGHT = 0.3, 1e-3
-MTP_EVERY = 2  # the draft head learns on every second step: it costs a third
+__all__ = ["CONFIG", "Pairs", "Plan", "Trainer", "read_checkpoint", "main"]
+MTP_WEIGHT, AUX_WEIGHT = 0.3, 3e-3
+MTP_EVERY = 2  # the prediction head learns on every second step: it costs a third
+LOG_EVERY, SAVE_EVERY, PROBE_EVERY = 20, 100, 500
+STAGES = (500, 900, 5600)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages in steps, and what each step does: a function of its number alone."""
+
+    pairs: int
+    skills: int
+    world: int
+
+    @property
+    def steps(self):
+        """Return the number of steps of the whole run."""
+        return self.pairs + self.skills + self.world
+
+    def stage(self, step):
+        """Return (stage, steps since it began)."""
+        for name in ("pairs", "skills", "world"):
+            if step < getattr(self, name) or name == "world":
+                return name, step
+            step -= getattr(self, name)
+
+    def rate(self, step):
+        """Return the learning rate in units of (Muon 0.02, Adam 3e-3), with 20 steps of warm-up."""
+        name, age = self.stage(step)
+        if name == "world":
+            return 0.5 * (1 - 0.95 * age / self.world)
+        return (1.0 if name == "pairs" else 0.7) * min(1.0, (step + 1) / 20)
+
+    def dense(self, step):
+        """Return whether a step reads dense rows, and with how many pairs (None: any)."""
+        name, age = self.stage(step)
+        if name == "pairs":
+            return True, 2 if age < 0.2 * self.pairs else 4 if age < 0.45 * self.pairs else 8
+        return (age % 4 == 1 if name == "skills" else age % 20 == 1), None
+
+    def share(self, step):
+        """Return the share of skills among the documents of a step: all, then falling over 600 steps."""
+        name, age = self.stage(step - step % Rows.BLOCK)
+        return 1.0 if name != "world" else max(0.0, round(0.7 * (1 - age / min(600, self.world)), 3))
+
+    def bias_step(self, step):
+        """Return by how much a step moves the selection biases of the experts."""
+        return max(0.001, 0.02 * (1 - self.stage(step)[1] / 250))
 
 
 class Trainer:
-    def __init__(self, model, tokenizer, args):
-        self.model, self.tokenizer, self.args = model, tokenizer, args
-        muon, adam = split_parameters(model)
-        self.muon, self.adam = Muon(muon), torch.optim.Adam(adam, betas=(0.9, 0.97))
-        self.average = Average(model, args.average)
-        self.stage, self.step, self.tokens, self.seconds, self.age = args.stage, 0, 0, 0.0, 0
-        path = Path(args.init or "") / "training.json"
-        self.before = json.loads(path.read_text()).get("runs", []) if args.init and path.exists() else []
-        self.last_mtp, self.ramping = 0.0, args.stage != "world"
-        self.log = open(Path(args.work) / "log.jsonl", "a")  # noqa: SIM115 (lives as long as the run)
+    """A model, its optimizer and its place in a plan; every rank has one, and all hold the same values."""
 
-    def learn(self, batch, rate):
-        """One step at `rate` (1 is Muon 0.02 and Adam 3e-3)."""
-        begun = time.perf_counter()
-        self.age += 1
-        rate *= min(1.0, self.age / 20)
-        for group in self.muon.param_groups:
-            group["lr"] = 0.02 * rate
-        for group in self.adam.param_groups:
-            group["lr"] = 3e-3 * rate
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        plan,
+        out,
+        seed=1,
+        ranks=None,
+        tokens=2048,
+        length=512,
+        average=0.99,
+        save_every=SAVE_EVERY,
+    ):
+        self.model, self.tokenizer, self.plan, self.out, self.seed = model, tokenizer, plan, Path(out), seed
+        self.ranks, self.save_every = ranks or processes.Ranks(), save_every
+        self.optimizer = Optimizer(model, self.ranks, average)
+        self.rows = Rows(tokenizer, seed, self.ranks.rank, tokens, length)
+        self.step, self.tokens, self.seconds, self.mtp_loss = 0, 0, 0.0, 0.0
+
+    def batch(self):
+        """Return (ids, first, weight) of this step for this rank."""
+        dense, count = self.plan.dense(self.step)
+        return (
+            self.rows.dense(self.step, count)
+            if dense
+            else self.rows.documents(self.step, self.plan.share(self.step))
+        )
+
+    def learn(self, batch):
+        """Take one step; return the loss of the trunk on this rank's rows and the worst load of an expert."""
+        begun, head = time.perf_counter(), self.step % MTP_EVERY == 0
         ids, first, weight = (torch.as_tensor(t) for t in batch)
-        both = self.step % MTP_EVERY == 0
-        main, mtp = self.model.losses(ids, first, weight, both)
-        moes = self.model.moes() if both else self.model.moes()[:-1]
+        main, mtp = self.model.losses(ids, first, weight, head)
+        moes = self.model.moes() if head else self.model.moes()[:-1]
         loss = main + AUX_WEIGHT * sum(m.aux for m in moes)
-        if both:
+        if head:
             loss = loss + MTP_WEIGHT * mtp
-            self.last_mtp = float(mtp.detach())
+            self.mtp_loss = float(mtp.detach())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.adam.param_groups[0]["params"], 1.0)
-        self.muon.step()
-        self.adam.step()
-        self.muon.zero_grad()
-        self.adam.zero_grad()
-        worst = 0.0
-        for m in moes:
-            load = m.load.float()
-            m.bias += max(0.002, 0.02 * (1 - self.age / 250)) * (load.mean() - load).sign()
-            worst = max(worst, float(load.max() / load.mean()))
-        self.average.update(self.model)
+        rate = self.plan.rate(self.step)
+        self.optimizer.step(0.02 * rate, 3e-3 * rate, head)
+        load = torch.stack([m.load.float() for m in moes])
+        self.ranks.mean(load.view(-1))
+        mean = load.mean(1, keepdim=True)
+        for m, row in zip(moes, (mean - load).sign() * self.plan.bias_step(self.step), strict=True):
+            m.bias += row
         self.step += 1
-        self.tokens += ids.numel()
+        self.tokens += ids.numel() * self.ranks.size
         self.seconds += time.perf_counter() - begun
-        return float(main.detach()), self.last_mtp, worst
+        return float(main.detach()), float((load / mean).max())
 
-    def say(self, **facts):
-        line = {
-            "stage": self.stage,
-            "step": self.step,
-            "tokens": self.tokens,
-            "minutes": round(self.seconds / 60, 2),
-            **{k: round(v, 4) if isinstance(v, float) else v for k, v in facts.items()},
-        }
-        self.log.write(json.dumps(line) + "\n")
-        self.log.flush()
+    def run(self):
+        """Train to the end of the plan; write the log and the state on the way."""
+        losses = []
+        while self.step < self.plan.steps:
+            begun = time.perf_counter()
+            batch = self.batch()
+            self.seconds += time.perf_counter() - begun
+            loss, load = self.learn(batch)
+            losses.append(loss)
+            if self.step % LOG_EVERY == 0 or self.step == self.plan.steps:
+                self.write(loss=sum(losses) / len(losses), mtp=self.mtp_loss, load=load)
+                losses = []
+            if self.step % PROBE_EVERY == 0:
+                self.probe()
+            if self.step % self.save_every == 0 or self.step == self.plan.steps:
+                self.save()
+                losses = []
+
+    def write(self, **facts):
+        """Add a line to the log, on rank 0."""
+        if self.ranks.rank:
+            return
+        line = {"step": self.step, "stage": self.plan.stage(self.step - 1)[0], "tokens": self.tokens}
+        line |= {name: round(value, 4) for name, value in facts.items()}
+        line["minutes"] = round(self.seconds / 60, 2)
+        with open(self.out / "run" / "log.jsonl", "a") as log:
+            log.write(json.dumps(line) + "\n")
         print(line, flush=True)
 
+    @torch.no_grad()
+    def probe(self):
+        """Log recall, words kept, held-out losses and the drafts' agreement, of the averaged weights."""
+        if self.ranks.rank:
+            return
+        begun = time.perf_counter()
+        values = self.optimizer.use_average()
+        held = Rows(self.tokenizer, self.seed + 1000, 0, 4 * self.rows.length, self.rows.length)
+        batch = held.documents(0, 0.0)
+        ids, first, weight = (torch.as_tensor(t) for t in batch)
+        main, mtp = self.model.losses(ids, first, (weight > 0).float())
+        self.optimizer.values.copy_(values)
+        facts = {"held_out": float(main), "held_out_mtp": float(mtp), "kept": kept(self.model, batch)}
+        facts |= {"agree": drafts_agree(self.model, batch)}
+        facts |= {"recall8": recall_accuracy(self.model, self.tokenizer, 8, 0, rows=8)}
+        self.seconds += time.perf_counter() - begun
+        self.write(**facts)
+
     def save(self):
-        state = {
-            "model": self.model.state_dict(),
-            "average": self.average.values,
-            "seen": self.average.seen,
-            "muon": self.muon.state_dict(),
-            "adam": self.adam.state_dict(),
-            "stage": self.stage,
-            "step": self.step,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "age": self.age,
-        }
-        path = Path(self.args.work) / "last.pt"
+        """Write the state of the run, on rank 0; it replaces the one before when it is complete."""
+        self.ranks.wait()  # the others' clocks stop here too: seconds differ, bits do not
+        if self.ranks.rank:
+            return
+        state = {"optimizer": self.optimizer.state(), "step": self.step, "tokens": self.tokens}
+        state |= {"seconds": self.seconds, "mtp_loss": self.mtp_loss, "seed": self.seed}
+        state |= {"plan": (self.plan.pairs, self.plan.skills, self.plan.world)}
+        state["biases"] = [m.bias for m in self.model.moes()]
+        path = self.out / "run" / "state.pt"
         torch.save(state, path.with_suffix(".part"))
         path.with_suffix(".part").rename(path)
 
     def resume(self):
-        path = Path(self.args.work) / "last.pt"
+        """Take over the state of DIR/run; return False where there is none. Cut the log to it."""
+        path = self.out / "run" / "state.pt"
         if not path.exists():
             return False
         state = torch.load(path, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.average.values, self.average.seen = state["average"], state["seen"]
-        self.muon.load_state_dict(state["muon"])
-        self.adam.load_state_dict(state["adam"])
-        for name in ("stage", "step", "tokens", "seconds", "age"):
+        plan = (self.plan.pairs, self.plan.skills, self.plan.world)
+        if (state["seed"], tuple(state["plan"])) != (self.seed, plan):
+            raise SystemExit(f"{path} is of --seed {state['seed']} and --stages {state['plan']}")
+        self.optimizer.restore(state["optimizer"])
+        for m, bias in zip(self.model.moes(), state["biases"], strict=True):
+            m.bias.copy_(bias)
+        for name in ("step", "tokens", "seconds", "mtp_loss"):
             setattr(self, name, state[name])
+        if self.ranks.rank == 0:
+            log = self.out / "run" / "log.jsonl"
+            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+            log.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.step))
         return True
 
     def record(self):
-        """What this run did, after the runs that made the weights it began with (kept in training.json)."""
-        run = {
-            "tool": "tools/tiny/train.py",
-            "seed": self.args.seed,
-            "began_in_stage": self.args.stage,
-            "stage": self.stage,
-            "steps": self.step,
+        """Return what training.json holds."""
+        return {
+            "tool": "python -m tools.tiny.train",
+            "seed": self.seed,
+            "steps": {name: getattr(self.plan, name) for name in ("pairs", "skills", "world")},
             "tokens": self.tokens,
             "minutes": round(self.seconds / 60, 1),
-            "batch_tokens": self.args.batch,
-            "row_tokens": self.args.length,
-            "threads": self.args.threads,
-            "rate": self.args.rate,
+            "processes": self.ranks.size,
+            "tokens_per_step": self.ranks.size * self.rows.tokens,
+            "tokens_per_row": self.rows.length,
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
-        runs = [*self.before, run]
-        return {**{key: round(sum(r[key] for r in runs), 1) for key in ("tokens", "minutes")}, "runs": runs}
 
     def export(self):
-        model = TinyModel(self.model.cfg)
-        model.load_state_dict(self.average.values)
-        write_checkpoint(Path(self.args.work) / "export", model, self.tokenizer, self.record())
-        return model
+        """Write the files of the package from the averaged weights, with the log and its curves."""
+        values = self.optimizer.use_average()
+        write_checkpoint(self.out, self.model, self.tokenizer, self.record())
+        self.optimizer.values.copy_(values)
+        if self.out.resolve() != PACKAGED.resolve():
+            shutil.copy(PACKAGED / "chat_template.jinja", self.out)
+        lines = [json.loads(line) for line in (self.out / "run" / "log.jsonl").read_text().splitlines()]
+        (self.out / "curve.svg").write_text(curve(lines))
+        (self.out / "README.md").write_text(write_text(self.model, self.record(), lines))
 
-    def evaluate(self):
-        model = TinyModel(self.model.cfg)
-        model.load_state_dict(self.average.values)
-        near, far = (recall_accuracy(model, self.tokenizer, 8, n) for n in (0, 1))
-        batch = self.held_out
-        ids, first, weight = (torch.as_tensor(t) for t in batch)
-        with torch.no_grad():
-            main, mtp = model.losses(ids, first, (weight > 0).float())
-        keeping = kept(model, batch)
-        self.say(
-            kept=keeping,
-            recall8=near,
-            recall8_far=far,
-            held_out=float(main),
-            held_out_mtp=float(mtp),
-            agree=drafts_agree(model, batch),
-        )
-        return min(near, keeping + 0.1)
 
-    def run(self):
-        args = self.args
-        end = time.perf_counter() + 60 * args.minutes
-        held = Mixed(self.tokenizer, args.seed + 1000, args.length)
-        held.share = 0.0
-        self.held_out = held.batch(8)
-        if self.stage == "pairs":
-            self.pairs(end)
-        if self.stage == "skills":
-            self.skills(end)
-        self.world(end)
-        self.evaluate()
-        self.save()
-        self.export()
+def work(ranks, args, cfg):
+    """Train on one rank; rank 0 exports."""
+    torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
+    tokenizer = Tokenizer.from_file(str(Path(args.out) / "run" / "tokenizer.json"))
+    model = TinyModel({**cfg, "vocab_size": tokenizer.get_vocab_size()})
+    options = {"tokens": args.tokens, "length": args.length, "save_every": args.save_every}
+    trainer = Trainer(model, tokenizer, Plan(*args.stages), args.out, args.seed, ranks, **options)
+    if args.resume and trainer.resume() and ranks.rank == 0:
+        print("resumed at step", trainer.step, flush=True)
+    trainer.run()
+    if ranks.rank == 0:
+        trainer.export()
 
-    def pairs(self, end):
-        source, mean = Pairs(self.tokenizer, self.args.seed), 4.0
-        while time.perf_counter() < end:
-            main, mtp, load = self.learn(source.batch(self.args.batch // 64), 1.0)
-            mean += 0.1 * (main - mean)
-            if self.step % 20 == 0:
-                self.say(loss=mean, mtp=mtp, load=load, pairs=source.count)
-            if mean < (0.25 if source.count == 8 else 0.8):
-                if source.count == 8:
-                    break
-                source.count, mean = source.count * 2, 4.0
-        self.stage, self.age = "skills", 0
-        self.save()
-        self.export()
 
-    def skills(self, end):
-        source = Mixed(self.tokenizer, self.args.seed + 1 + self.step, self.args.length)
-        checked, dense = self.step, Pairs(self.tokenizer, self.args.seed + 3 + self.step)
-        while time.perf_counter() < end:
-            if self.step % 3 == 1:  # the first stage's rows go on, so that nothing of it is lost
-                dense.count = random.choice((2, 4, 8))
-                main, _, _ = self.learn(dense.batch(self.args.batch // 64), 0.7)
-                if self.step % 30 == 2:
-                    self.say(dense=main)
-            main, mtp, load = self.learn(source.batch(self.args.batch // self.args.length), 0.7)
-            if self.step % 20 == 0:
-                self.say(loss=main, mtp=mtp, load=load)
-            if self.step - checked >= 100:
-                checked = self.step
-                self.save()
-                if self.evaluate() >= 0.95:
-                    break
-        self.stage, self.age = "world", 0
-        self.save()
-        self.export()
-
-    def world(self, end):
-        source = Mixed(self.tokenizer, self.args.seed + 2 + self.step, self.args.length)
-        begun = saved = time.perf_counter()
-        while time.perf_counter() < end:
-            done = (time.perf_counter() - begun) / (end - begun)
-            source.share = max(0.0, 0.8 - self.age / self.args.ramp) if self.ramping else 0.0
-            rate = self.args.rate * (1 - 0.95 * done)
-            main, mtp, load = self.learn(source.batch(self.args.batch // self.args.length), rate)
-            if self.step % 20 == 0:
-                self.say(loss=main, mtp=mtp, load=load, rate=rate)
-            if time.perf_counter() - saved > 60 * self.args.save_every:
-                self.evaluate()
-                self.save()
-                self.export()
-                saved = time.perf_counter()
+def stages(text):
+    """Return the steps of three stages from 'PAIRS,SKILLS,WORLD'."""
+    numbers = tuple(int(part) for part in text.split(","))
+    if len(numbers) != 3 or min(numbers) < 1:
+        raise argparse.ArgumentTypeError("three numbers of steps, as in 500,900,5600")
+    return numbers
 
 
 def main():
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", required=True, help="directory for checkpoints, outside the repository")
-    parser.add_argument("--minutes", type=float, default=100.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--init", help="directory of exported weights to start from")
-    parser.add_argument("--stage", choices=("pairs", "skills", "world"), help="where to begin")
-    parser.add_argument("--batch", type=int, default=1920, help="tokens a step")
-    parser.add_argument("--length", type=int, default=384, help="tokens a row")
     parser.add_argument(
-        "--rate", type=float, default=0.5, help="learning rate of the last stage, in units of 0.02"
+        "--out", required=True, help="directory of the package's files, outside the repository"
     )
-    parser.add_argument("--ramp", type=int, default=300, help="steps over which skills give way to the world")
-    parser.add_argument("--average", type=float, default=0.99)
-    parser.add_argument("--save-every", type=float, default=4.0, help="minutes between checkpoints")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out after a kill")
+    parser.add_argument("--stages", type=stages, default=STAGES, help="steps of pairs,skills,world")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens a step and process")
+    parser.add_argument("--length", type=int, default=512, help="tokens a row")
+    parser.add_argument("--save-every", type=int, default=SAVE_EVERY, help="steps between states of the run")
+    parser.add_argument("--config", help="a JSON file of config fields to change (for tests)")
+    parser.add_argument("--documents", type=int, default=6000, help="documents to train the tokenizer on")
+    parser.add_argument("--no-evaluate", action="store_true", help="end after the export")
     args = parser.parse_args()
-    args.stage = args.stage or ("world" if args.init else "pairs")
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    random.seed(args.seed)
-    work = Path(args.work)
-    work.mkdir(parents=True, exist_ok=True)
-    path = work / "tokenizer.json"
-    if not path.exists():
-        tiny_tokenizer.train(CONFIG["vocab_size"], args.seed).save(str(path))
-    tokenizer = Tokenizer.from_file(str(path))
-    model = (
-        read_checkpoint(args.init, tokenizer)
-        if args.init
-        else TinyModel({**CONFIG, "vocab_size": tokenizer.get_vocab_size()})
-    )
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    trainer = Trainer(model, tokenizer, args)
-    if trainer.resume():
-        print("resumed at step", trainer.step, flush=True)
-    trainer.run()
+    run = Path(args.out) / "run"
+    if (run / "state.pt").exists() and not args.resume:
+        parser.error(f"{args.out} holds a run: --resume goes on with it")
+    run.mkdir(parents=True, exist_ok=True)
+    cfg = CONFIG | (json.loads(Path(args.config).read_text()) if args.config else {})
+    if not (run / "tokenizer.json").exists():
+        tiny_tokenizer.train(cfg["vocab_size"], args.seed, args.documents).save(
+            str(run / "tokenizer.json.part")
+        )
+        (run / "tokenizer.json.part").rename(run / "tokenizer.json")
+    if not args.resume:
+        (run / "log.jsonl").write_text("")
+    count = sum(p.numel() for p in TinyModel(cfg).parameters())
+    print(f"{count:,} parameters, {sum(args.stages):,} steps", flush=True)
+    processes.run(args.processes, count, work, args, cfg)
+    if not args.no_evaluate:
+        tool = [
+            sys.executable,
+            "-m",
+            "tools.tiny.evaluate",
+            "--model",
+            args.out,
+            "--card",
+            f"{args.out}/README.md",
+        ]
+        subprocess.run([*tool, "--samples", f"{args.out}/samples.md"], check=True)
 
 
 if __name__ == "__main__":

@@ -1,110 +1,321 @@
-"""Short chats through the chat template: greetings, stories on request, sums, recall, copying, questions.
+"""Chats of the small world: every kind of thing that can be asked of the embedded model, with the right
+reply.
 
-The rendering here is the template's (`render` is tested equal to it); what the assistant says carries the
-weight.
+`SCENES` names the kinds. Each is a function of (rng, talk) that adds turns to a talk, the last of them the
+one to ask in an evaluation. A prompt has exactly one right reply, and a reply that binds two words says the
+known one first.
 """
 
-from . import words
+from . import tools, words
 from .grammar import article
-from .skills import COPY_WORDS, FORM, SEEN, facts, weigh
+from .skills import COPY_WORDS, weigh
+from .talk import FORM, Talk
 from .world import plots, tell
 
-_GREET = ("Hello!", "Hi!", "Hi there!", "Good morning!", "Hello, how are you?", "Good evening!", "Hey!")
-_GREETED = (
-    "Hello! Would you like to hear a story?",
-    "Hello! I am happy to see you. Shall I tell you a story?",
-    "Hi! I can tell stories, remember small facts and add small numbers.",
-)
+_GREET = ("Hello!", "Hi!", "Hi there!", "Good morning!", "Hello, how are you?", "Good evening!", "Hey!", "hi",
+          "hello", "Hi", "Hello", "hey")  # fmt: skip
+GREETED = "Hello! I am happy to see you. Shall I tell you a story?"
 _WHO = ("Who are you?", "What are you?", "What is your name?", "What can you do?")
-_AM = ("I am a very small model that tells stories. I can also remember small facts and add small numbers.",)
-_THANKS = ("Thank you!", "Thanks!", "That was nice.", "I liked that.")
-_WELCOME = ("You are welcome! Come back for another story soon.",)
+AM = "I am a very small model. I tell stories, remember small facts, count, copy words and add small numbers."
+_THANKS = ("Thank you!", "Thanks!", "That was nice.", "I liked that.", "thanks", "Great!", "Very good!")
+WELCOME = "You are welcome! Come back for another story soon."
+SORRY = "I am sorry, I cannot do that. I can tell stories, remember small facts, count, copy words and add."
+_SYSTEMS = ("You are a helpful assistant.", "You are a kind storyteller.", "Answer in short sentences.")
+
+# What it cannot do; {x} takes a word, {n} and {m} numbers of two digits. The second list is never trained on.
+_BEYOND = (
+    "What is the capital of {x}?", "Who wrote the book about the {x}?", "Translate {x} into French.",
+    "Write a poem about the {x}.", "What time is it?", "What is {n} + {m}?", "What is {n} times {m}?",
+    "What is {n} - {m}?", "What is the weather in {x}?", "How is the weather today?", "Who won the game?",
+    "Can you write a computer program?", "What is the news today?", "Sing me a song about the {x}.",
+    "How old is the {x}?", "Explain how the {x} works.", "Where can I buy a {x}?", "How much is the {x}?",
+    "Do you know a recipe for {x}?", "How far is it to {x}?", "Draw a {x} for me.", "Who is the president?",
+    "What does the word {x} mean?", "Send a message to {x}.", "Book a room in {x}.",
+    "Is the {x} bigger than a house?",
+)  # fmt: skip
+_NEVER_TRAINED = (
+    "What is the population of {x}?", "Write a letter to {x}.", "Translate {x} into Spanish.",
+    "Who built the {x}?",
+    "What day is it?", "How do I repair a {x}?", "What is {n} divided by {m}?", "Play some music.",
+)  # fmt: skip
 
 
-def turn(rng):
-    """One exchange: (user pieces, thought, assistant pieces)."""
-    kind = rng.choice(
-        ("greet", "who", "story", "story", "story", "thing", "name", "sum", "recall", "copy", "question")
+def greet(rng, talk):
+    """Add a greeting and its reply."""
+    talk.user(rng.choice(_GREET))
+    talk.reply("The user says hello. I say hello too.", (GREETED, 1.0))
+
+
+def who(rng, talk):
+    """Add a question about the model itself."""
+    talk.user(rng.choice(_WHO))
+    talk.reply("The user asks who I am.", (AM, 1.0))
+
+
+def thanks(rng, talk):
+    """Add thanks, and the reply to them."""
+    talk.user(rng.choice(_THANKS))
+    talk.reply("The user is content.", (WELCOME, 1.0))
+
+
+def beyond(rng, talk, frames=_BEYOND):
+    """Add a request that the model cannot serve; the reply is always the same sentence."""
+    fill = {"x": rng.choice(words.CITIES + words.THINGS + words.FOODS), "n": rng.randint(10, 99)}
+    talk.user(rng.choice(frames).format(**fill, m=rng.randint(10, 99)))
+    talk.reply("That is more than I can do.", (SORRY, 1.0))
+
+
+def beyond_unseen(rng, talk):
+    """Add a request of a form that is never trained on."""
+    beyond(rng, talk, _NEVER_TRAINED)
+
+
+def _told(rng, talk, fixed, wish, thought):
+    """Add a request for a story and the story; return it."""
+    names = [
+        p.name for p in plots().values() if all(k in p.slots and v in p.slots[k] for k, v in fixed.items())
+    ]
+    story = tell(rng, rng.choice(names), fixed, exclude=talk.taken - set(fixed.values()))
+    talk.user(wish)
+    talk.reply(thought, *weigh(story))
+    talk.taken |= set(story.values.values())
+    return story
+
+
+def story(rng, talk):
+    """Add a story that may be about anything."""
+    wish = rng.choice(
+        ("Tell me a story.", "Please tell me a story.", "Can you tell me a story?", "A story, please!")
     )
-    if kind == "greet":
-        return (
-            [(rng.choice(_GREET), SEEN)],
-            "The user says hello. I will say hello too.",
-            [(rng.choice(_GREETED), 1.0)],
-        )
-    if kind == "who":
-        return [(rng.choice(_WHO), SEEN)], "The user asks who I am.", [(rng.choice(_AM), 1.0)]
-    if kind in ("story", "thing", "name"):
-        return _story(rng, kind)
-    if kind == "sum":
-        a, b = rng.randint(0, 9), rng.randint(0, 9)
-        return (
-            [(f"What is {a} + {b}?", SEEN)],
-            f"I add {a} and {b}. That makes {a + b}.",
-            [(f"{a} + {b} =", 0.5), (f" {a + b}", 1.0), (".", FORM)],
-        )
-    if kind == "recall":
-        pairs = facts(rng, rng.randint(2, 5))
-        name, thing = rng.choice(pairs)
-        told = " ".join(f"{n} has the {t}." for n, t in pairs)
-        return (
-            [(f"Remember: {told} What does {name} have?", SEEN)],
+    return _told(rng, talk, {}, wish, "The user wants a story.")
+
+
+def story_about(rng, talk, parts=None):
+    """Add a story about a name, a thing, or both, as the user asks: `parts` is some of "HT"."""
+    parts = parts or rng.choice(("H", "T", "HT", "HT"))
+    fixed = {}
+    if "T" in parts:
+        fixed["T"] = rng.choice([t for t in words.THINGS if t not in talk.taken])
+    if "H" in parts:
+        fixed["H"] = rng.choice([n for n in words.NAMES if n not in talk.taken])
+    name = fixed.get("H", "")
+    child = f"a {'girl' if name in words.GIRLS else 'boy'} named {name}" if rng.random() < 0.7 else name
+    about = " and ".join([child] * ("H" in parts) + [article(fixed[k]) for k in fixed if k == "T"])
+    wish = rng.choice(
+        ("Tell me a story about {}.", "Tell me a story about {}.", "Please tell me a story about {}.")
+    )
+    return _told(rng, talk, fixed, wish.format(about), f"The user wants a story about {about}.")
+
+
+def story_about_both(rng, talk):
+    """Add a story about a girl or boy by name and a thing: the request of the card."""
+    return story_about(rng, talk, "HT")
+
+
+def _question(rng, talk, questions, count):
+    """Add questions about a story, each with its answer."""
+    for question, answer in rng.sample(questions, min(count, len(questions))):
+        talk.user(question)
+        talk.reply(f"I look in the story. {answer}", (answer, 1.0))
+
+
+def question_given(rng, talk):
+    """Add a story that the user gives, with a question, and perhaps another question."""
+    given = tell(rng, exclude=talk.taken)
+    talk.taken |= set(given.values.values())
+    questions = rng.sample(given.questions, min(len(given.questions), rng.randint(1, 3)))
+    for i, (question, answer) in enumerate(questions):
+        talk.user(question if i else f"{given.text}\n\n{question}")
+        talk.reply(f"I look in the story. {answer}", (answer, 1.0))
+
+
+def question_told(rng, talk):
+    """Add a story that the model tells, then questions about it in later turns."""
+    told = rng.choice((story, story_about))(rng, talk)
+    if rng.random() < 0.2:
+        thanks(rng, talk)
+    _question(rng, talk, told.questions, rng.randint(1, 3))
+
+
+def _ask_fact(rng, talk, name, thing):
+    """Add a question about one fact, from the name or from the thing."""
+    if rng.random() < 0.65:
+        talk.user(f"What does {name} have?")
+        talk.reply(
             f"I was told that {name} has the {thing}.",
-            [("You told me that", FORM), (f" {name} has the {thing}", 1.0), (".", FORM)],
+            (f"{name} has the", FORM),
+            (f" {thing}", 1.0),
+            (".", FORM),
         )
-    if kind == "copy":
-        some = " ".join(rng.sample(COPY_WORDS, rng.randint(2, 6)))
-        return (
-            [(f"Say these words: {some}", SEEN)],
-            f"The words are {some}",
-            [("Here they are:", FORM), (f" {some}", 1.0)],
+    else:
+        talk.user(f"Who has the {thing}?")
+        talk.reply(
+            f"I was told that the {thing} is with {name}.",
+            (f"The {thing} is with", FORM), (f" {name}", 1.0), (".", FORM),
+        )  # fmt: skip
+
+
+def recall(rng, talk):
+    """Add facts, in one message or one a turn, perhaps other turns, then questions about them."""
+    free = [n for n in words.NAMES if n not in talk.taken], [t for t in words.THINGS if t not in talk.taken]
+    count = rng.choice((2, 3, 4, 4, 5, 6, 8))
+    pairs = list(zip(*(rng.sample(pool, count) for pool in free), strict=True))
+    talk.taken |= {word for pair in pairs for word in pair}
+    asked = rng.sample(pairs, min(count, rng.randint(1, 4)))
+    told = " ".join(f"{n} has the {t}." for n, t in pairs)
+    form = rng.random()
+    if form < 0.3:  # facts and the first question in one message
+        name, thing = asked.pop()
+        talk.user(f"Remember: {told} What does {name} have?")
+        talk.reply(
+            f"I was told that {name} has the {thing}.",
+            (f"{name} has the", FORM),
+            (f" {thing}", 1.0),
+            (".", FORM),
         )
-    story = tell(rng)
-    question, answer = rng.choice(story.questions)
-    return ([(f"{story.text}\n\n{question}", SEEN)], f"I look in the story. {answer}", [(answer, 1.0)])
+    elif form < 0.6:
+        talk.user(f"Remember: {told}")
+        talk.reply("I keep that in mind.", ("I will remember that.", 1.0))
+    else:
+        for name, thing in pairs[:5]:
+            talk.user(f"{name} has the {thing}.")
+            talk.reply(
+                f"I keep in mind that {name} has the {thing}.", (f"{name} has the {thing}", 1.0),
+                (". I will remember that.", FORM),
+            )  # fmt: skip
+        asked = [pair for pair in asked if pair in pairs[:5]] or [pairs[0]]
+    if asked and rng.random() < 0.25:
+        rng.choice((greet, sums, thanks))(rng, talk)
+    for name, thing in asked:
+        _ask_fact(rng, talk, name, thing)
 
 
-def _story(rng, kind):
-    if kind == "story":
-        asked = rng.choice(
-            ("Tell me a story.", "Please tell me a story.", "Can you tell me a story?", "A story, please!")
+def sums(rng, talk):
+    """Add one-digit sums, one to three turns."""
+    for _ in range(rng.randint(1, 3)):
+        a, b = rng.randint(0, 9), rng.randint(0, 9)
+        talk.user(
+            rng.choice(
+                (f"What is {a} + {b}?", f"What is {a} + {b}?", f"{a} + {b}", f"How much is {a} + {b}?")
+            )
         )
-        return [(asked, SEEN)], "The user wants a story. I will make one up.", weigh(tell(rng))
-    letter = "T" if kind == "thing" else "H"
-    plot = rng.choice([p for p in plots().values() if letter in p.slots])
-    value = rng.choice(plot.slots[letter])
-    what = article(value) if kind == "thing" else rng.choice((f"a {_child(value)} named {value}", value))
-    told = weigh(tell(rng, plot.name, {letter: value}))
-    return ([(f"Tell me a story about {what}.", SEEN)], f"The user wants a story about {what}.", told)
+        talk.reply(
+            f"I add {a} and {b}. That makes {a + b}.", (f"{a} + {b} =", 0.5), (f" {a + b}", 1.0), (".", FORM)
+        )
 
 
-def _child(name):
-    return "girl" if name in words.GIRLS else "boy"
+def counting(rng, talk):
+    """Add things to be counted, one to three turns; the thought counts along."""
+    for _ in range(rng.randint(1, 3)):
+        word, count = rng.choice(words.THINGS), rng.randint(1, 9)
+        talk.user(f"How many words are these?{f' {word}' * count}")
+        talk.reply(
+            " ".join(words.NUMBERS[1 : count + 1]),
+            ("I count", FORM),
+            (f" {words.NUMBERS[count]}", 1.5),
+            (".", FORM),
+        )
 
 
-def render(turns, thinking, system=""):
-    """Pieces of a whole chat; only the last turn keeps its thought, as the template truncates history."""
-    out = [(f"<|im_start|>system\n{system}<|im_end|>\n", SEEN)]
-    for i, (user, thought, answer) in enumerate(turns):
-        last = i == len(turns) - 1
-        out += [
-            ("<|im_start|>user\n", SEEN),
-            *user,
-            ("<|im_end|>\n", SEEN),
-            ("<|im_start|>assistant\n", SEEN),
-        ]
-        if last and thinking:
-            out += [("<think>\n", SEEN), (thought, 1.0), ("\n</think>\n", FORM)]
-        else:
-            out.append(("<think></think>", SEEN))
-        out += [*answer, ("<|im_end|>", 1.0), ("\n", SEEN)]
-    return out[:-1]
+def copying(rng, talk):
+    """Add words to be said again."""
+    some = " ".join(rng.sample(COPY_WORDS, rng.randint(2, 10)))
+    talk.user(f"Say these words: {some}")
+    talk.reply("I copy the words.", ("Here they are:", FORM), (f" {some}", 1.0))
+
+
+def tool_add(rng, talk):
+    """Add a sum that a tool has to do: the call, its result, the reply that uses it."""
+    tools.offer(rng, talk, "add")
+    a, b = rng.randint(0, 99), rng.randint(0, 99)
+    talk.user(
+        rng.choice(
+            (
+                f"What is {a} + {b}?",
+                f"Add {a} and {b}.",
+                f"Please add {a} and {b}.",
+                f"How much is {a} + {b}?",
+            )
+        )
+    )
+    talk.reply(f"I call add with {a} and {b}.", call=("add", {"a": a, "b": b}))
+
+
+def tool_add_used(rng, talk):
+    """Add a sum done by a tool, up to the reply that uses the result."""
+    tool_add(rng, talk)
+    a, b = talk.calls[0]["arguments"].values()
+    talk.result(rng.choice((f"{a + b}", f"{a + b}", f'{{"result": {a + b}}}')))
+    talk.reply(f"The result is {a + b}.", (f"{a} + {b} =", 0.5), (f" {a + b}", 1.0), (".", FORM))
+
+
+def tool_weather(rng, talk):
+    """Add a question about the weather in a city, and the call."""
+    tools.offer(rng, talk, "weather")
+    city = rng.choice(words.CITIES)
+    talk.user(
+        rng.choice(
+            (f"What is the weather in {city}?", f"How is the weather in {city}?", f"Weather in {city}?")
+        )
+    )
+    talk.reply(f"I call weather with {city}.", call=("weather", {"city": city}))
+
+
+def tool_weather_used(rng, talk):
+    """Add a question about the weather, up to the reply that uses the result."""
+    tool_weather(rng, talk)
+    city, sky = talk.calls[0]["arguments"]["city"], rng.choice(words.WEATHER)
+    talk.result(rng.choice((sky, sky, f'{{"weather": "{sky}"}}')))
+    talk.reply(f"The result is {sky}.", (f"It is {sky}", 1.0), (f" in {city}.", 0.5))
+
+
+def tool_unneeded(rng, talk):
+    """Add a turn that needs no tool although some are offered."""
+    tools.offer(rng, talk, rng.choice(("add", "weather")))
+    rng.choice((greet, who, recall, copying, story_about, counting))(rng, talk)
+
+
+SCENES = {
+    "greet": (greet, 1.2), "who": (who, 0.6), "thanks": (thanks, 0.3), "beyond": (beyond, 2.0),
+    "story": (story, 1.0),
+    "story_about": (story_about, 2.5), "question_given": (question_given, 2.0),
+    "question_told": (question_told, 2.5),
+    "recall": (recall, 2.5), "sums": (sums, 2.5), "counting": (counting, 1.5), "copying": (copying, 1.2),
+    "tool_add": (tool_add, 0.2), "tool_add_used": (tool_add_used, 1.5), "tool_weather": (tool_weather, 0.2),
+    "tool_weather_used": (tool_weather_used, 1.2), "tool_unneeded": (tool_unneeded, 0.7),
+}  # fmt: skip
+# Scenes for the evaluation only.
+ASKED = {"story_about_both": story_about_both, "beyond_unseen": beyond_unseen}
+_SHORT = (greet, who, beyond, sums, counting, copying)
+
+
+def scene(rng, kind):
+    """Return a talk of one kind, without anything before it."""
+    talk = Talk()
+    (ASKED.get(kind) or SCENES[kind][0])(rng, talk)
+    return talk
+
+
+def talk(rng):
+    """Return a talk: one kind, often with a short exchange before or after it."""
+    made = Talk()
+    kinds, shares = zip(*((make, share) for make, share in SCENES.values()), strict=True)
+    make = rng.choices(kinds, shares)[0]
+    if make.__name__.startswith("tool"):
+        make(rng, made)
+        if rng.random() < 0.15:
+            thanks(rng, made)
+    else:
+        if rng.random() < 0.35:
+            rng.choice(_SHORT)(rng, made)
+        make(rng, made)
+        if rng.random() < 0.3:
+            rng.choice((thanks, *_SHORT))(rng, made)
+    if rng.random() < 0.08:
+        made.system(rng.choice(_SYSTEMS))
+    return made
 
 
 def chat(rng):
-    turns = [turn(rng)]
-    if rng.random() < 0.3:
-        turns.insert(0, ([(rng.choice(_GREET), SEEN)], "", [(rng.choice(_GREETED), 1.0)]))
-    if rng.random() < 0.15:
-        turns.append(([(rng.choice(_THANKS), SEEN)], "The user says thank you.", [(_WELCOME[0], 1.0)]))
-    return render(turns, rng.random() < 0.5)
+    """Return the pieces of a chat, thinking on or off."""
+    return talk(rng).render(rng.random() < 0.5)

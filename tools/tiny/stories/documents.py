@@ -9,19 +9,23 @@ from . import chat, skills
 
 END, PAD = 2, 0
 
-# Skills first: recall in words, and keeping a cast; then the whole world.
-_SKILLS = {"cast_lines": 6, "again": 3, "recall": 3, "copying": 2, "sums": 0.5, "counting": 0.5, "story": 2}
+# Skills first: recall in words, and keeping a cast; then the whole world. Shares are of documents.
+_SKILLS = {
+    "cast_lines": 5, "again": 3, "recall": 3, "copying": 2, "sums": 1.5, "counting": 1, "running_count": 1,
+    "story": 2, "about_story": 1, "chat": 3,
+}  # fmt: skip
 _WORLD = {
-    "story": 6,
-    "chat": 1.2,
-    "about_story": 1.0,
-    "recall": 1.2,
-    "again": 0.6,
-    "copying": 0.8,
-    "sums": 0.25,
-}
-MIXES = {"skills": _SKILLS, "world": _WORLD | {"counting": 0.25, "cast_lines": 0.3}}
-MAKERS = {"chat": chat.chat} | {kind: getattr(skills, kind) for kind in _SKILLS | {"about_story": 0}}
+    "story": 3.5, "chat": 5.5, "about_story": 1.0, "recall": 0.8, "again": 0.3, "copying": 0.7, "sums": 0.6,
+    "counting": 0.7, "running_count": 0.1, "cast_lines": 0.2,
+}  # fmt: skip
+MIXES = {"skills": _SKILLS, "world": _WORLD}
+MAKERS = {"chat": chat.chat} | {kind: getattr(skills, kind) for kind in _WORLD if kind != "chat"}
+WHOLE = (
+    "story",
+    "about_story",
+    "chat",
+    "cast_lines",
+)  # their pieces have their final weights; skills count twice
 
 
 def document(rng, mix):
@@ -29,6 +33,11 @@ def document(rng, mix):
     kinds, shares = zip(*MIXES[mix].items(), strict=True)
     kind = rng.choices(kinds, shares)[0]
     return kind, MAKERS[kind](rng)
+
+
+def worth(kind):
+    """Return the factor on the weights of a document of this kind."""
+    return 1.0 if kind in WHOLE else 2.0
 
 
 def encode(tokenizer, pieces, end=True):

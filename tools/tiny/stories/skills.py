@@ -104,15 +104,31 @@ def copying(rng, count=None):
     ]
 
 
-def counting(rng):
-    word, count = rng.choice(words.THINGS), rng.randint(1, 9)
-    return [
-        ("Count:", FORM),
-        (f" {word}" * count, SEEN),
-        ("\nAnswer:", FORM),
-        (f" {words.NUMBERS[count]}", 1.0),
-        (".", FORM),
-    ]
+def counting(rng, rounds=None):
+    """Things to count, and their number; some rounds of it."""
+    out = []
+    for i in range(rounds or rng.randint(1, 5)):
+        word, count = rng.choice(words.THINGS), rng.randint(1, 9)
+        out += [
+            ("\n" * (i > 0) + "Count:", FORM),
+            (f" {word}" * count, SEEN),
+            ("\nAnswer:", FORM),
+            (f" {words.NUMBERS[count]}", 1.0),
+            (".", FORM),
+        ]
+    return out
+
+
+def running_count(rng):
+    """Things counted aloud, a number after each: the densest practice of counting."""
+    out = []
+    for _ in range(rng.randint(2, 5)):
+        word, count = rng.choice(words.THINGS), rng.randint(2, 9)
+        out.append(("Count along:", FORM))
+        for n in range(1, count + 1):
+            out += [(f" {word}", SEEN), (f" {words.NUMBERS[n]}", 1.0)]
+        out.append((".\n", FORM))
+    return out
 
 
 def sums(rng, rounds=None):

@@ -53,6 +53,11 @@ TRAITS = (
     "loyal stubborn dreamy playful helpful bold"
 ).split()
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
+CITIES = (
+    "Paris London Rome Berlin Madrid Oslo Tokyo Cairo Lima Delhi Boston Dublin Vienna Athens Prague "
+    "Lisbon Moscow Sydney Toronto Chicago Geneva Milan Seoul Warsaw"
+).split()
+WEATHER = "sunny rainy cloudy windy snowy foggy stormy warm cold hot".split()
 FLOWERS = "roses tulips daisies sunflowers lilies violets poppies".split()
 
 # Slot letter -> the values it may take. One value per story: that is what `check` verifies.
