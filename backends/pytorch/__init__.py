@@ -7,8 +7,8 @@ Where each verb is:
     products   embed, linear, linear_pair, mlp, logits       scan       ssd_scan
     layers     rms_norm, gated_rms_norm, causal_conv         attention  attention, and its cache
     experts    route, experts                                weights    place, array, fetch
-    decode     one position of several of them again, in the compiled loops of native
-    steps      a whole step of decoding in them, by the addresses of program
+    loops      on a CPU with float32 activations all of them, by the compiled loops of backends/cpu
+    steps      a whole step of decoding in these
 
 Weights stay in `dtype`: where the file has it already they are used from the memory map, without a copy. What
 an activation is made of depends on what the machine multiplies fast (`products.activations`): a processor
@@ -23,15 +23,16 @@ from functools import partial
 
 import torch
 
-from refengine.backends.pytorch import native
+from refengine.backends.cpu import native
+from refengine.backends.cpu.verbs import Verbs
 from refengine.backends.pytorch.attention import Cache, attention
-from refengine.backends.pytorch.decode import with_loops
 from refengine.backends.pytorch.experts import Experts, route
 from refengine.backends.pytorch.layers import causal_conv, gated_rms_norm, rms_norm
-from refengine.backends.pytorch.products import FEW, FEW_BESIDE_UNITS, Products, activations
+from refengine.backends.pytorch.loops import with_loops
+from refengine.backends.pytorch.products import Products, activations
 from refengine.backends.pytorch.scan import ssd_scan
 from refengine.backends.pytorch.state import Recurrent
-from refengine.backends.pytorch.steps import Steps
+from refengine.backends.pytorch.steps import steps
 from refengine.backends.pytorch.weights import Host, place
 from refengine.spec.config import InputError
 from refengine.spec.ops import Backend, Ops
@@ -54,7 +55,7 @@ def torch_backend(
     deterministic  the same bits on every run (on CUDA: no atomic additions, no timing-dependent algorithms)
     resident       False: weights stay in the file's dtype, and a piece at a time is widened when it is used
     compute        dtype of the activations; None: what the machine is fast in
-    compiled       use the loops of native.py on a CPU, where they can be compiled
+    compiled       use the loops of backends/cpu on a CPU, where they can be had
     """
     if dtype not in DTYPES:
         raise InputError(f"the torch backend computes in {', '.join(DTYPES)}, not in {dtype}")
@@ -66,7 +67,8 @@ def torch_backend(
     if deterministic and where.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
     loops = native.load() if compiled and where.type == "cpu" else None
-    products = Products(active, native=loops)
+    verbs = Verbs(loops, torch.get_num_threads()) if loops else None
+    products = Products(active)
     host = Host(where)
     ops = Ops(
         embed=products.embed,
@@ -85,16 +87,15 @@ def torch_backend(
     )
     backend = Backend(
         name="torch",
-        ops=with_loops(ops, loops, active) if loops else ops,
+        ops=with_loops(ops, verbs) if verbs and active == torch.float32 else ops,
         place=partial(place, dtype=weights, device=where, resident=resident),
         new_state=partial(new_state, dtype=active, device=where),
         array=host.array,
         fetch=host.fetch,
     )
-    if not loops:
+    if not verbs:
         return backend
-    few = FEW if active == torch.float32 else FEW_BESIDE_UNITS
-    return replace(backend, step=Steps(loops, few), step_of_ranks=Steps(loops, few, alone=False))
+    return replace(backend, step=steps(verbs, active), step_of_ranks=steps(verbs, active, alone=False))
 
 
 def new_state(kind: str, cfg, batch: int, *, dtype, device) -> Recurrent | Cache | None:

@@ -1,6 +1,6 @@
 """Experts: tokens are sorted by the expert they were sent to, and each expert that was hit is read once.
 
-On a CPU that is a loop over the experts that were hit, here or, for few tokens each, in native.py. On CUDA
+On a CPU that is a loop over the experts that were hit, here or in the loops of the CPU backend. On CUDA
 nothing may wait for the host, so all of them are one grouped product over the stacked matrices, with the
 borders of the groups computed on the device.
 """
@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from refengine.backends.pytorch.products import FEW, Products, relu2
+from refengine.backends.cpu.experts import Listed
+from refengine.backends.pytorch.products import Products, relu2
 from refengine.spec.moe import Routing
 
 
@@ -42,22 +43,6 @@ def only_best_groups(c, groups: int, keep: int):
     return by_group.masked_fill(~kept[..., None], -torch.inf).flatten(-2)
 
 
-class Listed(NamedTuple):
-    """Experts where they lie, perhaps in a memory map: [(up, down), ...] and the addresses of both."""
-
-    matrices: list
-    up: torch.Tensor  # E
-    down: torch.Tensor  # E
-
-    @classmethod
-    def of(cls, up: list, down: list) -> Listed:
-        """Return the experts of these matrices; an address is 0 where a matrix is not contiguous."""
-        where = (
-            torch.tensor([m.data_ptr() if m.is_contiguous() else 0 for m in part]) for part in (up, down)
-        )
-        return cls(list(zip(up, down, strict=True)), *where)
-
-
 class Stacked(NamedTuple):
     """Experts as two arrays, for grouped products."""
 
@@ -80,16 +65,9 @@ class Experts:
         expert, weight = routing.expert.reshape(-1), routing.weight.reshape(-1, 1)
         if isinstance(experts, Stacked):
             y = grouped(tokens, experts, here(expert, first, len(experts.up)), weight, k)
-        elif self.few(tokens, experts, expert):
-            y = self.compiled(tokens, experts, expert, weight, k, first)
         else:
             y = self.listed(tokens, experts, here(expert, first, len(experts.up)), weight, k)
         return y.to(u.dtype).view(u.shape)
-
-    def few(self, tokens, experts: Listed, expert) -> bool:
-        """Return whether the compiled loops serve these, being few for each expert."""
-        few = len(expert) <= FEW * min(len(experts.matrices), len(expert))
-        return few and self.products.loops(tokens, experts.matrices[0][0])
 
     def listed(self, tokens, experts: Listed, expert, weight, k):
         """Return the weighted sum [tokens x] float32, by a loop over the experts that were hit."""
@@ -103,27 +81,6 @@ class Experts:
                 out = self.products.mlp(tokens[rows], *matrices[i])
                 y.index_add_(0, rows, out.float().mul_(weight[start : start + hits]))  # no token twice
                 start += hits
-        return y
-
-    def compiled(self, tokens, experts: Listed, expert, weight, k, first: int):
-        """Return the same from the compiled loops."""
-        tokens, expert, weight = tokens.contiguous(), expert.contiguous(), weight.contiguous()
-        (width, n), y = experts.matrices[0][0].shape, torch.empty_like(tokens)
-        self.products.native.experts(
-            experts.up.data_ptr(),
-            experts.down.data_ptr(),
-            first,
-            len(experts.up),
-            expert.data_ptr(),
-            weight.data_ptr(),
-            len(tokens),
-            k,
-            n,
-            width,
-            tokens.data_ptr(),
-            y.data_ptr(),
-            torch.get_num_threads(),
-        )
         return y
 
 

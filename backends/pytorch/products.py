@@ -1,15 +1,10 @@
 """Matrix products: an activation meets a weight, which may be in a narrower dtype.
 
-A product of equal dtypes is the library's. Where activations are wider than the weight (bfloat16 weights on a
-processor without bfloat16 units) there are two ways, and each reads a weight once:
+A product of equal dtypes is the library's. Where activations are wider than the weight, a piece of the
+weight that stays in cache is widened, multiplied, and forgotten, so no activation is rounded. On a CPU with
+float32 activations the loops of the CPU backend do this instead (loops.py), where they can be had.
 
-    few rows     the loops of native.py, which widen in registers
-    more rows    a piece of the weight that stays in cache is widened, multiplied, and forgotten
-
-Neither rounds an activation. Without the loops few rows are widened too: for one row the library's product in
-the weight's dtype is half as fast again, but it rounds its input and its result to bfloat16.
-
-docs/torch.md has the measurements behind both, and behind `activations`.
+docs/torch.md has the measurements behind `activations`.
 """
 
 from __future__ import annotations
@@ -19,8 +14,6 @@ import threading
 import torch
 import torch.nn.functional as F
 
-FEW = 32  # rows up to which the loops of native.py are faster than widening a piece and calling the library
-FEW_BESIDE_UNITS = 8  # the same where the library has matrix units for bfloat16 (not measured)
 PIECE = 1 << 20  # values of a weight that are widened at a time: 4 MB
 
 
@@ -49,10 +42,10 @@ def relu2(x):
 
 
 class Products:
-    """The verbs that multiply by weights. dtype: of activations; native: the compiled loops, or None."""
+    """The verbs that multiply by weights. dtype: of activations."""
 
-    def __init__(self, dtype: torch.dtype, native=None):
-        self.dtype, self.native, self.scratch = dtype, native, threading.local()
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.scratch = dtype, threading.local()
 
     def embed(self, ids, table):
         """Return rows of the table, [.. d], in the activations' dtype."""
@@ -66,20 +59,7 @@ class Products:
         rows = x.numel() // x.shape[-1]
         if weight.dtype == x.dtype:
             return self.few(x, weight) if x.dtype == torch.float32 and 1 < rows <= 8 else F.linear(x, weight)
-        if rows <= FEW and self.loops(x, weight):
-            return self.few_rows(x.contiguous(), weight, rows)
         return self.widened(x.reshape(rows, -1), weight).view(*x.shape[:-1], -1)
-
-    def loops(self, x, weight) -> bool:
-        """Return whether the compiled loops serve these."""
-        known = x.dtype == torch.float32 and weight.dtype == torch.bfloat16 and not weight.is_cuda
-        return known and self.native is not None and weight.is_contiguous()
-
-    def few_rows(self, x, weight, rows: int):
-        """Return x [.. i] float32 times weight [o i] bfloat16, by the compiled loops."""
-        (o, i), y = weight.shape, x.new_empty(*x.shape[:-1], len(weight))
-        self.native.linear(weight.data_ptr(), o, i, x.data_ptr(), rows, y.data_ptr(), torch.get_num_threads())
-        return y
 
     def few(self, x, weight):
         """Return a product of few rows, in the order of operands that is faster for them."""

@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from refengine.backends.pytorch.experts import Listed, Stacked
+from refengine.backends.cpu.experts import Listed
+from refengine.backends.pytorch.experts import Stacked
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 

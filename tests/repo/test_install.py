@@ -64,7 +64,7 @@ def site(request, source, tmp_path_factory) -> Path:
 def test_only_refengine_is_installed_with_all_its_files(site):
     names = {path.name for path in site.iterdir()} - {"bin", "__pycache__"}
     assert {name for name in names if not name.endswith(".dist-info")} == {"refengine"}
-    for folder, endings in {"backends/pytorch": (".cpp", ".h"), "backends/cuda": (".cu", ".cuh")}.items():
+    for folder, endings in {"backends/cpu": (".cpp", ".h"), "backends/cuda": (".cu", ".cuh")}.items():
         there = {path.name for path in (site / "refengine" / folder / "kernels").iterdir()}
         tracked = {path.name for path in (ROOT / folder / "kernels").iterdir() if path.suffix in endings}
         assert tracked and tracked <= there

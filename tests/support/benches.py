@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+
+import numpy as np
 
 from refengine.conformance.candidate import BUILT_IN, Bench, bench
 from tools.cuda.emulator import EmulatedDevice, compiler
@@ -18,6 +22,21 @@ def torch_bench(name: str) -> Bench:
     return TORCH[name]()
 
 
+def cpu_bench(dtype: str) -> Bench:
+    """The compiled loops, with weights of this dtype where the file has bfloat16; two threads."""
+    from refengine.backends.cpu import cpu_backend
+
+    backend = cpu_backend("float32", threads=2)
+    if dtype == "float32":
+        wide = partial(widened, backend.place)
+        backend = replace(backend, place=wide)
+    return bench(f"cpu-{dtype}", backend, "float32")
+
+
+def widened(place, group, values):
+    return place(group, [value.astype(np.float32) for value in values])
+
+
 def cuda_bench() -> Bench:
     """The CUDA kernels, on the emulator."""
     from refengine.backends.cuda import cuda_backend
@@ -26,6 +45,8 @@ def cuda_bench() -> Bench:
 
 
 BENCHES: dict[str, Callable[[], Bench]] = dict(BUILT_IN)
+if shutil.which("c++"):
+    BENCHES |= {f"cpu-{dtype}": partial(cpu_bench, dtype) for dtype in ("float32", "bfloat16")}
 if compiler():
     BENCHES["cuda-float32"] = cuda_bench
 if find_spec("torch"):

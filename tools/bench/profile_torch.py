@@ -8,6 +8,7 @@ With one thread, processor time is counted, which other processes disturb less t
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import time
 from dataclasses import replace
@@ -18,10 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from refengine import bench
-from refengine.backends.pytorch import decode, native, torch_backend
+from refengine.backends.pytorch import torch_backend
 from refengine.backends.pytorch.attention import Cache, attention
 from refengine.backends.pytorch.products import Products
-from refengine.backends.pytorch.steps import Steps
 from refengine.checkpoint import Checkpoint
 from refengine.runner import LocalRunner
 from refengine.spec.model import Model
@@ -42,14 +42,10 @@ def fastest(work, clock, times: int = 8) -> float:
 
 
 def products(clock, o: int = 10304, i: int = 1344, copies: int = 6) -> None:
-    """GFLOP/s of x [rows i] times bfloat16 weights that come from memory, each of the ways of `Products`."""
+    """GFLOP/s of x [rows i] times bfloat16 weights from memory: each way of PyTorch's, and the loops."""
     weights = [torch.randn(o, i).bfloat16() for _ in range(copies)]
     turn = iter(range(10**9))
-    widening, loops = Products(torch.float32), native.load()
-    looping = Products(torch.float32, loops)
-
-    def loop(x, rows, w):
-        return looping.few_rows(x, w, rows)
+    widening, looping = Products(torch.float32), torch_backend("bfloat16", compute="float32")
 
     def weight():
         return weights[next(turn) % copies]
@@ -60,7 +56,7 @@ def products(clock, o: int = 10304, i: int = 1344, copies: int = 6) -> None:
         x = torch.randn(rows, i)
         narrow = x.bfloat16()
         ways = [partial(F.linear, narrow), partial(widening.widened, x)]
-        ways += [partial(loop, x, rows)] if loops else []
+        ways += [partial(looping.ops.linear, x)] if looping.step else []
         taken = [fastest(lambda way=way: way(weight()), clock, 3 if rows > 32 else 8) for way in ways]
         print(f"| {rows} | " + " | ".join(f"{2 * rows * o * i / t / 1e9:.1f}" for t in taken) + " |")
 
@@ -74,9 +70,9 @@ class Sizes(NamedTuple):
 
 def contexts(clock, heads: int = 32) -> None:
     """GFLOP/s of the attention of one position, whose heads share two key heads of 128 numbers."""
-    ways, loops, e = [("PyTorch", attention, torch.float32)], native.load(), Sizes().head_dim
-    if loops:
-        looping = partial(decode.attention, loops)
+    ways, backend, e = [("PyTorch", attention, torch.float32)], torch_backend("float32"), Sizes().head_dim
+    if backend.step:
+        looping = backend.ops.attention
         ways += [("compiled loops", looping, torch.float32), ("bfloat16 cache", looping, torch.bfloat16)]
     print("\n| context | " + " | ".join(name for name, *_ in ways) + f" |  (GFLOP/s, {heads} heads of {e})")
     print("|---" * (len(ways) + 1) + "|")
@@ -118,7 +114,8 @@ def by_verb(model: Model, clock, work, times: int = 3) -> dict[str, float]:
     changed = {"ops": replace(here.ops, **{name: timed(name, verb) for name, verb in here.ops})}
     inside = (ctypes.c_double * 128)()
     if here.step:
-        changed["step"] = Steps(here.step.built, taken=inside)
+        changed["step"] = copy.copy(here.step)
+        changed["step"].taken = inside
     model = replace(model, backend=replace(here, **changed))
     work(model)
     taken.clear()

@@ -12,9 +12,8 @@ from refengine.spec.ops import DEFINITION
 from tests.support.torch_benches import Torch, on_all, torch, values
 
 from torch.profiler import ProfilerActivity, profile  # isort: skip
-from refengine.backends.pytorch import native  # isort: skip
+from refengine.backends.cpu import native  # isort: skip
 from refengine.backends.pytorch.attention import Cache  # isort: skip
-from refengine.backends.pytorch.decode import attention  # isort: skip
 
 SEED = st.integers(0, 9999)
 HEADS = st.tuples(st.sampled_from((1, 2, 7, 16, 21, 40)), st.integers(1, 2))  # for each key head; key heads
@@ -66,8 +65,8 @@ def test_a_step_reads_what_each_row_knows(how, seed, b, heads, e, longest):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @given(seed=SEED, b=st.integers(1, 3), heads=HEADS, e=st.sampled_from((1, 10, 33, 128)), longest=LENGTH)
 def test_a_cache_of_either_dtype_is_read_in_float32(dtype, seed, b, heads, e, longest):
-    built, kind = native.load(), getattr(torch, dtype)
-    if built is None:
+    kind = getattr(torch, dtype)
+    if native.load() is None:
         pytest.skip("no C++ compiler")
     how = Torch("loop", dtype, compute="float32")
     q, k, v, K, V, length = drawn(how, seed, b, heads, e, longest)
@@ -75,7 +74,7 @@ def test_a_cache_of_either_dtype_is_read_in_float32(dtype, seed, b, heads, e, lo
     if longest:
         cache = cache.append(*(torch.from_numpy(a).to(kind) for a in (K, V)), torch.from_numpy(length))
     here = torch.from_numpy(q).float(), torch.from_numpy(k).to(kind), torch.from_numpy(v).to(kind)
-    y, _ = attention(built, *here, cache)
+    y, _ = how().ops.attention(*here, cache)
     expected, _ = DEFINITION.attention(q, k, v, exact(K, V, length))
     how.near(y.numpy(), expected, longest + 16 * e)
 

@@ -7,7 +7,8 @@ import pytest
 from refengine.spec.config import InputError
 from tests.support.torch_benches import torch  # noqa: F401  (skips where there is no PyTorch)
 
-from refengine.backends.pytorch import interface, native, torch_backend  # isort: skip
+from refengine.backends.cpu import interface, native  # isort: skip
+from refengine.backends.pytorch import torch_backend  # isort: skip
 
 COMPILER = shutil.which("c++")
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="there is no compiler for the loops")
@@ -63,7 +64,7 @@ def test_the_user_gets_the_sentence(file, old, new, named, tmp_path, monkeypatch
         path.write_text(path.read_text().replace(old, new))
     monkeypatch.setattr(native, "KERNELS", kernels)
     monkeypatch.setattr(native, "SOURCES", sorted(kernels.glob("*.cpp")))
-    monkeypatch.setattr(native, "FLAGS", ("-std=c++17", "-O0", "-march=native", "-fPIC", "-fopenmp"))
+    monkeypatch.setattr(native, "FLAGS", ("-std=c++17", "-O0", "-march=native", "-fPIC", "-pthread"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native.load.cache_clear()
     try:

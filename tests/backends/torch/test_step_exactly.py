@@ -15,7 +15,8 @@ from refengine.spec.ops import numpy_backend
 from tests.book.test_constants import Literal, odd
 from tests.support.torch_benches import torch
 
-from refengine.backends.pytorch import native, torch_backend  # isort: skip
+from refengine.backends.cpu import native  # isort: skip
+from refengine.backends.pytorch import torch_backend  # isort: skip
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason="there is no compiler for the loops")
 

@@ -10,7 +10,7 @@
 #include <cstring>
 
 typedef int64_t i64;
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(WIDE)  // WIDE: for a test of this width on any processor
 constexpr int LANES = 16, ROWS = 24;  // of a vector; of a tile that is one vector wide
 #else
 constexpr int LANES = 8, ROWS = 12;

@@ -4,8 +4,14 @@
 #include <cstdint>
 
 typedef int64_t i64;
-typedef const uint16_t* Matrix;  // bfloat16
 typedef const float* Vector;
+
+enum Kind : i64 { FLOAT32, FLOAT16, BFLOAT16 };  // of the numbers of a matrix, as arrays.py numbers them
+
+// How a call is made. steady: sums in an order that does not depend on how many rows there are.
+#define RUN(FIELD) FIELD(int, threads) FIELD(int, steady)
+
+#define MATRIX(FIELD) FIELD(const void*, at) FIELD(i64, kind)
 
 #define NORM(FIELD) FIELD(Vector, weight) FIELD(i64, d) FIELD(float, eps)
 
@@ -21,13 +27,13 @@ typedef const float* Vector;
     FIELD(Norm, norm) FIELD(Matrix, q) FIELD(Matrix, k) FIELD(Matrix, v) FIELD(Matrix, o)                    \
     FIELD(i64, heads) FIELD(i64, kv) FIELD(i64, head_dim) FIELD(float, scale)
 
-// fc1 and fc2: null where there is no latent
+// fc1 and fc2: null where there is no latent. up, down: addresses of the matrices, all of one kind.
 #define EXPERTS(FIELD)                                                                                       \
     FIELD(Norm, norm) FIELD(Vector, gate) FIELD(Vector, bias)                                                \
     FIELD(Matrix, shared_up) FIELD(Matrix, shared_down) FIELD(Matrix, fc1) FIELD(Matrix, fc2)                \
-    FIELD(const Matrix*, up) FIELD(const Matrix*, down)                                                      \
-    FIELD(i64, count) FIELD(i64, chosen) FIELD(i64, width) FIELD(i64, shared_width) FIELD(i64, latent)       \
-    FIELD(int, normalise) FIELD(float, factor)
+    FIELD(const void* const*, up) FIELD(const void* const*, down) FIELD(i64, kind)                           \
+    FIELD(i64, count) FIELD(i64, chosen) FIELD(i64, groups) FIELD(i64, kept)                                 \
+    FIELD(i64, width) FIELD(i64, shared_width) FIELD(i64, latent) FIELD(int, normalise) FIELD(float, factor)
 
 #define DENSE(FIELD) FIELD(Norm, norm) FIELD(Matrix, up) FIELD(Matrix, down) FIELD(i64, width)
 
@@ -43,6 +49,8 @@ typedef const float* Vector;
 #define STATE(FIELD) FIELD(void*, first) FIELD(void*, second) FIELD(i64, room) FIELD(i64, narrow)
 
 #define MEMBER(type, name) type name;
+struct Run { RUN(MEMBER) };
+struct Matrix { MATRIX(MEMBER) };
 struct Norm { NORM(MEMBER) };
 struct Mamba { MAMBA(MEMBER) };
 struct Attention { ATTENTION(MEMBER) };

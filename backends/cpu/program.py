@@ -1,4 +1,4 @@
-"""The structures of addresses and sizes that the loops of kernels/mixers.cpp read a model from."""
+"""The structures of addresses and sizes from which kernels/mixers.cpp reads a model."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import ctypes
 import math
 from typing import NamedTuple
 
-import torch
-
-from refengine.backends.pytorch.decode import LOG2E
-from refengine.backends.pytorch.experts import Listed
-from refengine.backends.pytorch.interface import STRUCTURES, filled
+from refengine.backends.cpu.arrays import address, in_order, kind_of
+from refengine.backends.cpu.arrays import matrix as described
+from refengine.backends.cpu.interface import STRUCTURES, filled
 
 MOST = 3e38  # stands for infinity
+LOG2E = math.log2(math.e)
 
 
 class Unknown(Exception):
@@ -30,7 +29,7 @@ class Program(NamedTuple):
 def compiled(model, alone: bool = True) -> Program | None:
     """Return the program of a model, or None if the loops cannot serve it; of a rank, without the head.
 
-    A rank has a part of every matrix, so widths are those of the tensors.
+    A rank has a part of every matrix, so widths are those of the arrays.
     """
     cfg, top = model.cfg, model.weights[""]
     head = top["embeddings.weight" if cfg.tie_word_embeddings else "lm_head.weight"]
@@ -38,7 +37,7 @@ def compiled(model, alone: bool = True) -> Program | None:
     try:
         parts = [LAYERS[kind](cfg, w, w["mixer"]) for kind, w in zip(cfg.layers, blocks, strict=True)]
         final = vector(top["norm_f.weight"]), cfg.hidden_size, cfg.layer_norm_epsilon
-        last = (matrix(head), len(head)) if alone else (None, 0)
+        last = (matrix(head), len(head)) if alone else (filled("Matrix", None, 0), 0)
     except Unknown:
         return None
     listed = [
@@ -50,18 +49,25 @@ def compiled(model, alone: bool = True) -> Program | None:
     return Program(cfg.layers, whole, (parts, layers))
 
 
-def matrix(weight) -> int:
-    """Return the address of a bfloat16 matrix; Unknown if it is not one."""
-    if not isinstance(weight, torch.Tensor) or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
-        raise Unknown
-    return weight.data_ptr()
+def matrix(weight) -> ctypes.Structure:
+    """Return the structure of a matrix; Unknown if the loops cannot read it."""
+    try:
+        return described(weight)
+    except (AttributeError, TypeError):
+        raise Unknown from None
 
 
-def vector(weight) -> int:
-    """Return the address of a small weight, float32, in whatever order it is kept."""
-    if weight.dtype != torch.float32:
+def vector(weight) -> int | None:
+    """Return the address of a small weight, float32 in order."""
+    if kind_of(weight) != 0 or not in_order(weight):
         raise Unknown
-    return weight.data_ptr()
+    return address(weight)
+
+
+def taps(weight) -> int | None:
+    """Return the address of a convolution's weight, whose channels of one tap lie side by side: k c,
+    or c 1 k."""
+    return vector(weight if weight.ndim == 2 else weight.permute(2, 1, 0))
 
 
 def norm(cfg, w) -> tuple:
@@ -72,14 +78,13 @@ def norm(cfg, w) -> tuple:
 def mamba(cfg, w, m) -> ctypes.Structure:
     """Return the structure of a Mamba layer."""
     low, high = cfg.time_step_limit
-    if m["conv1d.weight"].stride(0) != 1:
-        raise Unknown
     return filled(
         "Mamba",
         norm(cfg, w),
         matrix(m["in_proj.weight"]),
         matrix(m["out_proj.weight"]),
-        *(vector(m[key]) for key in ("conv1d.weight", "conv1d.bias", "A_log", "D", "dt_bias", "norm.weight")),
+        taps(m["conv1d.weight"]),
+        *(vector(m[key]) for key in ("conv1d.bias", "A_log", "D", "dt_bias", "norm.weight")),
         cfg.mamba_num_heads,
         cfg.mamba_head_dim,
         cfg.n_groups,
@@ -93,7 +98,7 @@ def mamba(cfg, w, m) -> ctypes.Structure:
 def attention(cfg, w, m) -> ctypes.Structure:
     """Return the structure of an attention layer."""
     qkv = m["qkv_proj"]
-    parts = qkv if isinstance(qkv, tuple) else qkv.split(cfg.qkv_widths)
+    parts = qkv if isinstance(qkv, tuple) else qkv.split(cfg.qkv_widths)  # a tensor
     return filled(
         "Attention",
         norm(cfg, w),
@@ -109,13 +114,11 @@ def attention(cfg, w, m) -> ctypes.Structure:
 def experts(cfg, w, m) -> ctypes.Structure:
     """Return the structure of a layer of experts."""
     listed = m["experts"]
-    if cfg.n_group > 1 or not isinstance(listed, Listed):
+    if getattr(listed, "kind", None) is None:
         raise Unknown
-    for pair in listed.matrices:
-        for part in pair:
-            matrix(part)
     latent, shared = cfg.moe_latent_size, m["shared_experts.up_proj.weight"]
-    fc1, fc2 = (matrix(m[f"{key}_latent_proj.weight"]) if latent else None for key in ("fc1", "fc2"))
+    none = filled("Matrix", None, 0)
+    fc1, fc2 = (matrix(m[f"{key}_latent_proj.weight"]) if latent else none for key in ("fc1", "fc2"))
     return filled(
         "Experts",
         norm(cfg, w),
@@ -125,10 +128,13 @@ def experts(cfg, w, m) -> ctypes.Structure:
         matrix(m["shared_experts.down_proj.weight"]),
         fc1,
         fc2,
-        listed.up.data_ptr(),
-        listed.down.data_ptr(),
+        address(listed.up),
+        address(listed.down),
+        listed.kind,
         cfg.n_routed_experts,
         cfg.num_experts_per_tok,
+        cfg.n_group,
+        cfg.topk_group,
         len(listed.matrices[0][0]),
         len(shared),
         latent or 0,

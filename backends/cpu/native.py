@@ -1,7 +1,6 @@
-"""A few loops in C++ for decoding on a CPU, compiled when they are first wanted and kept in the user's cache.
+"""The compiled loops: a library for this processor, compiled on first use and kept in the user's cache.
 
-Without a compiler, or where the result does not run, `load()` is None and PyTorch does the same work more
-slowly; docs/torch.md has both measured.
+Without a compiler, or where the result does not run, `load()` is None, and `missing()` says why.
 """
 
 from __future__ import annotations
@@ -13,16 +12,18 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
-from refengine.backends.pytorch.interface import declared
+from refengine.backends.cpu.interface import declared
 
 KERNELS = Path(__file__).parent / "kernels"
 SOURCES = sorted(KERNELS.glob("*.cpp"))
-FLAGS = (  # as fast as the order of sums is free, but with infinities and exact divisions
-    "-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
-    "-fno-signed-zeros", "-fassociative-math",
+FLAGS = (  # sums stay in the order in which they are written; exact divisions, infinities
+    "-std=c++17", "-O3", "-march=native", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math",
+    "-fno-signed-zeros",
 )  # fmt: skip
 
 
@@ -43,16 +44,24 @@ def library(compiler: str) -> Path:
     for part in (compiler, *FLAGS, processor()):
         digest.update(part.encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refengine"
-    path = cache / f"decode-{digest.hexdigest()[:16]}.so"
+    path = cache / f"cpu-{digest.hexdigest()[:16]}.so"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            objects, whole = [f"{scratch}/{source.stem}.o" for source in SOURCES], Path(scratch) / "decode.so"
-            for source, compiled in zip(SOURCES, objects, strict=True):
-                run(compiler, *FLAGS, "-c", str(source), "-o", compiled)
-            run(compiler, "-shared", *objects, "-o", str(whole))  # OpenMP is the one PyTorch has loaded
+            objects, whole = [f"{scratch}/{source.stem}.o" for source in SOURCES], Path(scratch) / "cpu.so"
+            run_all(
+                [compiler, *FLAGS, "-c", str(source), "-o", compiled]
+                for source, compiled in zip(SOURCES, objects, strict=True)
+            )
+            run(compiler, "-shared", "-pthread", *objects, "-o", str(whole))
             whole.replace(path)
     return path
+
+
+def run_all(commands: Iterable[list[str]]) -> None:
+    """Run compilers, as many at a time as there are processors; SubprocessError where one fails."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda command: run(*command), commands))
 
 
 def run(*command: str) -> None:

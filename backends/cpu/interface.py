@@ -17,27 +17,30 @@ KINDS: dict[str, type] = {
 }  # fmt: skip
 SHORT = {"p": "pointer", "i": "int64", "n": "int", "f": "float"}
 SIGNATURES = {
-    "linear": "piipipn",
-    "experts": "ppiippiiiippn",
-    "scan_step": "pppipippipipppffpiiiiin",
-    "conv_step": "pippppppiiin",
-    "rms_norm": "pppfppii",
-    "gated_rms_norm": "ppipfpiii",
-    "choose": "ppiiinfpp",
-    "attend_float32": "ppppfpiiiiin",
-    "attend_bfloat16": "ppppfpiiiiin",
-    "step": "pipppppppn",
+    "linear": "piipipip",
+    "mlp": "ppiipipp",
+    "experts": "ppiiippiiiippp",
+    "rms_norm": "pppfppiip",
+    "gated_rms_norm": "ppipfpiiip",
+    "conv": "pippppppiiiip",
+    "choose": "ppiiiiinfppp",
+    "scan": "pppipippipipppffpiiiiiiip",
+    "attend": "pippnpfpiiiiiip",
+    "step": "pipppppppp",
 }
 FIELDS = {
+    "Run": "threads:n steady:n",
+    "Matrix": "at:p kind:i",
     "Norm": "weight:p d:i eps:f",
-    "Mamba": "norm:Norm in_proj:p out_proj:p conv:p conv_bias:p A_log:p D:p dt_bias:p gate:p "
+    "Mamba": "norm:Norm in_proj:Matrix out_proj:Matrix conv:p conv_bias:p A_log:p D:p dt_bias:p gate:p "
     "heads:i head_dim:i groups:i state:i kernel:i low:f high:f",
-    "Attention": "norm:Norm q:p k:p v:p o:p heads:i kv:i head_dim:i scale:f",
-    "Experts": "norm:Norm gate:p bias:p shared_up:p shared_down:p fc1:p fc2:p up:p down:p "
-    "count:i chosen:i width:i shared_width:i latent:i normalise:n factor:f",
-    "Dense": "norm:Norm up:p down:p width:i",
+    "Attention": "norm:Norm q:Matrix k:Matrix v:Matrix o:Matrix heads:i kv:i head_dim:i scale:f",
+    "Experts": "norm:Norm gate:p bias:p shared_up:Matrix shared_down:Matrix fc1:Matrix fc2:Matrix "
+    "up:p down:p kind:i count:i chosen:i groups:i kept:i width:i shared_width:i latent:i "
+    "normalise:n factor:f",
+    "Dense": "norm:Norm up:Matrix down:Matrix width:i",
     "Layer": "kind:i weights:p",
-    "Model": "norm:Norm head:p vocabulary:i count:i layers:p",
+    "Model": "norm:Norm head:Matrix vocabulary:i count:i layers:p",
     "State": "first:p second:p room:i narrow:i",
 }
 
@@ -101,6 +104,6 @@ def compare(text: str, ours: dict[str, list[str]]) -> None:
         for i, (python, cpp) in enumerate(pairs, 1):
             if python != cpp:
                 raise InputError(
-                    f"the compiled loops do not fit backends/pytorch/interface.py: {name}, item {i}, is "
+                    f"the compiled loops do not fit backends/cpu/interface.py: {name}, item {i}, is "
                     f"`{cpp}` in C++ and `{python}` in Python; install refengine again"
                 )

@@ -1,6 +1,9 @@
 // The functions and structures that Python calls and fills in, as text: one line each, its name and then its
 // arguments or fields, separated by '|'. interface.py compares it with its own tables when the library is
 // loaded.
+#ifdef __GNUC__
+#pragma GCC optimize "O0"  // it runs once
+#endif
 #include <cstddef>
 #include <string>
 #include <type_traits>
@@ -14,6 +17,7 @@ static std::string kind() {
     if (std::is_same<T, int>::value) return "int";
     if (std::is_same<T, float>::value) return "float";
     if (std::is_same<T, Norm>::value) return "Norm";
+    if (std::is_same<T, Matrix>::value) return "Matrix";
     return "unknown";
 }
 
@@ -25,9 +29,8 @@ static std::string arguments(void (*)(Arguments...)) {
 static std::string described() {
     std::string text;
 #define FUNCTION(name) text += std::string("function " #name) + arguments(name) + "\n";
-    FUNCTION(linear) FUNCTION(experts) FUNCTION(scan_step) FUNCTION(conv_step) FUNCTION(rms_norm)
-    FUNCTION(gated_rms_norm) FUNCTION(choose) FUNCTION(attend_float32) FUNCTION(attend_bfloat16)
-    FUNCTION(step)
+    FUNCTION(linear) FUNCTION(mlp) FUNCTION(experts) FUNCTION(rms_norm) FUNCTION(gated_rms_norm)
+    FUNCTION(conv) FUNCTION(choose) FUNCTION(scan) FUNCTION(attend) FUNCTION(step)
 #define FIELD(type, name) text += "|" #name " " + kind<type>() + " at " + std::to_string(offsetof(Here, name));
 #define STRUCTURE(name, FIELDS)                                                                              \
     {                                                                                                        \
@@ -36,7 +39,8 @@ static std::string described() {
         FIELDS(FIELD)                                                                                        \
         text += "|" + std::to_string(sizeof(Here)) + " bytes\n";                                             \
     }
-    STRUCTURE(Norm, NORM) STRUCTURE(Mamba, MAMBA) STRUCTURE(Attention, ATTENTION) STRUCTURE(Experts, EXPERTS)
+    STRUCTURE(Run, RUN) STRUCTURE(Matrix, MATRIX) STRUCTURE(Norm, NORM) STRUCTURE(Mamba, MAMBA)
+    STRUCTURE(Attention, ATTENTION) STRUCTURE(Experts, EXPERTS)
     STRUCTURE(Dense, DENSE) STRUCTURE(Layer, LAYER) STRUCTURE(Model, MODEL) STRUCTURE(State, STATE)
     return text;
 }

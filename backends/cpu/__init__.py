@@ -1,0 +1,53 @@
+"""The CPU backend: the vocabulary of `refengine.spec.ops` in compiled loops over NumPy arrays.
+
+    cpu_backend("bfloat16", threads=2) -> refengine.spec.ops.Backend
+
+    verbs      every verb, one call each          program    the addresses of a whole model, for steps
+    steps      a decoding step in one call        state      what a layer remembers
+    weights    from the memory map, not copied    native     the library: found, or compiled on first use
+    interface  what Python and C++ both declare   arrays     addresses of NumPy's and PyTorch's arrays
+
+Weights are float32, float16 or bfloat16, as the file has them; everything else is float32.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from refengine.backends.cpu import native
+from refengine.backends.cpu.state import new_state
+from refengine.backends.cpu.steps import Steps
+from refengine.backends.cpu.verbs import Verbs
+from refengine.backends.cpu.weights import place
+from refengine.spec.config import InputError
+from refengine.spec.ops import Backend
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def cpu_backend(dtype: str = "float32", threads: int = 1, steady: bool = False) -> Backend:
+    """Return a backend with weights in `dtype` at most; InputError where the loops cannot be had.
+
+    threads  that a call may use
+    steady   no logit depends on how many rows are computed beside it, nor on where a prompt is cut, if that
+    is
+             at multiples of the chunk: sums go in one order
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"the cpu backend computes in {', '.join(DTYPES)}, not in {dtype}")
+    built = native.load()
+    if built is None:
+        raise InputError("the cpu backend needs a C++ compiler; use --backend numpy")
+    verbs = Verbs(built, threads, steady)
+    return Backend(
+        name="cpu",
+        ops=verbs.ops(),
+        place=partial(place, dtype=dtype),
+        new_state=new_state,
+        array=np.asarray,
+        fetch=np.asarray,
+        step=Steps(built, verbs.run),
+        step_of_ranks=Steps(built, verbs.run, alone=False),
+    )

@@ -1,0 +1,99 @@
+// Weights as they are in a file, two vectors of them at a time as float32: a product is written once, for every
+// kind of number.
+//
+// A bfloat16 is the upper half of a float32, so a pair of them in 32 bits is widened by one shift (the even
+// one) and one mask (the odd one). For that the rows of x have the even and the odd positions of every 2 LANES
+// apart; for other kinds they stay in order.
+#pragma once
+#include "structures.h"
+#include "vectors.h"
+
+#if defined(__F16C__) && !defined(WIDE)
+#include <immintrin.h>
+#endif
+
+constexpr i64 PAIR = 2 * LANES;
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+template <class To, class From>
+static inline To same(From from) { To to; memcpy(&to, &from, sizeof to); return to; }
+
+// The first and the second half of 2 LANES float16, widened: by bits where there is no instruction.
+static inline vec widened_half(halves h) {
+#if defined(__AVX512F__) && defined(__F16C__) && !defined(WIDE)
+    return (vec)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__) && !defined(WIDE)
+    return (vec)_mm256_cvtph_ps((__m128i)h);
+#else
+    words u = __builtin_convertvector(h, words), sign = (u & 0x8000) << 16, bits = (u & 0x7fff) << 13;
+    words scaled = same<words>(same<vec>(bits) * 0x1p112f);  // exponents move from bias 15 to bias 127
+    words special = (words)((u & 0x7c00) == 0x7c00);         // infinities and NaNs keep all bits of theirs
+    return same<vec>(sign | (special & (bits | 0x7f800000)) | (~special & scaled));
+#endif
+}
+
+template <class T>
+struct Two;  // 2 LANES numbers of a weight
+
+template <>
+struct Two<float> {
+    static constexpr bool apart = false;
+    vec first, second;
+    explicit Two(const float* w) : first(load<vec>(w)), second(load<vec>(w + LANES)) {}
+    vec low() const { return first; }
+    vec high() const { return second; }
+};
+
+template <>
+struct Two<f16> {
+    static constexpr bool apart = false;
+    halves first, second;
+    explicit Two(const f16* w) : first(load<halves>(w)), second(load<halves>(w + LANES)) {}
+    vec low() const { return widened_half(first); }
+    vec high() const { return widened_half(second); }
+};
+
+template <>
+struct Two<bf16> {
+    static constexpr bool apart = true;
+    words pair;
+    explicit Two(const bf16* w) : pair(load<words>(w)) {}
+    vec low() const { return same<vec>(pair << 16); }
+    vec high() const { return same<vec>(pair & 0xffff0000u); }
+};
+
+// The last `count` < 2 LANES numbers, and zeros.
+template <class T>
+static inline Two<T> rest(const T* w, i64 count) {
+    T all[PAIR] = {};
+    memcpy(all, w, count * sizeof(T));
+    return Two<T>(all);
+}
+
+static inline i64 padded(i64 n) { return (n + PAIR - 1) / PAIR * PAIR; }
+
+// Where position j of a row of x is kept.
+template <class T>
+static inline i64 place(i64 j) {
+    return Two<T>::apart ? (j & ~(PAIR - 1)) | (j & 1) * LANES | (j & (PAIR - 1)) >> 1 : j;
+}
+
+static inline float sum(vec v) {
+    float all[LANES];
+    store(all, v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) all[i] += all[i + half];
+    return all[0];
+}
+
+// f(a null pointer to a number of that kind)
+template <class F>
+static inline void of_kind(i64 kind, F f) {
+    switch (kind) {
+        case FLOAT32: f((const float*)nullptr); break;
+        case FLOAT16: f((const f16*)nullptr); break;
+        default: f((const bf16*)nullptr);
+    }
+}

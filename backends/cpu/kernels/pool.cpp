@@ -1,0 +1,151 @@
+// The threads of pool.h. A worker takes the next piece by an atomic counter, so one whose processor was taken away
+// holds up one piece. When there is no work it spins for a moment, because a step is a hundred calls with little
+// between them, and then sleeps: threads that spin for long take the processors that others wait for.
+#include "pool.h"
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#ifndef _WIN32
+#include <pthread.h>
+#include <signal.h>
+#endif
+
+typedef std::chrono::steady_clock Clock;
+constexpr auto SPIN = std::chrono::microseconds(50);
+constexpr uint64_t CLOSED = 0xffffffff;  // in place of a piece's number: the job is being written
+
+static inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Whether `done()` came true within SPIN.
+template <class Done>
+static bool spun(Done done) {
+    for (auto end = Clock::now() + SPIN;;) {
+        for (int i = 0; i < 32; i++) {
+            if (done()) return true;
+            relax();
+        }
+        if (Clock::now() > end) return false;
+    }
+}
+
+struct Pool {
+    std::mutex turn;  // held by the thread whose job it is
+    int workers = 0;  // that have been started
+    // The job: its number, in the upper half of `next`, above the number of the next piece. The other fields
+    // are read before a piece is taken, and count only if `next` has not changed since.
+    std::atomic<uint64_t> next{CLOSED};
+    std::atomic<void (*)(const void*, i64)> f{nullptr};
+    std::atomic<const void*> what{nullptr};
+    std::atomic<i64> count{0}, done{0};
+    std::atomic<int> limit{0};  // workers that may take part
+    // Sleep
+    std::mutex lock;
+    std::condition_variable wake, finished;
+    std::atomic<int> asleep{0}, waiting{0};
+
+    bool is_new(uint64_t seen) const {
+        const uint64_t at = next.load();
+        return at >> 32 != seen && (at & CLOSED) != CLOSED;
+    }
+
+    // Take and do pieces of job number `job` until none is left.
+    void work(uint64_t job) {
+        for (uint64_t at = next.load(); at >> 32 == job;) {
+            const auto call = f.load();
+            const void* with = what.load();
+            const i64 all = count.load(), piece = at & CLOSED;
+            if (piece >= all) return;
+            if (!next.compare_exchange_weak(at, at + 1)) continue;
+            call(with, piece);
+            if (done.fetch_add(1) + 1 == all && waiting.load()) {
+                std::lock_guard<std::mutex> held(lock);
+                finished.notify_all();
+            }
+            at = next.load();
+        }
+    }
+
+    void worker(int id) {
+        for (uint64_t seen = 0;;) {
+            if (!spun([&] { return is_new(seen); })) {
+                std::unique_lock<std::mutex> held(lock);
+                asleep++;
+                wake.wait(held, [&] { return is_new(seen); });
+                asleep--;
+            }
+            const uint64_t at = next.load();
+            if ((at & CLOSED) == CLOSED) continue;
+            seen = at >> 32;
+            if (id < limit.load()) work(seen);
+        }
+    }
+
+    void start(int wanted) {
+#ifndef _WIN32
+        sigset_t all, before;  // signals are for the threads of the caller
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+#endif
+        try {
+            for (; workers < wanted; workers++) std::thread(&Pool::worker, this, workers).detach();
+        } catch (const std::system_error&) {  // no more threads: those that there are do it
+        }
+#ifndef _WIN32
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+#endif
+    }
+
+    void share(int threads, i64 pieces, void (*call)(const void*, i64), const void* with) {
+        start(threads - 1);
+        const uint64_t job = ((next.load() >> 32) + 1) & CLOSED;
+        next.store(job << 32 | CLOSED);
+        f.store(call), what.store(with), count.store(pieces), done.store(0), limit.store(threads - 1);
+        next.store(job << 32);
+        if (asleep.load()) {
+            { std::lock_guard<std::mutex> held(lock); }
+            wake.notify_all();
+        }
+        work(job);
+        auto all_done = [&] { return done.load() == pieces; };
+        if (!spun(all_done)) {
+            std::unique_lock<std::mutex> held(lock);
+            waiting.store(1);
+            finished.wait(held, all_done);
+            waiting.store(0);
+        }
+    }
+};
+
+// Never deleted: workers may be running when the process ends.
+static std::atomic<Pool*> pool{nullptr};
+
+static Pool& the_pool() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        pool.store(new Pool);
+#ifndef _WIN32
+        pthread_atfork(nullptr, nullptr, [] { pool.store(new Pool); });  // a child has none of the threads
+#endif
+    });
+    return *pool.load();
+}
+
+void share_out(int threads, i64 count, void (*f)(const void*, i64), const void* what) {
+    Pool& mine = the_pool();
+    std::unique_lock<std::mutex> turn(mine.turn, std::try_to_lock);
+    if (turn.owns_lock())
+        mine.share(threads, count, f, what);
+    else
+        for (i64 i = 0; i < count; i++) f(what, i);
+}

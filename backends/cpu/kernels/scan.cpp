@@ -1,0 +1,179 @@
+// The state-space scan: a position at a time by the recurrence, more by spans of matrix products (chapter 8):
+//
+//     y[i] = sum_{j<=i} (C[i].B[j]) exp(a[i] - a[j]) dt[j] x[j]  +  exp(a[i]) C[i] S  +  D x[i]
+//     S    = exp(a[last]) S + sum_j exp(a[last] - a[j]) dt[j] x[j] B[j]'
+//
+// a[i] is the sum of dt A up to i from the beginning of the span. Work within a span grows with its square, so
+// spans are short, whatever the chunk; they never cross the end of a chunk.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "pool.h"
+#include "vectors.h"
+#include "verbs.h"
+
+constexpr i64 SPAN = 32, SHORT = 4;  // positions of a span; up to which it is read by the recurrence
+constexpr float LOG2E = 1.442695041f;
+
+static i64 whole(i64 n) { return (n + LANES - 1) / LANES * LANES; }
+
+struct Span { i64 start, size; };
+
+static float time_step(float raw, float low, float high) {
+    const float step = raw > 20 ? raw : log1pf(expf(raw));
+    return std::min(std::max(step, low), high);
+}
+
+// y [p] and S [p][n] after one position; next may be S.
+static void position(const float* S, float* next, const float* x, float step, float A, const float* B,
+                     const float* C, float D, float* y, i64 p, i64 n, i64 row) {
+    const float decay = expf(step * A);
+    for (i64 i = 0; i < p; i++, S += row, next += row) {
+        const float added = step * x[i];
+        vec sums = {};
+        i64 j = 0;
+        for (; j + LANES <= n; j += LANES) {
+            const vec v = decay * load<vec>(S + j) + added * load<vec>(B + j);
+            store(next + j, v);
+            sums += v * load<vec>(C + j);
+        }
+        float total = 0;
+        for (int lane = 0; lane < LANES; lane++) total += sums[lane];
+        for (; j < n; j++) {
+            next[j] = decay * S[j] + added * B[j];
+            total += next[j] * C[j];
+        }
+        y[i] = total + D * x[i];
+    }
+}
+
+// What the heads of a group share, of one span, with zeros beyond its size: C' [n][SPAN], B [size][row],
+// B C' [size][SPAN].
+struct Shared {
+    float *Ct, *B, *BC;
+    Shared(float* at, i64 n, i64 row) : Ct(at), B(at + n * SPAN), BC(B + SPAN * row) {}
+    static i64 floats(i64 n, i64 row) { return n * SPAN + SPAN * row + SPAN * SPAN; }
+
+    void fill(const float* b, i64 b_step, const float* c, i64 c_step, i64 size, i64 n, i64 row) const {
+        std::fill(Ct, Ct + n * SPAN, 0.f);
+        std::fill(B, B + size * row, 0.f);
+        std::fill(BC, BC + size * SPAN, 0.f);
+        for (i64 i = 0; i < size; i++) {
+            for (i64 j = 0; j < n; j++) Ct[j * SPAN + i] = c[i * c_step + j];
+            memcpy(B + i * row, b + i * b_step, n * sizeof(float));
+        }
+        product(B, row, 1, size, Ct, SPAN, n, BC, Next{(const char*)B, 0});
+    }
+};
+
+// y [size][..] of one head and S [p][row] after a span.
+static void span(float* S, const float* x, i64 x_step, const float* dt, float A, const Shared& shared, float D,
+                 float* y, i64 y_step, i64 size, i64 p, i64 n, i64 row) {
+    static thread_local std::vector<float> kept;
+    const i64 wide = whole(p);
+    if ((i64)kept.size() < p * SPAN + SPAN * SPAN + SPAN * wide) kept.resize(p * SPAN + SPAN * SPAN + SPAN * wide);
+    float *yt = kept.data(), *M = yt + p * SPAN, *u = M + SPAN * SPAN;  // y' [p][SPAN]; [j][i]; [size][p]
+    double a[SPAN] = {};  // in octaves
+    for (i64 i = 0; i < size; i++) a[i] = (i ? a[i - 1] : 0) + (double)dt[i] * A * 1.4426950408889634;
+    for (i64 i = size; i < SPAN; i++) a[i] = a[size - 1];
+    auto decays = [&](double from, float scale, float* to) {  // to[i] = 2^(a[i] - from) scale
+        for (i64 i = 0; i < SPAN; i++) to[i] = (float)(a[i] - from);
+        for (i64 i = 0; i < SPAN; i += LANES) {
+            vec v = load<vec>(to + i);
+            store(to + i, exp2_of<1>(v < 0.f ? v : vec{}) * scale);
+        }
+    };
+    // FROM BEFORE
+    std::fill(yt, yt + p * SPAN, 0.f);
+    const Next nothing{(const char*)S, 0};
+    product(S, row, 1, p, shared.Ct, SPAN, n, yt, nothing);
+    float decay[SPAN];
+    decays(0, 1, decay);
+    for (i64 i = 0; i < p; i++)
+        for (i64 j = 0; j < SPAN; j += LANES)
+            store(yt + i * SPAN + j, load<vec>(yt + i * SPAN + j) * load<vec>(decay + j));
+    // WITHIN
+    for (i64 j = 0; j < size; j++) {
+        float* m = M + j * SPAN;
+        decays(a[j], dt[j], m);
+        for (i64 i = 0; i < j; i++) m[i] = 0;
+        for (i64 i = 0; i < SPAN; i += LANES) store(m + i, load<vec>(m + i) * load<vec>(shared.BC + j * SPAN + i));
+    }
+    product(x, 1, x_step, p, M, SPAN, size, yt, nothing);
+    for (i64 i = 0; i < size; i++)
+        for (i64 j = 0; j < p; j++) y[i * y_step + j] = yt[j * SPAN + i] + D * x[i * x_step + j];
+    // ONWARDS
+    for (i64 i = 0; i < size; i++) {
+        const float share = dt[i] * (float)std::exp2(std::max(a[size - 1] - a[i], -126.));
+        for (i64 j = 0; j < p; j++) u[i * p + j] = share * x[i * x_step + j];
+    }
+    const float all = (float)std::exp2(std::max(a[size - 1], -126.));
+    for (i64 i = 0; i < p * row; i += LANES) store(S + i, all * load<vec>(S + i));
+    product(u, 1, p, p, shared.B, row, size, S, nothing);
+}
+
+// l positions of b sequences, of which real[b] are real (null: all): y [b][l][h][p] and the state after them;
+// next may be S if l is 1. x, dt, B, C are rows of wider arrays, `*_step` apart.
+extern "C" void scan(const float* S, float* next, const float* x, i64 x_step, const float* dt, i64 dt_step,
+                     const float* A_log, const float* B, i64 B_step, const float* C, i64 C_step, const float* D,
+                     const float* bias, const i64* real, float low, float high, float* y, i64 b, i64 l, i64 h,
+                     i64 p, i64 n, i64 g, i64 chunk, const Run& run) {
+    const i64 row = whole(n), r = h / g;
+    auto step_of = [=](i64 s, i64 t, i64 head) {
+        return real && t >= real[s] ? 0 : time_step(dt[(s * l + t) * dt_step + head] + bias[head], low, high);
+    };
+    if (l == 1) {
+        parallel(run, b * h, p * n, [=](i64 job) {
+            const i64 s = job / h, head = job % h, group = head / r;
+            position(S + job * p * n, next + job * p * n, x + s * x_step + head * p, step_of(s, 0, head),
+                     -expf(A_log[head]), B + s * B_step + group * n, C + s * C_step + group * n, D[head],
+                     y + job * p, p, n, n);
+        });
+        return;
+    }
+    std::vector<Span> spans;
+    for (i64 at = 0; at < l;) {
+        const i64 end = std::min(l, (at / chunk + 1) * chunk), size = std::min(SPAN, end - at);
+        spans.push_back({at, size});
+        at += size;
+    }
+    const i64 count = spans.size(), floats = Shared::floats(n, row);
+    std::unique_ptr<float[]> room(new float[b * count * g * floats]);
+    auto shared = [&](i64 s, i64 at, i64 group) {
+        return Shared(room.get() + ((s * count + at) * g + group) * floats, n, row);
+    };
+    parallel(run, b * count * g, SPAN * SPAN * n * 2, [&](i64 job) {
+        const i64 s = job / (count * g), at = job / g % count, group = job % g, first = s * l + spans[at].start;
+        if (spans[at].size > SHORT)
+            shared(s, at, group)
+                .fill(B + first * B_step + group * n, B_step, C + first * C_step + group * n, C_step,
+                      spans[at].size, n, row);
+    });
+    parallel(run, b * h, l * p * n * 3, [&](i64 job) {
+        static thread_local std::vector<float> state, steps;
+        const i64 s = job / h, head = job % h, group = head / r;
+        const float A = -expf(A_log[head]), *from = S + job * p * n;
+        if ((i64)state.size() < p * row) state.resize(p * row);
+        if ((i64)steps.size() < l) steps.resize(l);
+        std::fill(state.begin(), state.end(), 0.f);
+        for (i64 i = 0; i < p; i++) memcpy(&state[i * row], from + i * n, n * sizeof(float));
+        for (i64 t = 0; t < l; t++) steps[t] = step_of(s, t, head);
+        for (i64 at = 0; at < count; at++) {
+            const i64 start = spans[at].start, size = spans[at].size, first = s * l + start;
+            const float* xs = x + first * x_step + head * p;
+            float* out = y + (first * h + head) * p;
+            if (size > SHORT)
+                span(state.data(), xs, x_step, &steps[start], A, shared(s, at, group), D[head], out, h * p, size, p,
+                     n, row);
+            else
+                for (i64 i = 0; i < size; i++)
+                    position(state.data(), state.data(), xs + i * x_step, steps[start + i], A,
+                             B + (first + i) * B_step + group * n, C + (first + i) * C_step + group * n, D[head],
+                             out + i * h * p, p, n, row);
+        }
+        for (i64 i = 0; i < p; i++) memcpy(next + job * p * n + i * n, &state[i * row], n * sizeof(float));
+    });
+}
