@@ -165,6 +165,7 @@ class Talk:
     tools: list[dict] = field(default_factory=list)
     template: ChatTemplate | None = None
     statistics: dict | None = None
+    stopped: bool = False  # whether Ctrl-C was the last key: once more leaves
 
     def typed(self) -> None:
         """Read turns from a terminal until the user leaves."""
@@ -173,26 +174,36 @@ class Talk:
         if self.engine.checkpoint.directory.name == "tiny":
             click.echo(TINY, err=True)
         click.echo("/help lists the commands; Ctrl-D leaves.", err=True)
-        stopped = False
         while True:
             try:
-                line = next(turns(terminal()), None)
+                line = next(turns(self.terminal()), None)
                 if line is None:
                     click.echo()
                     return
-                stopped = False
                 self.line(line)
             except Leave:
                 return
             except KeyboardInterrupt:
-                if stopped or launched().count > 1:
+                if self.stopped or launched().count > 1:
                     raise
-                stopped = True  # after a reply that was stopped, too
+                self.stopped = True  # after a reply that was stopped, too
                 click.echo("\n(Ctrl-C again, or /exit, leaves)", err=True)
             except InputError as error:
                 if isinstance(error, RankError):
                     raise
                 click.echo(f"refengine: {error}", err=True)
+
+    def terminal(self) -> Iterator[str]:
+        """Yield what is typed, a line at a time, until Ctrl-D."""
+        prompt = "> "
+        while True:
+            try:
+                line = input(prompt)
+            except EOFError:
+                return
+            self.stopped = False
+            yield line
+            prompt = "... "
 
     def line(self, line: str) -> None:
         """Do a command, or answer a message; an empty line does nothing. Leave is raised by /exit."""
@@ -385,17 +396,6 @@ def turns(lines: Iterator[str]) -> Iterator[str]:
         while line.endswith("\\") and (more := next(lines, None)) is not None:
             line = line[:-1] + "\n" + more
         yield line.removesuffix("\\")
-
-
-def terminal() -> Iterator[str]:
-    """Yield what is typed, a line at a time, until Ctrl-D."""
-    prompt = "> "
-    while True:
-        try:
-            yield input(prompt)
-        except EOFError:
-            return
-        prompt = "... "
 
 
 def piped() -> Iterator[str]:

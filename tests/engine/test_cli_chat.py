@@ -153,6 +153,20 @@ def test_ctrl_c_stops_a_reply_and_keeps_the_talk_and_twice_it_leaves(tmp_path):
     assert [m["role"] for m in messages] == ["user", "assistant"] and messages[1]["content"]
 
 
+def test_only_ctrl_c_after_ctrl_c_leaves():
+    """A line between the two is a beginning anew, also one inside a text of several lines."""
+    talk = Terminal("chat", *TINY)
+    talk.until("> ")
+    for _ in range(2):
+        talk.type('"""')
+        talk.until("... ")
+        talk.interrupt(at_prompt=True)
+        talk.until("(Ctrl-C again, or /exit, leaves)")
+        talk.until("> ")
+    talk.type("/exit")
+    assert talk.code() == 0
+
+
 def test_thoughts_are_left_out_of_a_pipe_unless_asked_for(cli):  # noqa: F811
     _, out, _ = cli("chat", "Hi", *TINY)
     assert out.strip() and "[" not in out
