@@ -19,7 +19,8 @@ import click
 from refengine.cli import hints
 from refengine.ranks.launcher import launched, report_termination
 
-COMMANDS = ("generate", "chat", "inspect", "score", "tokenize", "bench", "completion")
+COMMANDS = ("generate", "chat", "inspect", "score", "tokenize", "bench")
+COMMANDS += ("verify", "vectors", "trace", "diff", "completion")
 
 
 class Commands(click.Group):

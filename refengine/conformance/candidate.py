@@ -82,7 +82,9 @@ class Bench(Backend):
 
         wider: the result has to be float32 or wider.
         """
-        a, dtype = self.fetch(a), wide(self.dtype) if wider else self.dtype
+        kind, a, dtype = type(a).__name__, self.fetch(a), wide(self.dtype) if wider else self.dtype
+        if a.dtype == object:
+            raise AssertionError(f"{what}: {kind}, where an array is due")
         if a.dtype != dtype:
             raise AssertionError(f"{what}: {a.dtype}, where {dtype} is due")
         return a

@@ -8,6 +8,7 @@ in an array are drawn from menus without a common member, so no two can be confu
 from __future__ import annotations
 
 import math
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -28,6 +29,9 @@ MENUS = {
     "n_group": (1, 3), "norm_topk_prob": (True, False),
     "layer_norm_epsilon": (1e-5, 3e-3), "routed_scaling_factor": (2.5, 0.7),
 }  # fmt: skip
+
+
+MEASURED: ContextVar[list | None] = ContextVar("(error, dtype) of each comparison by agree", default=None)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -171,15 +175,18 @@ def agree(actual, expected, dtype, terms: int, what: str = "", stretch: float = 
     division enlarged the rounding of what it divided.
     """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    what = what and f"{what}: "
     if actual.shape != expected.shape:
-        raise AssertionError(f"{what}: shape {actual.shape} for {expected.shape}")
+        raise AssertionError(f"{what}shape {actual.shape} for {expected.shape}")
     if not expected.size:
         return 0.0
     error = np.abs(actual - expected) / max(1.0, np.abs(expected).max())
     worst, allowed = error.max(), tolerance(dtype, terms) * stretch
+    if (seen := MEASURED.get()) is not None:
+        seen.append((float(worst), dtype))
     if not worst <= allowed:
         where = tuple(int(i) for i in np.unravel_index(error.argmax(), error.shape))
-        raise AssertionError(f"{what}: off by {worst:.3g} at {where}; {dtype} is allowed {allowed:.3g}")
+        raise AssertionError(f"{what}off by {worst:.3g} at {where}; {dtype} is allowed {allowed:.3g}")
     return float(worst)
 
 

@@ -265,8 +265,8 @@ def scanned(backend, case: Case, x, dt, B, C, S, n=None, limit=NO_LIMIT, piece=s
 def scan_agrees(backend, case: Case, y, after, arrays, limit=NO_LIMIT) -> None:
     """Check y and the state after it; rounding is relative to their size if nothing cancelled."""
     x, dt, B, C, S = arrays
-    whole = readings.scan(case, abs(x), dt, abs(B), abs(C), abs(S), limit=limit)
-    expected = readings.scan(case, *arrays, limit=limit)
+    whole = readings.scan(case, abs(x), dt, abs(B), abs(C), abs(S), limit)
+    expected = readings.scan(case, x, dt, B, C, S, limit)
     size = case.length * case.cfg.ssm_state_size  # products in one output: every position, times the state
     for what, mine, true, most in zip("yS", (y, after), expected, whole, strict=True):
         scale = max(1.0, most.max())
@@ -529,7 +529,7 @@ def experts_size(case: Case) -> int:
     return c.hidden_size + c.expert_width + c.num_experts_per_tok * c.moe_intermediate_size + 17
 
 
-@check("mamba2-layer", drawing("M"), uses=("M",))
+@check("mamba2-mixer", drawing("M"), uses=("M",))
 def the_mamba_layer_is_what_the_equations_say(backend, case):
     """Check projection, convolution, scan, gated norm and output of a Mamba layer, from an empty state."""
     y, h = layer_of(backend, case)
@@ -553,7 +553,7 @@ def the_mamba_layer_is_what_the_equations_say(backend, case):
     agree(y, normed @ case.exact("out_proj.weight").T, backend.dtype, size, stretch=max(1.0, stretch))
 
 
-@check("attention-layer", drawing("*"), uses=("*",))
+@check("attention-mixer", drawing("*"), uses=("*",))
 def the_attention_layer_is_what_the_equations_say(backend, case):
     """Check projections, attention and output of an attention layer, from an empty cache."""
     y, h = layer_of(backend, case)
@@ -563,7 +563,7 @@ def the_attention_layer_is_what_the_equations_say(backend, case):
     agree(y, expected, backend.dtype, case.hidden_size + attention_size(case) + q[0, 0].size)
 
 
-@check("experts-layer", drawing("E"), uses=("E",))
+@check("experts-mixer", drawing("E"), uses=("E",))
 def the_experts_are_what_the_equation_says(backend, case):
     """Check relu^2 and no gate (trap 5), and which parts read the latent, and which full width (trap 6)."""
     y, h = layer_of(backend, case)
@@ -577,7 +577,7 @@ def the_experts_are_what_the_equation_says(backend, case):
         )
 
 
-@check("experts-layer", drawing("E"), uses=("E",))
+@check("experts-mixer", drawing("E"), uses=("E",))
 def renaming_the_experts_changes_nothing(backend, case):
     """Check experts that change places in their group, and groups that change places."""
     cfg = case.cfg
@@ -596,7 +596,7 @@ def renaming_the_experts_changes_nothing(backend, case):
     agree(renamed[sure], y[sure], backend.dtype, experts_size(case))
 
 
-@check("mlp-layer", drawing("-"), uses=("-",))
+@check("mlp-mixer", drawing("-"), uses=("-",))
 def the_dense_layer_is_one_expert_that_every_token_reads(backend, case):
     """Check the dense layer."""
     y, h = layer_of(backend, case)
