@@ -19,7 +19,7 @@ from refengine.conformance.mistakes import Mistake
 from refengine.conformance.trace import Trace, packed, pieces, real_positions, sizes, state_sizes
 from refengine.conformance.truth import lead
 from refengine.conformance.watch import watched_ops
-from refengine.spec.arrays import DTYPES, widen
+from refengine.spec.arrays import DTYPES, Weight, widen
 from refengine.spec.config import Config, InputError
 from refengine.spec.mixers import MIXERS
 from refengine.spec.moe import Routing, largest, only_best_groups
@@ -62,7 +62,7 @@ class Found:
 class Recomputation:
     """A trace, and the model that it is held against."""
 
-    def __init__(self, trace: Trace, cfg: Config, read: Callable[[str], np.ndarray]):
+    def __init__(self, trace: Trace, cfg: Config, read: Callable[[str], Weight]):
         self.trace, self.cfg, self.read = trace, cfg, read
         self.real = real_positions(trace.calls)
         self.blocks: dict[str, list[Tensor]] = {}
@@ -74,8 +74,8 @@ class Recomputation:
 
     def units(self) -> Iterator[Unit]:
         """Return the units of the model that the trace can be compared with, in the order of computation."""
-        t, cfg = self.trace, self.cfg
-        outer: tuple[str, ...] = ("embeddings.weight", "lm_head.weight", "norm_f.weight")
+        t, cfg, keys = self.trace, self.cfg, tuple[str, ...]()
+        outer = ("embeddings.weight", "lm_head.weight", "norm_f.weight")
         if "embeddings" in t or "layers.0.input" in t:
             yield Unit("embeddings", "outer", ("",), outer[:1])
         for i, kind in enumerate(cfg.layers):
@@ -138,10 +138,14 @@ class Recomputation:
 
     def given(self, name: str) -> np.ndarray:
         """Return a value of the trace: [b l ...], a state as [b ...], a routing as weights [b l E]."""
-        stored = self.stored_as(name) or name
+        kept = self.kept.setdefault("given", {})
+        if name not in kept:
+            kept[name] = self._given(self.stored_as(name) or name)
+        return kept[name]
+
+    def _given(self, stored: str) -> np.ndarray:
         if stored.endswith(".router"):
-            routing = self.routing(stored)
-            return dense(routing, self.cfg.n_routed_experts)
+            return dense(self.routing(stored), self.cfg.n_routed_experts)
         block, _, step = stored.rpartition(".")
         if step in state_sizes(self.cfg):
             return self.trace.state(stored, *state_sizes(self.cfg)[step])
@@ -173,7 +177,8 @@ class Recomputation:
 
         def read(row):
             value = self.read(row.name)
-            if narrow is not None and row.precision != "small" and value.dtype.itemsize > 2:
+            wide = isinstance(value, np.ndarray) and value.dtype.itemsize > 2
+            if narrow is not None and row.precision != "small" and wide:
                 value = value.astype(narrow)
             return value
 

@@ -82,7 +82,7 @@ class Trace:
         b, length = real.shape
         a, one = self.array(name), prod(tail)
         found = next((n for n in (length, length + head) if a.size == b * n * one), None)
-        if found is None or (a.ndim > 1 and a.shape[0] not in (b, found)):
+        if found is None or not (a.shape[:2] == (b, found) or (b == 1 and a.shape[0] == found)):
             size = [b, length, *tail] if b > 1 else [length, *tail]
             raise InputError(f"{self.name}: {name} has the shape {list(a.shape)}, where {size} is expected")
         a = a.reshape(b, found, *tail)[:, :length]

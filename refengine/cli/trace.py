@@ -1,0 +1,101 @@
+"""refengine trace: record the activations of a model on given tokens."""
+
+from __future__ import annotations
+
+import functools
+
+import click
+
+from refengine.cli import options
+from refengine.cli.tokenize import ids_of
+from refengine.spec.config import InputError
+from refengine.units import bytes_text
+
+SOURCES = ("refengine", "transformers", "transformers-unclamped")
+
+
+def model_argument(command):
+    """Return the command with an argument MODEL, which goes before --model."""
+
+    @click.argument("given", required=False, metavar="[MODEL]")
+    @functools.wraps(command)
+    def call(given, **how):
+        return command(**how | ({"model": given} if given is not None else {}))
+
+    return call
+
+
+@click.command(cls=options.Command, short_help="Record the activations of a model in a file.")
+@click.option("--output", "-o", required=True, metavar="FILE", help="The safetensors file to write.")
+@click.option("--prompt", "-p", "prompts", multiple=True, metavar="TEXT", help="A prompt (repeatable).")
+@click.option("--ids", multiple=True, metavar="IDS", help='Token ids, as in "10 25 99" (repeatable).')
+@click.option("--cut", type=click.IntRange(1), metavar="N", help="Read prompts in pieces of N tokens.")
+@click.option("--steps", type=click.IntRange(0), default=0, metavar="N", help="Then decode N tokens.")
+@click.option(
+    "--from", "source", type=click.Choice(SOURCES), default="refengine", metavar="ENGINE",
+    help="refengine, transformers, or transformers-unclamped.",
+)  # fmt: skip
+@model_argument
+@options.engine
+@options.debug
+def trace(output, prompts, ids, cut, steps, source, **how):
+    """Record what every layer of MODEL computes on prompts side by side; `refengine diff` reads the file."""
+    from refengine.conformance.fingerprint import fingerprint
+
+    if not prompts and not ids:
+        raise click.UsageError("give a --prompt or --ids.")
+    if source != "refengine":
+        made = of_transformers(prompts, ids, cut, steps, source == SOURCES[1], **how)
+    else:
+        from refengine import __version__
+        from refengine.conformance.record import record
+
+        engine = options.load(tp=1, ep=1, pp=1, timeout=20.0, **how)
+        rows = [engine.ids(options.checked_text(text)) for text in prompts]
+        rows += [engine.ids(ids_of(text)) for text in ids]
+        check_room(rows, steps, engine.config)
+        made = record(
+            engine.model, rows, cut, steps,
+            engine=f"refengine {__version__} {engine.model.backend.name}",
+            fingerprint=fingerprint(engine.config, engine.checkpoint.read),
+            weights_dtype=how["dtype"],
+        )  # fmt: skip
+        engine.close()
+    made.save(output)
+    options.note(
+        f"{output}: {len(made.arrays)} arrays of {sum(map(len, made.token_ids))} tokens, "
+        f"{bytes_text(sum(made.array(name).nbytes for name in made.arrays))}"
+    )
+
+
+def of_transformers(prompts, ids, cut, steps, clamp: bool, model: str, dtype: str, **how):
+    """Return the trace of transformers' own model."""
+    from refengine.checkpoint import Checkpoint
+    from refengine.conformance.fingerprint import fingerprint
+    from refengine.conformance.hooks import trace_of_transformers
+    from refengine.text.tokenizer import Tokenizer
+
+    checkpoint = Checkpoint.open(model)
+    cfg, tokenizer = checkpoint.config, None
+    if prompts:
+        tokenizer = Tokenizer.load(checkpoint.directory, cfg)
+    rows = [tokenizer.encode(options.checked_text(text)) for text in prompts] if tokenizer else []
+    rows += [ids_of(text) for text in ids]
+    for row in rows:
+        if not row:
+            raise InputError("the prompt is empty")
+        if wrong := [token for token in row if token >= cfg.vocab_size]:
+            raise InputError(f"token id {wrong[0]} is not in the vocabulary of {cfg.vocab_size}")
+    check_room(rows, steps, cfg)
+    return trace_of_transformers(
+        checkpoint.directory, cfg, rows, cut, steps, dtype, clamp,
+        fingerprint=fingerprint(cfg, checkpoint.read),
+    )  # fmt: skip
+
+
+def check_room(rows: list[list[int]], steps: int, cfg) -> None:
+    """Raise InputError where prompts and steps are longer than the model's context."""
+    if (longest := max(map(len, rows)) + steps) > cfg.max_position_embeddings:
+        raise InputError(
+            f"{longest} tokens are more than the model's context of {cfg.max_position_embeddings}"
+        )
