@@ -100,7 +100,7 @@ def limit_threads(threads: int | None) -> None:
 
 @dataclass
 class Engine:
-    """A loaded model. Several threads may call one engine: their sequences share its slots.
+    """Holds a loaded model. Several threads may call one engine: their sequences share its slots.
 
     batch: sequences side by side, at most.
     """

@@ -29,7 +29,7 @@ class PromptError(InputError):
 
 @dataclass(frozen=True)
 class Token:
-    """One new token, and the text that became certain with it: none yet, or that of several tokens."""
+    """Holds a new token and the text that became certain with it: none yet, or that of several tokens."""
 
     id: int
     text: str
@@ -39,7 +39,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Draw:
-    """A token that was drawn from logits; see Token for what the others are."""
+    """Holds a token that was drawn from logits; see Token for the other fields."""
 
     id: int
     logprob: float | None = None
@@ -48,7 +48,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class End:
-    """Why a text ended: "eos" (an end token), "stop" (a stop string), "length", "context" (full)."""
+    """Holds the reason for the end: "eos" (an end token), "stop" (a stop string), "length", "context"."""
 
     reason: str
     text: str  # what was still held back
@@ -57,7 +57,7 @@ class End:
 
 @dataclass(frozen=True)
 class Options:
-    """Options of one sequence, named as on the command line. None: as the checkpoint recommends."""
+    """Holds the options of one sequence, named as on the command line. None: as the checkpoint recommends."""
 
     max_tokens: int = 256
     temperature: float | None = None
@@ -72,7 +72,7 @@ class Options:
 
     @classmethod
     def of(cls, given: dict, advice: dict) -> Options:
-        """Options from those given, then the checkpoint's generation_config.json, then neutral values."""
+        """Return options: those given, then the checkpoint's generation_config.json, then neutral values."""
         if unknown := sorted(set(given) - set(cls.__dataclass_fields__)):
             known = ", ".join(cls.__dataclass_fields__)
             raise TypeError(f"generate() has no option {unknown[0]!r}; it has {known}")
@@ -137,7 +137,7 @@ class Drawing:
 
 @dataclass
 class Text:
-    """The text of one sequence, token by token.
+    """Holds the text of one sequence, which grows token by token.
 
     room: how many tokens the model's context leaves after the prompt.
     """

@@ -32,7 +32,7 @@ Event = Token | End
 
 @dataclass(eq=False)
 class Sequence:
-    """One sequence, from the queue to its end. Its events go to `inbox` with its index."""
+    """Holds one sequence, from the queue to its end. Its events go to `inbox` with its index."""
 
     index: int
     ids: list[int]
@@ -54,7 +54,7 @@ class Sequence:
 
 @dataclass
 class Loop:
-    """Sequences over a runner, in at most `size` slots.
+    """Runs sequences over a runner, in at most `size` slots.
 
     trace: called after each turn with the indices of the sequences by slot, or None.
     """
@@ -129,7 +129,7 @@ class Loop:
                     self.turn()
 
     def turn(self) -> None:
-        """Admit what waits, read once, and let everyone that has been read step once."""
+        """Admit sequences that wait, read once, and step once all that have been read."""
         try:
             self.sweep()
             self.admit()
@@ -261,7 +261,7 @@ class Loop:
 
 
 class Batch(Iterator[tuple[int, Event]]):
-    """The events of several sequences, (index, event), in order within each sequence.
+    """Yields the events of several sequences, (index, event), in order within each sequence.
 
     Requests are taken from their iterator as slots fall free. An error of one sequence is raised in place of
     its next event, that of a request when the sequences before it have ended; `next` then goes on with the

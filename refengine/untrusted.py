@@ -19,7 +19,7 @@ MAX_JSON = 64 * 2**20  # bytes; the largest config.json and index in use are bel
 
 
 def size_of(path: Path) -> int:
-    """Bytes in an ordinary file; a directory, a pipe (it would block) and a link to nothing are refused."""
+    """Return the bytes in a file; InputError for a directory, a pipe (it would block), a link to nothing."""
     try:
         info = os.stat(path)
     except FileNotFoundError:
@@ -34,7 +34,7 @@ def size_of(path: Path) -> int:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file."""
+    """Return the value in a JSON file."""
     if (size := size_of(path)) > MAX_JSON:
         raise InputError(f"{path} is {size} bytes long, far more than it needs to be: is it another file?")
     try:
@@ -76,7 +76,7 @@ def unreadable(path: Path, error: Exception) -> InputError:
 
 
 def shown(value: Any) -> str:
-    """A value from a file as a short piece of one line."""
+    """Return a value from a file as a short piece of one line."""
     short = reprlib.Repr()
     short.maxlevel, short.maxlist, short.maxstring = 2, 8, 100
     return short.repr(value)

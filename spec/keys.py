@@ -36,7 +36,7 @@ NAME_OF = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 
 
 class InputError(ValueError):
-    """Raised where the input is wrong, not the program; says in one sentence what to do about it."""
+    """Raised where the input is wrong, not the program, with one sentence on what to do about it."""
 
 
 def first_line(error: Exception) -> str:

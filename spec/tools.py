@@ -128,7 +128,7 @@ def read_reply(text: str, tools: list[dict]) -> tuple[str, list[dict]]:
 
 
 class Written(NamedTuple):
-    """A call as it is written.
+    """Holds a call as it is written.
 
     found    its keys and values as text; of JSON, the calls
     end      where it ends

@@ -53,7 +53,7 @@ ALONE += ("/retry", "/stats")
 
 
 class OnOff(click.ParamType):
-    """on or off, as a truth value."""
+    """Reads on or off as a truth value."""
 
     name = "on|off"
 
@@ -148,12 +148,12 @@ def chat(
 
 
 class Leave(Exception):
-    """The user leaves the conversation."""
+    """Raised where the user leaves the conversation."""
 
 
 @dataclass
 class Talk:
-    """A conversation: what was said, and how replies are made and printed."""
+    """Holds a conversation, and makes and prints its replies."""
 
     engine: Any
     sampling: dict
@@ -351,7 +351,7 @@ def expanded(path: str) -> Path:
 
 
 class Shown:
-    """A reply as it is printed: thoughts dimmed under a label on a terminal, left out elsewhere."""
+    """Prints a reply: thoughts dimmed under a label on a terminal, left out elsewhere."""
 
     def __init__(self, thinking: bool | None, quiet: bool):
         terminal = sys.stdout is not None and sys.stdout.isatty()

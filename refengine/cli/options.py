@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from refengine.backend import MOST_THREADS, NAMES
+from refengine.backend import MOST_THREADS, NAMES, automatic
 from refengine.ranks.comm import TIMEOUT
 from refengine.ranks.launcher import launched
 from refengine.spec.arrays import ITEMSIZE
@@ -32,7 +32,7 @@ def together(*decorators):
 
 
 class Finite(click.FloatRange):
-    """A number in a range, infinity and NaN excluded."""
+    """Reads a number in a range, infinity and NaN excluded."""
 
     def convert(self, value, param, ctx):
         """Return the number; a usage error if it is not finite or not in the range."""
@@ -53,7 +53,7 @@ def some_text(ctx, param, values):
 
 
 class FileName(click.types.StringParamType):
-    """The name of a file; a shell completes it."""
+    """Takes the name of a file, which a shell completes."""
 
     def shell_complete(self, ctx, param, incomplete):
         """Return the item that lets the shell complete names of files."""
@@ -61,7 +61,7 @@ class FileName(click.types.StringParamType):
 
 
 class ModelName(click.types.StringParamType):
-    """A directory, or the name of a model; a shell completes both."""
+    """Takes a directory or the name of a model; a shell completes both."""
 
     def shell_complete(self, ctx, param, incomplete):
         """Return the known names that begin so, and the item that lets the shell complete directories."""
@@ -73,7 +73,7 @@ class ModelName(click.types.StringParamType):
 
 
 class StopText(click.types.StringParamType):
-    """A stop string; a variable holds one a line."""
+    """Takes a stop string; a variable holds one a line."""
 
     envvar_list_splitter = "\n"
 
@@ -114,7 +114,7 @@ DTYPES = {"f32": "float32", "f64": "float64", "bf16": "bfloat16", "f16": "float1
 
 
 class Dtype(click.Choice):
-    """A dtype by one of its names, or auto."""
+    """Reads a dtype by one of its names, or auto."""
 
     def __init__(self):
         super().__init__(("auto", *ITEMSIZE, *DTYPES), case_sensitive=False)
@@ -137,10 +137,12 @@ def dtype_of(model: str, backend: str) -> str:
 
 
 def with_dtype(command):
-    """Return the command with the dtype that auto means."""
+    """Return the command with the backend and the dtype that auto means."""
 
     @functools.wraps(command)
     def call(*args, **how):
+        if how["backend"] == "auto" and launched().count == 1:
+            how["backend"], _ = automatic(how["device"], how["dtype"])
         if how["dtype"] == "auto":
             how["dtype"] = dtype_of(how["model"], how["backend"])
         return command(*args, **how)
@@ -159,7 +161,7 @@ SHARED = {"ep", "pp", "verbose"}
 
 
 class Command(click.Command):
-    """A command whose help fits a screen: error messages show ranges, and some options share a line."""
+    """Runs a command whose help fits a screen: ranges are left to errors, and some options share a line."""
 
     def format_options(self, ctx, formatter):
         """Write the options; most take one line."""
@@ -211,16 +213,20 @@ engine = together(
     click.option(
         "--backend",
         type=click.Choice(NAMES),
-        default="numpy",
+        default="auto",
         show_default=True,
-        help="Library that computes.",
+        metavar="NAME",
+        help="auto, cpu, numpy, torch or cuda.",
     ),
     click.option(
         "--dtype", type=Dtype(), default="auto", show_default=True, help="auto: as stored; numpy: float32."
     ),
     click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or auto."),
     click.option(
-        "--threads", type=click.IntRange(1, MOST_THREADS), metavar="N", help="Threads of the computation."
+        "--threads",
+        type=click.IntRange(1, MOST_THREADS),
+        metavar="N",
+        help="Default: the processors it may use.",
     ),
     click.option("--deterministic", is_flag=True, help="Compute the same bits in every run."),
     loudness,
@@ -295,7 +301,7 @@ batch = click.option("--batch", type=click.IntRange(1), metavar="N", help="Seque
 
 
 def parted(others: dict) -> tuple[dict, dict]:
-    """Split options into those of `load` and the others; return both."""
+    """Return (the options of `load`, the others)."""
     loading = {name: others[name] for name in LOADING if others.get(name) is not None}
     return loading, {k: v for k, v in others.items() if k not in LOADING}
 

@@ -26,7 +26,7 @@ __all__ = ["ChatTemplate", "Prompt", "read_calls", "split_reasoning"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered prompt; `inside`: whether the reply begins inside a thought; `json_calls`: as in Nano v2."""
+    """Holds a rendered prompt, whether the reply begins `inside` a thought, and whether calls are JSON."""
 
     text: str
     inside: bool
@@ -35,7 +35,7 @@ class Prompt:
 
 @dataclass
 class ChatTemplate:
-    """The chat templates of a checkpoint, by name, and the special tokens that they may print."""
+    """Holds the chat templates of a checkpoint by name, and the special tokens that they may print."""
 
     sources: dict[str, str] = field(default_factory=dict)  # by name: "default", perhaps "tool_use"; or none
     tokens: dict[str, str] = field(default_factory=dict)  # what they know by name: {"bos_token": "<s>", ...}

@@ -13,7 +13,7 @@ HOW = "copy the tokenizer.json of the model that this one was made from"
 
 
 class NoText(Stream):
-    """A stream of tokens that gives no text."""
+    """Takes tokens like a Stream and gives no text."""
 
     def __init__(self):
         pass
@@ -28,7 +28,7 @@ class NoText(Stream):
 
 
 class IdsOnly(Tokenizer):
-    """Serve generation in place of a tokenizer, for token ids."""
+    """Serves generation in place of a tokenizer, for token ids."""
 
     def __init__(self, directory: Path, config: Config):
         self.path, advice = directory / "tokenizer.json", generation_config(directory)[0]

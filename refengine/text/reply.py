@@ -12,7 +12,7 @@ PARTIAL = re.compile(r"<(?:[/a-zA-Z_]{0,9}|tool_call>\s*(?:<[^>\n]*)?|TOOLCALL>\
 
 
 class Reply:
-    """Text in, pieces ("thinking" or "answer", text) out, as soon as it is certain to which they belong.
+    """Turns text into pieces ("thinking" or "answer", text), as soon as it is certain which of them it is.
 
     However the text is cut, the pieces of each part together are what `split_reasoning` returns of the whole.
     """

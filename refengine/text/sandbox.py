@@ -40,7 +40,7 @@ class Refused(jinja2.TemplateError):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja with the options, filters and functions that transformers gives a chat template, and a budget."""
+    """Runs templates with the options, filters and functions that transformers gives them, and a budget."""
 
     intercepted_binops = frozenset(("*", "**", "+", "%"))
 
@@ -145,7 +145,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class Metered(NodeTransformer):
-    """Rewrite a template so that turns of loops, calls of macros and joined texts are paid for."""
+    """Rewrites a template so that turns of loops, calls of macros and joined texts are paid for."""
 
     def turn(self, node):
         """Return a loop or macro whose every turn is paid for."""
@@ -169,7 +169,7 @@ def metered(method: str, value: nodes.Expr) -> nodes.Call:
 
 
 class Generation(ext.Extension):
-    """Accept `{% generation %}`, which marks what to train on and has no other meaning."""
+    """Accepts `{% generation %}`, which marks what to train on and has no other meaning."""
 
     tags = {"generation"}  # noqa: RUF012  (as in Jinja)
 
@@ -180,7 +180,7 @@ class Generation(ext.Extension):
 
 
 class SafeNamespace(Namespace):
-    """Jinja's namespace without the names that mean something to Python."""
+    """Holds names like Jinja's namespace, without the names that mean something to Python."""
 
     def __init__(*args, **kwargs):  # as in Jinja: one of the names may be `self`
         self, *given = args

@@ -8,7 +8,7 @@ from refengine.spec.config import InputError
 
 
 class StopStrings:
-    """Text in, text out up to the first stop string; only what may begin one is held back.
+    """Passes text on up to the first stop string; holds back only the text that may begin one.
 
     The first is the one that is complete first, so it does not matter how the text is cut.
     """
