@@ -125,11 +125,14 @@ class Attention(nn.Module):
         self.v_proj = linear(self.kv * self.d, hidden)
         self.o_proj = linear(hidden, self.q * self.d, 0.5 / math.sqrt(self.q * self.d))
 
-    def forward(self, x, mask):
+    def forward(self, x, age, mask):
         b, length, _ = x.shape
-        q = self.q_proj(x).view(b, length, self.q, self.d).transpose(1, 2)
-        k = self.k_proj(x).view(b, length, self.kv, self.d).transpose(1, 2)
-        v = self.v_proj(x).view(b, length, self.kv, self.d).transpose(1, 2)
+        q = self.q_proj(x).view(b, length, self.q, self.d)
+        k = self.k_proj(x).view(b, length, self.kv, self.d)
+        v = self.v_proj(x).view(b, length, self.kv, self.d)
+        if self.d == kernels.ATTENTION_DIM and kernels.load() is not None:
+            return self.o_proj(kernels.Attention.apply(q, k, v, age.int()).flatten(-2))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         k, v = (t.repeat_interleave(self.q // self.kv, 1) for t in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o_proj(y.transpose(1, 2).reshape(b, length, -1))
@@ -228,7 +231,7 @@ class Block(nn.Module):
         h = self.norm(x)
         if self.letter == "M":
             return x + self.mixer(h, first, age)
-        return x + (self.mixer(h, mask) if self.letter == "*" else self.mixer(h))
+        return x + (self.mixer(h, age, mask) if self.letter == "*" else self.mixer(h))
 
 
 class TinyModel(nn.Module):

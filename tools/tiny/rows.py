@@ -16,13 +16,15 @@ class Pairs:
 
     Of eight rows two hold `count` (name, thing) pairs, then the names again, each with its thing; two hold
     pairs of any symbols; one holds 2 * `count` symbols again and again in the same order (copying); three
-    hold random words, among them one or two names, each after its own verbs.
+    hold random words, among them one or two names, each after its own verbs. With `names_only` all rows are
+    of the first kind: a model with random weights learns to look a name up much sooner from them alone.
     """
 
     VERBS = "said asked cried thought whispered shouted called and but for when with hugged".split()  # noqa: SIM905
 
     def __init__(self, tokenizer, seed, length=64):
-        self.rng, self.length, self.count = np.random.default_rng(seed), length, 2
+        self.rng, self.length = np.random.default_rng(seed), length
+        self.count, self.names_only = 2, False
 
         def ids(some):
             found = [tokenizer.token_to_id("Ġ" + w) for w in some]
@@ -36,8 +38,8 @@ class Pairs:
         ids = np.zeros((rows, self.length), np.int64)
         weight = np.zeros((rows, self.length), np.float32)
         for r in range(rows):
-            kind = r % 4
-            if r % 8 == 3:
+            kind = 0 if self.names_only else r % 4
+            if kind == 3 and r % 8 == 3:
                 size = 2 * self.count
                 ids[r] = np.resize(self.rng.permutation(self.symbols)[:size], self.length)
                 weight[r, size + 1 :] = 1
@@ -90,11 +92,11 @@ class Rows:
         self.tokenizer, self.seed, self.rank, self.tokens, self.length = tokenizer, seed, rank, tokens, length
         self.at, self.rows = None, []
 
-    def dense(self, step, count):
+    def dense(self, step, count, names_only=False):
         """Return the dense rows of a step, with `count` pairs (None: drawn)."""
         seed = seeded(self.seed, self.rank, "dense", step)
         source = Pairs(self.tokenizer, seed)
-        source.count = count or (2, 4, 8)[seed % 3]
+        source.count, source.names_only = count or (2, 4, 8)[seed % 3], names_only
         return source.batch(self.tokens // source.length)
 
     def documents(self, step, share):

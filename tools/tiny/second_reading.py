@@ -1,11 +1,10 @@
 # ruff: noqa: SIM905 (word lists read better as words)
 """A second, stricter reading of stories, which knows nothing of the grammar that tells them.
 
-It reads English by a few rules of its own and only shares the lists of names and things. `read` returns
-faults:
+It reads English by a few rules of its own and shares the lists of names and things. `read` returns faults:
 
-    pronoun    he or she where nobody of that sex has been mentioned yet
-    holder     somebody gives or keeps a thing that somebody else holds at that moment
+    pronoun    he or she where no one of that sex has been mentioned yet
+    holder     one person gives or keeps a thing that another holds at that moment
     tense      a present tense outside speech (except after "that", for what is always true)
     repeated   a sentence told twice, or a word twice in a row
     speech     a quotation mark without its partner in a paragraph

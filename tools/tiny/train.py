@@ -1,12 +1,12 @@
 """Train the embedded model, from random weights to the files of the package:
 
-    python -m tools.tiny.train --seed 1 --out DIR               (--resume goes on after a kill, to the same
-    bits)
+    python -m tools.tiny.train --seed 1 --out DIR        (--resume goes on after a kill, to the same bits)
 
 Stages go by steps, never by the clock or by accuracy (docs/lab-notes.md says why each is there):
 
-    pairs    dense rows of symbols: name thing name thing ..., asked again in another order; 2, 4, then 8
-    pairs skills   recall, copying, counting and sums in words, lines about one cast, chats; dense rows go on
+    pairs    dense rows: name thing name thing ..., then the names again, each with its thing; 2, 4, 8 pairs,
+             then any symbols, copying, and names after their verbs
+    skills   recall, copying, counting and sums in words, lines about one cast, chats; dense rows go on
     world    stories and chats, with skills mixed in; the learning rate falls to a twentieth
 
 DIR receives the package's files, the card with its figures, curves and samples; DIR/run the log and the state
@@ -39,7 +39,7 @@ __all__ = ["CONFIG", "Pairs", "Plan", "Trainer", "read_checkpoint", "main"]
 MTP_WEIGHT, AUX_WEIGHT = 0.3, 3e-3
 MTP_EVERY = 2  # the prediction head learns on every second step: it costs a third
 LOG_EVERY, SAVE_EVERY, PROBE_EVERY = 20, 100, 500
-STAGES = (500, 900, 5600)
+STAGES = (700, 900, 5400)
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,12 @@ class Plan:
         return (1.0 if name == "pairs" else 0.7) * min(1.0, (step + 1) / 20)
 
     def dense(self, step):
-        """Return whether a step reads dense rows, and with how many pairs (None: any)."""
+        """Return (pairs, names only) where a step reads dense rows, or None; pairs None: drawn."""
         name, age = self.stage(step)
-        if name == "pairs":
-            return True, 2 if age < 0.2 * self.pairs else 4 if age < 0.45 * self.pairs else 8
-        return (age % 4 == 1 if name == "skills" else age % 20 == 1), None
+        if name == "pairs":  # names alone until the lookup is there, then all kinds of rows
+            done = age / self.pairs
+            return (2 if done < 0.2 else 4 if done < 0.35 else 8 if done < 0.5 else None), done < 0.5
+        return (None, False) if age % (4 if name == "skills" else 20) == 1 else None
 
     def share(self, step):
         """Return the share of skills among the documents of a step: all, then falling over 600 steps."""
@@ -110,9 +111,9 @@ class Trainer:
 
     def batch(self):
         """Return (ids, first, weight) of this step for this rank."""
-        dense, count = self.plan.dense(self.step)
+        dense = self.plan.dense(self.step)
         return (
-            self.rows.dense(self.step, count)
+            self.rows.dense(self.step, *dense)
             if dense
             else self.rows.documents(self.step, self.plan.share(self.step))
         )

@@ -1,7 +1,7 @@
 """Compiled loops for training on a CPU: the convolution and the scan of a Mamba-2 layer, with their
 gradients.
 
-`load` compiles mamba.cpp once for this processor and keeps the library in the user's cache. Without a
+`load` compiles them once for this processor and keeps the library in the user's cache. Without a
 compiler, or for shapes other than those it is compiled for, the layer uses its form in PyTorch
 (tools/tiny/model.py), which also is the definition that the tests compare with.
 """
@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("mamba.cpp")
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fPIC", "-shared")
 HEAD_DIM, STATE, CONV, CHUNK = 64, 32, 4, 16  # the shapes that mamba.cpp is compiled for
+ATTENTION_DIM = 32  # and attention.cpp
 
 
 def _processor():
@@ -35,13 +36,16 @@ def load():
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not compiler or os.environ.get("REFENGINE_TINY_EAGER"):
         return None
-    key = hashlib.sha256("\0".join((SOURCE.read_text(), *FLAGS, compiler, _processor())).encode()).hexdigest()
+    texts = [source.read_text() for source in SOURCES]
+    key = hashlib.sha256("\0".join((*texts, *FLAGS, compiler, _processor())).encode()).hexdigest()
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refengine"
     path = base / f"tiny-{key[:16]}.so"
     if not path.exists():
         base.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
-        subprocess.run([compiler, *FLAGS, "-o", str(part), str(SOURCE)], check=True, capture_output=True)
+        subprocess.run(
+            [compiler, *FLAGS, "-o", str(part), *map(str, SOURCES)], check=True, capture_output=True
+        )
         part.rename(path)
     return ctypes.CDLL(str(path))
 
@@ -108,3 +112,27 @@ class Scan(torch.autograd.Function):
         gx, gdt, gA, gD = (torch.zeros_like(t) for t in (xBC, dt, A, D))
         _call("scan_backward", ctx.numbers, (xBC, dt, A, D, age, kept, gy.contiguous(), gx, gdt, gA, gD))
         return gx, gdt, gA, gD, None, None
+
+
+class Attention(torch.autograd.Function):
+    """Causal attention within documents: q b l h 32, k and v b l g 32, age b l (int32) -> b l h 32."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, age):
+        """Return the attended values."""
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        b, length, heads, _ = q.shape
+        out, total = torch.empty_like(q), q.new_empty(b, length, heads)
+        ctx.numbers = (b, length, heads, k.shape[2])
+        _call("attention_forward", ctx.numbers, (q, k, v, age, out, total))
+        ctx.save_for_backward(q, k, v, age, out, total)
+        return out
+
+    @staticmethod
+    def backward(ctx, gout):
+        """Return the gradients of q, k and v."""
+        q, k, v, age, out, total = ctx.saved_tensors
+        gq, gk, gv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        tensors = (q, k, v, age, out, total, gout.contiguous(), gq, gk, gv)
+        _call("attention_backward", ctx.numbers, tensors)
+        return gq, gk, gv, None
