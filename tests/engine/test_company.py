@@ -5,6 +5,7 @@ it, by the literal reading of the sampling chapter, with one number of its own g
 held against one call over the whole text, and against one position at a time.
 """
 
+from dataclasses import fields
 from functools import lru_cache
 from unittest import mock
 
@@ -17,6 +18,8 @@ import refengine
 from refengine import End
 from refengine.conformance.cases import Case, agree, cases, terms
 from refengine.conformance.truth import counted, model, truth
+from refengine.generation import Options
+from refengine.loop import Loop
 from refengine.runner import LocalRunner
 from refengine.spec import mtp
 from refengine.spec.ops import numpy_backend
@@ -172,3 +175,42 @@ def test_every_value_of_a_long_score_is_that_of_one_call(engine, length):
     expected = [log_softmax(row)[token] for row, token in zip(head, ids[2:], strict=False)]
     assert len(scores.head) == length - 2
     assert np.abs(np.array(scores.head) - expected).max(initial=0) < NEAR
+
+
+MENUS = {
+    "max_tokens": (0, 1, 7),
+    "temperature": (0, 0.5, None),
+    "top_k": (0, 3, None),
+    "top_p": (0.5, 1.0, None),
+    "min_p": (0.0, 0.25, None),
+    "repetition_penalty": (1.0, 1.5, None),
+    "seed": (0, 5, None),
+    "stop": ((), ("x",)),
+    "ignore_eos": (False, True),
+    "logprobs": (0, 2, None),
+}
+OPTIONS = st.fixed_dictionaries({}, optional={name: st.sampled_from(menu) for name, menu in MENUS.items()})
+
+
+@given(shared=OPTIONS, own=st.lists(OPTIONS, min_size=1, max_size=4), pairs=st.booleans())
+@example(shared={"seed": 5, "temperature": 0.5}, own=[{}, {"seed": 0, "temperature": 0}], pairs=False)
+def test_options_of_a_prompt_go_before_the_shared_ones_and_those_before_the_advice(shared, own, pairs):
+    """Zero, False and an empty list are values; None is as the checkpoint recommends."""
+    engine, asked, shared = tiny(), [], {"seed": 9} | {k: v for k, v in shared.items() if v is not None}
+    advice = engine.tokenizer.generation
+    with mock.patch.object(Loop, "add", lambda self, i, ids, options, inbox: asked.append(options)):
+        if pairs:
+            batch = engine.generate_batch((([25], each) for each in own), **shared)
+        else:
+            batch = engine.generate_batch([[25]] * len(own), options=own, **shared)
+        batch.refill()
+        batch.close()
+    assert len(asked) == len(own)
+    for i, each in enumerate(own):
+        for field in fields(Options):
+            value = each[field.name] if field.name in each else shared.get(field.name, field.default)
+            if field.name == "seed" and each.get("seed") is None:
+                value = shared["seed"] + i
+            if value is None:
+                value = advice.get(field.name)
+            assert getattr(asked[i], field.name) == value, f"{field.name} of prompt {i}"
