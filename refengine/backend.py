@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
+import ctypes
+import os
+from importlib.util import find_spec
 
-from refengine.machine import available_memory
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from refengine.machine import available_memory, processors
 from refengine.spec.arrays import ITEMSIZE
 from refengine.spec.config import Config, InputError
 from refengine.spec.ops import Backend, numpy_backend
 from refengine.spec.tensors import parameters, table
 
-NAMES = ("numpy", "torch", "cuda")
+NAMES = ("numpy", "torch", "cuda", "cpu", "auto")
 MOST_THREADS = 1024  # far more end the process inside a library
 
 
@@ -23,13 +28,15 @@ def make(
     deterministic: bool = False,
     share: float = 1.0,
 ) -> Backend:
-    """The backend called `name`, computing in `dtype` on `device`; InputError says what there is instead.
+    """Return the backend called `name`, computing in `dtype` on `device`; InputError names what there is.
 
     device: None is the first CUDA device for the cuda backend, and the processor for the others.
+    threads: None is the processors that this process may use.
     share: how much of the weights this machine is to hold, of all there are.
     """
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise InputError(f"threads = {threads} is not a number from 1 to {MOST_THREADS}")
+    name = automatic(device, dtype)[0] if name == "auto" else name
     if name == "cuda":
         from refengine.backends.cuda import cuda_backend
 
@@ -41,7 +48,14 @@ def make(
             raise InputError(f"the numpy backend computes in float32 or float64, not in {dtype}{other}")
         if device not in ("cpu", "auto"):
             raise InputError(f"the numpy backend runs on the cpu, not on {device!r}")
+        threadpool_limits(threads or processors())
         return numpy_backend(np.dtype(dtype), resident=fits(cfg, dtype, share))
+    if name == "cpu":
+        if device not in ("cpu", "auto"):
+            raise InputError(f"the cpu backend runs on the cpu, not on {device!r}")
+        from refengine.backends.cpu import cpu_backend
+
+        return cpu_backend(dtype, threads or processors())
     if name == "torch":
         try:
             from refengine.backends.pytorch import torch_backend
@@ -49,12 +63,45 @@ def make(
             if error.name != "torch":
                 raise
             raise InputError("the torch backend needs PyTorch: pip install 'refengine[torch]'") from None
+        if threads is None and processors() < (os.cpu_count() or 1):  # PyTorch knows no quota
+            threads = processors()
         return torch_backend(dtype, device, threads, deterministic, resident=fits(cfg, dtype, share))
     raise InputError(f"there is no backend {name!r}; there is {', '.join(NAMES)}")
 
 
+def automatic(device: str | None = None, dtype: str = "float32") -> tuple[str, str]:
+    """Return the backend that "auto" means here, and the reason in a few words."""
+    if dtype == "float64":
+        return "numpy", "which computes in float64"
+    if device in (None, "auto") or device.startswith("cuda"):
+        if cuda_devices():
+            return "cuda", "there are CuPy and a GPU"
+        if device and device.startswith("cuda"):
+            return "torch", "for a CUDA device without CuPy"
+    from refengine.backends.cpu import native
+
+    if native.load():
+        return "cpu", "no CuPy with a GPU"
+    if find_spec("torch"):
+        return "torch", "no C++ compiler for the cpu backend"
+    return "numpy", "no C++ compiler for the cpu backend, and no PyTorch"
+
+
+def cuda_devices() -> int:
+    """Return how many GPUs the driver has for CuPy; 0 without either. Nothing heavy is imported."""
+    if not find_spec("cupy"):
+        return 0
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        count = ctypes.c_int()
+        failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    except (OSError, AttributeError):
+        return 0
+    return 0 if failed else count.value
+
+
 def fits(cfg: Config, dtype: str, share: float = 1.0) -> bool:
-    """Whether the weights, widened to `dtype`, take at most half of the memory that is free now.
+    """Return whether the weights, widened to `dtype`, take at most half of the memory that is free now.
 
     If not, they stay in the file's dtype in the memory map, and one matrix or expert at a time is widened.
     """

@@ -5,13 +5,51 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from pathlib import Path
 
 UNKNOWN = 4 * 2**30  # bytes of memory taken as available where the system does not say
 
 
 def processors() -> int:
-    """Return the number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of processors that this process may use, by its affinity and its cgroup's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(count, quota() + 0.5)))
+
+
+def quota(root: str = "/") -> float:
+    """Return the processors that the cgroups of this process may take together, or infinity."""
+    least = float("inf")
+    try:
+        lines = Path(root, "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return least
+    for line in lines:
+        _, names, own = line.split(":", 2)
+        if names and "cpu" not in names.split(","):
+            continue
+        top = Path(root, "sys/fs/cgroup", names and "cpu")
+        for folder in [top, *(top / part for part in _prefixes(own))]:
+            least = min(least, _limit(folder))
+    return least
+
+
+def _prefixes(path: str) -> list[str]:
+    """Return "a", "a/b", ... of a path "/a/b/..."."""
+    parts = [part for part in path.split("/") if part]
+    return ["/".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _limit(folder: Path) -> float:
+    """Return the processors that one cgroup may take, by the files of version 2 or 1; or infinity."""
+    with contextlib.suppress(OSError, ValueError):
+        allowed, period = (folder / "cpu.max").read_text().split()
+        if allowed != "max":
+            return float(allowed) / float(period)
+    with contextlib.suppress(OSError, ValueError):
+        allowed = (folder / "cpu.cfs_quota_us").read_text()
+        if float(allowed) > 0:
+            return float(allowed) / float((folder / "cpu.cfs_period_us").read_text())
+    return float("inf")
 
 
 def available_memory() -> int:

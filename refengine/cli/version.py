@@ -14,12 +14,14 @@ def version() -> str:
     import numpy as np
 
     from refengine import __version__
+    from refengine.backend import automatic
 
     rows = {
         "python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
         "numpy": f"{np.__version__}, BLAS {blas()}",
-        "compiler": compiler() or "none found: the torch backend runs without its compiled loops",
-        "backends": "; ".join(("numpy", torch(), cuda())),
+        "compiler": compiler() or "none found: the compiled loops of the cpu backend cannot be made here",
+        "backends": "; ".join(("numpy", cpu(), torch(), cuda())),
+        "auto": "{}: {}".format(*automatic()),
     }
     return "\n".join([f"refengine {__version__}", *(f"  {name:9} {text}" for name, text in rows.items())])
 
@@ -39,6 +41,13 @@ def compiler() -> str:
         said = subprocess.run([path or "", "--version"], capture_output=True, text=True, timeout=10).stdout
         return said.partition("\n")[0]
     return ""
+
+
+def cpu() -> str:
+    """Return whether the cpu backend can run."""
+    from refengine.backends.cpu import native
+
+    return "cpu" if native.load() else "no cpu (NumPy does its work: install a C++ compiler)"
 
 
 def torch() -> str:

@@ -46,9 +46,11 @@ def test_a_file_without_a_name_is_one_sentence(cli):  # noqa: F811
 @pytest.mark.parametrize(
     "args, says",
     [
-        (["--device", ""], "the numpy backend runs on the cpu, not on ''"),
-        (["--device", "cuda"], "the numpy backend runs on the cpu"),
-        (["--dtype", "float16"], "computes in float32 or float64, not in float16"),
+        (["--backend", "numpy", "--device", ""], "the numpy backend runs on the cpu, not on ''"),
+        (["--backend", "numpy", "--device", "cuda"], "the numpy backend runs on the cpu"),
+        (["--backend", "numpy", "--dtype", "float16"], "computes in float32 or float64, not in float16"),
+        (["--backend", "cpu", "--device", "cuda"], "the cpu backend runs on the cpu"),
+        (["--backend", "cpu", "--dtype", "float64"], "the cpu backend computes in float32"),
         (["--backend", "cuda", "--device", "cpu"], "the cuda backend runs on cuda or cuda:N, not on 'cpu'"),
     ],
 )

@@ -89,7 +89,7 @@ def test_notes_of_a_checkpoint_reach_every_command_once(cli, tmp_path, monkeypat
 
 
 def test_verbose_says_what_is_loaded(cli):  # noqa: F811
-    err = cli("generate", "x", "-n", 1, "--verbose")[2]
+    err = cli("generate", "x", "-n", 1, "--verbose", "--backend", "numpy")[2]
     assert "8.39 MB of weights" in err and "backend numpy, dtype float32" in err
 
 
@@ -163,7 +163,7 @@ def test_the_version_names_what_refengine_runs_on(cli):  # noqa: F811
     code, out, _ = cli("--version")
     first, *rows = out.splitlines()
     assert code == 0 and first.startswith("refengine ")
-    assert [row.split()[0] for row in rows] == ["python", "numpy", "compiler", "backends"]
+    assert [row.split()[0] for row in rows] == ["python", "numpy", "compiler", "backends", "auto"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -270,7 +270,9 @@ def test_score_shows_how_far_it_is(tmp_path):
 
 
 def test_a_dtype_that_numpy_lacks_names_the_backend_that_has_it(cli):  # noqa: F811
-    assert "not in bfloat16; --backend torch does" in fails(cli("generate", "x", "--dtype", "bf16"))
+    assert "not in bfloat16; --backend torch does" in fails(
+        cli("generate", "x", "--backend", "numpy", "--dtype", "bf16")
+    )
 
 
 def test_what_is_typed_goes_before_a_variable_of_another_source(cli, monkeypatch):  # noqa: F811
