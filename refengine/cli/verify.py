@@ -101,7 +101,7 @@ def run(report, names: list[str], plan, how: dict, limit: float, as_json: bool) 
                     click.echo(json.dumps(result.as_json() | again))
                 elif result.verdict in ("pass", "wrong"):
                     bar.clear()
-                    click.echo(report.line(result))
+                    click.echo(report.line(result, brief=True))
     finally:
         dog.close()
     if not as_json:
@@ -120,7 +120,10 @@ def say_end(report, results: list, plan, how: dict) -> None:
         cases = sum(result.recorded + result.drawn for result in results)
         click.echo(f"\nno difference in {cases} cases ({seconds:.0f} s)")
     for result in wrong:
-        click.echo(f"\n{result.operation} is wrong. {result.why}\n  {report.command(result, plan, **how)}")
+        click.echo(f"\n{result.operation} is wrong: {result.why}")
+        if result.as_if:
+            click.echo(f"    as if: {', or '.join(result.as_if)}")
+        click.echo(f"    {report.command(result, plan, **how)}")
 
 
 def say_list(report, names: list[str], as_json: bool) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from refengine.conformance import laws, models, operations, texts  # noqa: F401  (they fill CHECKS)
 from refengine.conformance.candidate import VERBS, Bench, Wrong
 from refengine.conformance.cases import MEASURED, Case
+from refengine.conformance.causes import causes
 from refengine.conformance.checks import CHECKS, Check
 from refengine.conformance.vectors import Row as Recorded
 from refengine.conformance.vectors import check_vector, eps
@@ -55,6 +56,7 @@ class Result:
     worst              the largest error, in units of the rounding (eps) of the dtype it is judged in
     transformers       the same of transformers' own results, on the recorded cases
     again              the case that fails, as --case takes it
+    as_if              known mistakes that give the same results
     """
 
     operation: str
@@ -65,6 +67,7 @@ class Result:
     worst: float | None = None
     transformers: float | None = None
     again: str = ""
+    as_if: list[str] = field(default_factory=list)
     verb: str = ""
     seconds: float = 0.0
 
@@ -108,6 +111,7 @@ class Attempts:
     backend: Bench
     tried: int = 0
     failed: dict[str, Any] | None = None
+    first: dict[str, Any] = field(default_factory=dict)
     error: Exception | None = None
     until: float = field(default=float("inf"))
 
@@ -122,6 +126,7 @@ class Attempts:
         except Exception as error:
             if self.failed is None:
                 self.until = time.monotonic() + SHRINKING
+                self.first = drawn
             if self.failed is None or len(written(self.check, drawn)) <= len(
                 written(self.check, self.failed)
             ):
@@ -252,6 +257,8 @@ def by_check(result: Result, check: Check, backend: Bench, plan: Plan) -> None:
         result.why = f"{check.sentence}: {explained(attempts.error)}"
         result.again = written(check, attempts.failed or {})
         result.verb = attempts.error.verb if isinstance(attempts.error, Wrong) else ""
+        if check.operation in VERBS and not result.verb:
+            result.as_if = causes(check, backend, attempts.first, check.operation)
 
 
 def drawn(attempts: Attempts, check: Check, plan: Plan) -> None:
@@ -369,11 +376,11 @@ def passed(results: Iterable[Result]) -> bool:
     return all(result.verdict in ("pass", "not there") for result in results)
 
 
-def line(result: Result) -> str:
-    """Return a row as one line of text."""
+def line(result: Result, brief: bool = False) -> str:
+    """Return a row as one line of text; with `brief` without the reason why it is wrong."""
     tried = f"{result.recorded} + {result.drawn}" if result.recorded or result.drawn else "-"
     ours, theirs = figure(result.worst), figure(result.transformers)
-    return f"{result.operation:16} {tried:>10} {ours:>9} {theirs:>13}   {shown(result)}".rstrip()
+    return f"{result.operation:16} {tried:>10} {ours:>9} {theirs:>13}   {shown(result, brief)}".rstrip()
 
 
 def figure(value: float | None) -> str:
@@ -392,10 +399,10 @@ def left_out(results: Iterable[Result]) -> list[str]:
     return [f"{why}: {', '.join(found)}" for why, found in names.items()]
 
 
-def shown(result: Result) -> str:
-    """Return the verdict, with its reason."""
+def shown(result: Result, brief: bool = False) -> str:
+    """Return the verdict, with its reason unless `brief`."""
     word = {"pass": "pass", "wrong": "WRONG"}.get(result.verdict, result.verdict)
-    return f"{word}  {result.why}" if result.why else word
+    return f"{word}  {result.why}" if result.why and not brief else word
 
 
 HEADER = f"{'operation':16} {'cases':>10} {'error':>9} {'transformers':>13}"

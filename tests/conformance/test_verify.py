@@ -218,3 +218,39 @@ def test_a_name_of_no_operation_and_a_case_of_no_check_are_refused():
 def test_functions_of_text_are_described_and_known():
     assert set(TEXT) == {"probabilities", "draw", "encode", "decode", "render"}
     assert with_functions({"draw": np.argmax}).ops.mlp is REFERENCE.mlp
+
+
+def floor(x, dt, A_log, B, C, D, dt_bias, S, lengths, limit, chunk):
+    return REFERENCE.ssd_scan(x, dt, A_log, B, C, D, dt_bias, S, lengths, (0.001, np.inf), chunk)
+
+
+def bias_that_weighs(h, gate, bias, cfg):
+    routing = REFERENCE.route(h, gate, bias, cfg)
+    weight = 1 / (1 + np.exp(-(h @ gate.T))) + bias
+    weight = np.take_along_axis(weight, routing.expert, axis=-1)
+    weight = weight / weight.sum(-1, keepdims=True) if cfg.norm_topk_prob else weight
+    return routing._replace(weight=(weight * cfg.routed_scaling_factor).astype(np.float32))
+
+
+KNOWN = {
+    "gated_rms_norm": (norm_over_the_whole_width, "the norm is over all of the inner width (trap 2)"),
+    "mlp": (lambda h, up, down: np.maximum(h @ up.T, 0) @ down.T, "relu is not squared (trap 5)"),
+    "ssd_scan": (floor, "dt is held up at 0.001 in every call (trap 1)"),
+    "route": (bias_that_weighs, "the correction bias weighs the experts"),
+    "linear_pair": (
+        lambda x, y, w: REFERENCE.linear_pair(y, x, w),
+        "the hidden comes before the embedding (trap 7)",
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", KNOWN)
+def test_a_known_mistake_is_named(verb):
+    function, name = KNOWN[verb]
+    (row,) = rows({verb: function}, verb, plan=Plan(examples=12))
+    assert row.verdict == "wrong" and name in row.as_if and len(row.as_if) <= 3
+
+
+def test_an_unknown_mistake_has_no_name():
+    (row,) = rows({"mlp": lambda h, up, down: 1.01 * mlp(h, up, down)}, "mlp")
+    assert row.verdict == "wrong" and not row.as_if
