@@ -29,11 +29,24 @@ ITEMSIZE = {dtype.name: dtype.itemsize for dtype in DTYPES.values()}  # "bfloat1
 
 @runtime_checkable
 class PackedWeight(Protocol):
-    """A matrix in fewer bits, of chapter 23: it has a shape, and slices of it are packed too."""
+    """A matrix in fewer bits, of chapter 23; slices of it are packed too."""
 
-    shape: Any
-    dequantize: Any  # (dtype) -> Array
-    joined: Any  # (others, axis) -> PackedWeight
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of the matrix."""
+        ...
+
+    def __getitem__(self, at) -> Any:
+        """Return rows, and a run of columns, of the matrix."""
+        ...
+
+    def joined(self, others: list, axis: int) -> Any:
+        """Return this and other slices, end to end along an axis."""
+        ...
+
+    def dequantize(self, dtype) -> Array:
+        """Return the matrix."""
+        ...
 
 
 Weight = Array | PackedWeight

@@ -4,6 +4,7 @@ locate           what a user calls a model -> its directory
 hub              a model's name -> its directory in the local Hugging Face cache
 safetensors_file one file: its header, its tensors as read-only views of a memory map
 names            what exporters call a tensor -> its name in the tensor table
+packed           the tensors that make one packed weight
 match            the tensors in the files <-> the tensor table of the spec
 directory        a Hugging Face directory, opened: `Checkpoint`
 generation_config  its advice on generating text

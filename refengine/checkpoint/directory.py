@@ -16,8 +16,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from refengine.checkpoint.generation_config import generation_config
 from refengine.checkpoint.locate import locate
 from refengine.checkpoint.match import (
@@ -25,19 +23,21 @@ from refengine.checkpoint.match import (
     has_wrapper,
     match,
     needed,
-    refuse_packed,
     settled,
     with_heads,
     without_other_parts,
 )
-from refengine.checkpoint.safetensors_file import SafetensorsFile, Stored
+from refengine.checkpoint.packed import KINDS, AnyStored, contradictions, with_packed
+from refengine.checkpoint.safetensors_file import SafetensorsFile
+from refengine.spec.arrays import Weight
 from refengine.spec.config import Config, InputError
 from refengine.spec.keys import text_model
 from refengine.spec.tensors import Tensor
 from refengine.untrusted import read_json, shown
 
 INDEX = "model.safetensors.index.json"
-AUTO = {"BF16": "bfloat16", "F16": "float16"}  # the dtype in which such weights stay as they are
+AUTO = {"BF16": "bfloat16", "F16": "float16"}  # the dtype in which such weights stay as they are,
+AUTO |= dict.fromkeys(KINDS, "bfloat16")  # and the one that packed weights are dequantized to
 EDGE = 64 * 2**10  # bytes at either end of a file's data that the fingerprint covers
 
 
@@ -48,7 +48,7 @@ class Checkpoint:
     directory: Path
     config: Config
     files: tuple[SafetensorsFile, ...] = field(repr=False)
-    stored: dict[str, Stored] = field(repr=False)
+    stored: dict[str, AnyStored] = field(repr=False)
     notes: tuple[str, ...]
 
     @classmethod
@@ -62,15 +62,15 @@ class Checkpoint:
         found = by_name(files, index, notes)
         if hf is not outer or has_wrapper(at.name for at in found.values()):
             found = without_other_parts(found, notes)
-        refuse_packed(found, directory)
-        notes += _quantization(directory, outer | hf)
-        cfg = settled(_config(directory, with_heads(hf, found, notes), notes), found, notes)
-        stored = match(cfg, found, directory, sum(file.size for file in files), notes)
+        weights = with_packed(found, directory)
+        notes += _quantization(directory, outer | hf, weights)
+        cfg = settled(_config(directory, with_heads(hf, weights, notes), notes), weights, notes)
+        stored = match(cfg, weights, directory, sum(file.size for file in files), notes)
         notes += generation_config(directory)[1]
         return cls(directory, cfg, files, stored, tuple(notes))
 
-    def read(self, name: str) -> np.ndarray:
-        """Return a tensor by its name in the table, in the file's dtype: a read-only view, not a copy."""
+    def read(self, name: str) -> Weight:
+        """Return a tensor by its name in the table, in the file's dtype or packed: a view, not a copy."""
         return self.stored[name].array()
 
     def bytes_of(self, row: Tensor) -> int:
@@ -137,14 +137,16 @@ def _config(directory: Path, hf: dict, notes: list[str]) -> Config:
         raise InputError(f"{directory}: {error}") from None
 
 
-def _quantization(directory: Path, hf: dict) -> list[str]:
-    """Return a note if metadata says that a model is quantized; that its weights are not is known by now."""
+def _quantization(directory: Path, hf: dict, found: dict[str, AnyStored]) -> list[str]:
+    """Return notes where metadata describes weights in another way than the files hold them."""
     said = {key: hf[key] for key in ("quantization_config", "compression_config") if hf.get(key)}
     if (directory / "hf_quant_config.json").exists():
         with suppress(InputError):  # it is not needed: what it says is decided by the tensors
             said["hf_quant_config.json"] = read_json(directory / "hf_quant_config.json")
     if not said:
         return []
+    if any(at.dtype in KINDS for at in found.values()):
+        return [note for where, value in said.items() for note in contradictions(value, where, found)]
     where = " and ".join(said)
     settings = [value.get("quantization", value) for value in said.values() if isinstance(value, dict)]
     keys = {key for value in settings if isinstance(value, dict) for key in value if value[key]}

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from refengine.checkpoint.names import PREFIXES, canonical
+from refengine.checkpoint.packed import KINDS, AnyStored
 from refengine.checkpoint.safetensors_file import SafetensorsFile, Stored
 from refengine.spec.arrays import DTYPES
 from refengine.spec.config import Config, InputError
@@ -33,12 +34,6 @@ ROWS_OF_HEADS = (".mixer.q_proj.weight", ".mixer.k_proj.weight")
 LATENT = re.compile(r"\.mixer\.(fc[12])_latent_proj\.weight$")
 EXPERT = re.compile(r"\.mixer\.experts\.(?:\d{1,5}\.)?(up|down)_proj(?:\.weight)?$")
 LAYER = re.compile(r"(.*?)layers\.\d+\.(?:norm|mixer)\.")
-# Packed weights have a dtype of at most a byte (modelopt, FP8, bitsandbytes), or are words of 32 bits under
-# names of their own (GPTQ, AWQ, compressed-tensors) or under the usual one (mlx).
-PACKED_DTYPES = {"U8", "I8", "U32", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
-PACKED_ENDINGS = (".weight", ".experts.up_proj", ".experts.down_proj")
-WORDS_ENDINGS = (".qweight", ".qzeros", ".weight_packed")
-SCALES = (".weight_scale", ".weight_scale_2", ".weight_scale_inv", ".input_scale", ".pre_quant_scale")
 
 
 def needed(name: str, wrapper: bool) -> bool:
@@ -91,28 +86,7 @@ def by_name(files: Iterable[SafetensorsFile], index: dict[str, str], notes: list
     return found
 
 
-def refuse_packed(found: dict[str, Stored], directory: Path) -> None:
-    """Refuse packed weights, by what the files hold: metadata may be left over, or concern the cache only."""
-    suspects = [(name, at) for name, at in found.items() if at.dtype not in DTYPES]
-    if any(_is_packed(name, at) for name, at in suspects):
-        what = "is quantized (NVFP4, FP8 or another packed format)"
-        raise InputError(f"{directory} {what}: not supported yet")
-    for name, at in found.items():
-        if name.endswith(SCALES):
-            what = f"{at.file.path} holds {shown(at.name)}, a scale for packed weights"
-            raise InputError(f"{what}, but no weight is packed: it cannot be told what to multiply")
-
-
-def _is_packed(name: str, at: Stored) -> bool:
-    """Return whether a tensor of the text model holds packed weights, by its name and dtype."""
-    if canonical(name) is None:
-        return False
-    if name.endswith(PACKED_ENDINGS):
-        return at.dtype in PACKED_DTYPES
-    return at.dtype == "I32" and name.endswith(WORDS_ENDINGS)
-
-
-def with_heads(hf: dict, found: dict[str, Stored], notes: list[str]) -> dict:
+def with_heads(hf: dict, found: dict[str, AnyStored], notes: list[str]) -> dict:
     """Return config.json with the size and number of attention heads that it lacks, from the projections.
 
     Without them a missing head_dim means hidden_size / num_attention_heads.
@@ -139,7 +113,7 @@ def with_heads(hf: dict, found: dict[str, Stored], notes: list[str]) -> dict:
     return hf
 
 
-def settled(cfg: Config, found: dict[str, Stored], notes: list[str]) -> Config:
+def settled(cfg: Config, found: dict[str, AnyStored], notes: list[str]) -> Config:
     """Return the configuration with what the tensors in the files say better than config.json, with notes.
 
     Only what is unambiguous: prediction heads that are there or not, the rows of the embedding and lm_head
@@ -152,7 +126,7 @@ def settled(cfg: Config, found: dict[str, Stored], notes: list[str]) -> Config:
     return _settled_attention(cfg, found, notes)
 
 
-def _settled_head(cfg: Config, found: dict[str, Stored], notes: list[str]) -> Config:
+def _settled_head(cfg: Config, found: dict[str, AnyStored], notes: list[str]) -> Config:
     """Return the configuration with the prediction head that is there; tensors of others leave `found`."""
     head = [name for name in found if name.startswith("mtp.")]
     if cfg.mtp_layers and not head:
@@ -180,7 +154,7 @@ def _settled_head(cfg: Config, found: dict[str, Stored], notes: list[str]) -> Co
     return replace(cfg, mtp_layers=cfg.mtp_layers[:length])
 
 
-def _settled_vocabulary(cfg: Config, found: dict[str, Stored], notes: list[str]) -> Config:
+def _settled_vocabulary(cfg: Config, found: dict[str, AnyStored], notes: list[str]) -> Config:
     """Return the configuration with as many tokens as the embedding and lm_head have rows, if both agree."""
     names = ["backbone.embeddings.weight"] + ["lm_head.weight"] * (not cfg.tie_word_embeddings)
     shapes = {found[name].shape for name in names if name in found}
@@ -191,7 +165,7 @@ def _settled_vocabulary(cfg: Config, found: dict[str, Stored], notes: list[str])
     return replace(cfg, vocab_size=rows)
 
 
-def _settled_attention(cfg: Config, found: dict[str, Stored], notes: list[str]) -> Config:
+def _settled_attention(cfg: Config, found: dict[str, AnyStored], notes: list[str]) -> Config:
     """Return the configuration with as many key/value heads as k_proj has rows for, where q_proj fits.
 
     InputError where num_key_value_heads may be right instead, and the number and size of heads wrong: no
@@ -218,7 +192,7 @@ def _settled_attention(cfg: Config, found: dict[str, Stored], notes: list[str]) 
     return replace(cfg, num_key_value_heads=kv)
 
 
-def _settled_latent(cfg: Config, found: dict[str, Stored], notes: list[str]) -> Config:
+def _settled_latent(cfg: Config, found: dict[str, AnyStored], notes: list[str]) -> Config:
     """Return the configuration with the latent of the experts that the tensors have, where all of them agree.
 
     The projections into the latent and back and the matrices of the experts have its width; without a latent
@@ -244,14 +218,15 @@ def _settled_latent(cfg: Config, found: dict[str, Stored], notes: list[str]) -> 
 
 
 def match(
-    cfg: Config, found: dict[str, Stored], directory: Path, size: int, notes: list[str]
-) -> dict[str, Stored]:
+    cfg: Config, found: dict[str, AnyStored], directory: Path, size: int, notes: list[str]
+) -> dict[str, AnyStored]:
     """Return where each tensor of the table lies; `size` is that of all files in bytes."""
-    if _expert_bytes(cfg) > size:  # before the table, which a false config.json can make enormous
+    packed = any(at.dtype in KINDS for at in found.values())
+    if _expert_bytes(cfg, packed) > size:  # before the table, which a false config.json can make enormous
         each = f"{cfg.n_routed_experts} in each of {(cfg.layers + cfg.mtp_layers).count('E')} layers"
         what = f"config.json calls for more experts than the {size} bytes of its files can hold ({each})"
         raise InputError(f"{directory}: {what}: is it that of this model, and is the download complete?")
-    stored: dict[str, Stored] = {}
+    stored: dict[str, AnyStored] = {}
     missing: list[str] = []
     used: set[str] = set()
     for row in table(cfg):
@@ -268,7 +243,7 @@ def match(
     return stored
 
 
-def _missing(directory: Path, missing: list[str], found: dict[str, Stored]) -> InputError:
+def _missing(directory: Path, missing: list[str], found: dict[str, AnyStored]) -> InputError:
     """Return the error for missing tensors; it names the prefix of those that are there, if it is unknown."""
     what = f"{directory} lacks the tensor {missing[0]}{_and_more(missing)}"
     prefixes = Counter(layer[1] for name in found if not canonical(name) and (layer := LAYER.match(name)))
@@ -279,7 +254,7 @@ def _missing(directory: Path, missing: list[str], found: dict[str, Stored]) -> I
     return InputError(f"{what}; {count} tensors have the prefix {shown(prefix)}, which is none of {known}")
 
 
-def _place(row: Tensor, found: dict[str, Stored], cfg: Config) -> tuple[str, Stored | None]:
+def _place(row: Tensor, found: dict[str, AnyStored], cfg: Config) -> tuple[str, AnyStored | None]:
     """Return where a row of the table lies, and its name there: an expert may lie in a stack of its layer."""
     at = found.get(row.name)
     if row.role != "routed_expert":
@@ -294,20 +269,21 @@ def _place(row: Tensor, found: dict[str, Stored], cfg: Config) -> tuple[str, Sto
     return f"{experts}.{matrix}", stack.part(int(e))
 
 
-def _checked(at: Stored, shape: tuple[int, ...]) -> Stored:
+def _checked(at: AnyStored, shape: tuple[int, ...]) -> AnyStored:
     """Return the tensor in this shape, which may differ from the file's in axes of size one."""
-    if at.dtype not in DTYPES:
+    if at.dtype not in DTYPES and at.dtype not in KINDS:
         what = f"{at.dtype}, which is none of {', '.join(DTYPES)}"
         raise InputError(f"{shown(at.name)} in {at.file.path} has the dtype {what}")
     if at.shape == shape:
         return at
-    if [size for size in at.shape if size != 1] != [size for size in shape if size != 1]:
+    sizes, wanted = ([size for size in each if size != 1] for each in (at.shape, shape))
+    if sizes != wanted or not isinstance(at, Stored):
         what = f"{shown(list(at.shape))}, where config.json calls for {list(shape)}"
         raise InputError(f"{shown(at.name)} in {at.file.path} has the shape {what}")
     return at._replace(shape=shape)
 
 
-def _ignored(cfg: Config, left: dict[str, Stored], stored: dict[str, Stored]) -> list[str]:
+def _ignored(cfg: Config, left: dict[str, AnyStored], stored: dict[str, AnyStored]) -> list[str]:
     """Return notes on tensors that are left over and may be ignored; any other is an error."""
     if cfg.tie_word_embeddings and "lm_head.weight" in left:
         _check_tied(left.pop("lm_head.weight"), stored["backbone.embeddings.weight"])
@@ -319,7 +295,7 @@ def _ignored(cfg: Config, left: dict[str, Stored], stored: dict[str, Stored]) ->
     return [f"{shown(harmless[0])}{_and_more(harmless)} would change nothing: not read"] if harmless else []
 
 
-def _check_tied(head: Stored, embedding: Stored) -> None:
+def _check_tied(head: AnyStored, embedding: AnyStored) -> None:
     """Refuse a head that differs from the embedding it is said to be."""
     same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
     if not same or any(head.part(i).raw != embedding.part(i).raw for i in range(head.shape[0])):
@@ -327,13 +303,13 @@ def _check_tied(head: Stored, embedding: Stored) -> None:
         raise InputError(f"config.json says that the embedding serves as lm_head, but {what}")
 
 
-def _expert_bytes(cfg: Config) -> int:
-    """Return the least that all routed experts take on disk: two matrices each, of two bytes an element."""
+def _expert_bytes(cfg: Config, packed: bool) -> int:
+    """Return the least that all routed experts take on disk: two matrices each, of 16 bits or 4."""
     experts = (cfg.layers + cfg.mtp_layers).count("E") * cfg.n_routed_experts
-    return experts * 2 * cfg.moe_intermediate_size * cfg.expert_width * 2
+    return experts * 2 * cfg.moe_intermediate_size * cfg.expert_width * (4 if packed else 16) // 8
 
 
-def _twice(a: Stored, b: Stored) -> InputError:
+def _twice(a: AnyStored, b: AnyStored) -> InputError:
     both = f"{shown(a.name)} in {a.file.path} and {shown(b.name)} in {b.file.path.name}"
     return InputError(f"{both} are the same tensor: only one of them can be meant")
 

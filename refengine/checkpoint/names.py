@@ -22,6 +22,11 @@ ENDINGS = {
     "switch_mlp.fc1.weight": "experts.up_proj",
     "switch_mlp.fc2.weight": "experts.down_proj",
 }
+ENDINGS |= {
+    f"{end}_scale{more}": f"embeddings.weight_scale{more}"
+    for end in tuple(ENDINGS)[:2]
+    for more in ("", "_2")
+}
 TRUNK = ("layers.", "embeddings.weight", "norm_f.weight")
 OUTSIDE = ("lm_head.", "mtp.")
 

@@ -20,6 +20,7 @@ from refengine.checkpoint.directory import INDEX
 from refengine.checkpoint.safetensors_file import BITS
 from refengine.spec.arrays import DTYPES
 from refengine.spec.config import Config, InputError
+from refengine.spec.quant import Packed
 from refengine.spec.tensors import Tensor, table
 
 ALIGN = 64  # bytes; the data of a file begins on such a border
@@ -94,6 +95,19 @@ def pieces(
     return [piece(name, rows) for name, rows in rows_of.items()]
 
 
+def packed_pieces(name: str, weight: Packed) -> list[Piece]:
+    """Return the tensors of a packed weight called `name`, in the layout of modelopt."""
+    base = name.removesuffix(".weight")
+    wide = weight.kind == "NVFP4"
+    out = [Piece(name, "U8" if wide else "F8_E4M3", weight.codes.shape, lambda: weight.codes)]
+    scale = {"NVFP4": "F8_E4M3", "FP8": "F32", "MXFP8": "U8"}[weight.kind]
+    out += [Piece(f"{base}.weight_scale", scale, weight.scale.shape, lambda: weight.scale)]
+    for end, value in (("weight_scale_2", weight.scale_2), ("input_scale", weight.input_scale)):
+        if value is not None:
+            out += [Piece(f"{base}.{end}", "F32", (), lambda value=value: np.array(value, np.float32))]  # type: ignore[misc]
+    return out
+
+
 def write_pieces(directory: str | Path, config: dict, pieces: list[Piece], shards: int = 1) -> None:
     """Write a directory of `config.json` and these tensors, in order, in `shards` files."""
     directory = Path(directory)
@@ -152,7 +166,7 @@ def _write_file(path: Path, pieces: list[Piece]) -> None:
 
 def _bytes(piece: Piece, values: np.ndarray) -> np.ndarray:
     """Return the bytes of a tensor of a file, checked against what its header says."""
-    array = np.ascontiguousarray(values)
+    array = np.ascontiguousarray(values).reshape(np.shape(values))  # a scalar stays one
     if array.shape != piece.shape or array.nbytes != piece.nbytes:
         raise ValueError(f"{piece.name} is {array.dtype} {array.shape}, not {piece.dtype} {piece.shape}")
     return array.reshape(-1).view(np.uint8)

@@ -57,12 +57,17 @@ def test_scales_of_packed_weights_are_not_ignored(name, weights):
     assert f"in_proj.{name}', a scale for packed weights, but no weight is packed" in said
 
 
+OTHERS = "is quantized in a way that is not supported: 'backbone.layers.0.mixer.in_proj."
 PACKED = {
-    "NVFP4": ("mixer.in_proj.weight", "U8"),
-    "FP8": ("mixer.in_proj.weight", "F8_E4M3"),
-    "GPTQ": ("mixer.in_proj.qweight", "I32"),
-    "compressed-tensors": ("mixer.in_proj.weight_packed", "I32"),
-    "mlx": ("mixer.in_proj.weight", "U32"),
+    "NVFP4": ("mixer.in_proj.weight", "U8", "has the shape [24], where its weights call for a matrix"),
+    "FP8": ("mixer.in_proj.weight", "F8_E4M3", "has the shape [24], where its weights call for a matrix"),
+    "GPTQ": ("mixer.in_proj.qweight", "I32", OTHERS + "qweight' is of AWQ"),
+    "compressed-tensors": (
+        "mixer.in_proj.weight_packed",
+        "I32",
+        OTHERS + "weight_packed' is of compressed-tensors",
+    ),
+    "mlx": ("mixer.in_proj.weight", "U32", OTHERS + "weight' is U32"),
 }
 
 
@@ -70,7 +75,7 @@ PACKED = {
 @pytest.mark.parametrize("kind", PACKED)
 def test_packed_weights_are_called_so_whatever_the_metadata_says(kind, scales, weights):
     """Small as they are, they are not taken for an incomplete download."""
-    (name, dtype), old = PACKED[kind], "backbone.layers.0.mixer.in_proj.weight"
+    (name, dtype, sentence), old = PACKED[kind], "backbone.layers.0.mixer.in_proj.weight"
     keep = {"A_log", "conv1d.weight", "norm_f.weight"}
     rename(
         weights, lambda each: each if any(each.endswith(ending) for ending in keep) and each != old else None
@@ -79,7 +84,6 @@ def test_packed_weights_are_called_so_whatever_the_metadata_says(kind, scales, w
     alter(weights, lambda header, data: (as_words(header, f"backbone.layers.0.{name}", dtype), data))
     if scales:
         add(weights, "backbone.layers.0.mixer.in_proj.weight_scale", np.ones((), np.float32), "F32")
-    sentence = "is quantized (NVFP4, FP8 or another packed format): not supported yet"
     assert sentence in refusal(weights.parent)
 
 
