@@ -210,7 +210,7 @@ def initialised(case: Initialised) -> dict[str, np.ndarray]:
     config = transformers.NemotronHConfig(**{k: v for k, v in case.cfg.to_hf().items() if k not in stale})
     config._experts_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for key, there in model.state_dict().items():
         name, values = key.replace("model.", "backbone.", 1), there.float().numpy()
         if ".experts." in name:

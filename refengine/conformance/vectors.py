@@ -21,7 +21,8 @@ from refengine.spec.ops import Backend
 from refengine.spec.tensors import Tensor, table
 
 TESTED = ("float64", "float32", "float16", "bfloat16")  # dtypes for which a manifest states tolerances
-CLOSE = 4.0  # roundings of the dtype: a router margin below so many of them, a layer, may be lost to rounding
+CLOSE = 4.0  # a router margin of at most so many eps, times the root of the layers, may be lost to rounding
+MOST = 0.1  # no error is allowed beyond it, however coarse the dtype: it would say nothing
 
 
 class Row(NamedTuple):
@@ -68,7 +69,7 @@ class Output:
 
     def allowed(self, dtype) -> float:
         """Return the error that `dtype` is allowed, over max(1, the largest right value)."""
-        return 0.0 if self.exact else tolerance(as_dtype(dtype), self.terms) * self.stretch
+        return 0.0 if self.exact else min(MOST, tolerance(as_dtype(dtype), self.terms) * self.stretch)
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Vector:
         """Return [b l] bool: the positions whose experts rounding in `dtype` could exchange; None without."""
         if not output.ties or "margin" not in self.arrays:
             return None
-        close = self.arrays["margin"] <= CLOSE * eps(dtype) * output.layers
+        close = self.arrays["margin"] <= CLOSE * eps(dtype) * output.layers**0.5
         if output.ties == "onwards":
             return np.logical_or.accumulate(close, axis=1)
         return (

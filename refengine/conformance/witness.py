@@ -131,9 +131,12 @@ class _Theirs:
 def record(vector: Vector, dtype: str = "float32") -> tuple[dict[str, np.ndarray], str] | None:
     """Return transformers' outputs of a case by name, and the name of what computed them; None without one.
 
-    Ragged cases have none: their padding is another (on the left, and masked).
+    Ragged cases have none: their padding is another (on the left, and masked). Nor have exact ties of the
+    router, whose choice PyTorch leaves open.
     """
     recorder = RECORDERS.get(vector.operation)
+    if vector.operation == "route" and "margin" not in vector.arrays:
+        return None
     if recorder is None or ("in.lengths" in vector.arrays and vector.operation != "model"):
         return None
     theirs = _Theirs(vector, dtype)
