@@ -15,12 +15,19 @@ SOURCES = ("refengine", "transformers", "transformers-unclamped")
 
 
 def model_argument(command):
-    """Return the command with an argument MODEL, which goes before --model."""
+    """Return the command with an argument MODEL, which goes before --model.
+
+    For transformers, --dtype auto means float32: what it rounds hides what it does.
+    """
 
     @click.argument("given", required=False, metavar="[MODEL]")
     @functools.wraps(command)
     def call(given, **how):
-        return command(**how | ({"model": given} if given is not None else {}))
+        if given is not None:
+            how["model"] = given
+        if how["source"] != SOURCES[0] and how["dtype"] == "auto":
+            how["dtype"] = "float32"
+        return command(**how)
 
     return call
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -90,31 +91,45 @@ def diagnose(trace: Trace, cfg: Config, read: Callable, mistakes=MISTAKES) -> It
         yield finding
 
 
-def judged(of: Recomputation, unit: Unit) -> tuple[Finding, np.ndarray | None]:
-    """Return the finding of a unit without causes, and where its router's choice is a near-tie: b l."""
+class Near(NamedTuple):
+    """Holds where a router's choice is a near-tie: within `noise` of its scores."""
+
+    at: np.ndarray  # b l, bool
+    noise: np.ndarray  # b l
+    scores: np.ndarray  # b l E
+
+    def explains(self, chosen: np.ndarray, cfg: Config) -> np.ndarray:
+        """Return where all chosen experts [b l E] score, to within rounding, at least as the k-th best."""
+        kth = -np.sort(-self.scores, axis=-1)[..., cfg.num_experts_per_tok - 1]
+        least = np.where(chosen, self.scores, np.inf).min(-1)
+        return self.at & ((least >= kth - self.noise) | (cfg.n_group > 1))
+
+
+def judged(of: Recomputation, unit: Unit) -> tuple[Finding, Near | None]:
+    """Return the finding of a unit without causes, and where its router's choice is a near-tie."""
     exact, rounded = of.run(unit), of.run(unit, rounds=True)
     near = near_ties(of, exact, rounded)
     other = None
-    if near is not None and near.any() and not of.stored_as(f"{unit.name}.router"):
-        other = of.run(unit, flip=near)
+    if near is not None and near.at.any() and not of.stored_as(f"{unit.name}.router"):
+        other = of.run(unit, flip=near.at)
     steps, ties = compared(of, exact, rounded, near, other)
     return Finding(unit, steps, ties), near
 
 
-def near_ties(of: Recomputation, exact: Found, rounded: Found) -> np.ndarray | None:
+def near_ties(of: Recomputation, exact: Found, rounded: Found) -> Near | None:
     """Return at which positions rounding may change the choice of experts; None without a router."""
-    if exact.scores is None:
+    if exact.scores is None or rounded.scores is None:
         return None
-    noise = np.abs(rounded.scores - exact.scores).max(-1)
-    return margin(exact.scores, of.cfg) <= CLOSE * np.maximum(noise, roundoff("float32"))
+    noise = CLOSE * np.maximum(np.abs(rounded.scores - exact.scores).max(-1), roundoff("float32"))
+    return Near(margin(exact.scores, of.cfg) <= noise, noise, exact.scores)
 
 
 def compared(
-    of: Recomputation, exact: Found, rounded: Found, near=None, other: Found | None = None
+    of: Recomputation, exact: Found, rounded: Found, near: Near | None = None, other: Found | None = None
 ) -> tuple[list[Step], int]:
     """Return the errors of all values that the trace holds, and the number of near-ties.
 
-    near: positions whose routing may differ; other: the values with the other choice there.
+    near: where the routing may differ; other: the values with the other choice there.
     """
     steps, ties = [], 0
     eps = max(roundoff(of.trace.dtype), roundoff("float64"))
@@ -131,17 +146,17 @@ def compared(
             noise, error, size = (np.where(real, a.max(axes), 0.0) for a in (noise, error, size))
             if near is not None and name.endswith(".router"):
                 changed = _chosen(given) != _chosen(value)
-                tied = near & changed.any(-1) & real
+                tied = near.explains(_chosen(given), of.cfg) & changed.any(-1) & real
                 ties += int(tied.sum())
                 noise = np.where((_chosen(rounded.values[name]) != _chosen(value)).any(-1), 0.0, noise)
                 error = np.where(tied, 0.0, error)
             elif near is not None and not of.stored_as(f"{name.rpartition('.')[0]}.router"):
-                noise = np.where(near, 0.0, noise)
+                noise = np.where(near.at, 0.0, noise)
                 limit = LIMIT * _rounding(noise, size, eps)
                 second = np.full(error.shape, -1.0)
                 if other is not None:
                     second = np.where(real, np.abs(given - other.values[name]).max(axes), 0.0)
-                tied = near & (error > limit) & (second <= limit)
+                tied = near.at & (error > limit) & (second <= limit)
                 ties = max(ties, int(tied.sum()))
                 error = np.where(tied, np.maximum(second, 0.0), error)
         error = np.where(np.isnan(error), np.inf, error)
@@ -269,7 +284,7 @@ def order(name: str) -> tuple:
     from refengine.conformance.watch import STEPS
 
     steps = ["input", *dict.fromkeys(step for kind in STEPS.values() for step in kind)]
-    block, _, step = name.removesuffix(".experts").removesuffix(".weights").rpartition(".")
+    block, _, step = name.replace(".router.", ".router").rpartition(".")
     head = name.startswith("mtp")
     outer = {
         "embeddings": -1,
@@ -279,6 +294,7 @@ def order(name: str) -> tuple:
         "enorm": -3,
         "hnorm": -2,
     }
+    known = "router" if step.startswith("router") else step
     if "layers" in block:
-        return head, int(block.rpartition(".")[2]), steps.index(step) if step in steps else 99, name
+        return head, int(block.rpartition(".")[2]), steps.index(known) if known in steps else 99, name
     return head, outer.get(step or name, 0), 0, name

@@ -127,7 +127,7 @@ class Recomputation:
 
     def embedded(self) -> np.ndarray:
         """Return the embeddings of the tokens, where the trace holds no input of the first layer."""
-        matrix = self.read("backbone.embeddings.weight")
+        matrix: Any = self.read("backbone.embeddings.weight")
         return widen(matrix[self.trace.ids], np.float64)
 
     def real_of(self, name: str) -> np.ndarray:

@@ -1,0 +1,212 @@
+"""The first wrong layer and its cause: of real programs, of one formula, near ties, and the two commands."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import refengine.cli
+from refengine.checkpoint import Checkpoint
+from refengine.checkpoint.random_values import random_values
+from refengine.checkpoint.write import write
+from refengine.conformance.cases import Case
+from refengine.conformance.diff import compare, diagnose, exercised
+from refengine.conformance.mistakes import named
+from refengine.conformance.recompute import Recomputation
+from refengine.conformance.trace import load
+from refengine.spec.config import InputError
+from refengine.spec.ops import numpy_backend
+from tests.support.checkpoints import random_checkpoint
+from tests.support.traces import clean, outside
+
+CLAMP = "dt is held up at 0.001 in calls of several tokens"
+IDS = " ".join(str(i) for i in range(3, 26))
+
+
+@pytest.fixture
+def cli(capsys):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def call(*args):
+        code, _ = refengine.cli.run(lambda: refengine.cli.command([str(a) for a in args]), False)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random model of all kinds of layers, with a head, on disk; some of its steps dt are below 0.001."""
+    cfg, where = Case(layers="M*EM-", mtp_layers="*E").cfg, tmp_path_factory.mktemp("model")
+
+    def values(row):
+        value = random_values(cfg, seed=2)(row)
+        return np.linspace(-9, 0, len(value)) if row.name.endswith("dt_bias") else value
+
+    write(where, cfg, values)
+    return where
+
+
+def wrong(trace, case) -> list:
+    return [f for f in diagnose(trace, case.cfg, case.read) if f.wrong]
+
+
+@pytest.mark.slow
+def test_transformers_as_shipped_is_diagnosed_by_its_clamp(cli, model, tmp_path):
+    pytest.importorskip("transformers")
+    common = ["trace", model, "--ids", IDS, "--cut", 9, "--steps", 2, "-o", tmp_path / "t"]
+    assert cli(*common, "--from", "transformers")[0] == 0
+    code, out, _ = cli("diff", tmp_path / "t", "--against", model, "--json")
+    found = json.loads(out)
+    assert code == 1 and found["first_wrong"] == "layers.0" and not found["agrees"]
+    departs = {layer["name"]: layer for layer in found["layers"] if layer["departs"]}
+    assert set(departs) == {"layers.0", "layers.3"}  # the Mamba layers, and nothing else
+    assert all(layer["causes"] == [{"name": CLAMP, "trap": 1}] for layer in departs.values())
+    code, out, _ = cli("diff", tmp_path / "t", "--against", model)
+    assert code == 1 and "reproduces 2 layers, all that depart" in out
+    assert f"cause         {CLAMP} (trap 1)\n" in out and "layers.0.scan is off by" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transformers_without_its_clamp_agrees(cli, model, tmp_path, dtype):
+    pytest.importorskip("transformers")
+    common = ["trace", model, "--ids", IDS, "--cut", 9, "--steps", 2, "-o", tmp_path / "t", "--dtype", dtype]
+    assert cli(*common, "--from", "transformers-unclamped")[0] == 0
+    code, out, _ = cli("diff", tmp_path / "t", "--against", model)
+    assert code == 0, out
+    assert "agrees        every layer is within 8 roundings" in out and dtype in out
+
+
+def test_the_head_as_llama_cpp_reads_it_is_named_from_its_formula():
+    """Its final norm subtracts the mean: computed here from the formula, not by our table."""
+    case = Case(layers="M*", mtp_layers="*E", seed=7)
+    trace = clean(case, numpy_backend(np.float32))
+    x = trace.arrays["mtp.layers.1.output"].astype(np.float64)
+    weight = case.read("mtp.layers.1.final_layernorm.weight").astype(np.float64)
+    spread = ((x - x.mean(-1, keepdims=True)) ** 2).mean(-1, keepdims=True)
+    o = (x - x.mean(-1, keepdims=True)) / np.sqrt(spread + case.cfg.layer_norm_epsilon) * weight
+    logits = (o @ case.read("lm_head.weight").astype(np.float64).T).astype(np.float32)
+    arrays = trace.arrays | {"mtp.final_hidden": o.astype(np.float32), "mtp.logits": logits}
+    (found,) = wrong(replace(trace, arrays=arrays), case)
+    assert found.unit.name == "mtp.final" and found.first.name == "mtp.final_hidden"
+    assert found.causes == [named("the head's final norm is a LayerNorm, as in llama.cpp")]
+    del arrays["mtp.final_hidden"]  # from the logits alone
+    (found,) = wrong(replace(trace, arrays=arrays), case)
+    assert found.causes == [named("the head's final norm is a LayerNorm, as in llama.cpp")]
+
+
+def tied_case() -> Case:
+    """A model whose router has two experts with the same weights: every choice between them is a tie."""
+    return Case(layers="E", length=15, seed=8, num_experts_per_tok=1)
+
+
+def read_of(case):
+    def read(name):
+        value = np.array(case.read(name))
+        if name.endswith("mixer.gate.weight"):
+            value[1] = value[0]
+        if name.endswith("e_score_correction_bias"):
+            value[:] = 0
+            value[:2] = 1  # one of these two is chosen, by their order alone
+        return value
+
+    return read
+
+
+@pytest.mark.parametrize("form", [lambda trace: trace, outside], ids=["whole", "outside"])
+def test_a_near_tie_of_the_router_is_no_error(form):
+    """The engine took the other of two equal experts; and where it took a third one, that is an error."""
+    from refengine.conformance.record import record
+    from refengine.spec.model import Model
+    from refengine.spec.moe import Routing
+
+    case = tied_case()
+    model = Model.build(case.cfg, read_of(case), numpy_backend(np.float32))
+
+    def other(number):
+        def on(block, step, right, args):
+            if step != "router":
+                return right(*args)
+            expert, weight = right(*args)
+            return Routing(np.where(np.arange(expert.shape[1])[:, None] == 4, number, expert), weight)
+
+        return on
+
+    flipped = form(record(model, case.ids.tolist(), plant=[other(1)]))
+    found = list(diagnose(flipped, case.cfg, read_of(case)))
+    assert not any(f.wrong for f in found) and sum(f.ties for f in found) == case.batch
+    third = form(record(model, case.ids.tolist(), plant=[other(2)]))
+    found = [f for f in diagnose(third, case.cfg, read_of(case)) if f.wrong]
+    assert [f.unit.name for f in found] == ["layers.0"] and not found[0].ties
+    assert found[0].first.at[1] == 4
+
+
+def test_what_a_trace_does_not_show_is_told_apart():
+    """In bfloat16 an eps of 1e-6 for 1e-5 is below rounding; padding is not exercised by one row."""
+    torch_backend = pytest.importorskip("refengine.backends.pytorch").torch_backend
+    case = Case(layers="M*E", length=13, batch=1)
+    model_of = {
+        "float32": numpy_backend(np.float32),
+        "bfloat16": torch_backend("bfloat16", compute="bfloat16"),
+    }
+    shown = {}
+    names = ["the layer's norm has eps 1e-6", "padding enters the state", CLAMP, "rotary position embedding"]
+    for dtype, backend in model_of.items():
+        of = Recomputation(clean(case, backend), case.cfg, case.read)
+        assert of.trace.dtype == dtype
+        shown[dtype] = list(exercised(of, [named(name) for name in names]).values())
+    assert shown["float32"][0] > 8 > shown["bfloat16"][0] > 0
+    assert shown["float32"][1] == shown["bfloat16"][1] == 0
+    assert all(values[3] > 8 for values in shown.values())
+
+
+def test_two_traces_are_compared_array_by_array(cli, model, tmp_path):
+    for name, dtype in (("a", "float32"), ("b", "float64")):
+        assert cli("trace", model, "--ids", IDS, "-q", "-o", tmp_path / name, "--dtype", dtype)[0] == 0
+    code, out, err = cli("diff", tmp_path / "a", tmp_path / "b", "--json")
+    assert code == 0, err
+    rows = json.loads(out)["arrays"]
+    names = [row["name"] for row in rows]
+    assert names[:3] == ["embeddings", "layers.0.input", "layers.0.norm"]
+    assert names.index("layers.4.output") < names.index("final_hidden") < names.index("mtp.layers.0.norm")
+    a, b = load(tmp_path / "a"), load(tmp_path / "b")
+    shifted = {name: b.array(name) + (name == "layers.1.attention") for name in b.arrays}
+    apart = [step for step in compare(a, replace(b, arrays=shifted)) if step.wrong]
+    assert apart[0].name == "layers.1.attention"
+    with pytest.raises(InputError, match="different tokens"):
+        compare(a, replace(b, token_ids=[[1, 2]]))
+
+
+def test_a_clean_trace_agrees_and_another_model_is_refused(cli, model, tmp_path):
+    made = cli("trace", model, "--ids", IDS, "--ids", "5 6 7", "--cut", 8, "--steps", 2, "-o", tmp_path / "t")
+    assert made[0] == 0 and "arrays of 30 tokens" in made[2]
+    code, out, _ = cli("diff", tmp_path / "t", "--against", model, "--mistakes")
+    assert code == 0 and "2 sequences in 5 calls" in out and "departs" not in out
+    assert "would show                      rotary position embedding (trap 3)" in out
+    assert "not exercised by these tokens   each chunk begins with an empty state" in out
+    other = random_checkpoint(tmp_path / "other", Checkpoint.open(model).config, seed=3)
+    code, out, err = cli("diff", tmp_path / "t", "--against", other)
+    assert code == 1 and not out and "was recorded from another model" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "args, code, says",
+    [
+        (["trace", "tiny", "-o", "x"], 2, "give a --prompt or --ids"),
+        (["trace", "tiny", "--ids", "1 x", "-o", "x"], 1, "is not a token id"),
+        (["trace", "tiny", "--ids", "999999", "-o", "x"], 1, "is not in the vocabulary"),
+        (["trace", "tiny", "--ids", "1", "-o", "no/such/folder/x"], 1, "cannot be written"),
+        (["trace", "nowhere", "--ids", "1", "-o", "x"], 1, "nowhere"),
+        (["diff", "a"], 2, "give another trace, or --against MODEL"),
+        (["diff", "a", "b", "--against", "tiny"], 2, "give another trace, or --against MODEL"),
+        (["diff", "no-such-file", "--against", "tiny"], 1, "does not exist"),
+        (["diff", ".", "--against", "tiny"], 1, "is a directory"),
+    ],
+)
+def test_a_wrong_command_is_one_sentence(cli, tmp_path, monkeypatch, args, code, says):
+    monkeypatch.chdir(tmp_path)
+    got, out, err = cli(*args)
+    assert got == code and not out and says in err and "Traceback" not in err
+    assert code == 2 or err.count("\n") == 1
