@@ -17,8 +17,9 @@ def anatomy(checkpoint: Checkpoint) -> dict:
     for row in rows:
         part = roles.setdefault(
             f"mtp {row.role}" if row.block.startswith("mtp.") else row.role,
-            {"tensors": 0, "parameters": 0, "bytes": 0},
+            {"tensors": 0, "parameters": 0, "bytes": 0, "dtypes": Counter()},
         )
+        part["dtypes"][checkpoint.stored[row.name].dtype] += 1
         part["tensors"] += 1
         part["parameters"] += row.size
         part["bytes"] += checkpoint.bytes_of(row)
@@ -36,11 +37,30 @@ def anatomy(checkpoint: Checkpoint) -> dict:
         "active_parameters": active_parameters(cfg),
         "active_parameters_with_lm_head": active_parameters(cfg) + outer,
         "bytes": sum(part["bytes"] for part in roles.values()),
+        "bytes_of_a_token": bytes_of_a_token(checkpoint),
         "dtypes": dict(Counter(checkpoint.stored[row.name].dtype for row in rows)),
         "roles": roles,
         "state": state_bytes(cfg),
         "notes": list(checkpoint.notes),
     }
+
+
+def bytes_of_a_token(checkpoint: Checkpoint) -> int:
+    """Return the bytes of weights that one token reads, decoded alone: its experts, one row of the embedding.
+
+    Without the prediction head.
+    """
+    cfg, total = checkpoint.config, 0.0
+    for row in table(cfg):
+        if row.block.startswith("mtp."):
+            continue
+        share = 1.0
+        if row.role == "routed_expert":
+            share = cfg.num_experts_per_tok / cfg.n_routed_experts
+        if row.role == "embedding" and not cfg.tie_word_embeddings:
+            share = 1 / cfg.vocab_size
+        total += share * checkpoint.bytes_of(row)
+    return round(total)
 
 
 def state_bytes(cfg: Config, dtype: str | None = None) -> dict:

@@ -74,13 +74,16 @@ def text(a: dict) -> str:
         f"active        {count_text(a['active_parameters'])} a token, "
         f"{count_text(a['active_parameters_with_lm_head'])} with the output layer",
         f"tensors       {a['tensors']:,} ({dtypes}), {bytes_text(a['bytes'])}",
+        f"precision     {8 * a['bytes'] / a['parameters']:.2f} bits an element; "
+        f"a token reads {bytes_text(a['bytes_of_a_token'])}",
         "",
-        f"{'role':22}{'tensors':>9}{'parameters':>18}{'bytes':>12}{'share':>9}",
+        f"{'role':22}{'tensors':>9}{'parameters':>18}{'bytes':>12}{'share':>9}{'bits':>7}  dtypes",
     ]
     for role, part in sorted(a["roles"].items(), key=lambda item: -item[1]["bytes"]):
         lines += [
             f"{role:22}{part['tensors']:9,}{part['parameters']:18,}{bytes_text(part['bytes']):>12}"
-            f"{part['bytes'] / a['bytes']:9.1%}"
+            f"{part['bytes'] / a['bytes']:9.1%}{8 * part['bytes'] / part['parameters']:7.2f}  "
+            + ", ".join(f"{count} {dtype}" for dtype, count in part["dtypes"].items())
         ]
     fixed = s["ssm_bytes"] + s["conv_bytes"]
     lines += [

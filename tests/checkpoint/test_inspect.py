@@ -5,7 +5,9 @@ import json
 from click.testing import CliRunner
 
 from refengine.cli.inspect import inspect
+from refengine.spec.tensors import parameters, table
 from tests.support.checkpoints import CONFIGS, alter_json, random_checkpoint
+from tests.support.packed import CFG, packed_checkpoint
 
 
 def test_the_model_is_an_argument_or_an_option_but_not_both(tmp_path):
@@ -27,3 +29,22 @@ def test_notes_are_shown(tmp_path):
         in run(inspect, [str(tmp_path)]).output
     )
     assert "'shiny'" in json.loads(run(inspect, [str(tmp_path), "--json"]).output)["notes"][0]
+
+
+def test_precision_is_shown_by_role_and_in_sum(tmp_path):
+    run, path = CliRunner().invoke, str(packed_checkpoint(tmp_path))
+    found = json.loads(run(inspect, [path, "--json"]).output)
+    experts = found["roles"]["routed_expert"]
+    assert (
+        experts["dtypes"] == {"NVFP4": 2 * CFG.n_routed_experts}
+        and found["roles"]["mtp routed_expert"]["dtypes"]
+    )
+    each = 96 * 32 * 4.5 / 8 + 4  # codes, scales, and the scale of all
+    assert experts["bytes"] == 2 * CFG.n_routed_experts * each
+    share = CFG.num_experts_per_tok / CFG.n_routed_experts
+    others = sum(p["bytes"] for role, p in found["roles"].items() if not role.startswith("mtp "))
+    others -= experts["bytes"] + found["roles"]["embedding"]["bytes"]
+    assert found["bytes_of_a_token"] == round(others + share * experts["bytes"] + CFG.hidden_size * 2)
+    text = run(inspect, [path]).output
+    assert f"{8 * found['bytes'] / parameters(table(CFG)):.2f} bits an element" in text
+    assert "   4.51  18 NVFP4" in text and "   8.00  2 FP8" in text
