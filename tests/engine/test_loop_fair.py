@@ -1,0 +1,113 @@
+"""In the loop no sequence harms another: not by an error, and not by going before it for ever."""
+
+from collections import deque
+from unittest import mock
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import refengine
+from refengine import End, InputError
+from refengine.conformance.cases import Case
+from refengine.conformance.truth import model
+from refengine.generation import Options
+from refengine.loop import PATIENCE, Loop
+from refengine.runner import LocalRunner
+from refengine.spec.ops import numpy_backend
+
+CASE = Case(layers="M*", batch=1)
+
+
+class Letters:
+    """A tokenizer for models without one."""
+
+    stop_ids = frozenset()
+
+    def stream(self, skip_special_tokens: bool):
+        return self
+
+    def push(self, token: int) -> str:
+        return chr(65 + token)
+
+
+class Breaking(LocalRunner):
+    """A runner whose logits cannot be drawn from for some sequences, after some tokens each."""
+
+    def __init__(self, made, breaks: dict[int, int]):
+        super().__init__(made)
+        self.breaks = breaks  # by the first token of a prompt: how many tokens are drawn before the error
+
+    def drawn(self, slot, logits):
+        ids = self.drawings[slot].ids
+        if len(ids) - LENGTH >= self.breaks.get(ids[0], 99):
+            return InputError(f"sequence {ids[0]} is damaged")
+        return super().drawn(slot, logits)
+
+
+LENGTH = 3  # tokens of each prompt
+
+
+def played(count: int, breaks: dict[int, int], slots: int) -> list[list]:
+    """Return the events of so many sequences, number i with a prompt that begins with i."""
+    loop = Loop(Breaking(model(CASE, numpy_backend("float64")), breaks), Letters, size=slots)
+    inboxes = [deque() for _ in range(count)]
+    for i, inbox in enumerate(inboxes):
+        options = Options(max_tokens=5, temperature=1.0, seed=i)
+        loop.add(i, [i, *range(20, 19 + LENGTH)], options, inbox)
+    while loop.queue or loop.active:
+        loop.turn()
+    assert not loop.runner.drawings and not loop.runner.slots.batches
+    return [[event for _, event in inbox] for inbox in inboxes]
+
+
+@given(breaks=st.dictionaries(st.integers(0, 5), st.integers(0, 4)), slots=st.integers(1, 6))
+@example(breaks={1: 0, 3: 2}, slots=6)
+def test_an_error_of_one_sequence_ends_that_one_alone(breaks, slots):
+    sound, found = played(6, {}, 6), played(6, breaks, slots)
+    for i, events in enumerate(found):
+        kept = breaks.get(i, len(sound[i]))
+        assert [getattr(e, "id", None) for e in events[:kept]] == [
+            getattr(e, "id", None) for e in sound[i][:kept]
+        ]
+        if i in breaks:
+            [error] = events[kept:]
+            assert isinstance(error, InputError) and f"sequence {i} " in str(error)
+        else:
+            assert isinstance(events[-1], End) and events[-1].reason == "length"
+
+
+@given(chunks=st.integers(1, 4), length=st.integers(1, 5))
+def test_a_long_prompt_is_read_however_many_short_ones_come(chunks, length):
+    """A new short prompt each turn: the long one is passed over PATIENCE times for each of its parts."""
+    loop = Loop(LocalRunner(model(CASE, numpy_backend("float64"))), Letters, size=3)
+    options, inbox = Options(max_tokens=1, temperature=0, seed=0), deque()
+    with mock.patch("refengine.runner.PREFILL", 11):
+        loop.add(0, [5] * 11 * chunks, options, inbox)
+        for turn in range((PATIENCE + 1) * chunks):
+            loop.add(1 + turn, [6] * length, options, deque())
+            loop.turn()
+        assert inbox, "it has not been read"
+        while loop.queue or loop.active:
+            loop.turn()
+
+
+def test_an_error_is_raised_in_its_place_and_the_others_go_on():
+    engine = refengine.load("tiny", dtype="float64", batch=2)
+    right = engine.runner.drawn
+
+    def drawn(slot, logits):
+        broken = 13 in engine.runner.drawings[slot].ids
+        return InputError("damaged") if broken else right(slot, logits)
+
+    prompts, ended, errors = [[5], [13], [6], [7, 13], [8]], [], 0
+    with mock.patch.object(engine.runner, "drawn", drawn):
+        events = engine.generate_batch(prompts, max_tokens=2, temperature=1.0, seed=1, ignore_eos=True)
+        while True:
+            try:
+                i, event = next(events)
+                ended += [i] * isinstance(event, End)
+            except InputError:
+                errors += 1
+            except StopIteration:
+                break
+    assert sorted(ended) == [0, 2, 4] and errors == 2
