@@ -43,6 +43,9 @@ PAIRS = ("rms_norm", "causal_conv", "ssd_scan", "attention")  # verbs that retur
 STATES = {"causal_conv": 3, "ssd_scan": 7, "attention": 3}  # the argument that a verb may write into
 
 
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
 class Wrong(AssertionError):
     """A fault that is known to be of one verb; `verb` is its name."""
 
@@ -235,6 +238,9 @@ def candidate(value, dtype: str | None = None, device: str | None = None, name: 
         if getattr(value, "__name__", "") in (*VERBS, *TEXT):
             return with_functions({value.__name__: value}, dtype or "float32", name)
         takes = inspect.signature(value).parameters
+        if needed := [p.name for p in takes.values() if p.default is p.empty and p.kind in POSITIONAL]:
+            what = f"{name} takes {', '.join(needed)}, so it returns no candidate by itself"
+            raise InputError(f"{what}; a verb has the name of a verb, or is in a dictionary under one")
         how = {key: v for key, v in (("dtype", dtype), ("device", device)) if v is not None and key in takes}
         return candidate(value(**how), dtype, device, name)
     functions = {verb: getattr(value, verb) for verb in (*VERBS, *TEXT) if hasattr(value, verb)}

@@ -149,6 +149,7 @@ class nested:
 
 def mlp(h, up, down): return REFERENCE.mlp(h, up, down)
 def backend(dtype="float32"): return numpy_backend(dtype)
+def other(h): return h
 OPS, BACKEND, SOME, NONE = DEFINITION, numpy_backend("float64"), {"mlp": mlp}, {"mpl": mlp}
 TEXT = {"encode": 3}
 """
@@ -192,6 +193,7 @@ def test_a_candidate_is_a_backend_or_functions_in_any_form(mine, name, dtype):
         "mine_of_a_user:NONE": "there is no verb 'mpl'; did you mean mlp?",
         "mine_of_a_user:TEXT": "encode is int, not a function",
         "nothing.py": "there is no file nothing.py",
+        "mine_of_a_user:other": "mine_of_a_user:other takes h, so it returns no candidate",
         "json": "json is no Backend, and has no function with the name of a verb: embed",
     }.items(),
 )
