@@ -147,7 +147,7 @@ def router(
 ):  # fmt: skip
     """Return a router with one thing wrong."""
 
-    def wrong(right, cfg, h, gate, bias, _):
+    def wrong(right, _, h, gate, bias, cfg):
         gate = widen(gate, h.dtype)
         logits = bfloat16(bfloat16(h) @ bfloat16(gate).T) if half else h @ gate.T
         s = np.exp(logits - logits.max(-1, keepdims=True)) if softmax else sigmoid(logits)
@@ -176,7 +176,7 @@ def best_of_one(c, cfg):
     return np.where(kept[..., None], by_group, -np.inf).reshape(c.shape)
 
 
-def fewer_experts(right, cfg, h, gate, bias, _):
+def fewer_experts(right, _, h, gate, bias, cfg):
     """Return the routing with the least of the chosen experts weighed 0, its weight not shared out."""
     routing = right(h, gate, bias, cfg)
     weight = np.array(routing.weight)
@@ -263,7 +263,7 @@ def swapped_pair(right, cfg, x, y, weight):
 def with_config(**change):
     """Return a wrong router: the right one with fields of the config replaced."""
 
-    def wrong(right, cfg, h, gate, bias, _):
+    def wrong(right, _, h, gate, bias, cfg):
         return right(h, gate, bias, replace(cfg, **change))
 
     return wrong

@@ -3,14 +3,11 @@
 Here those of the Mamba, the stream and the attention; test_teeth_experts.py has the rest.
 """
 
-import math
 from dataclasses import replace
 
-import numpy as np
-
 from refengine.conformance.cases import Case
+from refengine.conformance.mistakes import named
 from refengine.spec.config import Config
-from refengine.spec.conv import causal_conv
 from refengine.spec.ops import DEFINITION
 from refengine.spec.state import Cache
 from tests.book import (
@@ -23,9 +20,8 @@ from tests.book import (
     test_scan,
     test_state,
 )
-from tests.support import faults as bad
-from tests.support import faults_moe as spec_with
-from tests.support.teeth import Fault, each, law, plain, setting, vector
+from tests.support import faults as spec_with
+from tests.support.teeth import Fault, each, known, law, plain, setting, vector
 
 M, A, MODEL = Case(layers="M"), Case(layers="*"), Case(layers="M*EM", length=19)
 SCAN = law(test_scan.test_a_scan_in_pieces_is_the_scan, case=replace(M, length=23), cuts=[9])
@@ -53,62 +49,53 @@ ZEROS = test_norm.test_a_vector_of_zeros_stays_zeros
 ATTENTION, DENSE = vector("attention/three-to-one"), vector("model/dense")
 
 
-def scan(**wrong):
-    return {"ssd_scan": bad.bad_scan(**wrong)}
-
-
-def scan_of(change):
-    return {"ssd_scan": bad.scan_with(change)}
-
-
-def conv(**wrong):
-    return {"causal_conv": bad.conv_with(**wrong)}
-
-
-def tail_after_the_activation(x, w, b, tail, n=None):
-    y, _ = causal_conv(x, w, b, tail, n)
-    return y, np.concatenate([tail, y], axis=1)[:, -tail.shape[1] :]
+def dropping_the_residual(x, delta, weight, eps):
+    return DEFINITION.rms_norm(x if delta is None else delta, None, weight, eps)
 
 
 FAULTS = [
     # Mamba-2
-    Fault("trap 1: dt is clamped at 0.001", scan_of(lambda a: {"limit": (0.001, math.inf)}), SMALL_STEPS),
-    Fault("the limit of the config is not obeyed", scan_of(lambda a: {"limit": (0.0, math.inf)}), LIMITED),
-    Fault("A = exp(A_log)", scan(sign=1), RESUMED),
-    Fault("heads read groups in turn", scan(interleaved=True), MAMBA),
-    Fault("no skip D x", scan(skip=0), RESUMED),
-    Fault("dt_bias after the softplus", scan(bias_first=False), RESUMED),
-    Fault("x enters the state without dt", scan(stepped=False), RESUMED),
-    Fault("B and C change places", scan_of(lambda a: {"B": a["C"], "C": a["B"]}), MAMBA),
-    Fault("a chunk forgets those before", scan(forgets_every=11), SCAN),
-    Fault("resuming loses S", scan_of(lambda a: {"S": a["S"] * 0}), RESUME),
-    Fault("padding enters S", scan_of(lambda a: {"n": None}), PADDING),
-    Fault("the kernel is flipped", conv(weight=lambda w: w[..., ::-1]), CONV),
-    Fault("no SiLU on B and C", {"causal_conv": bad.silu_on_x_only(M)}, MAMBA),
-    Fault("resuming loses the tail", conv(tail=lambda t: t * 0), TAIL),
-    Fault("padding enters the tail", conv(n=lambda n: None), PADDING),
-    Fault("the tail is kept after the activation", {"causal_conv": tail_after_the_activation}, TAIL),
-    Fault("trap 2: norm before gate", {"gated_rms_norm": bad.norm_before_gate}, GATED),
-    Fault("norm over all of inner", {"gated_rms_norm": bad.norm_over_all}, GATED),
+    known("dt is held up at 0.001 in every call", SMALL_STEPS),
+    known("dt is held up at 0.001 in calls of several tokens", SMALL_STEPS),
+    known("the config's time_step_limit is not obeyed", LIMITED),
+    known("A is exp(A_log), without the minus", RESUMED),
+    known("head i reads group i % n_groups of B and C", MAMBA),
+    known("the skip D x is left out", RESUMED),
+    known("dt_bias is added after the softplus", RESUMED),
+    known("x enters the state without dt", RESUMED),
+    known("B and C change places", MAMBA),
+    known("each chunk begins with an empty state", SCAN),
+    known("each call begins with an empty state", RESUME),
+    known("padding enters the state", PADDING),
+    known("the state is kept in bfloat16", SCAN),
+    known("the kernel of the convolution is flipped", CONV),
+    known("SiLU is on x only, not on B and C", MAMBA),
+    known("each call begins with an empty tail", TAIL),
+    known("padding enters the tail", PADDING),
+    known("the tail is kept after the activation", TAIL),
+    known("the norm comes before the gate", GATED),
+    known("the norm is over all of the inner width", GATED),
+    known("the gate goes through sigmoid, not silu", GATED),
     Fault(
         "trap 4: inner is expand x hidden",
         setting(Config, "mamba_inner", property(lambda c: 2 * c.hidden_size)),
         plain(test_config.test_nano_says_what_it_is),
     ),
     # the stream
-    Fault("the norm multiplies by 1 + w", {"rms_norm": bad.norm_of_one_plus_w}, DENSE),
-    Fault("the norm has no eps", {"rms_norm": bad.norm_without_eps}, ZEROS),
-    Fault("the residual is dropped", {"rms_norm": bad.norm_that_drops_the_residual}, DENSE),
-    Fault("the embedding is scaled", {"embed": lambda ids, w: DEFINITION.embed(ids, w) * 5}, DENSE),
+    known("the layer's norm multiplies by 1 + w", DENSE),
+    known("the layer's norm has no eps", ZEROS),
+    Fault("the residual is dropped", {"rms_norm": dropping_the_residual}, DENSE),
+    known("the embedding is multiplied by sqrt(hidden_size)", DENSE),
     Fault("every stage ends with a norm", spec_with.norm_after_every_stage, STAGES),
     Fault("the head gives the last row", spec_with.head_of_the_last_row, ROWS),
     # attention
-    Fault("trap 3: rope", {"attention": bad.rotary}, ATTENTION),
-    Fault("trap 3: rope, seen by a law", {"attention": bad.rotary}, SHUFFLED),
-    Fault("heads read key heads in turn", {"attention": bad.attention_with_heads_interleaved}, ATTENTION),
-    Fault("scores are not scaled", {"attention": bad.attention_without_scale}, ATTENTION),
-    Fault("the future is seen", {"attention": bad.attention_to_the_future_too}, ATTENTION),
-    Fault("padding enters the cache", {"attention": bad.attention_that_keeps_padding}, PADDING),
+    known("rotary position embedding", ATTENTION),
+    Fault("trap 3: rope, seen by a law", named("rotary position embedding"), SHUFFLED),
+    known("query head i reads key head i % kv", ATTENTION),
+    known("scores are not divided by sqrt(head_dim)", ATTENTION),
+    known("scores outside the mask are 0, not -inf", ATTENTION),
+    known("every token of the call is seen", ATTENTION),
+    known("padding enters the cache", PADDING),
     Fault("forks write over each other", spec_with.forks_write_over_each_other, FORKS),
     # records
     Fault("all of a record is kept", spec_with.all_of_a_record_is_kept, KEPT),

@@ -1,15 +1,18 @@
 """More planted faults that must go red: the experts, the prediction head, and the reading of a checkpoint."""
 
+from functools import partial
+
 import refengine.spec.keys
-import refengine.spec.mixers
+from refengine.conformance import wrong_layers
 from refengine.conformance.cases import Case
+from refengine.conformance.mistakes import named
 from refengine.spec.config import InputError
 from refengine.spec.ops import DEFINITION
 from tests.book import test_config, test_experts, test_mtp, test_numerics, test_route
 from tests.book import test_tensor_table as counts
 from tests.faults import test_teeth
-from tests.support import faults_moe as bad
-from tests.support.teeth import Fault, each, law, plain, setting, vector
+from tests.support import faults as bad
+from tests.support.teeth import Fault, each, known, law, plain, setting, vector
 from tools.releases import CONFIGS
 
 E = Case(layers="E", n_group=3, n_routed_experts=12)
@@ -31,16 +34,8 @@ LIGHTNING = plain(counts.test_the_totals_are_the_published_ones, *counts.LIGHTNI
 OLD_NAMES = {name: letter for letter, name in test_config.LIST.items()}
 
 
-def swapped_pair(x, y, weight):
-    return DEFINITION.linear_pair(y, x, weight)
-
-
 def router(**wrong):
-    return {"route": bad.router(**wrong)}
-
-
-def layer(**wrong):
-    return lambda patch: patch.setitem(refengine.spec.mixers.MIXERS, "E", bad.moe_layer(**wrong))
+    return {"route": partial(wrong_layers.router(**wrong), DEFINITION.route, None)}
 
 
 def without_its_experts(model):
@@ -49,24 +44,25 @@ def without_its_experts(model):
 
 FAULTS = [
     # experts
-    Fault("trap 5: a gate projection", {"experts": bad.experts_of(bad.gated_mlp)}, LATENT),
-    Fault("relu is not squared", {"mlp": bad.relu_mlp}, MLP),
-    Fault("a token is weighed before its expert", {"experts": bad.experts_weighed_before}, PLAIN),
-    Fault("trap 6: the router reads the latent", layer(router_reads_latent=True), LATENT),
-    Fault("trap 6: the shared expert reads the latent", layer(shared_reads_latent=True), LATENT),
-    Fault("trap 6: the same, seen by a law", layer(shared_reads_latent=True), EXPERTS),
-    Fault("a softmax router", router(softmax=True), BIAS),
-    Fault("the bias weighs", router(by_bias=True), BIAS),
-    Fault("weights are not normalised", router(normalised=False), BIAS),
-    Fault("weights are always normalised", router(normalised=True), LOOSE),
-    Fault("no scale", router(scaled=False), BIAS),
+    known("an expert has a gate projection", LATENT),
+    known("relu is not squared", MLP),
+    known("a token is weighed before its expert", PLAIN),
+    known("the router reads the latent", LATENT),
+    known("the shared expert reads the latent", LATENT),
+    Fault("trap 6: the same, seen by a law", named("the shared expert reads the latent"), EXPERTS),
+    known("the router is a softmax", BIAS),
+    known("the correction bias weighs the experts", BIAS),
+    known("weights are not normalised", BIAS),
+    known("weights are normalised although norm_topk_prob is false", LOOSE),
+    known("routed_scaling_factor is forgotten", BIAS),
+    known("routed_scaling_factor is applied twice", BIAS),
     Fault("no 1e-20", router(guard=0.0), NOTHING),
     Fault("ties go to the highest", router(highest=True), TIES),
-    Fault("groups do not limit", router(groups=False), GROUPS),
-    Fault("a group is as good as its best expert", router(only_one=True), ROUTE),
-    Fault("experts out of the choice score 0", router(mask=0.0), SHIFTED),
+    known("groups do not limit the choice", GROUPS),
+    known("a group scores its one best expert", ROUTE),
+    known("experts of other groups score 0, not -inf", SHIFTED),
     # the prediction head
-    Fault("trap 7: the hidden comes first", {"linear_pair": swapped_pair}, MTP),
+    known("the hidden comes before the embedding", MTP),
     Fault("trap 7: the hidden before the final norm", bad.hidden_before_the_final_norm, MTP),
     # reading
     Fault("trap 9: the pattern wins over the list", bad.pattern_before_list, LIST_WINS),

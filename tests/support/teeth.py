@@ -7,16 +7,22 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+import refengine.spec.mixers
+from refengine.conformance.cases import Case
+from refengine.conformance.mistakes import Mistake, named
 from tests.support.benches import BENCHES
 from tests.support.vectors import Vector, replay
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`plant`: verbs of a backend, or (monkeypatch) -> None; `check(backend)` must see the difference."""
+    """`check(backend)` must see the difference that `plant` makes.
+
+    plant: a known mistake, verbs of a backend, or (monkeypatch) -> None.
+    """
 
     what: str
-    plant: dict[str, Callable] | Callable
+    plant: Mistake | dict[str, Callable] | Callable
     check: Callable
     raises: type = AssertionError
 
@@ -25,12 +31,22 @@ class Fault:
         healthy = BENCHES["numpy-float32"]()
         self.check(healthy)
         sick = healthy
-        if isinstance(self.plant, dict):
+        if isinstance(self.plant, Mistake) and self.plant.step == "mixer":
+            monkeypatch.setitem(refengine.spec.mixers.MIXERS, self.plant.kind, self.plant.wrong)
+        elif isinstance(self.plant, Mistake):
+            sick = replace(healthy, ops=replace(healthy.ops, **self.plant.verbs(healthy.ops, Case().cfg)))
+        elif isinstance(self.plant, dict):
             sick = replace(healthy, ops=replace(healthy.ops, **self.plant))
         else:
             self.plant(monkeypatch)
         with pytest.raises(self.raises):
             self.check(sick)
+
+
+def known(name: str, check: Callable) -> Fault:
+    """A mistake of the table, under its name and the number of its trap."""
+    mistake = named(name)
+    return Fault(f"trap {mistake.trap}: {name}" if mistake.trap else name, mistake, check)
 
 
 def each(faults: list[Fault]):
