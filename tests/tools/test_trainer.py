@@ -23,6 +23,7 @@ from tools.tiny.model import Experts, TinyModel, export_state, import_state, sca
 from tools.tiny.optim import Optimizer, orthogonalize, split_parameters  # noqa: E402
 from tools.tiny.ranks import Ranks, Shared  # noqa: E402
 from tools.tiny.rows import Rows  # noqa: E402
+from tools.tiny.step_time import minutes  # noqa: E402
 from tools.tiny.stories import words  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -331,6 +332,16 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     assert names == {path.name for path in SHIPPED.iterdir()} | {"curve.svg"}
     card = (whole / "README.md").read_text()
     assert all(mark in card for mark in MARKS) and "curve.svg" in card
+
+
+def test_the_estimate_counts_every_kind_of_step():
+    parts = {
+        "trunk": 1.0, "trunk and prediction head": 1.4, "trunk, dense rows": 0.5, "rows": 3.2,
+        "Muon, all matrices": 0.6, "Adam and average": 0.1, "exchange": 0.1,
+    }  # fmt: skip
+    plan = train_tiny.Plan(60, 40, 100)  # 60 dense steps, then 10 of 40 and 5 of 100
+    steps = 75 * 0.5 + 125 * (1.0 + 0.1) + 200 * (0.2 + 0.3 + 0.1 + 0.1)
+    assert minutes(parts, plan) == pytest.approx(steps / 60)
 
 
 def test_figures_go_between_the_marks_of_the_card(tmp_path):

@@ -18,6 +18,7 @@ import numpy as np
 import refengine
 from refengine.runner import LocalRunner
 from refengine.spec import mtp
+from refengine.spec.config import InputError
 from refengine.spec.sample import log_probs
 from tools.tiny import cases, judge, second_reading
 from tools.tiny.card import write_figures
@@ -170,7 +171,7 @@ class Figures:
 
     def expert_load(self, texts, what):
         """Return the tokens of the busiest expert over the mean, in every expert layer, on these texts."""
-        model = self.engine.runner.model
+        model = refengine.load(self.engine.checkpoint.directory, backend="numpy").runner.model
         ops, seen = model.backend.ops, []
 
         def counted(*args):
@@ -237,9 +238,17 @@ def longest_runs(texts, corpus):
     return best
 
 
+def load(model):
+    """Return an engine: by compiled loops where there is a compiler, else NumPy, ten times slower."""
+    try:
+        return refengine.load(model, backend="cpu", batch=32)
+    except InputError:
+        return refengine.load(model, backend="numpy", batch=32)
+
+
 def measure(model, say, size=1.0):
     """Tell all figures to `say`, in the order of the card; return (Figures, faults of the stories)."""
-    figures = Figures(refengine.load(model), size)
+    figures = Figures(load(model), size)
     say(figures.losses())
     found, told, wrong = figures.stories()
     say(found)

@@ -39,7 +39,7 @@ __all__ = ["CONFIG", "Pairs", "Plan", "Trainer", "read_checkpoint", "main"]
 MTP_WEIGHT, AUX_WEIGHT = 0.3, 3e-3
 MTP_EVERY = 2  # the prediction head learns on every second step: it costs a third
 LOG_EVERY, SAVE_EVERY, PROBE_EVERY = 20, 100, 500
-STAGES = (700, 900, 5400)
+STAGES = (700, 900, 3900)
 
 
 @dataclass(frozen=True)
