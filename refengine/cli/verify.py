@@ -6,6 +6,7 @@ import json
 
 import click
 
+from refengine.backend import NAMES
 from refengine.cli import options
 from refengine.spec.config import InputError
 
@@ -16,7 +17,7 @@ from refengine.spec.config import InputError
     default="numpy",
     show_default=True,
     metavar="NAME",
-    help="numpy, torch, cuda, or MODULE[:ATTRIBUTE] of your own.",
+    help=f"{', '.join(NAMES)}, or MODULE[:ATTRIBUTE] of your own.",
 )
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or auto.")
 @click.option("--dtype", type=options.Dtype(), default="auto", help="auto: float32.")
@@ -144,7 +145,6 @@ def compare(model, backend, device, dtype, tokens, seed, as_json) -> None:
     from dataclasses import asdict
 
     import refengine
-    from refengine.backend import NAMES
     from refengine.conformance import prefill_decode
 
     chosen = backend

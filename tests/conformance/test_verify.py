@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from refengine.backend import NAMES
 from refengine.conformance import report
 from refengine.conformance.candidate import TEXT, VERBS, Bench, numpy_bench, resolve, with_functions
 from refengine.conformance.checks import CHECKS
@@ -187,7 +188,7 @@ def test_a_candidate_is_a_backend_or_functions_in_any_form(mine, name, dtype):
 @pytest.mark.parametrize(
     "name, said",
     {
-        "nump": "there is no backend 'nump'; there is numpy, torch, cuda, definition, or MODULE:ATTRIBUTE",
+        "nump": f"there is no backend 'nump'; there is {', '.join(NAMES)}, definition, or MODULE:ATTRIBUTE",
         "no_such:x": "no_such cannot be imported: ModuleNotFoundError",
         "mine_of_a_user:nothing": "mine_of_a_user has no attribute 'nothing'",
         "mine_of_a_user:NONE": "there is no verb 'mpl'; did you mean mlp?",
