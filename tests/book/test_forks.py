@@ -56,6 +56,7 @@ class Futures:
     turns=TURNS,
 )
 @example(case=Case(layers="*"), start=[2, 2, 2], turns=SECOND_ROW_ONLY)
+@example(case=Case(layers="*"), start=[0, 3, 1], turns=SECOND_ROW_ONLY)
 @example(case=Case(layers="M*"), start=[3, 1, 0], turns=SECOND_ROW_ONLY)
 def test_forks_that_go_on_by_turns_do_not_see_each_other(backend, case, start, turns):
     futures = Futures(backend, case, start)
