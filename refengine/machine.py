@@ -27,9 +27,9 @@ def quota(root: str = "/") -> float:
         _, names, own = line.split(":", 2)
         if names and "cpu" not in names.split(","):
             continue
-        top = Path(root, "sys/fs/cgroup", names and "cpu")
-        for folder in [top, *(top / part for part in _prefixes(own))]:
-            least = min(least, _limit(folder))
+        for top in {Path(root, "sys/fs/cgroup", names), Path(root, "sys/fs/cgroup", names and "cpu")}:
+            for folder in [top, *(top / part for part in _prefixes(own))]:
+                least = min(least, _limit(folder))
     return least
 
 

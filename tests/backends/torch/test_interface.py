@@ -7,7 +7,7 @@ import pytest
 from refengine.spec.config import InputError
 from tests.support.torch_benches import torch  # noqa: F401  (skips where there is no PyTorch)
 
-from refengine.backends.cpu import interface, native  # isort: skip
+from refengine.backends.cpu import build, interface, native  # isort: skip
 from refengine.backends.pytorch import torch_backend  # isort: skip
 
 COMPILER = shutil.which("c++")
@@ -59,12 +59,11 @@ def test_a_function_that_one_side_lacks_is_a_sentence():
 )
 def test_the_user_gets_the_sentence(file, old, new, named, tmp_path, monkeypatch):
     kernels = tmp_path / "kernels"
-    shutil.copytree(native.KERNELS, kernels)
+    shutil.copytree(build.KERNELS, kernels)
     for path in {kernels / file, kernels / "verbs.h"}:
         path.write_text(path.read_text().replace(old, new))
-    monkeypatch.setattr(native, "KERNELS", kernels)
-    monkeypatch.setattr(native, "SOURCES", sorted(kernels.glob("*.cpp")))
-    monkeypatch.setattr(native, "FLAGS", ("-std=c++17", "-O0", "-march=native", "-fPIC", "-pthread"))
+    monkeypatch.setattr(build, "KERNELS", kernels)
+    monkeypatch.setattr(build, "FLAGS", ("-std=c++17", "-O0", "-fPIC", "-pthread"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native.load.cache_clear()
     try:

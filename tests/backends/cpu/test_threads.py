@@ -1,0 +1,102 @@
+"""Results do not depend on the threads: how many there are, who else computes, or what was forked."""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+
+from refengine import machine
+from refengine.backends.cpu import cpu_backend, native
+from refengine.conformance.cases import Case
+from refengine.spec.model import Model
+
+pytestmark = pytest.mark.skipif(native.load() is None, reason="there is no compiler for the loops")
+WIDE = Case(layers="ME*-", batch=3, length=70, hidden_size=1300, head_dim=60, moe_latent_size=700)
+
+
+def told(threads: int, case: Case = WIDE) -> np.ndarray:
+    """The logits of a prompt in two parts, then of three steps."""
+    m = Model.build(case.cfg, case.read, cpu_backend("float32", threads))
+    states, all_ = m.new_states(case.batch), []
+    for part in (slice(0, 50), slice(50, 67)):
+        h, states = m.blocks(m.embed(case.ids[:, part]), states)
+        all_.append(m.head(h))
+    for t in range(67, 70):
+        logits, states = m.backend.step(m, case.ids[:, t], states)
+        all_.append(logits[:, None])
+    return np.concatenate(all_, axis=1)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 64])
+def test_any_number_of_threads_gives_the_same_bits(threads):
+    assert np.array_equal(told(threads), told(1))
+
+
+def test_two_engines_in_two_threads_do_not_disturb_each_other():
+    expected, found = told(1), []
+    threads = [threading.Thread(target=lambda: found.append(told(2))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3 and all(np.array_equal(one, expected) for one in found)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_that_was_forked_computes_too():
+    expected = told(2)
+    child = os.fork()
+    if not child:
+        os._exit(0 if np.array_equal(told(2), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert np.array_equal(told(2), expected)
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({}, float("inf")),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, float("inf")),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"}, 1.5),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/cpu.max": "50000 100000\n",
+                "sys/fs/cgroup/a/b/cpu.max": "300000 100000\n",
+            },
+            0.5,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/x\n3:cpu,cpuacct:/docker/y\n",
+                "sys/fs/cgroup/cpu,cpuacct/docker/y/cpu.cfs_quota_us": "200000\n",
+                "sys/fs/cgroup/cpu,cpuacct/docker/y/cpu.cfs_period_us": "100000\n",
+            },
+            2,
+        ),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "nonsense"}, float("inf")),
+    ],
+)
+def test_the_quota_of_a_cgroup_counts(tmp_path, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert machine.quota(str(tmp_path)) == expected
+
+
+def test_a_part_of_a_processor_is_one_thread(monkeypatch):
+    for quota, most in ((0.3, 1), (1.5, 2), (float("inf"), 10**6)):
+        monkeypatch.setattr(machine, "quota", lambda quota=quota: quota)
+        assert 1 <= machine.processors() <= most
+
+
+def test_a_state_that_has_a_fork_is_not_written_in_place():
+    m = Model.build(WIDE.cfg, WIDE.read, cpu_backend("bfloat16"))
+    _, states = m.blocks(m.embed(WIDE.ids[:, :5]), m.new_states(3))
+    fork = [s and s.fork() for s in states]
+    before = [s.S.copy() if hasattr(s, "S") else None for s in states]
+    m.backend.step(m, WIDE.ids[:, 5], states)
+    for s, old in zip(fork, before, strict=True):
+        assert old is None or np.array_equal(s.S, old)
