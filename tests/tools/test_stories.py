@@ -151,7 +151,7 @@ def test_a_requested_story_has_the_name_and_the_thing():
     wished = set()
     for _ in range(150):
         made = chat.scene(rng, "story_about_both")
-        name, thing = re.search(r"(\w+) and an? (\w+)\.", made.messages[0]["content"]).groups()
+        name, thing = re.search(r"(\w+) and an? (\w+)\.?$", made.messages[0]["content"]).groups()
         assert judge.requested(made.answer, name, thing)
         wished.add(thing)
     assert len(wished) > 40  # nearly every thing can be asked for
@@ -163,6 +163,17 @@ def test_the_example_of_the_documentation_is_in_the_training_text():
     seen = {chat.scene(rng, "story_about_both").messages[0]["content"] for _ in range(20_000 // 40)}
     assert any(re.fullmatch(r"Tell me a story about a girl named \w+ and a \w+\.", wish) for wish in seen)
     assert "Mia" in words.GIRLS and "kite" in words.THINGS
+
+
+def test_an_accepted_offer_brings_a_story_and_a_declined_one_does_not():
+    rng = random.Random(14)
+    told = []
+    for _ in range(30):
+        made = chat.scene(rng, "accept")
+        assert made.messages[1]["content"] == chat.GREETED
+        told.append(check(made.answer).parsed)
+        assert told[-1] or made.answer == chat.DECLINED
+    assert 10 < sum(told) < 30
 
 
 def test_replies_of_chats_are_right():

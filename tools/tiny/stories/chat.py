@@ -20,6 +20,21 @@ AM = "I am a very small model. I tell stories, remember small facts, count, copy
 _THANKS = ("Thank you!", "Thanks!", "That was nice.", "I liked that.", "thanks", "Great!", "Very good!")
 WELCOME = "You are welcome! Come back for another story soon."
 SORRY = "I am sorry, I cannot do that. I can tell stories, remember small facts, count, copy words and add."
+_YES = (
+    "Yes, please!",
+    "Yes",
+    "Yes.",
+    "yes please",
+    "Sure!",
+    "Please do.",
+    "Of course!",
+    "I would love that.",
+)
+_NO = ("No.", "No, thank you.", "Not now.", "Maybe later.")
+DECLINED = "All right. Ask me when you want one."
+_BYE = ("Goodbye!", "Bye!", "See you!", "Good night!", "Bye bye!")
+FAREWELL = "Goodbye! Come back soon."
+_ANOTHER = ("Tell me another story.", "One more story, please!", "I want to hear a story.", "A new story!")
 _SYSTEMS = ("You are a helpful assistant.", "You are a kind storyteller.", "Answer in short sentences.")
 
 # What it cannot do; {x} takes a word, {n} and {m} numbers of two digits. The second list is never trained on.
@@ -40,6 +55,13 @@ _NEVER_TRAINED = (
 )  # fmt: skip
 
 
+def loosely(rng, text):
+    """Return what a user types: now and then without the capital or the mark at the end."""
+    if rng.random() < 0.2 and text.split()[0].strip("!.,?") not in words.NAMES:
+        text = text[0].lower() + text[1:]
+    return text.rstrip(".!?") if rng.random() < 0.2 else text
+
+
 def greet(rng, talk):
     """Add a greeting and its reply."""
     talk.user(rng.choice(_GREET))
@@ -48,7 +70,7 @@ def greet(rng, talk):
 
 def who(rng, talk):
     """Add a question about the model itself."""
-    talk.user(rng.choice(_WHO))
+    talk.user(loosely(rng, rng.choice(_WHO)))
     talk.reply("The user asks who I am.", (AM, 1.0))
 
 
@@ -61,7 +83,7 @@ def thanks(rng, talk):
 def beyond(rng, talk, frames=_BEYOND):
     """Add a request that the model cannot serve; the reply is always the same sentence."""
     fill = {"x": rng.choice(words.CITIES + words.THINGS + words.FOODS), "n": rng.randint(10, 99)}
-    talk.user(rng.choice(frames).format(**fill, m=rng.randint(10, 99)))
+    talk.user(loosely(rng, rng.choice(frames).format(**fill, m=rng.randint(10, 99))))
     talk.reply("That is more than I can do.", (SORRY, 1.0))
 
 
@@ -76,7 +98,7 @@ def _told(rng, talk, fixed, wish, thought):
         p.name for p in plots().values() if all(k in p.slots and v in p.slots[k] for k, v in fixed.items())
     ]
     story = tell(rng, rng.choice(names), fixed, exclude=talk.taken - set(fixed.values()))
-    talk.user(wish)
+    talk.user(loosely(rng, wish))
     talk.reply(thought, *weigh(story))
     talk.taken |= set(story.values.values())
     return story
@@ -85,9 +107,31 @@ def _told(rng, talk, fixed, wish, thought):
 def story(rng, talk):
     """Add a story that may be about anything."""
     wish = rng.choice(
-        ("Tell me a story.", "Please tell me a story.", "Can you tell me a story?", "A story, please!")
+        (
+            "Tell me a story.",
+            "Please tell me a story.",
+            "Can you tell me a story?",
+            "A story, please!",
+            *_ANOTHER,
+        )
     )
     return _told(rng, talk, {}, wish, "The user wants a story.")
+
+
+def accept(rng, talk):
+    """Add a greeting, whose reply offers a story, and the user's yes or no to it."""
+    greet(rng, talk)
+    if rng.random() < 0.75:
+        _told(rng, talk, {}, rng.choice(_YES), "The user wants a story.")
+    else:
+        talk.user(loosely(rng, rng.choice(_NO)))
+        talk.reply("The user wants no story.", (DECLINED, 1.0))
+
+
+def bye(rng, talk):
+    """Add a farewell."""
+    talk.user(loosely(rng, rng.choice(_BYE)))
+    talk.reply("The user leaves.", (FAREWELL, 1.0))
 
 
 def story_about(rng, talk, parts=None):
@@ -277,11 +321,10 @@ def tool_unneeded(rng, talk):
 
 SCENES = {
     "greet": (greet, 1.2), "who": (who, 0.6), "thanks": (thanks, 0.3), "beyond": (beyond, 2.0),
-    "story": (story, 1.0),
-    "story_about": (story_about, 2.5), "question_given": (question_given, 2.0),
-    "question_told": (question_told, 2.5),
-    "recall": (recall, 2.5), "sums": (sums, 2.5), "counting": (counting, 1.5), "copying": (copying, 1.2),
-    "tool_add": (tool_add, 0.2), "tool_add_used": (tool_add_used, 1.5), "tool_weather": (tool_weather, 0.2),
+    "story": (story, 1.0), "accept": (accept, 0.8), "bye": (bye, 0.3), "story_about": (story_about, 2.5),
+    "question_given": (question_given, 2.0), "question_told": (question_told, 2.5), "recall": (recall, 2.5),
+    "sums": (sums, 2.5), "counting": (counting, 1.5), "copying": (copying, 1.2), "tool_add": (tool_add, 0.2),
+    "tool_add_used": (tool_add_used, 1.5), "tool_weather": (tool_weather, 0.2),
     "tool_weather_used": (tool_weather_used, 1.2), "tool_unneeded": (tool_unneeded, 0.7),
 }  # fmt: skip
 # Scenes for the evaluation only.
