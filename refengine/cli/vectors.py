@@ -17,7 +17,7 @@ some = click.option(
     "ops",
     multiple=True,
     metavar="NAME",
-    help="Only these: an operation, a folder, mixers, states, sampling, texts, or a pattern of case names.",
+    help="Only these: an operation, a folder, mixers, states, sampling, packed, texts, or a name pattern.",
 )
 
 
@@ -89,7 +89,7 @@ def compute(directory, outputs, ops, backend, dtype):
     from refengine.conformance.vectors_files import save
     from refengine.conformance.vectors_files import vectors as read_set
     from refengine.conformance.vectors_replay import REPLAY, replay
-    from refengine.conformance.vectors_text import choose, write_answers
+    from refengine.conformance.vectors_text import HOST, write_answers
 
     dtype, count = "float32" if dtype == "auto" else dtype, 0
     for vector in read_set(directory, ops):
@@ -99,8 +99,8 @@ def compute(directory, outputs, ops, backend, dtype):
             if vector.operation in REPLAY:
                 answers = replay(vector, make(backend, vector.cfg, dtype), dtype)
             else:
-                answers = choose(vector)
-            wide = {key: a if a.dtype.kind == "i" else a.astype("float64") for key, a in answers.items()}
+                answers = HOST[vector.operation](vector)
+            wide = {key: a if a.dtype.kind in "iu" else a.astype("float64") for key, a in answers.items()}
             save(outputs / f"{vector.name}.safetensors", wide, {"engine": f"{backend}, {dtype}"})
         count += 1
     click.echo(f"outputs of {count} cases in {outputs}")

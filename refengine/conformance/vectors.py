@@ -165,7 +165,7 @@ def judge_output(vector: Vector, name: str, actual, dtype, against: str = "out")
     if close is not None:
         apart = np.asarray(close.any(axis=1)) if output.ties == "row" else close
         keep = counted & ~spread(apart, expected.ndim)
-    left, all_of_them = (int(k[..., :1].sum()) for k in (keep, counted))
+    left, all_of_them = (int(np.atleast_1d(k)[..., :1].sum()) for k in (keep, counted))
     note = (
         "" if left == all_of_them else f"{all_of_them - left} of {all_of_them} set apart: a tie of the router"
     )

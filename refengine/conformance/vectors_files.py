@@ -31,6 +31,7 @@ GROUPS = {  # names that --op takes beside those of operations and folders
     "mixers": ("mamba2 mixer", "attention mixer", "experts mixer", "mlp mixer"),
     "states": ("commit", "slots"),
     "sampling": ("sample",),
+    "packed": ("pack", "unpack"),
     "texts": ("tokenizer", "chat"),
 }
 

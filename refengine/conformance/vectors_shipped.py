@@ -13,7 +13,7 @@ from refengine.conformance.vectors import Vector
 from refengine.conformance.vectors_make import MARGIN, make
 
 SMALL = Case(layers="M", seed=11, length=9, n_groups=2, heads_per_group=3, chunk_size=5)
-SHORT = replace(SMALL, length=4)
+SHORT = replace(SMALL, length=3)
 MOE = replace(SMALL, layers="E")
 GROUPED: dict[str, Any] = {"n_group": 3, "n_routed_experts": 12}
 ODD: dict[str, Any] = {
@@ -265,7 +265,7 @@ CASES: list[tuple] = [
     (
         "model/dense",
         "model",
-        Case(layers="MM--*-", seed=3, length=14, n_groups=1),
+        Case(layers="MM--*-", seed=3, length=12, n_groups=1),
         "a dense hybrid with runs of one kind, one group",
     ),
     (
@@ -280,7 +280,7 @@ CASES: list[tuple] = [
         Case(
             layers="ME*-",
             seed=5,
-            length=13,
+            length=11,
             heads_per_group=1,
             n_routed_experts=6,
             num_experts_per_tok=6,

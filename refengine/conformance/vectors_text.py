@@ -1,9 +1,9 @@
-"""Vectors of what needs no backend: sampling, the tokenizer and the chat template of the embedded model."""
+"""Vectors of what needs no backend: sampling, tokenizer and chat template; and the check of these."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 
 import refengine
 from refengine.conformance.vectors import Output, Row, Vector, judge, worst_of
+from refengine.conformance.vectors_packed import convert
 from refengine.spec.chat import chat
 from refengine.spec.config import InputError
 from refengine.spec.sample import Sampling, draw, probabilities
@@ -240,14 +241,21 @@ def judge_text_file(vector: Vector, path: Path) -> Row:
         return Row(vector.operation, vector.name, np.inf, 0.0, str(error))
 
 
+HOST: dict[str, Callable[[Vector], dict[str, np.ndarray]]] = {
+    "sample": choose,
+    "pack": convert,
+    "unpack": convert,
+}
+
+
 def check_host() -> list[Row]:
-    """Return a row for each shipped case of sampling, tokenizer and chat, as this engine computes them."""
+    """Return a row for each shipped case of sampling, packed weights, tokenizer and chat, computed here."""
     from refengine.conformance.vectors_files import shipped
 
     rows = []
     for vector in shipped():
-        if vector.operation == "sample":
-            rows.append(worst_of(judge(vector, choose(vector), "float64")))
+        if vector.operation in HOST:
+            rows.append(worst_of(judge(vector, HOST[vector.operation](vector), "float64")))
         elif vector.texts:
             rows.append(judge_texts(vector, answer(vector)))
     return rows

@@ -45,12 +45,13 @@ def test_every_file_has_its_line_and_every_line_its_file():
 
 def test_every_operation_and_every_kind_of_layer_has_vectors():
     there = {entry["operation"] for entry in ENTRIES.values()}
-    assert there == set(REPLAY) | {"sample", "tokenizer", "chat"}
+    assert there == set(REPLAY) | {"sample", "pack", "unpack", "tokenizer", "chat"}
     letters = {letter for name in ENTRIES if name.startswith("model/") for letter in Vector(name).cfg.layers}
     assert letters == set("M*E-")
     recorded = {ENTRIES[name]["operation"] for name in RECORDED}
     assert there - recorded == {
-        "embed", "linear_pair", "prediction head", "commit", "slots", "sample", "tokenizer", "chat",
+        "embed", "linear_pair", "prediction head", "commit", "slots", "sample", "pack", "unpack", "tokenizer",
+        "chat",
     }  # fmt: skip
 
 
@@ -58,7 +59,7 @@ def test_every_operation_and_every_kind_of_layer_has_vectors():
 def test_a_file_holds_plain_finite_numbers(name):
     for key, a in Vector(name).arrays.items():
         assert np.isfinite(a.astype(np.float64)).all(), key
-        assert a.dtype.name in ("float32", "float64", "int64", "bfloat16"), key
+        assert a.dtype.name in ("float32", "float64", "int64", "uint8", "bfloat16"), key
     stated = ENTRIES[name]["outputs"]
     assert set(stated) == set(Vector(name).outputs)
     for key, output in Vector(name).outputs.items():
@@ -100,3 +101,30 @@ def test_a_manifest_is_one_case_a_line():
     head, *lines, tail = (SHIPPED / "manifest.json").read_text(encoding="utf-8").splitlines()
     assert len(lines) == len(ENTRIES) and json.loads(head + lines[0].rstrip(",") + tail)
     assert vectors_files.FORMAT in head
+
+
+@pytest.mark.parametrize("name", [name for name in ENTRIES if name.startswith("packed/unpack")])
+def test_packed_weights_by_a_literal_reading(name):
+    """Bits to numbers, times the scale of the block; the low half of a byte comes first."""
+    given, right = Vector(name).part("in"), Vector(name).arrays["out.w"]
+    kind, width = Vector(name).constants["kind"], right.shape[1]
+    mine = np.zeros_like(right)
+    for row, column in np.ndindex(right.shape):
+        if kind == "NVFP4":
+            code = int(given["codes"][row, column // 2]) >> 4 * (column % 2) & 15
+            value = np.float32((-1) ** (code >> 3) * [0, 0.5, 1, 1.5, 2, 3, 4, 6][code & 7])
+            block = width // given["scale"].shape[1]
+            scale = np.float32(e4m3(given["scale"][row, column // block])) * given["scale_2"]
+        else:
+            value = np.float32(e4m3(given["codes"][row, column]))
+            block = width // given["scale"].shape[1] if kind == "MXFP8" else 0
+            scale = 2.0 ** (int(given["scale"][row, column // block]) - 127) if block else given["scale"]
+        mine[row, column] = value * np.float32(scale)
+    assert np.array_equal(mine, right)
+
+
+def e4m3(code) -> float:
+    """Return the number of an E4M3 code: a sign, 4 bits of exponent, 3 of mantissa."""
+    sign, exponent, mantissa = int(code) >> 7, int(code) >> 3 & 15, int(code) & 7
+    size = 2.0 ** (exponent - 7) * (1 + mantissa / 8) if exponent else 2.0**-6 * mantissa / 8
+    return -size if sign else size

@@ -17,6 +17,7 @@ import numpy as np
 
 from refengine.conformance import vectors_files, witness
 from refengine.conformance.vectors import Vector, judge_output
+from refengine.conformance.vectors_packed import packed_cases
 from refengine.conformance.vectors_shipped import all_cases
 from refengine.conformance.vectors_text import samplings, texts
 from refengine.spec.config import InputError
@@ -42,6 +43,7 @@ def recorded() -> Iterator[Vector]:
             assert row.passed and not row.note, f"transformers and the definition differ: {row}"
         yield vector
     yield from samplings()
+    yield from packed_cases()
     yield from texts()
 
 
