@@ -8,7 +8,7 @@ known one first.
 
 from . import tools, words
 from .grammar import article
-from .skills import COPY_WORDS, weigh
+from .skills import COPY_WORDS, weigh, weigh_answer
 from .talk import FORM, Talk
 from .world import plots, tell
 
@@ -156,21 +156,19 @@ def story_about_both(rng, talk):
     return story_about(rng, talk, "HT")
 
 
-def _question(rng, talk, questions, count):
-    """Add questions about a story, each with its answer."""
-    for question, answer in rng.sample(questions, min(count, len(questions))):
-        talk.user(question)
-        talk.reply(f"I look in the story. {answer}", (answer, 1.0))
+def _questions(rng, talk, about, count, before=""):
+    """Add questions about a story, each with its answer; `before` stands before the first."""
+    for question, answer in rng.sample(about.questions, min(count, len(about.questions))):
+        talk.user(before + question)
+        talk.reply(f"I look in the story. {answer}", *weigh_answer(answer, about))
+        before = ""
 
 
 def question_given(rng, talk):
     """Add a story that the user gives, with a question, and perhaps another question."""
     given = tell(rng, exclude=talk.taken)
     talk.taken |= set(given.values.values())
-    questions = rng.sample(given.questions, min(len(given.questions), rng.randint(1, 3)))
-    for i, (question, answer) in enumerate(questions):
-        talk.user(question if i else f"{given.text}\n\n{question}")
-        talk.reply(f"I look in the story. {answer}", (answer, 1.0))
+    _questions(rng, talk, given, rng.randint(1, 3), f"{given.text}\n\n")
 
 
 def question_told(rng, talk):
@@ -178,7 +176,7 @@ def question_told(rng, talk):
     told = rng.choice((story, story_about))(rng, talk)
     if rng.random() < 0.2:
         thanks(rng, talk)
-    _question(rng, talk, told.questions, rng.randint(1, 3))
+    _questions(rng, talk, told, rng.randint(1, 3))
 
 
 def _ask_fact(rng, talk, name, thing):

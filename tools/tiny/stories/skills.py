@@ -38,6 +38,12 @@ def weigh(story):
     return pieces
 
 
+def weigh_answer(answer, story):
+    """Return the answer to a question about a story in pieces; what comes from its cast counts most."""
+    parts = re.split(r"(?<=\w)(?=\W)|(?<=\W)(?=\w)", answer)
+    return [(part, 2.0 if part in story.values.values() else 0.7) for part in parts]
+
+
 def facts(rng, count):
     """`count` pairs of a name and the thing it has, all distinct."""
     return list(zip(rng.sample(words.NAMES, count), rng.sample(words.THINGS, count), strict=True))
@@ -151,7 +157,7 @@ def about_story(rng):
     story = tell(rng)
     out = [*weigh(story), ("\n", STORY)]
     for question, answer in rng.sample(story.questions, rng.randint(1, min(3, len(story.questions)))):
-        out += [(f"\nQuestion: {question}", 0.1), ("\nAnswer:", FORM), (f" {answer}", 1.0)]
+        out += [(f"\nQuestion: {question}", 0.1), ("\nAnswer:", FORM), *weigh_answer(f" {answer}", story)]
     return out
 
 
