@@ -1,0 +1,132 @@
+"""Recipes: the format of each weight, by its role in the tensor table, or by its name.
+
+A recipe is data: RECIPES holds those of this package, and a TOML file has the same two tables.
+
+    [roles]                                  [names]
+    routed_expert = "four_over_six"          "backbone.layers.4.mixer.*" = "plain"
+
+A name, which may be a pattern with `*`, goes before a role. What no line mentions stays as it is, and so does
+the prediction head, unless a name asks for it. Sources: the recipes in the wheel of nvidia-modelopt 0.47
+(Super, Ultra, Lightning), the exclusions of the released Nano.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from refengine.spec.config import Config, InputError
+from refengine.spec.quant import TOP, TOP_4_OVER_6, TOP_W4A8, Packed, fp8, mxfp8, nvfp4
+from refengine.spec.tensors import Tensor
+from refengine.untrusted import shown
+
+
+class Format(NamedTuple):
+    """Holds how a matrix is packed: a function of (rows of it, its largest magnitude), kind and block."""
+
+    pack: Callable[..., Packed]
+    kind: str
+    block: int
+    top: int  # largest element in units of scale_2; 0 where there is none
+    algorithm: str  # its name in modelopt's metadata, without scales of inputs
+
+
+def _mxfp8(w, amax) -> Packed:
+    return mxfp8(w)
+
+
+FORMATS = {
+    "nvfp4": Format(nvfp4, "NVFP4", 16, TOP, "W4A16_NVFP4"),
+    "four_over_six": Format(partial(nvfp4, four_over_six=True), "NVFP4", 16, TOP_4_OVER_6, "W4A16_NVFP4"),
+    "w4a8": Format(partial(nvfp4, block=32, top=TOP_W4A8), "NVFP4", 32, TOP_W4A8, "W4A8_NVFP4_FP8"),
+    "fp8": Format(fp8, "FP8", 1, 0, "FP8"),
+    "mxfp8": Format(_mxfp8, "MXFP8", 32, 0, "MXFP8"),
+}
+LINEARS = ("mamba", "attention", "routed_expert", "shared_expert", "latent", "mlp")
+ROLES = (*LINEARS, "embedding", "lm_head", "router", "mtp_proj")
+RECIPES: dict[str, dict[str, str]] = {
+    "nvfp4": dict.fromkeys(LINEARS, "nvfp4"),
+    "w4a16": dict.fromkeys(LINEARS, "nvfp4"),
+    "w4a8": dict.fromkeys(LINEARS, "w4a8"),
+    "fp8": dict.fromkeys(LINEARS, "fp8"),
+    "mxfp8": dict.fromkeys(LINEARS, "mxfp8"),
+    "nano": dict.fromkeys(("routed_expert", "shared_expert", "mamba"), "nvfp4"),
+    "super": {"routed_expert": "nvfp4", "shared_expert": "fp8", "mamba": "fp8"},
+    "ultra": {"routed_expert": "four_over_six", "shared_expert": "fp8", "mamba": "fp8"},
+    "lightning": dict.fromkeys(("routed_expert", "shared_expert", "lm_head"), "four_over_six")
+    | {"mamba": "fp8"},
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Holds formats by role and by name. `before_attention`: whether such Mamba layers are packed too."""
+
+    name: str
+    roles: Mapping[str, str]
+    names: Mapping[str, str] = field(default_factory=dict)
+    before_attention: bool = True
+
+    def format_of(self, row: Tensor, cfg: Config) -> str:
+        """Return the name of the format of a row of the table, or "plain"."""
+        for pattern, chosen in self.names.items():
+            if fnmatchcase(row.name, pattern):
+                return chosen
+        if row.block.startswith("mtp.") or len(row.shape) != 2:
+            return "plain"
+        if (
+            row.role == "mamba"
+            and not self.before_attention
+            and cfg.layers[int(row.layer or 0) + 1 :][:1] == "*"
+        ):
+            return "plain"
+        return self.roles.get(row.role, "plain")
+
+
+def recipe_of(name: str, four_over_six: bool = False) -> Recipe:
+    """Return a recipe by its name, or from a TOML file; InputError says what is wrong with it.
+
+    four_over_six: NVFP4 with blocks of 16 becomes four over six.
+    """
+    if name in RECIPES:
+        found = Recipe(name, RECIPES[name], {}, name != "nano")
+    elif name.endswith(".toml"):
+        found = _from_file(Path(name))
+    else:
+        raise InputError(f"there is no recipe {name!r}; there is {', '.join(RECIPES)}, or a file FILE.toml")
+    if not four_over_six:
+        return found
+    swap = {"nvfp4": "four_over_six"}
+    roles, names = ({k: swap.get(v, v) for k, v in each.items()} for each in (found.roles, found.names))
+    return Recipe(found.name, roles, names, found.before_attention)
+
+
+def _from_file(path: Path) -> Recipe:
+    """Return the recipe in a TOML file."""
+    try:
+        value: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a TOML file: {error}") from None
+    if unknown := [key for key in value if key not in ("roles", "names")]:
+        raise InputError(f"{path} has {shown(unknown[0])}, which is neither [roles] nor [names]")
+    tables = [value.get(key, {}) for key in ("roles", "names")]
+    for each in tables:
+        if not isinstance(each, dict):
+            raise InputError(f"{path} has {shown(each)}, where a table of formats is expected")
+        for key, chosen in each.items():
+            if chosen not in (*FORMATS, "plain"):
+                known = ", ".join((*FORMATS, "plain"))
+                raise InputError(
+                    f"{path} gives {shown(key)} the format {shown(chosen)}, which is none of {known}"
+                )
+    for role in tables[0]:
+        if role not in ROLES:
+            raise InputError(f"{path} has the role {shown(role)}, which is none of {', '.join(ROLES)}")
+    return Recipe(path.name, *tables)

@@ -1,0 +1,340 @@
+"""Writing a quantized copy of a checkpoint, strip by strip: the memory does not depend on the model.
+
+Each file gets its name when it is whole, and config.json comes last, so a directory never holds half a model.
+After a kill at any moment the same command goes on: files that are whole are kept, with their errors, which
+lie in STATE until the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from refengine.checkpoint import INDEX, Checkpoint
+from refengine.checkpoint.packed import KINDS
+from refengine.checkpoint.safetensors_file import BITS
+from refengine.checkpoint.write import ALIGN
+from refengine.quantize.recipes import FORMATS, Format, Recipe
+from refengine.spec.config import InputError
+from refengine.spec.quant import Packed, nvfp4
+from refengine.spec.tensors import Tensor, groups, table
+
+STATE = ".quantize.json"
+STRIP = 2**21  # elements that are packed at once; some 20 arrays of float32 of that size are in use
+SHARD = 5 * 10**9  # bytes of a file, about
+TEXTS = (".json", ".jinja", ".model", ".txt", ".md")
+ON_QKV = "qkv_proj"  # q, k and v are one matrix to modelopt: they share scale_2, but not the scale of FP8
+
+
+@dataclass(frozen=True)
+class Job:
+    """Holds a row of the table, its format or None, and the rows whose largest magnitude it shares."""
+
+    row: Tensor
+    format: Format | None
+    sharing: tuple[Tensor, ...]
+
+    def tensors(self, dtype: str) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Return the name, dtype and shape of each tensor that it becomes; `dtype` is that of the source."""
+        name, shape = self.row.name, self.row.shape
+        if self.format is None:
+            return [(name, dtype, shape)]
+        base, (rows, columns) = name.removesuffix(".weight"), shape
+        blocks = (rows, columns // self.format.block)
+        match self.format.kind:
+            case "NVFP4":
+                scales = [("weight_scale", "F8_E4M3", blocks), ("weight_scale_2", "F32", ())]
+                codes: tuple = (name, "U8", (rows, columns // 2))
+            case "MXFP8":
+                codes, scales = (name, "F8_E4M3", shape), [("weight_scale", "U8", blocks)]
+            case _:
+                codes, scales = (name, "F8_E4M3", shape), [("weight_scale", "F32", ())]
+        return [codes] + [(f"{base}.{end}", kind, each) for end, kind, each in scales]
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    shard: int = SHARD,
+    strip: int = STRIP,
+    advance: Callable[[int], object] = lambda elements: None,
+) -> dict[str, dict[str, float]]:
+    """Write a quantized copy of a model into the directory `out`; return errors by role.
+
+    The errors of a role are {"matrices", "bits", "error", "gain"}: bits an element with scales, the median
+    over matrices of the squared error over the squared weights, and how much smaller that is than with NVFP4
+    without four over six. `advance` hears of elements as they are done. Raises InputError.
+    """
+    source, out = Checkpoint.open(model), Path(out)
+    jobs = plan(source, recipe)
+    _check_target(source, out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        state = _state(source, out, recipe)
+        files = _shards(source, jobs, shard)
+        for name, members in files.items():
+            if name not in state["errors"] or not (out / name).exists():
+                errors = _write(source, out / name, members, strip, advance)
+                state["errors"][name] = errors
+                _text(out / STATE, json.dumps(state))
+            else:
+                advance(sum(job.row.size for job in members))
+        _finish(source, out, jobs, files)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {out}: {error.strerror}; the same command goes on from here"
+        ) from None
+    finally:
+        source.close()
+    return _report(state["errors"])
+
+
+def plan(source: Checkpoint, recipe: Recipe) -> list[Job]:
+    """Return what becomes of each tensor; InputError names one that does not fit its format."""
+    cfg = source.config
+    if packed := [name for name, at in source.stored.items() if at.dtype in KINDS]:
+        what = f"{source.directory} is packed already ({packed[0]} is {source.stored[packed[0]].dtype})"
+        raise InputError(f"{what}: quantize the original")
+    jobs = []
+    for group in groups(table(cfg)):
+        formats = [FORMATS.get(recipe.format_of(row, cfg)) for row in group.rows]
+        for row, chosen in zip(group.rows, formats, strict=True):
+            if chosen and len(row.shape) != 2:
+                raise InputError(f"recipe {recipe.name}: {row.name} is not a matrix")
+            if chosen and row.shape[1] % max(2, chosen.block):
+                what = f"{row.name} has {row.shape[1]} columns, which are not whole blocks of {chosen.block}"
+                raise InputError(f"recipe {recipe.name}: {what}")
+            share = group.name == ON_QKV and chosen and chosen.kind == "NVFP4" and len(set(formats)) == 1
+            jobs.append(Job(row, chosen, tuple(group.rows) if share else (row,)))
+    if not any(job.format for job in jobs):
+        raise InputError(f"recipe {recipe.name} leaves every weight of {source.directory} as it is")
+    return jobs
+
+
+def _check_target(source: Checkpoint, out: Path) -> None:
+    """Raise InputError where writing would lose something."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: give a directory")
+    if out.exists() and out.resolve() == source.directory.resolve():
+        raise InputError(f"{out} is the model itself: give another directory")
+    if not out.exists() or (out / STATE).exists():
+        return
+    ours = [name for name in sorted(os.listdir(out)) if name.endswith((".safetensors", ".json"))]
+    if ours:
+        raise InputError(f"{out} holds {ours[0]} already: give a new directory")
+
+
+def _state(source: Checkpoint, out: Path, recipe: Recipe) -> dict[str, Any]:
+    """Return the state of an earlier run, or a new one; InputError if that was of another model or recipe."""
+    wanted: dict[str, Any] = {
+        "source": source.fingerprint(),
+        "roles": dict(recipe.roles),
+        "names": dict(recipe.names),
+    }
+    wanted |= {"before_attention": recipe.before_attention}
+    try:
+        found = json.loads((out / STATE).read_text())
+    except FileNotFoundError:
+        _text(out / STATE, json.dumps(wanted | {"errors": {}}))
+        return wanted | {"errors": {}}
+    except ValueError:
+        raise InputError(f"{out / STATE} is damaged: remove {out} and begin again") from None
+    if not isinstance(found, dict) or {key: found.get(key) for key in wanted} != wanted:
+        raise InputError(f"{out} holds a part of another model or recipe: give a new directory")
+    return found
+
+
+def _text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _bytes_of(source: Checkpoint, job: Job) -> int:
+    tensors = job.tensors(source.stored[job.row.name].dtype)
+    return sum(prod(shape) * BITS[dtype] // 8 for _, dtype, shape in tensors)
+
+
+def _shards(source: Checkpoint, jobs: list[Job], size: int) -> dict[str, list[Job]]:
+    """Return {file name: its jobs}, runs of the list of about `size` bytes."""
+    runs: list[list[Job]] = [[]]
+    held = 0
+    for job in jobs:
+        nbytes = _bytes_of(source, job)
+        if runs[-1] and held + nbytes > size:
+            runs.append([])
+            held = 0
+        runs[-1].append(job)
+        held += nbytes
+    if len(runs) == 1:
+        return {"model.safetensors": runs[0]}
+    return {f"model-{i:05}-of-{len(runs):05}.safetensors": run for i, run in enumerate(runs, 1)}
+
+
+def _write(source: Checkpoint, path: Path, jobs: list[Job], strip: int, advance) -> list[list]:
+    """Write one file; return [role, elements, bytes, error, error without four over six] of each matrix."""
+    tensors = [each for job in jobs for each in job.tensors(source.stored[job.row.name].dtype)]
+    tensors.sort(key=lambda each: -BITS[each[1]])  # wide dtypes first, so that every tensor is aligned
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    at, end = {}, 0
+    for name, dtype, shape in tensors:
+        begin, end = end, end + prod(shape) * BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        at[name] = begin
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-(8 + len(raw)) % ALIGN)
+    partial = path.with_name(f".{path.name}.partial")
+    errors = []
+    try:
+        with open(partial, "wb") as file:
+            file.write(len(raw).to_bytes(8, "little") + raw)
+            file.truncate(8 + len(raw) + end)
+
+            def put(name: str, offset: int, values: np.ndarray) -> None:
+                file.seek(8 + len(raw) + at[name] + offset)
+                file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+
+            for job in jobs:
+                errors += _put(source, job, strip, put, advance)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return errors
+
+
+def _put(source: Checkpoint, job: Job, strip: int, put, advance) -> list[list]:
+    """Write the tensors of one job; return its errors."""
+    row, chosen = job.row, job.format
+    if chosen is None:
+        for begin, part in _strips(source, row, strip):
+            put(row.name, begin * part[0].nbytes, part)
+            advance(part.size)
+        return []
+    base = row.name.removesuffix(".weight")
+    amax = np.float32(0)
+    for each in job.sharing:
+        for _, part in _strips(source, each, strip):
+            amax = max(amax, np.float32(np.abs(part).max(initial=0)))
+    if not np.isfinite(amax):
+        raise InputError(f"{row.name} of {source.directory} holds a number that is not finite")
+    squares, lost, plainly = 0.0, 0.0, 0.0
+    packed: Packed | None = None
+    for begin, part in _strips(source, row, strip):
+        packed = chosen.pack(part, amax)
+        put(row.name, begin * packed.codes[0].nbytes, packed.codes)
+        if packed.scale.ndim:
+            put(f"{base}.weight_scale", begin * packed.scale[0].nbytes, packed.scale)
+        exact = part.astype(np.float32)
+        squares += _squares(exact)
+        lost += _squares(packed.dequantize() - exact)
+        plainly += _squares(nvfp4(part, amax).dequantize() - exact) if _adaptive(chosen) else 0.0
+        advance(part.size)
+    assert packed is not None
+    if chosen.kind == "FP8":
+        put(f"{base}.weight_scale", 0, packed.scale)
+    if packed.scale_2 is not None:
+        put(f"{base}.weight_scale_2", 0, np.array(packed.scale_2))
+    source.release([row.name])
+    nbytes = _bytes_of(source, job)
+    relative = [each / squares if squares else 0.0 for each in (lost, plainly)]
+    return [[row.role, row.size, nbytes, *relative]]
+
+
+def _adaptive(chosen: Format) -> bool:
+    return chosen is FORMATS["four_over_six"]
+
+
+def _squares(x: np.ndarray) -> float:
+    return float(np.dot(x.reshape(-1), x.reshape(-1)))
+
+
+def _strips(source: Checkpoint, row: Tensor, strip: int) -> Iterator[tuple[int, Any]]:
+    """Yield (first row, rows) of a tensor, of at most `strip` elements where a row has no more."""
+    whole: Any = source.read(row.name)
+    if whole.ndim == 0:
+        yield 0, whole.reshape(1)
+        return
+    step = max(1, strip // max(1, prod(whole.shape[1:])))
+    for begin in range(0, len(whole), step):
+        yield begin, whole[begin : begin + step]
+
+
+def _finish(source: Checkpoint, out: Path, jobs: list[Job], files: dict[str, list[Job]]) -> None:
+    """Write the index, the metadata, copies of the other files, and config.json last."""
+    if len(files) > 1:
+        names = {
+            name: file
+            for file, members in files.items()
+            for job in members
+            for name, *_ in job.tensors(source.stored[job.row.name].dtype)
+        }
+        total = sum(_bytes_of(source, job) for job in jobs)
+        _text(
+            out / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": names}, indent=2) + "\n"
+        )
+    for name in sorted(os.listdir(source.directory)):
+        if name.endswith(TEXTS) and name not in (INDEX, "config.json", "hf_quant_config.json"):
+            shutil.copyfile(source.directory / name, out / name)
+    said = metadata(jobs)
+    _text(out / "hf_quant_config.json", json.dumps(said, indent=2) + "\n")
+    config = json.loads((source.directory / "config.json").read_bytes().decode("utf-8-sig"))
+    config.pop("compression_config", None)
+    config["quantization_config"] = said["quantization"] | {
+        "quant_method": "modelopt",
+        "producer": said["producer"],
+        "ignore": said["quantization"]["exclude_modules"],
+    }
+    _text(out / "config.json", json.dumps(config, indent=2) + "\n")
+    (out / STATE).unlink()
+
+
+def metadata(jobs: list[Job]) -> dict[str, Any]:
+    """Return hf_quant_config.json: one algorithm and its exclusions, or the algorithm of each module."""
+    from refengine import __version__
+
+    module = {job.row.name: job.row.name.removesuffix(".weight") for job in jobs}
+    packed = {module[job.row.name]: job.format for job in jobs if job.format}
+    plain = [module[job.row.name] for job in jobs if not job.format and len(job.row.shape) == 2]
+    algorithms = {chosen.algorithm for chosen in packed.values()}
+    said: dict[str, Any] = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None}
+    if len(algorithms) == 1:
+        (chosen, *_) = packed.values()
+        said["quant_algo"] = chosen.algorithm
+        said |= {"group_size": chosen.block} if chosen.kind != "FP8" else {}
+    else:
+        said["quantized_layers"] = {
+            name: {"quant_algo": each.algorithm} | ({"group_size": each.block} if each.kind != "FP8" else {})
+            for name, each in packed.items()
+        }
+    said["exclude_modules"] = plain
+    return {"producer": {"name": "refengine", "version": __version__}, "quantization": said}
+
+
+def _report(errors: dict[str, list]) -> dict[str, dict[str, float]]:
+    """Return the errors by role, over the matrices of all files."""
+    by_role: dict[str, list] = {}
+    for entries in errors.values():
+        for role, *rest in entries:
+            by_role.setdefault(role, []).append(rest)
+    out = {}
+    for role, entries in by_role.items():
+        elements, nbytes, lost, plainly = zip(*entries, strict=True)
+        found, without = median(lost), median(plainly)
+        gain = 1 - found / without if without else 0.0
+        bits = 8 * sum(nbytes) / sum(elements)
+        out[role] = {"matrices": len(entries), "bits": bits, "error": found, "gain": gain}
+    return out

@@ -1,0 +1,316 @@
+"""`refengine quantize` writes what it read, in the format of each recipe, whole or not at all."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors import safe_open
+
+import refengine
+from refengine.checkpoint import Checkpoint
+from refengine.cli.quantize import quantize as command
+from refengine.quantize import FORMATS, RECIPES, quantize, recipe_of
+from refengine.quantize import write as module
+from refengine.quantize.write import STATE, plan
+from refengine.spec.config import InputError
+from refengine.spec.quant import Packed
+from refengine.spec.tensors import groups, table
+from tests.support.checkpoints import random_checkpoint
+from tests.support.packed import CFG
+from tools.releases import CONFIGS
+
+TEXT = "Once upon a time"
+
+
+@pytest.fixture
+def model(tmp_path):
+    return random_checkpoint(tmp_path / "model", CFG)
+
+
+def files(path):
+    return {each.name: each.read_bytes() for each in sorted(Path(path).iterdir())}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_weight_is_the_one_that_the_recipe_asks_for(recipe, model, tmp_path):
+    chosen = recipe_of(recipe)
+    errors = quantize(model, tmp_path / "out", chosen, strip=500)
+    old, new = Checkpoint.open(model), Checkpoint.open(tmp_path / "out")
+    assert not new.notes and new.config == old.config
+    for group in groups(table(CFG)):
+        largest = max(np.abs(old.read(row.name)).max() for row in group.rows)
+        for row in group.rows:
+            name, found, exact = chosen.format_of(row, CFG), new.read(row.name), old.read(row.name)
+            if name == "plain":
+                assert found.dtype == exact.dtype and np.array_equal(found, exact), row.name
+                continue
+            share = group.name == "qkv_proj" and FORMATS[name].kind == "NVFP4"
+            wanted = FORMATS[name].pack(exact, np.float32(largest if share else np.abs(exact).max()))
+            assert isinstance(found, Packed) and np.array_equal(found.codes, wanted.codes), row.name
+            assert np.array_equal(found.scale, wanted.scale) and found.scale_2 == wanted.scale_2, row.name
+    roles = {row.role for row in table(CFG) if chosen.format_of(row, CFG) != "plain"}
+    assert set(errors) == roles and "routed_expert" in roles
+    assert all(0 < part["error"] < 0.02 for part in errors.values())
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "matrices", "total"),
+    [
+        # published, or predicted (Ultra): the sums count scales of inputs, and two of the cache a layer
+        ("nano", "nano", {"NVFP4": 5_968}, 24_147),
+        ("lightning", "lightning", {"NVFP4": 5_935, "FP8": 46}, 18_487),
+        ("ultra", "ultra", {"NVFP4": 49_152, "FP8": 192}, 198_887),
+    ],
+)
+def test_the_tensors_count_as_those_of_the_released_files(model, recipe, matrices, total):
+    cfg, chosen = CONFIGS[model], recipe_of(recipe)
+    rows = table(cfg)
+    kinds = [FORMATS[name].kind for row in rows if (name := chosen.format_of(row, cfg)) != "plain"]
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == matrices
+    with_inputs = 2 if model == "lightning" else 3
+    cache = 0 if model == "nano" else 2 * cfg.layers.count("*")
+    assert len(rows) + matrices["NVFP4"] * with_inputs + matrices.get("FP8", 0) * 2 + cache == total
+
+
+def test_supers_published_counts():
+    """Its recipe was searched for layer by layer; only the sums are known."""
+    assert len(table(CONFIGS["super"])) + 3 * 40_961 + 2 * 139 + 2 * 8 == 165_860
+
+
+def test_four_over_six_gains_on_the_embedded_model(tmp_path):
+    """About 16 percent of the median squared error of the experts' matrices, and worse in none."""
+    errors = quantize("tiny", tmp_path / "46", recipe_of("ultra"))
+    assert 0.15 < errors["routed_expert"]["gain"] < 0.18
+    quantize("tiny", tmp_path / "six", recipe_of("super"))
+    old, six, four = (Checkpoint.open(each) for each in ("tiny", tmp_path / "six", tmp_path / "46"))
+    for row in table(old.config):
+        if row.role == "routed_expert" and not row.block.startswith("mtp."):
+            exact = old.read(row.name).astype(np.float32)
+            a, b = (np.square(each.read(row.name).dequantize() - exact).sum() for each in (six, four))
+            assert b < a, row.name
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "ultra", "fp8"])
+def test_the_copy_generates(recipe, tmp_path):
+    quantize("tiny", tmp_path / "out", recipe_of(recipe))
+    engine = refengine.load(tmp_path / "out")
+    text = engine.complete(TEXT, max_tokens=20, temperature=0)
+    assert len(text) > 20 and text.isascii()
+
+
+def test_files_are_cut_at_a_size_and_have_an_index(model, tmp_path):
+    quantize(model, tmp_path / "one", recipe_of("nvfp4"))
+    quantize(model, tmp_path / "more", recipe_of("nvfp4"), shard=20_000, strip=100)
+    shards = sorted((tmp_path / "more").glob("model-*.safetensors"))
+    assert len(shards) > 3 and not (tmp_path / "more" / STATE).exists()
+    one, more = Checkpoint.open(tmp_path / "one"), Checkpoint.open(tmp_path / "more")
+    for row in table(CFG):
+        assert one.stored[row.name].raw == more.stored[row.name].raw
+    with safe_open(shards[0], "np") as file:
+        assert file.keys()
+
+
+def test_it_goes_on_after_a_stop(model, tmp_path, monkeypatch):
+    """Whatever file it stops in, nothing half is taken for whole, and the result is the same."""
+    quantize(model, tmp_path / "whole", recipe_of("ultra"), shard=20_000)
+    wanted, out = files(tmp_path / "whole"), tmp_path / "out"
+    calls, stops = [], {5 * n * (n + 1) // 2 for n in range(1, 12)}  # after 5, 10, 15, ... more
+    put = module._put
+
+    def stopping(*args):
+        calls.append(args[1].row.name)
+        if len(calls) in stops:
+            raise KeyboardInterrupt
+        return put(*args)
+
+    monkeypatch.setattr(module, "_put", stopping)
+    for _ in range(60):
+        try:
+            found = quantize(model, out, recipe_of("ultra"), shard=20_000)
+            break
+        except KeyboardInterrupt:
+            with pytest.raises(InputError):
+                Checkpoint.open(out)
+    assert files(out) == wanted and len(calls) > 22 and found["routed_expert"]["matrices"] == 18
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_nothing_half(model, tmp_path):
+    out = tmp_path / "out"
+    script = (
+        "import sys, time; from refengine.quantize import quantize, recipe_of, write;"
+        "put = write._put;"
+        "write._put = lambda *args: (time.sleep(0.01), put(*args))[1];"
+        f"quantize({str(model)!r}, {str(out)!r}, recipe_of('nvfp4'), shard=20_000)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script])
+    while not list(out.glob("model-00002*")):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with pytest.raises(InputError):
+        Checkpoint.open(out)
+    quantize(model, out, recipe_of("nvfp4"), shard=20_000)
+    quantize(model, tmp_path / "whole", recipe_of("nvfp4"), shard=20_000)
+    left = {name: raw for name, raw in files(out).items() if not name.endswith(".partial")}
+    assert left == files(tmp_path / "whole")
+
+
+def test_a_full_disk_is_one_sentence_and_the_model_is_as_it_was(model, tmp_path, monkeypatch):
+    before = files(model)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, "_put", full)
+    with pytest.raises(
+        InputError, match=r"cannot write .*: No space left on device; the same command goes on"
+    ):
+        quantize(model, tmp_path / "out", recipe_of("nvfp4"))
+    assert files(model) == before and set(files(tmp_path / "out")) == {STATE}
+
+
+def refused(model, out, recipe="nvfp4"):
+    with pytest.raises(InputError) as error:
+        quantize(model, out, recipe_of(recipe) if isinstance(recipe, str) else recipe)
+    return str(error.value)
+
+
+def test_the_model_itself_is_not_written_over(model):
+    before = files(model)
+    assert "is the model itself" in refused(model, model) and files(model) == before
+
+
+def test_other_files_are_not_written_over(model, tmp_path):
+    other = random_checkpoint(tmp_path / "other", CFG, 1)
+    before = files(other)
+    assert (
+        "holds config.json already: give a new directory" in refused(model, other) and files(other) == before
+    )
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in refused(model, tmp_path / "file")
+
+
+def test_a_part_of_another_recipe_is_not_gone_on_with(model, tmp_path, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_put", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(model, tmp_path / "out", recipe_of("nvfp4"))
+    assert "a part of another model or recipe" in refused(model, tmp_path / "out", "fp8")
+    (tmp_path / "out" / STATE).write_text("{")
+    assert "is damaged" in refused(model, tmp_path / "out")
+
+
+def test_a_packed_model_is_not_packed_again(model, tmp_path):
+    quantize(model, tmp_path / "out", recipe_of("fp8"))
+    assert "is packed already" in refused(tmp_path / "out", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_columns_that_are_no_whole_blocks_are_named(tmp_path):
+    from tests.support.checkpoints import CONFIGS as SMALL
+
+    path = random_checkpoint(tmp_path / "model", SMALL["dense"])
+    assert "columns, which are not whole blocks of 16" in refused(path, tmp_path / "out")
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path):
+    from refengine.checkpoint.random_values import random_values
+    from refengine.checkpoint.write import write
+
+    values = random_values(CFG)
+
+    def damaged(row):
+        out = values(row)
+        if row.key == "mixer.in_proj.weight":
+            out[3, 4] = np.inf
+        return out
+
+    write(tmp_path / "model", CFG, damaged)
+    assert "in_proj.weight of" in refused(tmp_path / "model", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_recipe_may_be_a_file(model, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        '[roles]\nmamba = "nvfp4"\n[names]\n"backbone.layers.1.*o_proj*" = "mxfp8"\n"lm_head*" = "fp8"\n'
+    )
+    quantize(model, tmp_path / "out", recipe_of(str(path), four_over_six=True))
+    found = Checkpoint.open(tmp_path / "out")
+    kinds = {name: at.dtype for name, at in found.stored.items() if at.dtype in ("NVFP4", "FP8", "MXFP8")}
+    assert set(kinds.values()) == {"NVFP4", "FP8", "MXFP8"} and len(kinds) == 4 and not found.notes
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[roles", "is not a TOML file"),
+        ("[layers]\n", "'layers', which is neither"),
+        ("roles = 3", "where a table of formats is expected"),
+        ('[roles]\nmamba = "int4"', "the format 'int4', which is none of nvfp4"),
+        ('[roles]\nconv = "fp8"', "the role 'conv', which is none of mamba"),
+        ("", "leaves every weight"),
+        ('[names]\n"*norm*" = "fp8"', "is not a matrix"),
+    ],
+)
+def test_a_recipe_that_is_none_is_refused(text, sentence, model, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        plan(Checkpoint.open(model), recipe_of(str(path)))
+    assert sentence in str(error.value)
+
+
+def test_an_unknown_recipe_is_named():
+    with pytest.raises(InputError, match="there is no recipe 'int4'; there is nvfp4, w4a16"):
+        recipe_of("int4")
+    with pytest.raises(InputError, match=r"cannot read no\.toml"):
+        recipe_of("no.toml")
+
+
+def test_zeros_are_written_so_that_every_reader_reads_zeros(tmp_path):
+    from refengine.checkpoint.random_values import random_values
+    from refengine.checkpoint.write import write
+
+    values = random_values(CFG)
+    write(tmp_path / "model", CFG, lambda row: values(row) * (0 if row.precision == "matrix" else 1))
+    for recipe in ("nvfp4", "ultra", "fp8", "mxfp8"):
+        quantize(tmp_path / "model", tmp_path / recipe, recipe_of(recipe))
+        found = Checkpoint.open(tmp_path / recipe).read("backbone.layers.2.mixer.experts.0.up_proj.weight")
+        assert (found.dequantize() == 0).all()
+        shutil.rmtree(tmp_path / recipe)
+
+
+def test_the_command_prints_errors_by_role(model, tmp_path):
+    run = CliRunner().invoke(command, [str(model), str(tmp_path / "a"), "--recipe", "ultra"])
+    assert run.exit_code == 0 and "4/6 gains" in run.output and "routed_expert" in run.output
+    run = CliRunner().invoke(command, [str(model), str(tmp_path / "b"), "--json"])
+    assert json.loads(run.output)["mamba"]["bits"] == pytest.approx(4.5, abs=0.01)
+
+
+def test_strips_change_nothing(model, tmp_path):
+    quantize(model, tmp_path / "a", recipe_of("ultra"), strip=1)
+    quantize(model, tmp_path / "b", recipe_of("ultra"))
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_a_model_in_float16_is_quantized_too(tmp_path):
+    random_checkpoint(tmp_path / "model", CFG, dtype="F16")
+    quantize(tmp_path / "model", tmp_path / "out", recipe_of("fp8"))
+    exact = Checkpoint.open(tmp_path / "model").read("backbone.layers.0.mixer.in_proj.weight")
+    found = Checkpoint.open(tmp_path / "out").read("backbone.layers.0.mixer.in_proj.weight")
+    assert np.abs(found.dequantize(ml_dtypes.bfloat16) - exact).max() < 0.04 * np.abs(exact).max()
