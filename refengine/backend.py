@@ -69,10 +69,13 @@ def make(
     raise InputError(f"there is no backend {name!r}; there is {', '.join(NAMES)}")
 
 
-def automatic(device: str | None = None, dtype: str = "float32") -> tuple[str, str]:
-    """Return the backend that "auto" means here, and the reason in a few words."""
+def automatic(device: str | None = None, dtype: str = "float32", ranks: int = 1) -> tuple[str, str]:
+    """Return the backend that "auto" means here for so many ranks, and the reason in a few words."""
     if dtype == "float64":
         return "numpy", "which computes in float64"
+    if ranks > 1 and device not in (None, "cpu"):
+        return "torch", "which runs on the GPUs of several ranks"
+    device = "cpu" if ranks > 1 else device
     if device in (None, "auto") or device.startswith("cuda"):
         if cuda_devices():
             return "cuda", "there are CuPy and a GPU"

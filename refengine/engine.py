@@ -75,6 +75,7 @@ def load(
     if isinstance(backend, Backend):
         chosen = backend
     else:
+        backend = backends.automatic(device, dtype)[0] if backend == "auto" else backend
         dtype = checkpoint.auto_dtype(backend) if dtype == "auto" else dtype
         chosen = backends.make(backend, cfg, dtype, device, threads, deterministic)
     with progress("loading", len(table(cfg)), "tensor") as bar:

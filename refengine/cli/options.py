@@ -141,8 +141,8 @@ def with_dtype(command):
 
     @functools.wraps(command)
     def call(*args, **how):
-        if how["backend"] == "auto" and launched().count == 1:
-            how["backend"], _ = automatic(how["device"], how["dtype"])
+        if how["backend"] == "auto":
+            how["backend"], _ = automatic(how["device"], how["dtype"], launched().count)
         if how["dtype"] == "auto":
             how["dtype"] = dtype_of(how["model"], how["backend"])
         return command(*args, **how)

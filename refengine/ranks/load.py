@@ -62,6 +62,7 @@ def load(
             "the cuda backend runs on one GPU; for several: torchrun, --backend torch --device cuda"
         )
     device = own_device(device or "cpu", here)
+    backend = backends.automatic(device, dtype, here.count)[0] if backend == "auto" else backend
     comm = connect(timeout, device, deterministic)
     threads = threads or max(1, processors() // here.local_count)
     limit_threads(threads)

@@ -37,7 +37,7 @@ class IdsOnly(Tokenizer):
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Raise InputError: text needs a tokenizer."""
-        raise InputError(f'{self.path} does not exist: give token ids (--ids "10 25 99"), or {HOW}')
+        raise InputError(f'{self.path} does not exist: give token ids (generate --ids "10 25 99"), or {HOW}')
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Return the ids with spaces between them."""

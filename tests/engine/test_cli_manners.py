@@ -11,6 +11,7 @@ import click
 import pytest
 
 import refengine
+from refengine.backend import automatic
 from refengine.checkpoint import Checkpoint
 from refengine.checkpoint.random_values import random_values
 from refengine.checkpoint.write import write
@@ -157,6 +158,20 @@ def test_auto_is_one_rule_in_python_and_on_the_command_line(disk, auto, tmp_path
         with load(tmp_path, dtype="auto") as engine:
             head = engine.model.weights[""]["lm_head.weight"]
             assert head.dtype == "float32" == dtype_of(str(tmp_path), "numpy")
+
+
+@pytest.mark.parametrize("found", ["numpy", "torch", "cpu"])
+def test_auto_means_the_dtype_of_the_backend_that_auto_means(found, monkeypatch):
+    """Also where there is nothing but NumPy, which has no bfloat16."""
+    monkeypatch.setattr("refengine.backend.find_spec", lambda name: name == "torch" and found == "torch")
+    monkeypatch.setattr("refengine.backends.cpu.native.load", lambda: found == "cpu")
+    if found == "torch":
+        pytest.importorskip("torch")
+    assert automatic(None, "auto") == automatic("cpu", "auto", ranks=2)
+    assert automatic(None, "auto")[0] == found
+    if found != "cpu":  # (whose library is not here)
+        engine = refengine.load("tiny", backend="auto", dtype="auto")
+        assert engine.complete("Once", max_tokens=1)
 
 
 def test_the_version_names_what_refengine_runs_on(cli):  # noqa: F811
