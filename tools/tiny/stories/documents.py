@@ -15,8 +15,8 @@ _SKILLS = {
     "story": 2, "about_story": 1, "chat": 3,
 }  # fmt: skip
 _WORLD = {
-    "story": 3.5, "chat": 5.5, "about_story": 1.0, "recall": 0.8, "again": 0.3, "copying": 0.7, "sums": 0.6,
-    "counting": 0.7, "running_count": 0.1, "cast_lines": 0.2,
+    "story": 3.5, "chat": 5.5, "about_story": 1.0, "recall": 0.8, "again": 0.3, "copying": 1.4, "sums": 0.6,
+    "counting": 1.2, "running_count": 0.1, "cast_lines": 0.2,
 }  # fmt: skip
 MIXES = {"skills": _SKILLS, "world": _WORLD}
 MAKERS = {"chat": chat.chat} | {kind: getattr(skills, kind) for kind in _WORLD if kind != "chat"}

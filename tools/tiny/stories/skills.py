@@ -101,7 +101,7 @@ def again(rng, count=None, rounds=2):
 
 
 def copying(rng, count=None):
-    words_ = rng.sample(COPY_WORDS, count or rng.randint(2, 10))
+    words_ = rng.sample(COPY_WORDS, count or rng.randint(2, 12))
     return [
         ("Copy:", FORM),
         *((f" {w}", SEEN) for w in words_),
