@@ -21,6 +21,7 @@ from refengine.conformance.vectors import CLOSE, Vector, eps, kept, spread
 from refengine.conformance.vectors_make import PLANS, make
 from refengine.conformance.vectors_replay import REPLAY, replay
 from refengine.spec.arrays import DTYPES
+from refengine.spec.config import InputError
 from refengine.spec.model import Model
 from refengine.spec.ops import DEFINITION, Backend, numpy_backend
 
@@ -60,6 +61,8 @@ def columns() -> list[Column]:
         )
 
     found = [ours("numpy float32", "float32", lambda: numpy_backend(np.float32))]
+    if (loops := cpu()) is not None:
+        found.append(ours("cpu float32", "float32", lambda: loops))
     if find_spec("torch"):
         found += [
             ours("torch float32", "float32", lambda: torch("float32")),
@@ -72,6 +75,16 @@ def columns() -> list[Column]:
             for dtype in ("float32", "bfloat16")
         ]
     return found
+
+
+def cpu() -> Backend | None:
+    """Return the compiled loops with float32 activations; None where they cannot be had."""
+    from refengine.backends.cpu import cpu_backend
+
+    try:
+        return cpu_backend("float32")
+    except InputError:
+        return None
 
 
 def torch(dtype: str, compute: str | None = None) -> Backend:

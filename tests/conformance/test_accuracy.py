@@ -65,8 +65,8 @@ def test_the_page_has_every_operation_and_engine():
     assert first >= {*accuracy.OPERATIONS, *(f"model `{layers}`" for layers in accuracy.MODELS)}
     head = tables()[0]
     assert head[2:] == [
-        "numpy float32", "torch float32", "torch bfloat16 weights", "torch bfloat16", "transformers float32",
-        "transformers bfloat16",
+        "numpy float32", "cpu float32", "torch float32", "torch bfloat16 weights", "torch bfloat16",
+        "transformers float32", "transformers bfloat16",
     ]  # fmt: skip
 
 
