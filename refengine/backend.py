@@ -27,12 +27,14 @@ def make(
     threads: int | None = None,
     deterministic: bool = False,
     share: float = 1.0,
+    packed: bool = False,
 ) -> Backend:
     """Return the backend called `name`, computing in `dtype` on `device`; InputError names what there is.
 
     device: None is the first CUDA device for the cuda backend, and the processor for the others.
     threads: None is the processors that this process may use.
     share: how much of the weights this machine is to hold, of all there are.
+    packed: whether the checkpoint has packed weights: numpy then keeps all weights as they are in the files.
     """
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise InputError(f"threads = {threads} is not a number from 1 to {MOST_THREADS}")
@@ -49,7 +51,7 @@ def make(
         if device not in ("cpu", "auto"):
             raise InputError(f"the numpy backend runs on the cpu, not on {device!r}")
         threadpool_limits(threads or processors())
-        return numpy_backend(np.dtype(dtype), resident=fits(cfg, dtype, share))
+        return numpy_backend(np.dtype(dtype), resident=not packed and fits(cfg, dtype, share))
     if name == "cpu":
         if device not in ("cpu", "auto"):
             raise InputError(f"the cpu backend runs on the cpu, not on {device!r}")

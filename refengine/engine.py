@@ -77,7 +77,8 @@ def load(
     else:
         backend = backends.automatic(device, dtype)[0] if backend == "auto" else backend
         dtype = checkpoint.auto_dtype(backend) if dtype == "auto" else dtype
-        chosen = backends.make(backend, cfg, dtype, device, threads, deterministic)
+        chosen = backends.make(backend, cfg, dtype, device, threads, deterministic, packed=checkpoint.packed)
+    checkpoint = checkpoint.placed_on(chosen.name, chosen.packed)
     with progress("loading", len(table(cfg)), "tensor") as bar:
 
         def read(name: str) -> np.ndarray:

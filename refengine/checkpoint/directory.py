@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from refengine.checkpoint.generation_config import generation_config
@@ -72,6 +72,18 @@ class Checkpoint:
     def read(self, name: str) -> Weight:
         """Return a tensor by its name in the table, in the file's dtype or packed: a view, not a copy."""
         return self.stored[name].array()
+
+    @property
+    def packed(self) -> bool:
+        """Return whether any weight is packed."""
+        return any(at.dtype in KINDS for at in self.stored.values())
+
+    def placed_on(self, backend: str, packed: bool) -> Checkpoint:
+        """Return the same checkpoint, with a note if a backend cannot keep packed weights packed."""
+        if packed or not self.packed:
+            return self
+        note = f"the {backend} backend keeps packed weights as matrices in bfloat16, which are larger"
+        return replace(self, notes=(*self.notes, note))
 
     def bytes_of(self, row: Tensor) -> int:
         """Return the bytes that a row of the table takes on disk."""

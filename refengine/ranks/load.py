@@ -73,7 +73,10 @@ def load(
     comm.compare(identity(checkpoint, shard.layout, backend, dtype))
     mine = held_tensors(cfg, shard)
     share = here.local_count * sum(sizes(row, cfg, shard)[0] for row in mine) / parameters(table(cfg))
-    chosen = with_heartbeats(backends.make(backend, cfg, dtype, device, threads, deterministic, share), comm)
+    chosen = with_heartbeats(
+        backends.make(backend, cfg, dtype, device, threads, deterministic, share, checkpoint.packed), comm
+    )
+    checkpoint = checkpoint.placed_on(chosen.name, chosen.packed)
     with progress("loading", len(mine), "tensor", silent=comm.rank > 0) as bar:
 
         def read(name: str) -> np.ndarray:
