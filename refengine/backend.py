@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
+import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -59,12 +61,15 @@ def make(
 
         return cpu_backend(dtype, threads or processors())
     if name == "torch":
+        first = "torch" not in sys.modules
         try:
             from refengine.backends.pytorch import torch_backend
         except ModuleNotFoundError as error:
             if error.name != "torch":
                 raise
             raise InputError("the torch backend needs PyTorch: pip install 'refengine[torch]'") from None
+        if first:  # its import leaves a circle of references that holds the frames of all callers
+            gc.collect()
         if threads is None and processors() < (os.cpu_count() or 1):  # PyTorch knows no quota
             threads = processors()
         return torch_backend(dtype, device, threads, deterministic, resident=fits(cfg, dtype, share))

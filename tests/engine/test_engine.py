@@ -11,6 +11,7 @@ import pytest
 
 import refengine
 from refengine import End, InputError, Token
+from refengine.backend import automatic
 from refengine.checkpoint.locate import EMBEDDED
 from refengine.runner import LocalRunner
 from refengine.spec.numerics import tolerance
@@ -233,12 +234,17 @@ def test_a_choice_there_is_not_is_refused_in_one_sentence(choice, says):
         refengine.load(**{"model": "tiny"} | choice)
 
 
-def test_an_engine_that_is_deleted_is_freed_at_once():
+@pytest.mark.parametrize("which", ["numpy", "cpu", "torch"])
+def test_an_engine_that_is_deleted_is_freed_at_once(which):
     """Without the garbage collector, which may run much later: an engine is in no circle of references."""
+    if which == "torch":
+        pytest.importorskip("torch")
+    if which == "cpu" and automatic("cpu")[0] != "cpu":
+        pytest.skip("there is no C++ compiler")
     gc.collect()
     gc.disable()
     try:
-        engine = refengine.load("tiny")
+        engine = refengine.load("tiny", backend=which)
         assert engine.complete("Once", max_tokens=2) and engine.score("Once upon").trunk
         assert engine.chat_template.render([{"role": "user", "content": "Hi"}])
         for events in (engine.generate("Once"), engine.generate_batch(iter(["Once", "A"]))):
