@@ -72,12 +72,17 @@ def events(engine, prompts, **options) -> list[list]:
     return found
 
 
+HELD = [" thezzz", " azzz", ".zzz", ",zzz", " wazzz"]  # stop strings of which whole tokens are beginnings
+
+
 @pytest.mark.parametrize("n", [0, 3])
 def test_generate_prints_every_event_of_the_engine(cli, engine, tmp_path, n):
     (tmp_path / "prompts").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
     asked = ["generate", "--prompts", tmp_path / "prompts", *HOW, "--logprobs", n, *EXACT]
+    asked += [word for stop in HELD for word in ("--stop", stop)]
     told = {line["index"]: line for line in map(json.loads, cli(*asked, "--json").splitlines())}
-    found = events(engine, PROMPTS, ignore_eos=True, logprobs=n)
+    found = events(engine, PROMPTS, ignore_eos=True, logprobs=n, stop=HELD)
+    assert not all(event.text for each in found for event in each[:-1]), "a token is held back"
     printed = cli(*asked).splitlines()
     for i, (*tokens, end) in enumerate(found):
         assert told[i]["prompt"] == PROMPTS[i] and told[i]["reason"] == end.reason
