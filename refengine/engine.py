@@ -30,6 +30,7 @@ from refengine.generation import End, Options, PromptError, Token
 from refengine.loop import CLOSED, SLOTS, Batch, Loop
 from refengine.progress import progress
 from refengine.runner import LocalRunner, Runner, Scores
+from refengine.spec.arrays import Weight
 from refengine.spec.config import Config, InputError
 from refengine.spec.model import Model
 from refengine.spec.ops import Backend
@@ -81,7 +82,7 @@ def load(
     checkpoint = checkpoint.placed_on(chosen.name, chosen.packed)
     with progress("loading", len(table(cfg)), "tensor") as bar:
 
-        def read(name: str) -> np.ndarray:
+        def read(name: str) -> Weight:
             bar.update()
             return checkpoint.read(name)
 
