@@ -24,7 +24,8 @@ def diff(trace, other, against, mistakes, as_json):
     departs by more than the rounding of the trace's dtype.
     """
     from refengine.conformance import diff_text as text
-    from refengine.conformance.diff import compare, diagnose, exercised
+    from refengine.conformance.diff import compare, diagnosed, exercised
+    from refengine.conformance.recompute import Recomputation
     from refengine.conformance.trace import load
 
     if (other is None) == (against is None):
@@ -43,18 +44,20 @@ def diff(trace, other, against, mistakes, as_json):
             click.echo("\n".join(text.steps_lines(steps, a, b)))
         raise click.exceptions.Exit(int(any(step.wrong for step in steps)))
     checkpoint = model(against, a)
+    of = Recomputation(a, checkpoint.config, checkpoint.read)
+    if unread := of.unread():
+        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+        options.note(f"{a.name} holds {unread[0]!r}{more}, which is no activation of this model: not read")
     if not as_json:
         click.echo(f"{text.trace_line(a)}\nagainst {against} in float64; errors in roundings of {a.dtype}\n")
     findings = []
-    for finding in diagnose(a, checkpoint.config, checkpoint.read):
+    for finding in diagnosed(of):
         findings.append(finding)
         if not as_json:
             click.echo(text.layer_line(finding))
     shown = {}
     if mistakes:
-        from refengine.conformance.recompute import Recomputation
-
-        shown = exercised(Recomputation(a, checkpoint.config, checkpoint.read))
+        shown = exercised(of)
     if as_json:
         click.echo(json.dumps(as_object(findings, shown)))
     else:

@@ -76,7 +76,11 @@ class Finding:
 
 def diagnose(trace: Trace, cfg: Config, read: Callable, mistakes=MISTAKES) -> Iterator[Finding]:
     """Return a Finding for each unit of the model, in order; InputError where the trace does not fit it."""
-    of = Recomputation(trace, cfg, read)
+    return diagnosed(Recomputation(trace, cfg, read), mistakes)
+
+
+def diagnosed(of: Recomputation, mistakes=MISTAKES) -> Iterator[Finding]:
+    """Return a Finding for each unit of a recomputation, in order."""
     known: list[Mistake] = []
     searches = 0
     for unit in of.units():
@@ -219,9 +223,11 @@ def with_mistake(of: Recomputation, unit: Unit, mistake: Mistake, near, before: 
     return compared(of, exact, rounded, near)[0]
 
 
-def visible(of: Recomputation, unit: Unit, mistake: Mistake) -> float:
-    """Return by how many roundings a mistake would change the values that the trace holds of a unit."""
-    clean, rounded = of.run(unit), of.run(unit, rounds=True)
+def visible(of: Recomputation, unit: Unit, mistake: Mistake, clean: Found, rounded: Found) -> float:
+    """Return by how many roundings a mistake would change the values that the trace holds of a unit.
+
+    clean, rounded: the values without it, in float64 and as the trace's dtype rounds.
+    """
     try:
         wrong = of.run(unit, mistake)
     except (ValueError, IndexError, FloatingPointError):
@@ -246,11 +252,14 @@ def visible(of: Recomputation, unit: Unit, mistake: Mistake) -> float:
 
 def exercised(of: Recomputation, mistakes=MISTAKES) -> dict[Mistake, float]:
     """Return for each mistake by how many roundings it would show in the first layer where it can be made."""
-    units = list(of.units())
-    found = {}
-    for mistake in mistakes:
-        unit = next((unit for unit in units if possible(of, unit, mistake)), None)
-        found[mistake] = 0.0 if unit is None else visible(of, unit, mistake)
+    found = dict.fromkeys(mistakes, 0.0)
+    left = list(mistakes)
+    for unit in of.units():
+        here = [mistake for mistake in left if possible(of, unit, mistake)]
+        if here:
+            clean, rounded = of.run(unit), of.run(unit, rounds=True)
+            found |= {mistake: visible(of, unit, mistake, clean, rounded) for mistake in here}
+            left = [mistake for mistake in left if mistake not in here]
     return found
 
 

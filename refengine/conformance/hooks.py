@@ -56,9 +56,14 @@ def load(directory: str | Path, dtype: str):
     try:
         import torch
         import transformers
+
+        known = hasattr(transformers, "NemotronHForCausalLM")
     except ModuleNotFoundError as error:
         raise InputError(f"--from transformers needs {error.name}: pip install torch transformers") from None
-    if not hasattr(transformers, "NemotronHForCausalLM"):
+    except ImportError as error:
+        first = " ".join(str(error).split())[:200]
+        raise InputError(f"transformers cannot be imported: {first}") from None
+    if not known:
         raise InputError(f"transformers {transformers.__version__} has no NemotronHForCausalLM: update it")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -68,7 +73,7 @@ def load(directory: str | Path, dtype: str):
         model = transformers.NemotronHForCausalLM.from_pretrained(
             directory, config=config, dtype=getattr(torch, dtype), local_files_only=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except Exception as error:  # of any kind: its config classes validate with classes of their own
         first = " ".join(str(error).split())[:200]
         raise InputError(
             f"transformers {transformers.__version__} cannot load {directory}: {first}"

@@ -96,6 +96,17 @@ class Recomputation:
             keys = (outer[0] if cfg.tie_word_embeddings else outer[1],)
             yield Unit("mtp.final", "mtp", ("", last), keys)
 
+    def unread(self) -> list[str]:
+        """Return the names in the trace that are no activations of this model, such as misspelled ones."""
+        cfg, known = self.cfg, set(sizes(self.cfg, "")) - {"enorm", "hnorm", "eh_proj"}
+        for prefix, kinds in (("", cfg.layers), ("mtp.", cfg.mtp_layers)):
+            for i, kind in enumerate(kinds):
+                names = [*sizes(cfg, kind), *(state_sizes(cfg) if kind == "M" else ())]
+                known |= {f"{prefix}layers.{i}.{name}" for name in names}
+        if cfg.mtp_layers:
+            known |= {f"mtp.{name}" for name in sizes(cfg, "")}
+        return sorted(set(self.trace.arrays) - known)
+
     def input_of(self, name: str) -> str | None:
         """Return the name under which the trace holds the input of a layer; None if it does not."""
         prefix, _, index = name.rpartition(".")

@@ -105,7 +105,7 @@ class Trace:
         return a.reshape(b, *tail)
 
     def save(self, path: str | Path) -> None:
-        """Write the trace as one safetensors file."""
+        """Write the trace as one safetensors file, which gets its name when it is whole."""
         header: dict[str, dict] = {"__metadata__": {"format": "refengine trace 1", **self._metadata()}}
         end, arrays = 0, {name: np.ascontiguousarray(self.array(name)) for name in self.arrays}
         ordered = sorted(arrays.items(), key=lambda item: -item[1].itemsize)  # so that each is aligned
@@ -115,12 +115,18 @@ class Trace:
             header[name] = entry
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-(8 + len(raw)) % ALIGN)
+        path = Path(path)
+        partial = path.with_name(
+            f".{path.name}.partial"
+        )  # `path` may be the file that the arrays are read from
         try:
-            with open(path, "wb") as file:
+            with open(partial, "wb") as file:
                 file.write(len(raw).to_bytes(8, "little") + raw)
                 for _, a in ordered:
                     file.write(a.reshape(-1).view(np.uint8).data)
+            partial.replace(path)
         except OSError as error:
+            partial.unlink(missing_ok=True)
             raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
     def _metadata(self) -> dict[str, str]:

@@ -143,6 +143,7 @@ def test_a_near_tie_of_the_router_is_no_error(form):
     assert found[0].first.at[1] == 4
 
 
+@pytest.mark.slow
 def test_what_a_trace_does_not_show_is_told_apart():
     """In bfloat16 an eps of 1e-6 for 1e-5 is below rounding; padding is not exercised by one row."""
     torch_backend = pytest.importorskip("refengine.backends.pytorch").torch_backend
@@ -160,6 +161,16 @@ def test_what_a_trace_does_not_show_is_told_apart():
     assert shown["float32"][0] > 8 > shown["bfloat16"][0] > 0
     assert shown["float32"][1] == shown["bfloat16"][1] == 0
     assert all(values[3] > 8 for values in shown.values())
+
+
+def test_an_unknown_name_is_noted(cli, model, tmp_path):
+    """A misspelled array would silently not be compared."""
+    assert cli("trace", model, "--ids", IDS, "-o", tmp_path / "t", "--backend", "numpy")[0] == 0
+    made = load(tmp_path / "t")
+    arrays = {name.replace("layers.1.attention", "layers.1.attn"): made.array(name) for name in made.arrays}
+    replace(made, arrays=arrays).save(tmp_path / "t")
+    code, _, err = cli("diff", tmp_path / "t", "--against", model)
+    assert code == 0 and "'layers.1.attn', which is no activation of this model" in err
 
 
 def test_two_traces_are_compared_array_by_array(cli, model, tmp_path):

@@ -14,8 +14,12 @@ from refengine.spec.model import Model
 from refengine.spec.ops import numpy_backend
 from tests.support.traces import Planted, clean, outside
 
-each_mistake = pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
 FEW = [mistake for i, mistake in enumerate(MISTAKES) if i % 6 == 0]  # of every kind
+each_mistake = pytest.mark.parametrize(
+    "mistake",
+    [pytest.param(m, marks=() if m in FEW else pytest.mark.slow) for m in MISTAKES],
+    ids=[m.name for m in MISTAKES],
+)
 CASES = [
     Case(layers="M*E-", mtp_layers="*E", length=23, seed=5),
     Case(layers="EM*", length=23, seed=6, moe_latent_size=None, n_groups=8, heads_per_group=1, disk="F32"),
@@ -50,6 +54,7 @@ def test_a_planted_mistake_is_named(mistake, monkeypatch, record_property):
     record_property("of these, named alone", int(len(found.causes) == 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", FEW, ids=lambda mistake: mistake.name)
 def test_it_is_named_from_inputs_and_outputs_of_layers_alone(mistake, monkeypatch):
     planted = Planted(mistake, monkeypatch)
