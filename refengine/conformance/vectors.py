@@ -50,7 +50,7 @@ class Output:
 
     expected  the tensor of the file that holds the right values
     terms     the number of products that one value is a sum of
-    stretch   the factor by which a division enlarges the rounding before it
+    stretch   the factor by which a division, or a difference of large sums, enlarges the rounding before it
     valid     "" where every value counts, or the input that holds how many positions of each row are real
     ties      "" or the reach of a near-tie of the router: "position", "onwards" or "row"
     layers    the number of layers whose rounding a router may have met

@@ -18,8 +18,10 @@ from refengine.spec.config import Config
 from refengine.spec.norm import rms
 from refengine.spec.numerics import silu
 from refengine.spec.ops import DEFINITION, numpy_backend
+from refengine.spec.scan import time_steps
 from refengine.spec.tensors import table
 
+LARGE_SUM = 50.0  # a sum of dt A so large doubles the error that a scan is allowed
 MARGIN = 1e-4  # a case whose router is nearer to a tie than this is drawn again
 SCAN, MIXER, ALL = ".A_log .D .dt_bias", ".mixer.", "."
 SOURCE = "refengine {version}, the definition in float64"
@@ -187,7 +189,7 @@ def make(
     if change:
         change(given, weights)
     if operation == "model":
-        constants = {"cuts": [3, 4, case.length - 5]} | constants
+        constants = {"cuts": [3, 4, max(5, case.length - 5)]} | constants
     if operation == "ssd_scan":
         constants = {"dt_limit": [0.0, None]} | constants
     vector = Vector(
@@ -206,7 +208,7 @@ def make(
 def with_outputs(vector: Vector, plan: Plan, length: int) -> Vector:
     """Return the vector with its right outputs, how they are judged, and the margins of its routers."""
     shape = next(iter(vector.arrays.values())).shape[:2]
-    ops, margins, stretches = watched(shape)
+    ops, margins, norms, scans = watched(shape)
     answers = replay(vector, numpy_backend(np.float64, ops=ops), "float64")
     kinds = vector.cfg.mtp_layers if vector.operation == "prediction head" else vector.cfg.layers
     count = kinds.count("E")
@@ -223,7 +225,7 @@ def with_outputs(vector: Vector, plan: Plan, length: int) -> Vector:
         outputs[key] = Output(
             expected=expected,
             terms=plan.terms(vector.cfg, length),
-            stretch=1.0 if key in ("S", "tail") else round(float(max(stretches)), 3),
+            stretch=round(max([1.0, *scans * (key != "tail"), *norms * (key not in ("S", "tail"))]), 3),
             valid="in.lengths" if "in.lengths" in arrays and is_by_position(key, a, shape) else "",
             ties=reach(vector.operation, key) if "margin" in arrays else "",
             layers=max(1, len(kinds)),
@@ -247,9 +249,14 @@ def reach(operation: str, name: str) -> str:
 
 
 def watched(shape: tuple[int, ...]):
-    """Return the definition's verbs, noting router margins [b l] of calls of this shape, and stretches."""
+    """Return the definition's verbs; lists of router margins [b l] of calls of this shape, and of stretches.
+
+    A gated norm divides by the size of its group. A scan in chunks takes differences of sums of dt A, which
+    have the rounding of the sums.
+    """
     margins: list[np.ndarray] = []
-    stretches = [1.0]
+    norms: list[float] = []
+    scans: list[float] = []
 
     def route(h, gate, bias, cfg):
         if h.shape[:2] == shape:
@@ -257,10 +264,16 @@ def watched(shape: tuple[int, ...]):
         return DEFINITION.route(h, gate, bias, cfg)
 
     def gated_rms_norm(y, z, weight, eps, groups):
-        stretches.append(1 / rms(heads(y * silu(z), groups), eps).min())
+        norms.append(float(1 / rms(heads(y * silu(z), groups), eps).min()))
         return DEFINITION.gated_rms_norm(y, z, weight, eps, groups)
 
-    return replace(DEFINITION, route=route, gated_rms_norm=gated_rms_norm), margins, stretches
+    def ssd_scan(x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit, chunk):
+        sums = time_steps(dt, dt_bias, lengths, dt_limit)[:, :chunk].sum(axis=1) * np.exp(A_log)
+        scans.append(1 + float(sums.max()) / LARGE_SUM)
+        return DEFINITION.ssd_scan(x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit, chunk)
+
+    ops = replace(DEFINITION, route=route, gated_rms_norm=gated_rms_norm, ssd_scan=ssd_scan)
+    return ops, margins, norms, scans
 
 
 def drawn(operation: str, seed: int, number: int) -> Vector:

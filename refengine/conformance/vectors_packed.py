@@ -17,7 +17,7 @@ from refengine.spec.arrays import DTYPES
 from refengine.spec.quant import Packed
 
 ROWS, COLUMNS = 3, 64
-CASES = {  # what is packed how, and why the case exists
+CASES: dict[str, tuple[dict, str]] = {  # what is packed how, and why the case exists
     "nvfp4": ({"kind": "NVFP4", "block": 16}, "the low half of a byte is the even column (trap 8)"),
     "four-over-six": (
         {"kind": "NVFP4", "block": 16, "four_over_six": True},

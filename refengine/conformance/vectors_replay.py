@@ -158,7 +158,9 @@ def gated_rms_norm(e: Engine) -> dict:
 def attention(e: Engine) -> dict:
     """Return y b l h e, after keys and values that were read before."""
     before, (q, k, v) = e.give("k_before", "v_before"), e.give("q", "k", "v")
-    cache = e.backend.new_state("*", e.vector.cfg, len(e.vector.arrays["in.q"])).append(*before, None)
+    cache = e.backend.new_state("*", e.vector.cfg, len(e.vector.arrays["in.q"]))
+    if e.vector.arrays["in.k_before"].shape[1]:
+        cache = cache.append(*before, None)
     return {"y": e.fetch(e.backend.ops.attention(q, k, v, cache, e.lengths())[0])}
 
 
