@@ -294,7 +294,7 @@ SMALL = {
 def _command(out, *more):
     return [
         sys.executable, "-m", "tools.tiny.train", "--seed", "3", "--out", str(out), "--stages", "3,4,7",
-        "--tokens", "256", "--length", "256", "--documents", "60", "--save-every", "2", "--no-evaluate",
+        "--tokens", "256", "--length", "256", "--documents", "60", "--save-every", "2", "--figures", "0",
         "--config", str(out.parent / "small.json"), *more,
     ]  # fmt: skip
 

@@ -202,9 +202,13 @@ class Figures:
         for i in range(self.many(count)):
             talk, thinking = chat.talk(rng), i % 2 == 0
             case = cases.Case(talk.prompt(), talk.answer, tuple(talk.calls), talk.tools)
+            names = ", ".join(tool["function"]["name"] for tool in talk.tools or [])
+            out += [f"Tools: {names}", ""] if names else []
+            for message in talk.prompt():
+                made = "".join(f"{c['function']}" for c in message.get("tool_calls", []))
+                out += [f"**{message['role']}:** {message['content']}{made}", ""]
             reply = self.replies([case], thinking, 300)[0]
-            out += [f"**{m['role']}** {m['content'] or m.get('tool_calls')}" for m in talk.prompt()]
-            out += [f"**reply, thinking {'on' if thinking else 'off'}** {reply}", "", "---", ""]
+            out += [f"**reply, thinking {'on' if thinking else 'off'}:** {reply}", "", "---", ""]
         return "\n".join(out)
 
 

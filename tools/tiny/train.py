@@ -286,7 +286,9 @@ def main():
     parser.add_argument("--save-every", type=int, default=SAVE_EVERY, help="steps between states of the run")
     parser.add_argument("--config", help="a JSON file of config fields to change (for tests)")
     parser.add_argument("--documents", type=int, default=6000, help="documents to train the tokenizer on")
-    parser.add_argument("--no-evaluate", action="store_true", help="end after the export")
+    parser.add_argument(
+        "--figures", type=float, default=1.0, help="scales the evaluation (for tests; 0: none)"
+    )
     args = parser.parse_args()
     run = Path(args.out) / "run"
     if (run / "state.pt").exists() and not args.resume:
@@ -303,17 +305,10 @@ def main():
     count = sum(p.numel() for p in TinyModel(cfg).parameters())
     print(f"{count:,} parameters, {sum(args.stages):,} steps", flush=True)
     processes.run(args.processes, count, work, args, cfg)
-    if not args.no_evaluate:
-        tool = [
-            sys.executable,
-            "-m",
-            "tools.tiny.evaluate",
-            "--model",
-            args.out,
-            "--card",
-            f"{args.out}/README.md",
-        ]
-        subprocess.run([*tool, "--samples", f"{args.out}/samples.md"], check=True)
+    if args.figures:
+        tool = [sys.executable, "-m", "tools.tiny.evaluate", "--model", args.out, "--size", str(args.figures)]
+        more = ["--card", f"{args.out}/README.md", "--samples", f"{args.out}/samples.md"]
+        subprocess.run([*tool, *more], check=True)
 
 
 if __name__ == "__main__":
