@@ -5,6 +5,9 @@ A recipe is data: RECIPES holds those of this package, and a TOML file has the s
     [roles]                                  [names]
     routed_expert = "four_over_six"          "backbone.layers.4.mixer.*" = "plain"
 
+Formats are nvfp4, four_over_six, w4a8, fp8, mxfp8, plain, and fp8_mse: its scale, as that of a block in
+four_over_six, is 1.5 times as large where the squared error is smaller so.
+
 A name, which may be a pattern with `*`, goes before a role. What no line mentions stays as it is, and so does
 the prediction head, unless a name asks for it. Sources: the recipes in the wheel of nvidia-modelopt 0.47
 (Super, Ultra, Lightning), the exclusions of the released Nano.
@@ -27,7 +30,7 @@ from refengine.untrusted import shown
 
 
 class Format(NamedTuple):
-    """Holds how a matrix is packed: a function of (rows of it, its largest magnitude), kind and block."""
+    """Holds how a matrix is packed: a function of (rows of it, amax), the kind, the columns of a block."""
 
     pack: Callable[..., Packed]
     kind: str
@@ -45,9 +48,11 @@ FORMATS = {
     "four_over_six": Format(partial(nvfp4, four_over_six=True), "NVFP4", 16, TOP_4_OVER_6, "W4A16_NVFP4"),
     "w4a8": Format(partial(nvfp4, block=32, top=TOP_W4A8), "NVFP4", 32, TOP_W4A8, "W4A8_NVFP4_FP8"),
     "fp8": Format(fp8, "FP8", 1, 0, "FP8"),
+    "fp8_mse": Format(partial(fp8), "FP8", 1, 0, "FP8"),
     "mxfp8": Format(_mxfp8, "MXFP8", 32, 0, "MXFP8"),
 }
 LINEARS = ("mamba", "attention", "routed_expert", "shared_expert", "latent", "mlp")
+SEARCHED = FORMATS["fp8_mse"]
 ROLES = (*LINEARS, "embedding", "lm_head", "router", "mtp_proj")
 RECIPES: dict[str, dict[str, str]] = {
     "nvfp4": dict.fromkeys(LINEARS, "nvfp4"),
@@ -57,9 +62,9 @@ RECIPES: dict[str, dict[str, str]] = {
     "mxfp8": dict.fromkeys(LINEARS, "mxfp8"),
     "nano": dict.fromkeys(("routed_expert", "shared_expert", "mamba"), "nvfp4"),
     "super": {"routed_expert": "nvfp4", "shared_expert": "fp8", "mamba": "fp8"},
-    "ultra": {"routed_expert": "four_over_six", "shared_expert": "fp8", "mamba": "fp8"},
+    "ultra": {"routed_expert": "four_over_six", "shared_expert": "fp8_mse", "mamba": "fp8_mse"},
     "lightning": dict.fromkeys(("routed_expert", "shared_expert", "lm_head"), "four_over_six")
-    | {"mamba": "fp8"},
+    | {"mamba": "fp8_mse"},
 }
 
 

@@ -55,7 +55,10 @@ def test_each_weight_is_the_one_that_the_recipe_asks_for(recipe, model, tmp_path
                 assert found.dtype == exact.dtype and np.array_equal(found, exact), row.name
                 continue
             share = group.name == "qkv_proj" and FORMATS[name].kind == "NVFP4"
-            wanted = FORMATS[name].pack(exact, np.float32(largest if share else np.abs(exact).max()))
+            amax = np.float32(largest if share else np.abs(exact).max())
+            if name == "fp8_mse" and found.scale > 1.1 * amax / 448:
+                amax = np.float32((1.5 * amax).astype(exact.dtype))
+            wanted = FORMATS[name].pack(exact, amax)
             assert isinstance(found, Packed) and np.array_equal(found.codes, wanted.codes), row.name
             assert np.array_equal(found.scale, wanted.scale) and found.scale_2 == wanted.scale_2, row.name
     roles = {row.role for row in table(CFG) if chosen.format_of(row, CFG) != "plain"}
@@ -98,6 +101,23 @@ def test_four_over_six_gains_on_the_embedded_model(tmp_path):
             exact = old.read(row.name).astype(np.float32)
             a, b = (np.square(each.read(row.name).dequantize() - exact).sum() for each in (six, four))
             assert b < a, row.name
+
+
+def test_a_searched_scale_of_fp8_is_no_worse(tmp_path):
+    for recipe in ("super", "ultra"):
+        quantize("tiny", tmp_path / recipe, recipe_of(recipe))
+    old, plain, searched = (
+        Checkpoint.open(each) for each in ("tiny", tmp_path / "super", tmp_path / "ultra")
+    )
+    larger = 0
+    for row in table(old.config):
+        if row.role == "mamba":
+            exact = old.read(row.name).astype(np.float32)
+            found = [each.read(row.name) for each in (plain, searched)]
+            errors = [np.square(each.dequantize() - exact).sum() for each in found]
+            larger += found[1].scale > found[0].scale
+            assert errors[1] <= errors[0] * (1 + 1e-3), row.name  # amax of the larger is rounded to bfloat16
+    assert 0 < larger < 8
 
 
 @pytest.mark.parametrize("recipe", ["nvfp4", "ultra", "fp8"])

@@ -1,0 +1,56 @@
+"""Packed weights are those of NVIDIA's modelopt, byte by byte: recorded, and live where it is installed."""
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from refengine.checkpoint import Checkpoint
+from refengine.spec.quant import TOP_W4A8, fp8, mxfp8, nvfp4
+from refengine.spec.tensors import table
+
+VECTORS = sorted((Path(__file__).parent / "vectors").glob("*.npz"))
+PACK = {"nvfp4": nvfp4, "w4a8": lambda w: nvfp4(w, block=32, top=TOP_W4A8), "fp8": fp8, "mxfp8": mxfp8}
+
+
+def check(layout, weight, tensors, matrix):
+    """Compare our packed weight and its matrix with what modelopt made of the same numbers."""
+    with np.errstate(invalid="ignore"):
+        packed = PACK[layout](weight)
+        found = packed.dequantize()
+    ours = {"weight": packed.codes, "weight_scale": packed.scale, "weight_scale_2": packed.scale_2}
+    for key, value in tensors.items():
+        assert np.array_equal(np.ravel(ours[key]), np.ravel(value)), key
+    assert np.array_equal(found.view(np.uint32), matrix.view(np.uint32))
+
+
+@pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)
+def test_recorded_bytes_are_ours(path):
+    with np.load(path) as file:
+        arrays = dict(file)
+    tensors = {key[4:]: value for key, value in arrays.items() if key.startswith("out.weight")}
+    layout = path.stem.partition("-")[0]
+    check(layout, arrays["in.weight"].view(ml_dtypes.bfloat16), tensors, arrays["out.matrix"])
+
+
+def test_there_are_vectors_of_every_layout():
+    assert {path.stem.partition("-")[0] for path in VECTORS} == set(PACK) and len(VECTORS) == 20
+    assert sum(path.stat().st_size for path in VECTORS) < 200_000
+
+
+@pytest.mark.slow
+def test_every_matrix_of_the_embedded_model_is_modelopts():
+    """Live: pip install nvidia-modelopt==0.47.0 torch==2.13.0."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("modelopt")
+    from tools.write.modelopt_vectors import layouts
+
+    checkpoint = Checkpoint.open("tiny")
+    rows = [row for row in table(checkpoint.config) if row.precision != "small"]
+    for row in rows:
+        weight = checkpoint.read(row.name)
+        given = torch.from_numpy(weight.view(np.uint16).copy()).view(torch.bfloat16)
+        for layout, tensors in layouts(given):
+            matrix = tensors.pop("found")
+            check(layout, weight, tensors, matrix)
