@@ -11,9 +11,11 @@ from click.testing import CliRunner
 
 from refengine.cli.vectors import vectors
 from refengine.conformance import vectors_files
+from refengine.conformance.vectors import check_vector
 from refengine.conformance.vectors_files import SHIPPED, manifest
 from refengine.conformance.vectors_make import PLANS, drawn
 from refengine.spec.config import InputError
+from refengine.spec.ops import numpy_backend
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / "tools" / "vectors"
@@ -114,6 +116,16 @@ def test_drawn_cases_repeat_by_their_seed(operation, tmp_path):
     (read,) = vectors_files.vectors(tmp_path)
     assert read.outputs == first.outputs and read.constants == first.constants
     assert all(np.array_equal(a, read.arrays[key]) for key, a in first.arrays.items())
+
+
+@pytest.mark.parametrize("operation", PLANS)
+def test_drawn_cases_are_computed_within_their_tolerances(operation, record_property):
+    for number in range(4):
+        vector = drawn(operation, 11, number)
+        for dtype in ("float32", "float64"):
+            row = check_vector(vector, numpy_backend(np.dtype(dtype)), dtype)
+            assert row.passed and not row.note, row
+            record_property("worst error of drawn cases, of what is allowed", row.error / row.allowed)
 
 
 def test_more_cases_of_one_operation(tmp_path):
