@@ -6,6 +6,7 @@ wrong, 130 Ctrl-C. A traceback is shown only with --debug.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import os
@@ -34,7 +35,7 @@ class Commands(click.Group):
         """Return a command, each of its options with an environment variable; None for an unknown name."""
         if name not in COMMANDS:
             return None
-        return with_variables(getattr(importlib.import_module(f"refengine.cli.{name}"), name))
+        return loaded(name)
 
     def resolve_command(self, ctx, args):
         """Return (name, command, arguments); a usage error names our command for one of another engine."""
@@ -44,6 +45,15 @@ class Commands(click.Group):
         if found is not None:
             hints.refuse_clusters(rest, found)
         return name, found, rest
+
+
+@functools.cache
+def loaded(name: str) -> click.Command:
+    """Return a command from its file, each of its options with an environment variable that errors name."""
+    command = with_variables(getattr(importlib.import_module(f"refengine.cli.{name}"), name))
+    if command.callback is not None:
+        command.callback = hints.naming_variables(command.callback)
+    return command
 
 
 def with_variables(command: click.Command) -> click.Command:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 
 import click
 from click.core import ParameterSource
@@ -115,13 +117,37 @@ NUMBERS = {
 
 def variable_of(error: click.BadParameter) -> str:
     """Return the environment variable whose value is wrong; empty where it was typed."""
-    if error.ctx is None or error.param is None or not error.param.name:
+    return read_from(error.param, error.ctx) if error.param and error.ctx else ""
+
+
+def read_from(param: click.Parameter, context: click.Context) -> str:
+    """Return the environment variable that gave the value of a parameter; empty where it was typed."""
+    if context.get_parameter_source(param.name or "") is not ParameterSource.ENVIRONMENT:
         return ""
-    if error.ctx.get_parameter_source(error.param.name) is not ParameterSource.ENVIRONMENT:
-        return ""
-    names = error.param.envvar or ()
+    names = param.envvar or ()
     names = [names] if isinstance(names, str) else names
     return next((name for name in names if os.environ.get(name)), "")
+
+
+def naming_variables(work: Callable) -> Callable:
+    """Return a command's function whose InputError names the variable of the value that it speaks of."""
+    from refengine.spec.keys import InputError
+
+    @functools.wraps(work)
+    def call(*args, **how):
+        try:
+            return work(*args, **how)
+        except InputError as error:
+            if type(error) is not InputError:  # of a rank or a prompt, with more to tell
+                raise
+            context, text = click.get_current_context(), str(error)
+            found = [name for param in context.command.params if (name := read_from(param, context))]
+            named = [name for name in found if len(os.environ[name]) > 2 and os.environ[name] in text]
+            if not named:
+                raise
+            raise InputError(f"{text} (the value of {named[0]})") from error
+
+    return call
 
 
 def refuse_clusters(args: list[str], command: click.Command) -> None:

@@ -68,6 +68,26 @@ def test_a_value_that_is_typed_names_no_variable(cli, monkeypatch):  # noqa: F81
     assert "1,4" not in fails(cli("bench", "--context", "0"), code=2), "bench takes a list"
 
 
+@pytest.mark.parametrize(
+    "variable, value, command",
+    [
+        ("REFENGINE_MODEL", "nowhere", ["generate", "x"]),
+        ("REFENGINE_MODEL", "nvidia/no-such", ["inspect"]),
+        ("REFENGINE_DEVICE", "cuda:77", ["generate", "x", "--backend", "numpy"]),
+        ("REFENGINE_FILE", "missing-file", ["generate"]),
+        ("REFENGINE_PROMPTS", "missing-file", ["generate"]),
+        ("REFENGINE_IDS", "5;6", ["tokenize"]),
+        ("REFENGINE_TEMPLATE", "no-such", ["chat", "x"]),
+        ("REFENGINE_TOOLS", "missing-file", ["chat", "x"]),
+        ("REFENGINE_MESSAGES", "missing-file", ["chat", "x"]),
+    ],
+)
+def test_a_value_that_is_wrong_later_names_its_variable_too(cli, monkeypatch, variable, value, command):  # noqa: F811
+    assert variable not in fails(cli(*command, f"--{variable[10:].lower()}", value)), "where it is typed"
+    monkeypatch.setenv(variable, value)
+    assert fails(cli(*command)).endswith(f" (the value of {variable})\n")
+
+
 def talk():
     return Talk(None, {}, True, False, False, None)
 
