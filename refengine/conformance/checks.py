@@ -16,7 +16,7 @@ class Check:
     operation  the row of the report that it belongs to
     draws      returns the strategies by argument; imported only when they are asked for, as Hypothesis is
     examples   arguments that are always tried
-    uses       verbs, or letters of layers, without which it says nothing; "" for checks of text
+    uses       verbs, or letters of layers, without which it says nothing; none for checks of text
     share      of the examples that other checks get
     needs      (candidate) -> whether it has what is checked
     """
@@ -55,3 +55,31 @@ def check(
         return built
 
     return made
+
+
+def drawing(layers: str = "M", cuts: bool = False, **how) -> Callable[[], dict]:
+    """Return a function that returns strategies: a case of these layers and, with `cuts`, where to cut it."""
+
+    def draws() -> dict:
+        from refengine.conformance.strategies import CUTS, cases
+
+        return {"case": cases(layers, **how)} | ({"cuts": CUTS} if cuts else {})
+
+    return draws
+
+
+def one_of(draws: Callable[[], dict], **values) -> Callable[[], dict]:
+    """Return a function that returns these strategies, and for each name one that draws one of its values."""
+
+    def more() -> dict:
+        from hypothesis import strategies as st
+
+        return draws() | {name: st.sampled_from(among) for name, among in values.items()}
+
+    return more
+
+
+def expect(holds, what: str) -> None:
+    """Raise AssertionError with this text unless something holds."""
+    if not holds:
+        raise AssertionError(what)

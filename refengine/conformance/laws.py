@@ -10,8 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from refengine.conformance.cases import Case, agree, cut, terms
-from refengine.conformance.checks import check
-from refengine.conformance.operations import expect
+from refengine.conformance.checks import check, expect
 from refengine.conformance.truth import agree_with_truth, counted, model, same_states, truth, truth_of
 from refengine.spec import state
 

@@ -17,7 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from refengine.conformance import laws, models, operations, texts  # noqa: F401  (they fill CHECKS)
+from refengine.conformance import (  # noqa: F401  (they fill CHECKS)  # noqa: F401
+    laws,
+    layers,
+    models,
+    operations,
+    operations_attention,
+    operations_experts,
+    operations_mamba,
+    texts,
+)
 from refengine.conformance.candidate import VERBS, Bench, Wrong
 from refengine.conformance.cases import MEASURED, Case
 from refengine.conformance.causes import causes

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import refengine
-from refengine.conformance.checks import check
-from refengine.conformance.operations import expect
+from refengine.conformance.checks import check, expect
 from refengine.spec import chat as spec_chat
 from refengine.spec import sample
 from refengine.spec import tokenizer as spec_tokenizer

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refengine.conformance import operations
+from refengine.conformance import layers, operations_attention
 from refengine.conformance.cases import agree, cut
 from refengine.conformance.strategies import CUTS, cases
 from refengine.spec.attention import attention, attention_in_blocks
@@ -12,15 +12,17 @@ from refengine.spec.ops import numpy_backend
 from tests.support.checks import test_of
 
 test_attention_in_pieces_is_what_the_equation_says = test_of(
-    operations.attention_in_pieces_is_what_the_equation_says
+    operations_attention.attention_in_pieces_is_what_the_equation_says
 )
 test_rows_of_different_lengths_do_not_see_padding = test_of(
-    operations.rows_of_different_lengths_do_not_see_padding
+    operations_attention.rows_of_different_lengths_do_not_see_padding
 )
-test_the_order_of_the_past_does_not_matter = test_of(operations.the_order_of_the_past_does_not_matter)
-test_very_large_scores_do_not_overflow = test_of(operations.very_large_scores_do_not_overflow)
+test_the_order_of_the_past_does_not_matter = test_of(
+    operations_attention.the_order_of_the_past_does_not_matter
+)
+test_very_large_scores_do_not_overflow = test_of(operations_attention.very_large_scores_do_not_overflow)
 test_the_attention_layer_is_what_the_equations_say = test_of(
-    operations.the_attention_layer_is_what_the_equations_say
+    layers.the_attention_layer_is_what_the_equations_say
 )
 
 
@@ -35,4 +37,4 @@ def test_attention_in_blocks_is_attention(case, block, cuts):
         real = np.clip(case.lengths - piece.start, 0, here[0].shape[1])
         y, one = attention(*here, one, real)
         z, other = attention_in_blocks(*here, other, real, block=block)
-        agree(z, y, np.float64, operations.attention_size(case))
+        agree(z, y, np.float64, operations_attention.attention_size(case))

@@ -1,11 +1,11 @@
 """The experts: two matrices each, relu^2 between them; in the latent width where there is one."""
 
-from refengine.conformance import operations
+from refengine.conformance import layers, operations_experts
 from tests.support.checks import test_of
 
-test_the_routed_experts_are_a_weighted_sum = test_of(operations.the_routed_experts_are_a_weighted_sum)
-test_the_experts_are_what_the_equation_says = test_of(operations.the_experts_are_what_the_equation_says)
-test_renaming_the_experts_changes_nothing = test_of(operations.renaming_the_experts_changes_nothing)
+test_the_routed_experts_are_a_weighted_sum = test_of(operations_experts.the_routed_experts_are_a_weighted_sum)
+test_the_experts_are_what_the_equation_says = test_of(layers.the_experts_are_what_the_equation_says)
+test_renaming_the_experts_changes_nothing = test_of(layers.renaming_the_experts_changes_nothing)
 test_the_dense_layer_is_one_expert_that_everyone_reads = test_of(
-    operations.the_dense_layer_is_one_expert_that_every_token_reads
+    layers.the_dense_layer_is_one_expert_that_every_token_reads
 )

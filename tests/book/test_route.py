@@ -2,22 +2,22 @@
 
 import numpy as np
 
-from refengine.conformance import operations
+from refengine.conformance import operations_experts
 from refengine.conformance.cases import Case
 from refengine.conformance.truth import Truth, router_margin
 from tests.support.checks import test_of
 
 test_the_router_chooses_and_weighs_as_the_equation_says = test_of(
-    operations.the_router_chooses_and_weighs_as_the_equation_says
+    operations_experts.the_router_chooses_and_weighs_as_the_equation_says
 )
 test_a_tie_in_the_router_goes_to_the_lowest_index = test_of(
-    operations.a_tie_in_the_router_goes_to_the_lowest_index
+    operations_experts.a_tie_in_the_router_goes_to_the_lowest_index
 )
 test_a_bias_that_favours_no_expert_changes_nothing = test_of(
-    operations.a_bias_that_favours_no_expert_changes_nothing
+    operations_experts.a_bias_that_favours_no_expert_changes_nothing
 )
 test_experts_that_all_score_nothing_weigh_nothing = test_of(
-    operations.experts_that_all_score_nothing_weigh_nothing
+    operations_experts.experts_that_all_score_nothing_weigh_nothing
 )
 
 

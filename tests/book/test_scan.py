@@ -1,17 +1,17 @@
 """The scan: the recurrence, the chunked theorem, and a reading of the equation that is neither."""
 
-from refengine.conformance import operations
+from refengine.conformance import layers, operations_mamba
 from tests.support.checks import test_of
 
-test_the_scan_is_what_the_equation_says = test_of(operations.the_scan_is_what_the_equation_says)
-test_a_scan_in_pieces_is_the_scan = test_of(operations.a_scan_in_pieces_is_the_scan)
+test_the_scan_is_what_the_equation_says = test_of(operations_mamba.the_scan_is_what_the_equation_says)
+test_a_scan_in_pieces_is_the_scan = test_of(operations_mamba.a_scan_in_pieces_is_the_scan)
 test_beyond_the_end_of_a_row_the_state_neither_decays_nor_grows = test_of(
-    operations.beyond_the_end_of_a_row_the_state_neither_decays_nor_grows
+    operations_mamba.beyond_the_end_of_a_row_the_state_neither_decays_nor_grows
 )
 test_dt_is_clamped_to_the_limit_and_to_nothing_else = test_of(
-    operations.dt_is_clamped_to_the_limit_and_to_nothing_else
+    operations_mamba.dt_is_clamped_to_the_limit_and_to_nothing_else
 )
 test_a_fast_decay_forgets_and_does_not_overflow = test_of(
-    operations.a_fast_decay_forgets_and_does_not_overflow
+    operations_mamba.a_fast_decay_forgets_and_does_not_overflow
 )
-test_the_mamba_layer_is_what_the_equations_say = test_of(operations.the_mamba_layer_is_what_the_equations_say)
+test_the_mamba_layer_is_what_the_equations_say = test_of(layers.the_mamba_layer_is_what_the_equations_say)
