@@ -20,7 +20,7 @@ import click
 from refengine.cli import hints
 from refengine.ranks.launcher import launched, report_termination
 
-COMMANDS = ("generate", "chat", "inspect", "score", "tokenize", "quantize", "bench")
+COMMANDS: tuple[str, ...] = ("generate", "chat", "inspect", "score", "tokenize", "quantize", "bench")
 COMMANDS += ("verify", "vectors", "trace", "diff", "completion")
 
 
