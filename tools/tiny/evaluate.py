@@ -213,7 +213,7 @@ class Figures:
 
 
 def training_stories(count):
-    """The first stories of the training stream's generator (any seed draws from the same world)."""
+    """Return the first stories of the training stream's generator (any seed draws from the same world)."""
     rng = random.Random(TRAINING_SEED)
     return [tell(rng).text for _ in range(count)]
 

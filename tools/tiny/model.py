@@ -17,15 +17,19 @@ from . import kernels
 
 
 class RMSNorm(nn.Module):
+    """Scales each row to a root mean square of one, times a weight."""
+
     def __init__(self, width, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
+        """Return x normed along its last axis."""
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 def linear(n_out, n_in, std=None):
+    """Return a matrix without bias; its deviation is 1 / sqrt(n_in) unless given."""
     layer = nn.Linear(n_in, n_out, bias=False)
     nn.init.normal_(layer.weight, std=std if std is not None else 1 / math.sqrt(n_in))
     return layer
@@ -61,6 +65,8 @@ def scan(x, dt, A, B, C, first, chunk):
 
 
 class Mamba(nn.Module):
+    """Mamba-2 layer: projection, convolution, scan, gate with grouped norm, projection."""
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -83,6 +89,7 @@ class Mamba(nn.Module):
         self.out_proj = linear(cfg["hidden_size"], self.inner, 0.5 / math.sqrt(self.inner))
 
     def forward(self, x, first, age):
+        """Return the layer of x b l d; `first` and `age` b l say where documents begin."""
         b, length, _ = x.shape
         gn = self.g * self.n
         z, xBC, dt = self.in_proj(x).split([self.inner, self.inner + 2 * gn, self.h], -1)
@@ -117,6 +124,8 @@ class Mamba(nn.Module):
 
 
 class Attention(nn.Module):
+    """Attention without positions, query heads in groups of a key head."""
+
     def __init__(self, cfg):
         super().__init__()
         self.q, self.kv, self.d = cfg["num_attention_heads"], cfg["num_key_value_heads"], cfg["head_dim"]
@@ -126,6 +135,7 @@ class Attention(nn.Module):
         self.o_proj = linear(hidden, self.q * self.d, 0.5 / math.sqrt(self.q * self.d))
 
     def forward(self, x, age, mask):
+        """Return the layer of x b l d; a token sees the `age` tokens before it, as does `mask` b 1 l l."""
         b, length, _ = x.shape
         q = self.q_proj(x).view(b, length, self.q, self.d)
         k = self.k_proj(x).view(b, length, self.kv, self.d)
@@ -184,6 +194,8 @@ class Experts(torch.autograd.Function):
 
 
 class LatentMoE(nn.Module):
+    """Routed experts in the latent width, and a shared expert in the full width."""
+
     def __init__(self, cfg):
         super().__init__()
         hidden, latent = cfg["hidden_size"], cfg["moe_latent_size"]
@@ -202,6 +214,7 @@ class LatentMoE(nn.Module):
         self.load = self.aux = None  # of the last forward
 
     def forward(self, h):
+        """Return the layer of h b l d; keep the load and the auxiliary loss."""
         shape, h = h.shape, h.reshape(-1, h.shape[-1])  # t d
         e = self.bias.shape[0]
         s = self.gate(h).sigmoid()
@@ -221,6 +234,8 @@ MIXERS = {"M": Mamba, "*": Attention, "E": LatentMoE}
 
 
 class Block(nn.Module):
+    """Pre-norm residual block of one kind: M, * or E."""
+
     def __init__(self, letter, cfg):
         super().__init__()
         self.letter = letter
@@ -228,6 +243,7 @@ class Block(nn.Module):
         self.mixer = MIXERS[letter](cfg)
 
     def forward(self, x, first, age, mask):
+        """Return x plus its mixer's output."""
         h = self.norm(x)
         if self.letter == "M":
             return x + self.mixer(h, first, age)
@@ -235,6 +251,8 @@ class Block(nn.Module):
 
 
 class TinyModel(nn.Module):
+    """The trunk, the head and the MTP head; parameter names are the checkpoint's."""
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -252,7 +270,7 @@ class TinyModel(nn.Module):
 
     @staticmethod
     def borders(first):
-        """first b l -> age b l (tokens since the document began), mask b 1 l l (causal, in a document)."""
+        """Return age b l (tokens since the document began) and mask b 1 l l (causal, in a document)."""
         length = first.shape[1]
         document = first.long().cumsum(1)
         at = torch.arange(length, device=first.device)
@@ -261,7 +279,7 @@ class TinyModel(nn.Module):
         return at - start, mask[:, None]
 
     def hidden(self, ids, first):
-        """ids b l, first b l (bool) -> the normed hidden b l d that the heads read."""
+        """Return the normed hidden b l d that the heads read, of ids b l and first b l (bool)."""
         age, mask = self.borders(first)
         x = self.embeddings(ids)
         for layer in self.layers:
@@ -269,7 +287,7 @@ class TinyModel(nn.Module):
         return self.norm_f(x)
 
     def draft(self, h, ids, first):
-        """The MTP head: hidden of position i and token i+1 -> hidden o that predicts token i+2 (b l-1 d)."""
+        """Return the MTP head's hidden o b l-1 d, from hidden i and token i+1; it predicts token i+2."""
         age, mask = self.borders(first[:, :-1])
         v = torch.cat([self.mtp.enorm(self.embeddings(ids[:, 1:])), self.mtp.hnorm(h[:, :-1])], -1)
         v = self.mtp.eh_proj(v)
@@ -278,7 +296,7 @@ class TinyModel(nn.Module):
         return self.mtp.final_layernorm(v)
 
     def losses(self, ids, first, weight, mtp=True):
-        """Weighted cross entropies of the next token and the one after; `weight` b l belongs to targets."""
+        """Return the weighted losses of the next token and the one after; `weight` b l is of targets."""
         h = self.hidden(ids, first)
         w1 = weight[:, 1:] * ~first[:, 1:]
         main = self.cross_entropy(h[:, :-1], ids[:, 1:], w1)
@@ -289,16 +307,18 @@ class TinyModel(nn.Module):
         return main, self.cross_entropy(o[:, :-1], ids[:, 2:], w2)
 
     def cross_entropy(self, h, target, weight):
+        """Return the weighted mean loss of targets b l, given h b l d and weights b l."""
         keep = weight > 0
         loss = F.cross_entropy(self.lm_head(h[keep]), target[keep], reduction="none")
         return (loss * weight[keep]).sum() / weight[keep].sum().clamp_min(1e-6)
 
     def moes(self):
+        """Return the expert layers, the prediction head's last."""
         return [b.mixer for b in [*self.layers, *self.mtp.layers] if b.letter == "E"]
 
 
 def export_state(model):
-    """The checkpoint's tensors by their released names: one matrix per expert, BF16, selection bias F32."""
+    """Return tensors by their released names: one matrix per expert, BF16, selection bias F32."""
     out = {}
 
     def put(name, tensor, dtype=torch.bfloat16):
@@ -336,7 +356,7 @@ def export_state(model):
 
 
 def import_state(model, tensors):
-    """The inverse of `export_state`: load released names into the module (in float32)."""
+    """Load tensors by their released names into the module, in float32: the inverse of `export_state`."""
     exported = export_state(model)
     missing = sorted(set(exported) - set(tensors))
     if missing:

@@ -35,6 +35,7 @@ class Pairs:
         self.fillers = np.array([i for t, i in sorted(tokenizer.get_vocab().items()) if t.startswith("Ġ")])
 
     def batch(self, rows):
+        """Return (ids, first, weight) of `rows` rows."""
         ids = np.zeros((rows, self.length), np.int64)
         weight = np.zeros((rows, self.length), np.float32)
         for r in range(rows):

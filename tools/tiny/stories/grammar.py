@@ -32,6 +32,7 @@ def sentences(text):
 
 
 def article(word):
+    """Return a word with its article."""
     return ("an " if word[0] in "aeiou" else "a ") + word
 
 
@@ -112,7 +113,7 @@ class Template:
         self._regex, self._groups = re.compile("".join(out)), groups
 
     def match(self, sentence):
-        """The slot values (and the sexes its pronouns claim) with which this template says `sentence`."""
+        """Return the slot values and the sexes of its pronouns with which this template gives `sentence`."""
         if self.probe not in sentence:
             return None
         if self._regex is None:

@@ -54,6 +54,7 @@ def _has(name, thing, key, value):
 
 
 def state(pairs):
+    """Return facts as text: who has what."""
     out = [("Facts:", FORM)]
     for name, thing in pairs:
         out += _has(name, thing, SEEN, SEEN)
@@ -101,6 +102,7 @@ def again(rng, count=None, rounds=2):
 
 
 def copying(rng, count=None):
+    """Return words and the same words again."""
     words_ = rng.sample(COPY_WORDS, count or rng.randint(2, 12))
     return [
         ("Copy:", FORM),
@@ -138,6 +140,7 @@ def running_count(rng):
 
 
 def sums(rng, rounds=None):
+    """Return rounds of one-digit sums, asked and answered."""
     out = []
     for i in range(rounds or rng.randint(1, 6)):
         a, b = rng.randint(0, 9), rng.randint(0, 9)
@@ -162,6 +165,7 @@ def about_story(rng):
 
 
 def story(rng):
+    """Return a story in pieces."""
     return weigh(tell(rng))
 
 

@@ -85,7 +85,7 @@ DISTINCT = (("H", "F"), ("T", "U"), ("P", "Q"))
 
 
 def is_female(value):
-    """Whether a name or a grown-up takes 'she'."""
+    """Return whether a name or a grown-up takes 'she'."""
     return value in GIRLS or value in GROWNUPS_F
 
 

@@ -21,6 +21,8 @@ from .grammar import Template, sentences, unify
 
 @dataclass(frozen=True)
 class Plot:
+    """A plot: its slots, steps and questions."""
+
     name: str
     slots: dict  # letter -> allowed values
     steps: tuple  # of (optional, paraphrases); a paraphrase is a tuple of Templates
@@ -29,6 +31,8 @@ class Plot:
 
 @dataclass(frozen=True)
 class Story:
+    """A story told: its plot, cast, text and questions with answers."""
+
     plot: str
     values: dict
     text: str
@@ -37,7 +41,7 @@ class Story:
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found, each more than the one before.
+    """The findings of `check`, each more than the one before.
 
     parsed: every sentence is one of ours, from an opening to an ending. consistent: one cast (names, things,
     places, pronouns) fits them all, and nobody turns up just once, unless the plot has it so. coherent: the
@@ -95,7 +99,7 @@ def plots():
 
 @cache
 def shared_steps():
-    """The shared paragraphs by kind (opening, scene, aside, ending), each a list of paraphrases."""
+    """Return the shared paragraphs by kind (opening, scene, aside, ending), each a list of paraphrases."""
     found = {}
     for kind, text in shared.TEXT.items():
         found[kind] = [p for line in _unfold(text).strip().splitlines() for p in _paraphrases(line, "", 0)]
