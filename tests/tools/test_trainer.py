@@ -307,7 +307,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     subprocess.run(_command(whole), cwd=ROOT, check=True, capture_output=True)
     run = subprocess.Popen(_command(killed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     state = killed / "run" / "state.pt"
-    until = time.monotonic() + 300
+    until = time.monotonic() + 900
     while not state.exists() and time.monotonic() < until and run.poll() is None:
         time.sleep(0.01)
     run.send_signal(signal.SIGKILL)
