@@ -372,6 +372,8 @@ def report(
             result = judge(operation, plan)
         elif candidate is not None:
             result = judged(operation, candidate, plan)
+        else:
+            raise ValueError("give a candidate, or a way to judge one")
         if result.verdict == "wrong":
             if operation in VERBS:
                 wrong.append(operation)
