@@ -14,7 +14,8 @@ from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-BUILD = runpy.run_path(str(Path(__file__).parent / "backends" / "cpu" / "build.py"))
+ROOT = Path(__file__).parent / "refengine"  # a source distribution has no links: its backends are here alone
+BUILD = runpy.run_path(str(ROOT / "backends" / "cpu" / "build.py"))
 X86 = platform.system() == "Linux" and platform.machine() in ("x86_64", "AMD64")
 LEVELS = os.environ.get("REFENGINE_LEVELS", " ".join(BUILD["LEVELS"]) if X86 else "").split()
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))

@@ -80,12 +80,15 @@ static inline i64 place(i64 j) {
     return Two<T>::apart ? (j & ~(PAIR - 1)) | (j & 1) * LANES | (j & (PAIR - 1)) >> 1 : j;
 }
 
+typedef float four __attribute__((vector_size(16)));
+
 static inline float sum(vec v) {
-    float all[LANES];
-    store(all, v);
-    for (int half = LANES / 2; half; half /= 2)
+    four all[LANES / 4];
+    memcpy(all, &v, sizeof v);
+    for (int half = LANES / 8; half; half /= 2)
         for (int i = 0; i < half; i++) all[i] += all[i + half];
-    return all[0];
+    all[0] += __builtin_shufflevector(all[0], all[0], 2, 3, 0, 1);
+    return all[0][0] + all[0][1];
 }
 
 // f(a null pointer to a number of that kind)

@@ -11,9 +11,11 @@
 #include "pool.h"
 #include "verbs.h"
 
-constexpr i64 STRIP = 24, BLOCK = 64, DEPTH = 1024;  // outputs; rows; positions of a row, a multiple of PAIR
+constexpr i64 STRIP = 24, WIDE_STRIP = 96;           // outputs of a piece of work, of few and of many rows
+constexpr i64 BLOCK = 64, DEPTH = 512;               // rows; positions of a row, a multiple of PAIR
 constexpr i64 SHARE = 128;                           // rows of a piece of work
 constexpr i64 FEW = 8;                               // rows that are multiplied over their whole depth at once
+static i64 strip_of(i64 rows) { return rows > FEW ? WIDE_STRIP : STRIP; }
 constexpr i64 AHEAD = 1280;                          // bytes: how far ahead of its use a stream is asked for
 
 // Rows of `n` positions as the tiles read them: in their places, and zeros up to a multiple of PAIR.
@@ -49,8 +51,8 @@ template <class T>
 static inline float dot(const T* w, i64 n, const float* x) {
     vec low[4] = {}, high[4] = {};
     auto add = [&](Two<T> two, i64 k, int chain) {
-        low[chain] += load<vec>(x + k) * two.low();
-        high[chain] += load<vec>(x + k + LANES) * two.high();
+        low[chain] = fused(load<vec>(x + k), two.low(), low[chain]);
+        high[chain] = fused(load<vec>(x + k + LANES), two.high(), high[chain]);
     };
     i64 k = 0;
     for (; k + 4 * PAIR <= n; k += 4 * PAIR) {
@@ -63,9 +65,17 @@ static inline float dot(const T* w, i64 n, const float* x) {
     return sum((low[0] + high[0]) + (low[1] + high[1]) + ((low[2] + high[2]) + (low[3] + high[3])));
 }
 
-// out[r][o] += x[r] . w[o] from position `from` to `to`, for R rows and O outputs; out has rows of STRIP.
+// `v` in a register: a compiler would rather load it again for each product, and loads are what is scarce.
+static inline vec held(vec v) {
+#if defined(__AVX2__) && !defined(WIDE)
+    asm("" : "+v"(v));
+#endif
+    return v;
+}
+
+// out[r][o] += x[r] . w[o] from position `from` to `to`, for R rows and O outputs; rows of out are `step` apart.
 template <class T, int R, int O>
-static inline void tile(const T* w, i64 n, i64 from, i64 to, const float* const* x, float* out) {
+static inline void tile(const T* w, i64 n, i64 from, i64 to, const float* const* x, float* out, i64 step) {
     vec acc[R][O] = {};
     auto add = [&](i64 k, auto two_of) {
         vec low[O], high[O];
@@ -74,11 +84,10 @@ static inline void tile(const T* w, i64 n, i64 from, i64 to, const float* const*
             low[o] = two.low(), high[o] = two.high();
         }
         for (int r = 0; r < R; r++) {
-            const vec a = load<vec>(x[r] + k), b = load<vec>(x[r] + k + LANES);
-            for (int o = 0; o < O; o++) {
-                acc[r][o] += a * low[o];
-                acc[r][o] += b * high[o];
-            }
+            const vec a = held(load<vec>(x[r] + k));
+            for (int o = 0; o < O; o++) acc[r][o] = fused(a, low[o], acc[r][o]);
+            const vec b = held(load<vec>(x[r] + k + LANES));
+            for (int o = 0; o < O; o++) acc[r][o] = fused(b, high[o], acc[r][o]);
         }
     };
     i64 k = from;
@@ -88,28 +97,26 @@ static inline void tile(const T* w, i64 n, i64 from, i64 to, const float* const*
     }
     if (k < to) add(k, [&](int o) { return rest(w + o * n + k, to - k); });
     for (int r = 0; r < R; r++)
-        for (int o = 0; o < O; o++) out[r * STRIP + o] += sum(acc[r][o]);
+        for (int o = 0; o < O; o++) out[r * step + o] += sum(acc[r][o]);
 }
 
 // The same for any number of outputs.
 template <class T, int R, int O = 2>
-static inline void strip(const T* w, i64 n, i64 from, i64 to, const float* const* x, i64 outs, float* out) {
-    for (; outs >= O; outs -= O, w += O * n, out += O) tile<T, R, O>(w, n, from, to, x, out);
-    if (O > 1 && outs) strip<T, R, 1>(w, n, from, to, x, outs, out);
+static inline void strip(const T* w, i64 n, i64 from, i64 to, const float* const* x, i64 outs, float* out,
+                         i64 step) {
+    for (; outs >= O; outs -= O, w += O * n, out += O) tile<T, R, O>(w, n, from, to, x, out, step);
+    if (O > 1 && outs) strip<T, R, 1>(w, n, from, to, x, outs, out, step);
 }
 
-// sums[r][o] = x[r] . w[first + o] for up to SHARE rows and up to STRIP outputs, the last of them last - 1. Rows are
-// as rows_laid_out makes them.
+// sums[r][o] = x[r] . w[o] for up to SHARE rows and up to WIDE_STRIP outputs. Rows are as rows_laid_out makes them.
 template <class T>
-__attribute__((noinline)) static void products(const T* w, i64 n, const float* const* x, i64 rows, i64 first,
-                                               i64 last, bool steady, float* sums) {
-    const i64 outs = last - first;
-    w += first * n;
+__attribute__((noinline)) static void products(const T* w, i64 n, const float* const* x, i64 rows, i64 outs,
+                                               bool steady, float* sums) {
     if (rows == 1 && !steady) {
         for (i64 o = 0; o < outs; o++) sums[o] = dot(w + o * n, n, x[0]);
         return;
     }
-    std::fill(sums, sums + rows * STRIP, 0.f);
+    std::fill(sums, sums + rows * outs, 0.f);
     const i64 depth = steady || rows > FEW ? DEPTH : padded(n);
     for (i64 block = 0; block < rows; block += BLOCK) {
         const i64 here = std::min(BLOCK, rows - block);
@@ -118,13 +125,13 @@ __attribute__((noinline)) static void products(const T* w, i64 n, const float* c
             for (i64 at = 0; at < here;) {
                 const i64 left = here - at, take = left == 6 ? 3 : std::min<i64>(left, left == 8 ? 4 : 5);
                 const float* const* rs = x + block + at;
-                float* out = sums + (block + at) * STRIP;
+                float* out = sums + (block + at) * outs;
                 switch (take) {
-                    case 1: strip<T, 1, 4>(w, n, from, to, rs, outs, out); break;
-                    case 2: strip<T, 2>(w, n, from, to, rs, outs, out); break;
-                    case 3: strip<T, 3>(w, n, from, to, rs, outs, out); break;
-                    case 4: strip<T, 4>(w, n, from, to, rs, outs, out); break;
-                    default: strip<T, 5>(w, n, from, to, rs, outs, out);
+                    case 1: strip<T, 1, 4>(w, n, from, to, rs, outs, out, outs); break;
+                    case 2: strip<T, 2>(w, n, from, to, rs, outs, out, outs); break;
+                    case 3: strip<T, 3>(w, n, from, to, rs, outs, out, outs); break;
+                    case 4: strip<T, 4>(w, n, from, to, rs, outs, out, outs); break;
+                    default: strip<T, 5>(w, n, from, to, rs, outs, out, outs);
                 }
                 at += take;
             }
@@ -139,13 +146,14 @@ static void all_products(const T* w, i64 outs, i64 n, const float* x, i64 step, 
     std::vector<const float*> row(rows);
     for (i64 r = 0; r < rows; r++) row[r] = x + r * step;
     const i64 shares = (rows + SHARE - 1) / SHARE, each = std::min(SHARE, rows);
-    parallel(run, (outs + STRIP - 1) / STRIP * shares, STRIP * n * each, [&](i64 job) {
-        const i64 first = job / shares * STRIP, at = job % shares * SHARE;
-        const i64 last = std::min(outs, first + STRIP), here = std::min(SHARE, rows - at);
-        float sums[SHARE * STRIP];
-        products(w, n, row.data() + at, here, first, last, run.steady, sums);
+    const i64 wide = strip_of(rows);
+    parallel(run, (outs + wide - 1) / wide * shares, wide * n * each, [&](i64 job) {
+        const i64 first = job / shares * wide, at = job % shares * SHARE;
+        const i64 width = std::min(wide, outs - first), here = std::min(SHARE, rows - at);
+        float sums[SHARE * WIDE_STRIP];
+        products(w + first * n, n, row.data() + at, here, width, run.steady, sums);
         for (i64 r = 0; r < here; r++)
-            for (i64 o = first; o < last; o++) put(at + r, o, sums[r * STRIP + o - first]);
+            for (i64 o = 0; o < width; o++) put(at + r, first + o, sums[r * width + o]);
     });
 }
 
@@ -221,15 +229,15 @@ static void all_experts(const T* const* up, const T* const* down, i64 base, i64 
         for (i64 j = begin[e]; j < begin[e + 1]; j += SHARE)
             parts.push_back({e, j, std::min(SHARE, begin[e + 1] - j)});
     auto each = [&](const T* const* matrices, i64 outs, i64 ins, auto put) {
-        const i64 strips = (outs + STRIP - 1) / STRIP;
-        const i64 rows = std::max<i64>(1, hits / (i64)parts.size());
-        parallel(run, (i64)parts.size() * strips, STRIP * ins * rows, [&](i64 job) {
+        const i64 rows = std::max<i64>(1, hits / (i64)parts.size()), wide = strip_of(rows);
+        const i64 strips = (outs + wide - 1) / wide;
+        parallel(run, (i64)parts.size() * strips, wide * ins * rows, [&](i64 job) {
             const Part& p = parts[job / strips];
-            const i64 first = job % strips * STRIP, last = std::min(outs, first + STRIP);
-            float sums[SHARE * STRIP];
-            products(matrices[p.expert], ins, row.data() + p.first, p.rows, first, last, run.steady, sums);
+            const i64 first = job % strips * wide, width = std::min(wide, outs - first);
+            float sums[SHARE * WIDE_STRIP];
+            products(matrices[p.expert] + first * ins, ins, row.data() + p.first, p.rows, width, run.steady, sums);
             for (i64 r = 0; r < p.rows; r++)
-                for (i64 o = first; o < last; o++) put(p.first + r, o, sums[r * STRIP + o - first]);
+                for (i64 o = 0; o < width; o++) put(p.first + r, first + o, sums[r * width + o]);
         });
     };
     if (hits) {

@@ -28,7 +28,7 @@ static float time_step(float raw, float low, float high) {
 }
 
 // y [p] and S [p][n] after one position; next may be S.
-static void position(const float* S, float* next, const float* x, float step, float A, const float* B,
+__attribute__((noinline)) static void position(const float* S, float* next, const float* x, float step, float A, const float* B,
                      const float* C, float D, float* y, i64 p, i64 n, i64 row) {
     const float decay = expf(step * A);
     for (i64 i = 0; i < p; i++, S += row, next += row) {
@@ -36,9 +36,9 @@ static void position(const float* S, float* next, const float* x, float step, fl
         vec sums = {};
         i64 j = 0;
         for (; j + LANES <= n; j += LANES) {
-            const vec v = decay * load<vec>(S + j) + added * load<vec>(B + j);
+            const vec v = fused(vec{} + added, load<vec>(B + j), decay * load<vec>(S + j));
             store(next + j, v);
-            sums += v * load<vec>(C + j);
+            sums = fused(v, load<vec>(C + j), sums);
         }
         float total = 0;
         for (int lane = 0; lane < LANES; lane++) total += sums[lane];
@@ -142,15 +142,19 @@ extern "C" void scan(const float* S, float* next, const float* x, i64 x_step, co
     }
     const i64 count = spans.size(), floats = Shared::floats(n, row);
     std::unique_ptr<float[]> room(new float[b * count * g * floats]);
+    // Real positions of a span. Those beyond a row's end must not choose how the ones before them are computed.
+    auto real_of = [&](i64 s, i64 at) {
+        return real ? std::clamp<i64>(real[s] - spans[at].start, 0, spans[at].size) : spans[at].size;
+    };
     auto shared = [&](i64 s, i64 at, i64 group) {
         return Shared(room.get() + ((s * count + at) * g + group) * floats, n, row);
     };
     parallel(run, b * count * g, SPAN * SPAN * n * 2, [&](i64 job) {
         const i64 s = job / (count * g), at = job / g % count, group = job % g, first = s * l + spans[at].start;
-        if (spans[at].size > SHORT)
+        if (real_of(s, at) > SHORT)
             shared(s, at, group)
                 .fill(B + first * B_step + group * n, B_step, C + first * C_step + group * n, C_step,
-                      spans[at].size, n, row);
+                      real_of(s, at), n, row);
     });
     parallel(run, b * h, l * p * n * 3, [&](i64 job) {
         static thread_local std::vector<float> state, steps;
@@ -162,9 +166,10 @@ extern "C" void scan(const float* S, float* next, const float* x, i64 x_step, co
         for (i64 i = 0; i < p; i++) memcpy(&state[i * row], from + i * n, n * sizeof(float));
         for (i64 t = 0; t < l; t++) steps[t] = step_of(s, t, head);
         for (i64 at = 0; at < count; at++) {
-            const i64 start = spans[at].start, size = spans[at].size, first = s * l + start;
+            const i64 start = spans[at].start, size = real_of(s, at), first = s * l + start;
             const float* xs = x + first * x_step + head * p;
             float* out = y + (first * h + head) * p;
+            for (i64 i = size; i < spans[at].size; i++) std::fill(out + i * h * p, out + i * h * p + p, 0.f);
             if (size > SHORT)
                 span(state.data(), xs, x_step, &steps[start], A, shared(s, at, group), D[head], out, h * p, size, p,
                      n, row);

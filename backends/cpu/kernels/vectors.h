@@ -9,6 +9,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__FMA__) && !defined(WIDE)
+#include <immintrin.h>
+#endif
+
 typedef int64_t i64;
 #if defined(__AVX512F__) || defined(WIDE)  // WIDE: for a test of this width on any processor
 constexpr int LANES = 16, ROWS = 24;  // of a vector; of a tile that is one vector wide
@@ -24,6 +28,21 @@ template <class To, class From>
 static inline To load(const From* from) { To to; memcpy(&to, from, sizeof to); return to; }
 template <class From>
 static inline void store(float* to, From from) { memcpy(to, &from, sizeof from); }
+
+// a b + c, rounded once where the processor can. Written out, because in a b + c d a compiler may round either product,
+// and not the same one each time the code is used.
+static inline vec fused(vec a, vec b, vec c) {
+#if defined(__FMA__) && defined(__AVX512F__) && !defined(WIDE)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && !defined(WIDE)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__) || defined(__FMA__)
+    for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
 
 // 2^x for x <= TOP <= 126, to 1.6e-8 of itself: a polynomial on half an octave around 0, moved to its
 // exponent. Below -126 it is 2^-126.
@@ -72,7 +91,7 @@ static inline void tile(const float* a, i64 row, i64 step, const float* b, i64 w
         vec heads[W];
         for (int w = 0; w < W; w++) heads[w] = load<vec>(b + w * LANES);
         for (int m = 0; m < M; m++)
-            for (int w = 0; w < W; w++) sum[m][w] += a[m * row] * heads[w];
+            for (int w = 0; w < W; w++) sum[m][w] = fused(vec{} + a[m * row], heads[w], sum[m][w]);
     }
     next.from = ask;
 #pragma GCC unroll 24

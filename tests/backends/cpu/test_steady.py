@@ -1,0 +1,71 @@
+"""In the steady mode no logit moves by a bit with the batch, its company, or where a prompt is cut."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refengine.backends.cpu import cpu_backend, native
+from refengine.conformance.cases import Case, cases
+from refengine.spec.model import Model
+
+pytestmark = pytest.mark.skipif(native.load() is None, reason="there is no compiler for the loops")
+STEADY = partial(cpu_backend, "float32", 2, steady=True)
+
+
+def read(m: Model, ids: np.ndarray, ends: list[int], lengths=None):
+    """The logits of a prompt in parts that end there, and the states after it."""
+    states, told, start = m.new_states(len(ids)), [], 0
+    for end in ends:
+        n = None if lengths is None else np.clip(lengths - start, 0, end - start)
+        h, states = m.blocks(m.embed(ids[:, start:end]), states, n)
+        told.append(m.head(h))
+        start = end
+    return np.concatenate(told, axis=1), states
+
+
+def same(one, other):
+    np.testing.assert_array_equal(one, other)
+
+
+@settings(max_examples=200)
+@given(case=cases(max_length=70), steps=st.integers(0, 2), which=st.integers(0, 9))
+def test_no_logit_moves_with_company_or_cuts(case: Case, steps, which):
+    """Each row alone and whole, in the padded batch, and in parts of some chunks; then steps."""
+    m, n = Model.build(case.cfg, case.read, STEADY()), case.lengths
+    chunk = max(1, case.cfg.chunk_size) * (1 + which % 3)  # 0 without a Mamba layer
+    ends = [*range(chunk, case.length, chunk), case.length]
+    batch, states = read(m, case.ids, [case.length], n)
+    cut, cut_states = read(m, case.ids, ends, n)
+    following = case.rng(5).integers(0, case.cfg.vocab_size, (steps, case.batch))
+    for row in range(case.batch):
+        if not n[row]:
+            continue
+        alone, own = read(m, case.ids[row : row + 1, : n[row]], [n[row]])
+        same(batch[row, : n[row]], alone[0])
+        same(cut[row, : n[row]], alone[0])
+        if row == which % case.batch:
+            for_row = own
+    if n[which % case.batch]:
+        row = which % case.batch
+        for token in following:
+            batch, states = m.backend.step(m, token, states)
+            cut, cut_states = m.backend.step(m, token, cut_states)
+            alone, for_row = m.backend.step(m, token[row : row + 1], for_row)
+            same(batch[row], alone[0])
+            same(cut[row], alone[0])
+
+
+@pytest.mark.parametrize("batch", [2, 7, 40])
+def test_widths_of_several_blocks_and_more_rows_than_a_step_has(batch):
+    case = Case(layers="M*E-", batch=batch, length=40, hidden_size=1300, head_dim=60, moe_latent_size=1100)
+    m = Model.build(case.cfg, case.read, STEADY())
+    together, states = read(m, case.ids, [40])
+    alone, own = read(m, case.ids[:1], [22, 33, 40])
+    same(together[0], alone[0])
+    for t in range(2):
+        together, states = m.backend.step(m, case.ids[:, t], states)
+        alone, own = m.backend.step(m, case.ids[:1, t], own)
+        same(together[0], alone[0])

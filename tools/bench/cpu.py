@@ -1,0 +1,218 @@
+"""Measure every bar of the CPU backend in one command: paired, alternating runs, medians, and ratios.
+
+    python -m tools.bench.cpu MID [--before TREE] [--gguf FILE] [--threads 2] [--rounds 5] [--long 65536]
+
+MID: the checkpoint of `python -m tools.write.random_checkpoint mid MID`. TREE: a checkout of the commit before,
+whose torch backend is measured beside. Each engine loads once, in a process of its own, and the rounds go
+through the engines one after another. Times under load are taken with one process that loops on each
+processor. What was not asked for is printed as "not measured".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+
+CONTEXT = 64  # tokens before decoding
+
+
+def work_of(backend: str, model: str, threads: int) -> Callable:
+    """Return work(task, size, context, steps) -> seconds, of an engine that is loaded now."""
+    import numpy as np
+
+    import refengine
+    from refengine import backend as backends
+    from refengine import bench
+    from refengine.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(model)
+    dtype = "float32" if backend == "numpy" else "bfloat16"
+    made = backends.make(backend, checkpoint.config, dtype, threads=threads)
+    engine = refengine.load(model, backend=made, threads=threads)
+    runner = engine.runner
+
+    def work(task: str, size: int, context: int, steps: int) -> float:
+        if task == "decode":
+            return bench.decode_seconds(runner, size, context, steps)
+        if task == "bandwidth":
+            return 1 / bench.read_bandwidth(threads)
+        if task == "peak":
+            return 1 / bench.matrix_peak(runner.model)
+        ids = np.random.default_rng([1, size]).integers(0, runner.config.vocab_size, size).tolist()
+        if task == "generate":  # seconds a token after the first
+            times = []
+            for _ in engine.generate(ids[:context], max_tokens=size, ignore_eos=True, temperature=0):
+                times.append(time.perf_counter())
+            return (times[-1] - times[0]) / max(1, len(times) - 2)
+        began = time.perf_counter()
+        bench.prefill(runner, ids)
+        return time.perf_counter() - began
+
+    return work
+
+
+class Worker:
+    """Runs an engine in its own process: one line of JSON in, one line out."""
+
+    def __init__(self, backend: str, model: str, threads: int, tree: str | None = None):
+        here = os.environ | {"OMP_NUM_THREADS": str(threads)} | ({"PYTHONPATH": tree} if tree else {})
+        call = [
+            sys.executable,
+            os.path.abspath(__file__),
+            model,
+            "--worker",
+            backend,
+            "--threads",
+            str(threads),
+        ]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(call, stdin=pipe, stdout=pipe, text=True, env=here, cwd=tree or ".")
+
+    def __call__(self, *task) -> float:
+        """Return the seconds of a task."""
+        assert self.process.stdin and self.process.stdout
+        print(json.dumps(task), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"an engine ended: {self.process.args}")
+        return float(line)
+
+
+def serve(arguments) -> None:
+    """Do the tasks of standard input until it ends."""
+    out, sys.stdout = sys.stdout, sys.stderr  # libraries may print
+    work = work_of(arguments.worker, arguments.model, arguments.threads)
+    for line in sys.stdin:
+        print(work(*json.loads(line)), file=out, flush=True)
+
+
+def paired(workers: dict[str, Callable], task: tuple, rounds: int) -> dict[str, float]:
+    """Return the median seconds of each worker, of alternating runs, after one that is not counted."""
+    taken: dict[str, list[float]] = {name: [] for name in workers}
+    for _ in range(rounds + 1):
+        for name, worker in workers.items():
+            taken[name].append(worker(*task))
+    return {name: median(times[1:]) for name, times in taken.items()}
+
+
+class Load:
+    """Keeps one process that loops on each processor while it is entered."""
+
+    def __enter__(self):
+        count = len(os.sched_getaffinity(0))
+        self.loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+
+    def __exit__(self, *_):
+        for process in self.loops:
+            process.kill()
+            process.wait()
+
+
+def main() -> None:
+    """Print the table of bars."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--before")
+    parser.add_argument("--gguf")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--prompt", default="512,4096")
+    parser.add_argument("--long", type=int, default=65536)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        return serve(arguments)
+    threads, rounds, steps = arguments.threads, arguments.rounds, arguments.steps
+    ours = Worker("cpu", arguments.model, threads)
+    before = Worker("torch", arguments.model, threads, arguments.before) if arguments.before else None
+    both = {"cpu": ours} | ({"before": before} if before else {})
+    print("| | measured | bar |\n|---|---|---|")
+
+    def row(what: str, measured: str, bar: str) -> None:
+        print(f"| {what} | {measured} | {bar} |", flush=True)
+
+    def over_before(what: str, task: tuple, tokens: int, bar: str) -> float:
+        found = paired(both, task, rounds)
+        other = f", {found['before'] / found['cpu']:.2f}x" if before else ", not measured against before"
+        row(what, f"{tokens / found['cpu']:.1f} tokens/s{other}", bar)
+        return found["cpu"]
+
+    quiet = {}
+    for length in map(int, arguments.prompt.split(",")):
+        quiet[length] = over_before(f"prefill {length}", ("prefill", length, 0, 0), length, "1.15x before")
+    for batch in (1, 8):
+        quiet["decode", batch] = over_before(
+            f"decode, batch {batch}", ("decode", batch, CONTEXT, steps), batch, "1.1x before at batch 8"
+        )
+    if arguments.gguf:
+        from tools.bench.peers import llama
+
+        peer = llama(arguments.gguf, "bfloat16", threads)
+        sides: dict[str, Callable] = {
+            "cpu": lambda task, size, _, n: ours(task, size, CONTEXT, n),
+            "llama": peer,
+        }
+        sides["llama"] = lambda task, size, _, n: peer(task, size, n)
+        for task, size, bar in (("prefill", 512, "1.7x"), ("decode", 1, "1.2x")):
+            found = paired(sides, (task, size, 0, steps), rounds)
+            row(f"{task} {size} over llama.cpp", f"{found['llama'] / found['cpu']:.2f}x", bar)
+    else:
+        row("over llama.cpp", "not measured", "1.7x prefill, 1.2x decode")
+    from refengine import bench
+    from refengine.checkpoint import Checkpoint
+
+    cfg = Checkpoint.open(arguments.model).config
+    bandwidth, peak = 1 / ours("bandwidth", 0, 0, 0), 1 / ours("peak", 0, 0, 0)
+    read = bench.bytes_a_step(cfg, 2, 4, 1, CONTEXT) / quiet["decode", 1] / bandwidth
+    row("decode, share of the read bandwidth", f"{read:.0%} of {bandwidth / 1e9:.1f} GB/s", "85 %")
+    through = ours("generate", 64, CONTEXT, 0)
+    row("through generate", f"{quiet['decode', 1] / through:.0%} of bench's step", "95 %")
+    long = paired({"long": ours}, ("decode", 1, arguments.long, steps), rounds)["long"] - quiet["decode", 1]
+    kv = 8 * cfg.num_key_value_heads * cfg.head_dim * arguments.long * cfg.layers.count("*")
+    work = 4 * cfg.num_attention_heads * cfg.head_dim * arguments.long * cfg.layers.count("*")
+    least = max(kv / bandwidth, work / peak)
+    row(f"{arguments.long} tokens of context", f"{long / least:.2f}x {1e3 * least:.1f} ms", "at most 1.2x")
+    one = Worker("cpu", arguments.model, 1)
+    with Load():
+        for what, task, size in (
+            ("decode", ("decode", 1, CONTEXT, steps), 1),
+            ("prefill 512", ("prefill", 512, 0, 0), 512),
+        ):
+            found = paired({"all": ours, "one": one}, task, rounds)
+            alone = (
+                quiet[("decode", 1) if what == "decode" else 512]
+                if size == 1 or 512 in quiet
+                else float("nan")
+            )
+            told = f"{alone / found['all']:.0%} of quiet, {found['one'] / found['all']:.2f}x one thread"
+            row(f"{what}, a loop on each processor", told, "40 %, 0.9x")
+    tiny = {"cpu": Worker("cpu", "tiny", threads), "numpy": Worker("numpy", "tiny", threads)}
+    for what, task, bar in (
+        ("decode", ("decode", 1, CONTEXT, 200), "5x"),
+        ("prefill 512", ("prefill", 512, 0, 0), "3x"),
+    ):
+        found = paired(tiny, task, rounds)
+        row(f"embedded model, {what}", f"{found['numpy'] / found['cpu']:.1f}x NumPy", bar)
+        if what == "decode":
+            added = 1e3 * (tiny["cpu"]("generate", 200, 4, 0) - found["cpu"])
+            row("embedded model, generate above bench's step", f"{added:.3f} ms a token", "0.15 ms")
+    began = time.perf_counter()
+    first = subprocess.Popen(
+        [sys.executable, "-m", "refengine", "generate", "Once", "-n", "1", "--no-echo"],
+        stdout=subprocess.PIPE,
+    )
+    assert first.stdout
+    first.stdout.read(1)
+    row("time to the first token, process start included", f"{time.perf_counter() - began:.2f} s", "0.35 s")
+    first.wait()
+
+
+if __name__ == "__main__":
+    main()
