@@ -11,6 +11,7 @@ from refengine.checkpoint import Checkpoint
 from refengine.checkpoint.directory import EDGE
 from refengine.checkpoint.write import write
 from refengine.conformance.cases import Case, random_tensors
+from refengine.spec.tensors import table
 
 
 @settings(max_examples=8)
@@ -33,6 +34,7 @@ def test_any_number_of_experts_is_read_back_from_any_layout(
         assert checkpoint.config == case.cfg
         for name, value in tensors.items():
             assert np.array_equal(checkpoint.read(name), value), name
+        assert [checkpoint.bytes_of(row) for row in table(case.cfg)] == [v.nbytes for v in tensors.values()]
 
 
 @pytest.mark.parametrize("shards", [1, 2])
