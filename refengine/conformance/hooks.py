@@ -86,6 +86,8 @@ def release(model) -> None:
     for layer in model.model.layers:
         if hasattr(layer.mixer, "time_step_limit"):
             layer.mixer.time_step_limit = (0.0, math.inf)
+        if hasattr(layer.mixer, "time_step_min"):  # transformers 5.14
+            layer.mixer.time_step_min = 0.0
 
 
 def trace_of(model, cfg: Config, prompts, cut: int | None = None, steps: int = 0, **header) -> Trace:
@@ -114,9 +116,8 @@ def trace_of(model, cfg: Config, prompts, cut: int | None = None, steps: int = 0
     arrays = {name: np.concatenate(each, axis=1) for name, each in parts.items()}
     with torch.no_grad():
         for i, kind in enumerate(cfg.layers):
-            if kind == "M":
-                arrays[f"layers.{i}.S"] = host(cache.get_recurrent_state(i, state_idx=0))
-                tail = host(cache.get_conv_state(i, state_idx=0)).swapaxes(1, 2)
+            if kind == "M" and (found := states(cache, i)):
+                arrays[f"layers.{i}.S"], tail = found[0], found[1].swapaxes(1, 2)
                 arrays[f"layers.{i}.tail"] = tail[:, max(0, tail.shape[1] - cfg.conv_kernel + 1) :]
     return Trace("the trace", rows, calls, header.pop("dtype", "float32"), arrays, **header)
 
@@ -127,6 +128,18 @@ def _call(model, rows, cache):
     with torch.no_grad():
         answer = model(torch.tensor(rows), past_key_values=cache, use_cache=True)
     return answer, answer.past_key_values
+
+
+def states(cache: Any, layer: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return S and the window of the convolution of a Mamba layer [b c k], or None."""
+    if hasattr(cache, "get_recurrent_state"):
+        pair = cache.get_recurrent_state(layer, state_idx=0), cache.get_conv_state(layer, state_idx=0)
+    else:
+        held = getattr(cache, "layers", [None] * (layer + 1))[layer]
+        pair = tuple(getattr(held, name, None) for name in ("recurrent_states", "conv_states"))
+    if any(not hasattr(each, "detach") for each in pair):
+        return None
+    return host(pair[0]), host(pair[1])
 
 
 def host(tensor) -> np.ndarray:

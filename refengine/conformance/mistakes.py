@@ -122,6 +122,11 @@ MISTAKES = (
     mamba("the skip D x is left out", "scan", bad.scan(skip=0)),
     mamba("y is read before the state is updated", "scan", bad.scan(late=True)),
     mamba("each chunk begins with an empty state", "scan", bad.scan(forgets=True)),
+    mamba("a chunk's state is scaled and not carried on", "scan", bad.scaled_chunks()),
+    mamba(
+        "a chunk's state is scaled and not carried on, and dt is held up at 0.001, as in transformers 5.14",
+        "scan", bad.scaled_chunks(1e-3), 1,
+    ),
     mamba("each call begins with an empty state", "scan", bad.scan_of(lambda a, cfg: {"S": a["S"] * 0})),
     mamba("padding enters the state", "scan", bad.scan_of(lambda a, cfg: {"lengths": None})),
     mamba("the state is kept in bfloat16", "scan", bad.scan(rounds=True)),

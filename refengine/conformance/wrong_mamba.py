@@ -13,6 +13,7 @@ from refengine.spec.arrays import heads, merge, valid_positions
 from refengine.spec.conv import causal_conv
 from refengine.spec.norm import rms
 from refengine.spec.numerics import silu, softplus
+from refengine.spec.scan import time_steps
 
 NAMES = ("x", "dt", "A_log", "B", "C", "D", "dt_bias", "S", "lengths", "limit", "chunk")
 
@@ -84,6 +85,36 @@ def clamped(low, high=np.inf, several_only=False):
         return {"limit": (low, high)}
 
     return scan_of(change)
+
+
+def scaled_chunks(low=None):
+    """Return a scan whose chunks begin with the state of the chunk before alone, times a sum of decays.
+
+    transformers 5.14 sums over the wrong axis. Right for a call of at most a chunk from an empty state, and
+    in calls of one token. low: dt is also held up there.
+    """
+
+    def wrong(right, cfg, x, dt, A_log, B, C, D, dt_bias, S, lengths=None, limit=(0.0, np.inf), chunk=128):
+        limit = limit if low is None else (low, np.inf)
+        if x.shape[1] == 1:
+            return right(x, dt, A_log, B, C, D, dt_bias, S, lengths, limit, chunk)
+        steps = time_steps(dt, dt_bias, lengths, limit)
+
+        def part(start, S):
+            q = slice(start, start + chunk)
+            count = None if lengths is None else np.clip(np.asarray(lengths) - start, 0, x[:, q].shape[1])
+            return right(x[:, q], dt[:, q], A_log, B[:, q], C[:, q], D, dt_bias, S, count, limit, chunk)
+
+        starts = range(0, x.shape[1], chunk)
+        states = [S, *(part(start, S * 0)[1] for start in starts)]
+        decays = [np.exp(-steps[:, i : i + chunk].sum(1) * np.exp(A_log)) for i in starts]  # b h
+        y = []
+        for i, start in enumerate(starts):
+            weight = 1 + np.cumprod(decays[i:], axis=0).sum(0)
+            y.append(part(start, (states[i] * weight[..., None, None]).astype(S.dtype))[0])
+        return np.concatenate(y, axis=1), states[-1]
+
+    return wrong
 
 
 def unlimited(right, cfg, *args):
