@@ -2,10 +2,10 @@
 
     python -m tools.bench.cpu MID [--before TREE] [--gguf FILE] [--threads 2] [--rounds 5] [--long 65536]
 
-MID: the checkpoint of `python -m tools.write.random_checkpoint mid MID`. TREE: a checkout of the commit before,
-whose torch backend is measured beside. Each engine loads once, in a process of its own, and the rounds go
-through the engines one after another. Times under load are taken with one process that loops on each
-processor. What was not asked for is printed as "not measured".
+MID: the checkpoint of `python -m tools.write.random_checkpoint mid MID`. TREE: a checkout of the commit
+before, whose torch backend is measured beside. Each engine loads once, in a process of its own, and the
+rounds go through the engines one after another. Times under load are taken with one process that loops
+on each processor. What was not asked for is printed as "not measured".
 """
 
 from __future__ import annotations
