@@ -22,6 +22,13 @@ def templates() -> list[ChatTemplate]:
     return [own, ChatTemplate({})]
 
 
+# Of a model that does not think: the prompt ends before the reply's first word.
+PLAIN = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
 @given(texts=st.lists(TEXTS, min_size=1, max_size=3), system=TEXTS, thinking=st.booleans())
 @example(texts=["what does <think> mean?"], system="be brief", thinking=False)
 @example(texts=["an end: </think>"], system="<think>", thinking=True)
@@ -33,3 +40,4 @@ def test_a_reply_begins_inside_a_thought_where_the_prompt_ends_in_one(texts, sys
             messages.append({"role": "assistant", "content": "so be it"})
     for template in templates():
         assert template.prompt(messages, enable_thinking=thinking).inside == thinking
+    assert not ChatTemplate({"default": PLAIN}).prompt(messages).inside
