@@ -228,7 +228,7 @@ def test_the_plan_goes_by_steps():
     ]  # fmt: skip
     rates = [plan.rate(s) for s in range(300, 1300)]
     assert rates == sorted(rates, reverse=True) and 0 < rates[-1] < 0.06 * rates[0]
-    assert [plan.dense(s) for s in (0, 20, 40, 60)] == [(2, True), (4, True), (8, True), (None, False)]
+    assert [plan.dense(s) for s in (0, 20, 30, 40)] == [(2, True), (4, True), (8, True), (None, False)]
     assert plan.dense(101) == (None, False) and plan.dense(100) is None and plan.dense(302) is None
     assert plan.share(150) == 1.0 and plan.share(400) > plan.share(700) and plan.share(1200) == 0.0
     with pytest.raises(argparse.ArgumentTypeError):

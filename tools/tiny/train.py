@@ -74,7 +74,7 @@ class Plan:
         name, age = self.stage(step)
         if name == "pairs":  # names alone until the lookup is there, then all kinds of rows
             done = age / self.pairs
-            return (2 if done < 0.2 else 4 if done < 0.35 else 8 if done < 0.5 else None), done < 0.5
+            return (2 if done < 0.15 else 4 if done < 0.25 else 8 if done < 0.35 else None), done < 0.35
         return (None, False) if age % (4 if name == "skills" else 20) == 1 else None
 
     def share(self, step):
