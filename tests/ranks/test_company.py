@@ -70,6 +70,15 @@ def test_every_number_of_every_text_is_that_of_one_process(name, layout, slots, 
                 assert len(one.top) == len(other.top) == plan.options.logprobs
 
 
+def test_every_token_of_the_vocabulary_is_looked_up_once_and_has_its_logit():
+    """The borders between the parts of ranks among them."""
+    ids = list(range(CASE.cfg.vocab_size))
+    expected = LocalRunner(model(CASE, EXACT)).logits(ids)
+    for layout in (Layout(2), Layout(2, 2)):
+        logits = case_over_ranks(layout, CASE, lambda runner: runner.logits(ids), EXACT)
+        assert np.allclose(logits, expected, rtol=0, atol=1e-9)
+
+
 @settings(max_examples=20)
 @given(count=st.integers(2, 4), seed=st.integers(0, 999), size=st.sampled_from((1, 7, 300, 20001)))
 @example(count=3, seed=1, size=20001)  # more than is sent whole
