@@ -59,7 +59,9 @@ def widen(a: Weight, dtype) -> Array:
     if a.dtype == dtype:
         return a
     if a.dtype == DTYPES["BF16"] and dtype == np.float32:  # a bfloat16 is the upper half of a float32
-        return (a.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        bits = a.view(np.uint16).astype(np.uint32)
+        bits <<= 16  # in place: the matrix may be large
+        return bits.view(np.float32)
     return a.astype(dtype)
 
 

@@ -137,7 +137,8 @@ class Packed:
                 return np.zeros(self.shape, dtype)
         else:
             values, scale = E4M3[self.codes], np.exp2(self.scale.astype(np.float32) - BIAS)
-        blocks = values.reshape(*self.scale.shape, self.block) * scale[..., None]
+        blocks = values.reshape(*self.scale.shape, self.block)
+        blocks *= scale[..., None]
         return blocks.reshape(self.shape).astype(dtype, copy=False)
 
 

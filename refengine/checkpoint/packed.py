@@ -18,6 +18,7 @@ import numpy as np
 
 from refengine.checkpoint.names import canonical
 from refengine.checkpoint.safetensors_file import SafetensorsFile, Stored
+from refengine.spec.arrays import DTYPES
 from refengine.spec.config import InputError
 from refengine.spec.quant import Packed
 from refengine.untrusted import shown
@@ -149,7 +150,7 @@ def with_packed(found: dict[str, Any], directory: Path) -> dict[str, Any]:
     _refuse_tools(found, directory)
     out = dict(found)
     for name, at in found.items():
-        if canonical(name) is None:
+        if at.dtype in DTYPES or canonical(name) is None:
             continue
         if name.endswith(".weight") and at.dtype in ("U8", "F8_E4M3"):
             scales = {
@@ -171,7 +172,8 @@ def with_packed(found: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 def _refuse_tools(found: dict[str, Any], directory: Path) -> None:
     """Raise InputError that names the tool which has packed the weights, if it is not one that is read."""
-    ends = {end: at for name, at in found.items() if canonical(name) for end in TOOLS if name.endswith(end)}
+    suspects = {name: at for name, at in found.items() if name.endswith(tuple(TOOLS)) and canonical(name)}
+    ends = {end: at for name, at in suspects.items() for end in TOOLS if name.endswith(end)}
     for end, tool in TOOLS.items():
         if end in ends and not (end == ".weight_scale_inv" and ends[end].dtype not in ("F32", "BF16")):
             raise _unsupported(directory, f"{shown(ends[end].name)} is of {tool}")
