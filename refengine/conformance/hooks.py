@@ -136,7 +136,7 @@ def states(cache: Any, layer: int) -> tuple[np.ndarray, np.ndarray] | None:
         pair = cache.get_recurrent_state(layer, state_idx=0), cache.get_conv_state(layer, state_idx=0)
     else:
         held = getattr(cache, "layers", [None] * (layer + 1))[layer]
-        pair = tuple(getattr(held, name, None) for name in ("recurrent_states", "conv_states"))
+        pair = getattr(held, "recurrent_states", None), getattr(held, "conv_states", None)
     if any(not hasattr(each, "detach") for each in pair):
         return None
     return host(pair[0]), host(pair[1])
