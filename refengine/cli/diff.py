@@ -23,10 +23,9 @@ def diff(trace, other, against, mistakes, as_json):
     With --against each layer is recomputed in float64 from the trace's own input. Exit code 1 when a layer
     departs by more than the rounding of the trace's dtype.
     """
-    from refengine.conformance import diff_text as text
-    from refengine.conformance.diff import compare, diagnosed, exercised
-    from refengine.conformance.recompute import Recomputation
-    from refengine.conformance.trace import load
+    from refengine.conformance.traces import load, text
+    from refengine.conformance.traces.diff import compare, diagnosed, exercised
+    from refengine.conformance.traces.recompute import Recomputation
 
     if (other is None) == (against is None):
         raise click.UsageError("give another trace, or --against MODEL.")

@@ -55,7 +55,7 @@ def trace(output, prompts, ids, cut, steps, source, **how):
         made = of_transformers(prompts, ids, cut, steps, source == SOURCES[1], **how)
     else:
         from refengine import __version__
-        from refengine.conformance.record import record
+        from refengine.conformance.traces.record import record
 
         engine = options.load(tp=1, ep=1, pp=1, timeout=20.0, **how)
         rows = [engine.ids(options.checked_text(text)) for text in prompts]
@@ -79,7 +79,7 @@ def of_transformers(prompts, ids, cut, steps, clamp: bool, model: str, dtype: st
     """Return the trace of transformers' own model."""
     from refengine.checkpoint import Checkpoint
     from refengine.conformance.fingerprint import fingerprint
-    from refengine.conformance.hooks import trace_of_transformers
+    from refengine.conformance.traces.hooks import trace_of_transformers
     from refengine.text.tokenizer import Tokenizer
 
     checkpoint = Checkpoint.open(model)

@@ -38,8 +38,8 @@ def vectors():
 @options.debug
 def write(directory, ops, cases, seed, as_json):
     """Write the shipped vectors into DIRECTORY, and --cases N more of each operation, drawn from --seed."""
-    from refengine.conformance.vectors_files import SHIPPED, manifest, selected
-    from refengine.conformance.vectors_files import write as write_set
+    from refengine.conformance.vectors.files import SHIPPED, manifest, selected
+    from refengine.conformance.vectors.files import write as write_set
 
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is not a directory")
@@ -56,9 +56,9 @@ def write(directory, ops, cases, seed, as_json):
 
 def _all(chosen: list[dict], cases: int, seed: int):
     """Yield the chosen cases of the shipped set, and `cases` new ones of each of their operations."""
-    from refengine.conformance.vectors_files import shipped_vector
-    from refengine.conformance.vectors_make import PLANS, drawn
-    from refengine.conformance.vectors_text import SAMPLINGS, sampling
+    from refengine.conformance.vectors.files import shipped_vector
+    from refengine.conformance.vectors.make import PLANS, drawn
+    from refengine.conformance.vectors.text import SAMPLINGS, sampling
     from refengine.progress import progress
 
     operations = list(dict.fromkeys(e["operation"] for e in chosen))
@@ -86,10 +86,10 @@ def _all(chosen: list[dict], cases: int, seed: int):
 def compute(directory, outputs, ops, backend, dtype):
     """Write to DIR2 the outputs that a backend computes for the vectors in DIRECTORY, as float64."""
     from refengine.backend import make
-    from refengine.conformance.vectors_files import save
-    from refengine.conformance.vectors_files import vectors as read_set
-    from refengine.conformance.vectors_replay import REPLAY, replay
-    from refengine.conformance.vectors_text import HOST, write_answers
+    from refengine.conformance.vectors.files import save
+    from refengine.conformance.vectors.files import vectors as read_set
+    from refengine.conformance.vectors.replay import REPLAY, replay
+    from refengine.conformance.vectors.text import HOST, write_answers
 
     dtype, count = "float32" if dtype == "auto" else dtype, 0
     for vector in read_set(directory, ops):
@@ -121,8 +121,8 @@ def check(directory, outputs, ops, dtype, complete, as_json):
 
     DIR2 holds files of the same names; each holds the outputs of its case by their names.
     """
-    from refengine.conformance.vectors_files import check_outputs
-    from refengine.conformance.vectors_text import judge_text_file
+    from refengine.conformance.vectors.files import check_outputs
+    from refengine.conformance.vectors.text import judge_text_file
 
     dtype = "float32" if dtype == "auto" else dtype
     rows = check_outputs(directory, outputs, ops, dtype, judge_text_file)

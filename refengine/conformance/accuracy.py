@@ -18,8 +18,8 @@ from refengine.conformance import witness
 from refengine.conformance.cases import Case
 from refengine.conformance.truth import truth
 from refengine.conformance.vectors import CLOSE, Vector, eps, kept, spread
-from refengine.conformance.vectors_make import PLANS, make
-from refengine.conformance.vectors_replay import REPLAY, replay
+from refengine.conformance.vectors.make import PLANS, make
+from refengine.conformance.vectors.replay import REPLAY, replay
 from refengine.spec.arrays import DTYPES
 from refengine.spec.config import InputError
 from refengine.spec.model import Model

@@ -11,8 +11,8 @@ import numpy as np
 from refengine.conformance.candidate import Bench
 from refengine.conformance.checks import Check
 from refengine.conformance.mistakes import MISTAKES
+from refengine.conformance.traces.watch import VERB_OF
 from refengine.conformance.vectors import eps
-from refengine.conformance.watch import VERB_OF
 from refengine.spec.config import Config
 from refengine.spec.ops import numpy_backend
 

@@ -17,20 +17,21 @@ from typing import Any
 
 import numpy as np
 
-from refengine.conformance import (  # noqa: F401  (they fill CHECKS)  # noqa: F401
-    laws,
-    layers,
-    models,
-    operations,
-    operations_attention,
-    operations_experts,
-    operations_mamba,
-    texts,
-)
 from refengine.conformance.candidate import VERBS, Bench, Wrong
 from refengine.conformance.cases import MEASURED, Case
 from refengine.conformance.causes import causes
-from refengine.conformance.checks import CHECKS, Check
+from refengine.conformance.checks import (  # noqa: F401  (they fill CHECKS)
+    CHECKS,
+    Check,
+    attention,
+    experts,
+    laws,
+    layers,
+    mamba,
+    models,
+    operations,
+    texts,
+)
 from refengine.conformance.vectors import Row as Recorded
 from refengine.conformance.vectors import check_vector, eps
 from refengine.spec.config import InputError
@@ -216,7 +217,7 @@ def by_vectors(result: Result, backend: Bench, errors: list) -> None:
 
 def recorded(operation: str) -> list:
     """Return the shipped vectors of an operation of the report."""
-    from refengine.conformance.vectors_files import shipped
+    from refengine.conformance.vectors.files import shipped
 
     name = operation if operation in VERBS else operation.replace("-", " ")
     return [v for v in shipped() if RECORDED_AS.get(v.operation, v.operation) == name]
@@ -225,7 +226,7 @@ def recorded(operation: str) -> list:
 def text_row(vector, backend: Bench) -> Recorded:
     """Return the row of a recorded case of sampling, tokenizer or chat, by the candidate's functions."""
     from refengine.conformance.vectors import judge, worst_of
-    from refengine.conformance.vectors_text import answer, choose, judge_texts
+    from refengine.conformance.vectors.text import answer, choose, judge_texts
 
     if vector.operation == "sample":
         if backend.functions.keys() & {"probabilities", "draw"}:

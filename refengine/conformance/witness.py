@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from refengine.conformance.vectors import Vector
-from refengine.conformance.vectors_replay import MIXER_OF
+from refengine.conformance.vectors.replay import MIXER_OF
 from refengine.spec.arrays import widen
 from refengine.spec.config import Config, InputError
 from refengine.spec.tensors import table

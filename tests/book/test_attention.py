@@ -4,8 +4,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refengine.conformance import layers, operations_attention
 from refengine.conformance.cases import agree, cut
+from refengine.conformance.checks import attention as operations_attention
+from refengine.conformance.checks import layers
 from refengine.conformance.strategies import CUTS, cases
 from refengine.spec.attention import attention, attention_in_blocks
 from refengine.spec.ops import numpy_backend

@@ -1,6 +1,6 @@
 """The causal convolution: each channel is the sum over its last K values, then SiLU on all of x, B and C."""
 
-from refengine.conformance import operations_mamba
+from refengine.conformance.checks import mamba as operations_mamba
 from tests.support.checks import test_of
 
 test_the_last_tap_meets_the_current_token_and_silu_follows = test_of(

@@ -1,6 +1,7 @@
 """The experts: two matrices each, relu^2 between them; in the latent width where there is one."""
 
-from refengine.conformance import layers, operations_experts
+from refengine.conformance.checks import experts as operations_experts
+from refengine.conformance.checks import layers
 from tests.support.checks import test_of
 
 test_the_routed_experts_are_a_weighted_sum = test_of(operations_experts.the_routed_experts_are_a_weighted_sum)

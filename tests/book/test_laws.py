@@ -1,6 +1,6 @@
 """Laws of the whole model: no answer depends on how a sequence was cut, or on who shared its batch."""
 
-from refengine.conformance import laws, models
+from refengine.conformance.checks import laws, models
 from tests.support.checks import test_of
 
 test_stopping_and_resuming_changes_nothing = test_of(laws.stopping_and_resuming_changes_nothing)

@@ -1,6 +1,6 @@
 """The prediction head. Its witness is the fact sheet read literally: transformers leaves the head out."""
 
-from refengine.conformance import models
+from refengine.conformance.checks import models
 from tests.support.checks import test_of
 
 test_the_head_in_pieces_is_what_the_fact_sheet_says = test_of(

@@ -1,6 +1,6 @@
 """The two norms."""
 
-from refengine.conformance import operations
+from refengine.conformance.checks import operations
 from tests.support.checks import test_of
 
 test_a_norm_adds_then_divides_by_the_root_mean_square_and_multiplies_by_plain_w = test_of(

@@ -1,6 +1,6 @@
 """Lookups and matrix products: the embedding, linear layers, dense layers, logits."""
 
-from refengine.conformance import operations
+from refengine.conformance.checks import operations
 from tests.support.checks import test_of
 
 test_an_embedding_is_a_row_of_the_table = test_of(operations.an_embedding_is_a_row_of_the_table)

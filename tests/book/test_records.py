@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refengine.conformance import laws, models
-from refengine.conformance.laws import Recorded
+from refengine.conformance.checks import laws, models
+from refengine.conformance.checks.laws import Recorded
 from refengine.conformance.strategies import cases
 from tests.support.checks import test_of
 

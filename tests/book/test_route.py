@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from refengine.conformance import operations_experts
 from refengine.conformance.cases import Case
+from refengine.conformance.checks import experts as operations_experts
 from refengine.conformance.truth import Truth, router_margin
 from tests.support.checks import test_of
 

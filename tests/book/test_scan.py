@@ -1,6 +1,7 @@
 """The scan: the recurrence, the chunked theorem, and a reading of the equation that is neither."""
 
-from refengine.conformance import layers, operations_mamba
+from refengine.conformance.checks import layers
+from refengine.conformance.checks import mamba as operations_mamba
 from tests.support.checks import test_of
 
 test_the_scan_is_what_the_equation_says = test_of(operations_mamba.the_scan_is_what_the_equation_says)

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refengine.conformance import laws
+from refengine.conformance.checks import laws
 from refengine.conformance.strategies import cases
 from refengine.spec.state import new_state
 from tests.support.checks import test_of

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from refengine.conformance import texts
 from refengine.conformance.candidate import numpy_bench
+from refengine.conformance.checks import texts
 from tests.support.checks import test_of
 
 BENCH = numpy_bench("float32")  # no backend has a part in these

@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from refengine.conformance import vectors_files
 from refengine.conformance.vectors import check, judge_output, worst_of
-from refengine.conformance.vectors_files import SHIPPED, manifest, shipped
-from refengine.conformance.vectors_replay import REPLAY
-from refengine.conformance.vectors_text import check_host
+from refengine.conformance.vectors import files as vectors_files
+from refengine.conformance.vectors.files import SHIPPED, manifest, shipped
+from refengine.conformance.vectors.replay import REPLAY
+from refengine.conformance.vectors.text import check_host
 from tests.support.vectors import Vector
 from tests.support.vectors import replay as judged
 

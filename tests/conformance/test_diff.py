@@ -11,10 +11,10 @@ from refengine.checkpoint import Checkpoint
 from refengine.checkpoint.random_values import random_values
 from refengine.checkpoint.write import write
 from refengine.conformance.cases import Case
-from refengine.conformance.diff import compare, diagnose, exercised
 from refengine.conformance.mistakes import named
-from refengine.conformance.recompute import Recomputation
-from refengine.conformance.trace import load
+from refengine.conformance.traces import load
+from refengine.conformance.traces.diff import compare, diagnose, exercised
+from refengine.conformance.traces.recompute import Recomputation
 from refengine.spec.config import InputError
 from refengine.spec.ops import numpy_backend
 from tests.support.checkpoints import random_checkpoint
@@ -118,7 +118,7 @@ def read_of(case):
 @pytest.mark.parametrize("form", [lambda trace: trace, outside], ids=["whole", "outside"])
 def test_a_near_tie_of_the_router_is_no_error(form):
     """The engine took the other of two equal experts; and where it took a third one, that is an error."""
-    from refengine.conformance.record import record
+    from refengine.conformance.traces.record import record
     from refengine.spec.model import Model
     from refengine.spec.moe import Routing
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from refengine.conformance.cases import Case
-from refengine.conformance.diff import CAUSES, diagnose
 from refengine.conformance.mistakes import MISTAKES, named
-from refengine.conformance.record import record
+from refengine.conformance.traces.diff import CAUSES, diagnose
+from refengine.conformance.traces.record import record
 from refengine.spec.model import Model
 from refengine.spec.ops import numpy_backend
 from tests.support.traces import Planted, clean, outside

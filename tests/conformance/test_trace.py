@@ -10,11 +10,11 @@ from refengine.checkpoint import Checkpoint
 from refengine.checkpoint.random_values import random_values
 from refengine.checkpoint.write import write
 from refengine.conformance.cases import Case
-from refengine.conformance.diff import diagnose
 from refengine.conformance.fingerprint import fingerprint
-from refengine.conformance.record import record
-from refengine.conformance.trace import load, packed
-from refengine.conformance.watch import STEPS
+from refengine.conformance.traces import load, packed
+from refengine.conformance.traces.diff import diagnose
+from refengine.conformance.traces.record import record
+from refengine.conformance.traces.watch import STEPS
 from refengine.spec.config import InputError
 from refengine.spec.model import Model
 from refengine.spec.ops import numpy_backend

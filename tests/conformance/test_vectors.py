@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from refengine.cli.vectors import vectors
-from refengine.conformance import vectors_files
 from refengine.conformance.vectors import check_vector
-from refengine.conformance.vectors_files import SHIPPED, manifest
-from refengine.conformance.vectors_make import PLANS, drawn
+from refengine.conformance.vectors import files as vectors_files
+from refengine.conformance.vectors.files import SHIPPED, manifest
+from refengine.conformance.vectors.make import PLANS, drawn
 from refengine.spec.config import InputError
 from refengine.spec.ops import numpy_backend
 

@@ -3,8 +3,8 @@
 from functools import partial
 
 import refengine.spec.keys
-from refengine.conformance import wrong_layers
 from refengine.conformance.cases import Case
+from refengine.conformance.mistakes import layers as wrong_layers
 from refengine.conformance.mistakes import named
 from refengine.spec.config import InputError
 from refengine.spec.ops import DEFINITION

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refengine.conformance.cases import CUTS, agree, terms
-from refengine.conformance.readings import head as read_off
+from refengine.conformance.checks.readings import head as read_off
 from refengine.conformance.truth import counted, truth
 from refengine.spec.layout import Layout
 from refengine.spec.numerics import tolerance

@@ -9,8 +9,8 @@ import numpy as np
 import refengine.spec.mixers
 from refengine.conformance.cases import Case
 from refengine.conformance.mistakes import Mistake
-from refengine.conformance.record import record
-from refengine.conformance.trace import Trace
+from refengine.conformance.traces import Trace
+from refengine.conformance.traces.record import record
 from refengine.spec.config import Config
 from refengine.spec.model import Model
 from refengine.spec.ops import numpy_backend

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from refengine.conformance.vectors import Vector as Case
 from refengine.conformance.vectors import judge_output
-from refengine.conformance.vectors_files import shipped_vector
-from refengine.conformance.vectors_replay import replay as answers_of
+from refengine.conformance.vectors.files import shipped_vector
+from refengine.conformance.vectors.replay import replay as answers_of
 
 
 def Vector(name: str) -> Case:

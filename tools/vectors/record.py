@@ -15,11 +15,12 @@ from dataclasses import replace
 import click
 import numpy as np
 
-from refengine.conformance import vectors_files, witness
+from refengine.conformance import witness
 from refengine.conformance.vectors import Vector, judge_output
-from refengine.conformance.vectors_packed import packed_cases
-from refengine.conformance.vectors_shipped import all_cases
-from refengine.conformance.vectors_text import samplings, texts
+from refengine.conformance.vectors import files as vectors_files
+from refengine.conformance.vectors.packed import packed_cases
+from refengine.conformance.vectors.shipped import all_cases
+from refengine.conformance.vectors.text import samplings, texts
 from refengine.spec.config import InputError
 
 ONCE = ("model/plain", "model/limited", "model/every-expert")  # recorded at once only, to keep the set small

@@ -10,7 +10,7 @@ import numpy as np
 
 from refengine.conformance.cases import Case
 from refengine.conformance.vectors import Vector
-from refengine.conformance.vectors_make import MARGIN, make
+from refengine.conformance.vectors.make import MARGIN, make
 
 SMALL = Case(layers="M", seed=11, length=9, n_groups=2, heads_per_group=3, chunk_size=5)
 SHORT = replace(SMALL, length=3)

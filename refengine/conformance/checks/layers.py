@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from refengine.conformance import readings
 from refengine.conformance.cases import Case, agree
-from refengine.conformance.checks import check, drawing
-from refengine.conformance.operations_attention import attention_size
-from refengine.conformance.operations_experts import hiddens, lead
+from refengine.conformance.checks import check, drawing, readings
+from refengine.conformance.checks.attention import attention_size
+from refengine.conformance.checks.experts import hiddens, lead
 from refengine.spec.mixers import MIXERS
 
 

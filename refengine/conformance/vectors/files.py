@@ -20,7 +20,7 @@ from refengine.spec.config import InputError
 from refengine.untrusted import read_json, shown
 
 FORMAT = "refengine vectors 1"
-SHIPPED = Path(__file__).parent / "data" / "vectors"
+SHIPPED = Path(__file__).parents[1] / "data" / "vectors"
 ALIGN = 64  # bytes; the data of a file begins on such a border
 KINDS = DTYPES | {
     name: np.dtype(f"<{name[0].lower()}{int(name[1:]) // 8}") for name in ("I64", "I32", "I16", "I8")

@@ -12,7 +12,7 @@ import numpy as np
 
 import refengine
 from refengine.conformance.vectors import Output, Row, Vector, judge, worst_of
-from refengine.conformance.vectors_packed import convert
+from refengine.conformance.vectors.packed import convert
 from refengine.spec.chat import chat
 from refengine.spec.config import InputError
 from refengine.spec.sample import Sampling, draw, probabilities
@@ -250,7 +250,7 @@ HOST: dict[str, Callable[[Vector], dict[str, np.ndarray]]] = {
 
 def check_host() -> list[Row]:
     """Return a row for each shipped case of sampling, packed weights, tokenizer and chat, computed here."""
-    from refengine.conformance.vectors_files import shipped
+    from refengine.conformance.vectors.files import shipped
 
     rows = []
     for vector in shipped():

@@ -12,7 +12,7 @@ import refengine
 from refengine.conformance.cases import Case, terms
 from refengine.conformance.truth import router_margin
 from refengine.conformance.vectors import Output, Vector
-from refengine.conformance.vectors_replay import MIXER_OF, replay
+from refengine.conformance.vectors.replay import MIXER_OF, replay
 from refengine.spec.arrays import heads
 from refengine.spec.config import Config
 from refengine.spec.norm import rms

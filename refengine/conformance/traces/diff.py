@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from refengine.conformance.mistakes import MISTAKES, Mistake
-from refengine.conformance.recompute import Found, Recomputation, Unit, margin, roundoff
-from refengine.conformance.trace import Trace
+from refengine.conformance.traces import Trace
+from refengine.conformance.traces.recompute import Found, Recomputation, Unit, margin, roundoff
 from refengine.spec.config import Config, InputError
 
 LIMIT = 8.0  # roundings
@@ -290,7 +290,7 @@ def compare(a: Trace, b: Trace) -> list[Step]:
 
 def order(name: str) -> tuple:
     """Return a key by which names of arrays sort in the order of the computation."""
-    from refengine.conformance.watch import STEPS
+    from refengine.conformance.traces.watch import STEPS
 
     steps = ["input", *dict.fromkeys(step for kind in STEPS.values() for step in kind)]
     block, _, step = name.replace(".router.", ".router").rpartition(".")

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from refengine.conformance import readings
 from refengine.conformance.cases import agree
-from refengine.conformance.checks import check, drawing, expect, one_of
+from refengine.conformance.checks import check, drawing, expect, one_of, readings
 from refengine.spec.numerics import wide
 
 

@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from refengine.conformance import readings
 from refengine.conformance.cases import Case, agree, cut, terms
-from refengine.conformance.checks import check, expect
-from refengine.conformance.laws import ALL, whole
+from refengine.conformance.checks import check, expect, readings
+from refengine.conformance.checks.laws import ALL, whole
 from refengine.conformance.truth import agree_with_truth, counted, model, same_states, truth
 from refengine.spec import mtp
 from refengine.spec.model import Model

@@ -16,9 +16,9 @@ import ml_dtypes
 import numpy as np
 
 from refengine.conformance.mistakes import Mistake
-from refengine.conformance.trace import Trace, packed, pieces, real_positions, sizes, state_sizes
+from refengine.conformance.traces import Trace, packed, pieces, real_positions, sizes, state_sizes
+from refengine.conformance.traces.watch import watched_ops
 from refengine.conformance.truth import lead
-from refengine.conformance.watch import watched_ops
 from refengine.spec.arrays import DTYPES, Weight, widen
 from refengine.spec.config import Config, InputError
 from refengine.spec.mixers import MIXERS

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from refengine.conformance.wrong_mamba import bfloat16
+from refengine.conformance.mistakes.mamba import bfloat16
 from refengine.spec.arrays import widen
 from refengine.spec.moe import Routing, largest, only_best_groups
 from refengine.spec.norm import rms

@@ -2,7 +2,7 @@
 
 A set is a directory: `manifest.json`, and a safetensors or JSON file for each case (docs/vectors.md). This
 module holds one case in memory, judges outputs against it, and checks a backend against a set; sets are read
-and written by `refengine.conformance.vectors_files`.
+and written by `refengine.conformance.vectors.files`.
 """
 
 from __future__ import annotations
@@ -203,8 +203,8 @@ def check(backend: Backend, dtype="float32", names: Iterable[str] | None = None)
     dtype: of the backend's activations. A case that the backend cannot compute has the error infinity, and
     the exception as its note. Texts and sampling do not depend on a backend: `vectors_text.check_host`.
     """
-    from refengine.conformance.vectors_files import shipped
-    from refengine.conformance.vectors_replay import REPLAY
+    from refengine.conformance.vectors.files import shipped
+    from refengine.conformance.vectors.replay import REPLAY
 
     rows = []
     for vector in shipped(names):
@@ -215,7 +215,7 @@ def check(backend: Backend, dtype="float32", names: Iterable[str] | None = None)
 
 def check_vector(vector: Vector, backend: Backend, dtype="float32") -> Row:
     """Return the row of one case."""
-    from refengine.conformance.vectors_replay import replay
+    from refengine.conformance.vectors.replay import replay
 
     try:
         return worst_of(judge(vector, replay(vector, backend, dtype), dtype))

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from refengine.conformance import wrong_layers as wrong
-from refengine.conformance import wrong_mamba as bad
-from refengine.conformance.watch import VERB_OF
+from refengine.conformance.mistakes import layers as wrong
+from refengine.conformance.mistakes import mamba as bad
+from refengine.conformance.traces.watch import VERB_OF
 from refengine.spec.config import Config
 from refengine.spec.model import Model
 from refengine.spec.numerics import sigmoid, silu

@@ -6,10 +6,9 @@ import math
 
 import numpy as np
 
-from refengine.conformance import readings
 from refengine.conformance.cases import Case, agree, cut
-from refengine.conformance.checks import check, drawing, expect, one_of
-from refengine.conformance.readings import NO_LIMIT
+from refengine.conformance.checks import check, drawing, expect, one_of, readings
+from refengine.conformance.checks.readings import NO_LIMIT
 
 
 def convolved(backend, case: Case, x, tail, n=None):

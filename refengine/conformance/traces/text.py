@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from refengine.conformance.diff import LIMIT, Finding, Step
 from refengine.conformance.mistakes import Mistake
-from refengine.conformance.trace import Trace
+from refengine.conformance.traces import Trace
+from refengine.conformance.traces.diff import LIMIT, Finding, Step
 
 KINDS = {"M": "Mamba", "*": "attention", "E": "experts", "-": "MLP", "outer": "", "mtp": "head"}
 WIDTH = 32  # columns of a bar; each factor of ten beyond one rounding is 4 of them

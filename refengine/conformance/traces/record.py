@@ -8,8 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from refengine.conformance.trace import Trace, packed
-from refengine.conformance.watch import On, watched
+from refengine.conformance.traces import Trace, packed
+from refengine.conformance.traces.watch import On, watched
 from refengine.spec import mtp
 from refengine.spec.model import Model
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from refengine.conformance import readings
 from refengine.conformance.cases import Case, agree
-from refengine.conformance.checks import check, drawing, expect, one_of
+from refengine.conformance.checks import check, drawing, expect, one_of, readings
 from refengine.conformance.truth import router_margin
 from refengine.spec.moe import Routing
 from refengine.spec.numerics import tolerance, wide

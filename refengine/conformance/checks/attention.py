@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from refengine.conformance import readings
 from refengine.conformance.cases import Case, agree, cut
-from refengine.conformance.checks import check, drawing, expect
+from refengine.conformance.checks import check, drawing, expect, readings
 
 
 def attention_inputs(backend, case: Case) -> list[np.ndarray]:

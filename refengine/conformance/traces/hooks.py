@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from refengine.conformance.trace import Trace
+from refengine.conformance.traces import Trace
 from refengine.spec.arrays import DTYPES
 from refengine.spec.config import Config, InputError
 
