@@ -28,8 +28,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-
+from refengine.spec.arrays import Weight
 from refengine.spec.config import Config
 from refengine.spec.layout import span, unit
 from refengine.spec.model import Model
@@ -61,7 +60,7 @@ class Comm(Protocol):
         """Return the array that `source` sent, in the library and on the device of `like`."""
 
 
-def part(cfg: Config, read: Callable[[str], np.ndarray], backend: Backend, shard: Shard, comm: Comm) -> Model:
+def part(cfg: Config, read: Callable[[str], Weight], backend: Backend, shard: Shard, comm: Comm) -> Model:
     """Return the model of one rank; read(name) returns a whole tensor (or memory map) in the file's dtype."""
 
     def place(group: Group):

@@ -12,8 +12,6 @@ import time
 from collections import Counter
 from dataclasses import replace
 
-import numpy as np
-
 from refengine import backend as backends
 from refengine.checkpoint import Checkpoint
 from refengine.engine import Engine, limit_threads
@@ -25,7 +23,7 @@ from refengine.ranks.comm.connect import connect
 from refengine.ranks.launcher import Launch, launched
 from refengine.ranks.runner import RankRunner
 from refengine.spec import ranks
-from refengine.spec.arrays import DTYPES
+from refengine.spec.arrays import DTYPES, Weight
 from refengine.spec.config import Config, InputError
 from refengine.spec.layout import Layout, plan
 from refengine.spec.ops import Backend
@@ -79,7 +77,7 @@ def load(
     checkpoint = checkpoint.placed_on(chosen.name, chosen.packed)
     with progress("loading", len(mine), "tensor", silent=comm.rank > 0) as bar:
 
-        def read(name: str) -> np.ndarray:
+        def read(name: str) -> Weight:
             bar.update()
             comm.at_work()
             return checkpoint.read(name)

@@ -218,7 +218,8 @@ class RankRunner(LocalRunner):
     def part_of_verify(self, slots: list[int], ids: list[list[int]]) -> list[np.ndarray]:
         """Return the logits [tokens v] of each sequence; this rank records those it has."""
         mine, width = self.seat(slots, []), max(map(len, ids))
-        logits, records = self.record(*_padded(slots, ids, [], mine), width)
+        own_slots, own_rows, new = _padded(slots, ids, [], mine)
+        logits, records = self.record(own_slots, own_rows, new, width)
         self.slots.drop([-1])
         self.recorded = list(slots), [len(row) for row in ids], (mine, records)
         sizes = self.seats.sizes[:1] if self.seats.repeated else self.seats.sizes
@@ -309,7 +310,9 @@ class RankRunner(LocalRunner):
         return np.empty((*shape, self.whole.vocab_size), np.float32)
 
 
-def _padded(slots: list[int], rows: list[list[int]], fresh: list[int], mine: list[int]) -> tuple:
+def _padded(
+    slots: list[int], rows: list[list[int]], fresh: list[int], mine: list[int]
+) -> tuple[list[int], list[list[int]], list[int]]:
     """Return the slots, rows and fresh slots of one rank's sequences.
 
     Without one it has a row of padding in slot -1, because a rank must take part in every exchange.
