@@ -94,9 +94,15 @@ class Bench(Backend):
             raise AssertionError(f"{what}: {a.dtype}, where {' or '.join(sorted(map(str, due)))} is due")
         return a
 
-    def weights(self, cfg, read, block: str = "layers.0") -> dict[str, Any]:
-        """Return the placed weights of one mixer; `read(name)` is a tensor in the file's dtype."""
+    def weights(self, cfg, read, block: str = "layers.0", experts: range | None = None) -> dict[str, Any]:
+        """Return the placed weights of one mixer; `read(name)` is a tensor in the file's dtype.
+
+        experts: the routed experts to place, as a rank that has no others would; None: all.
+        """
         rows = [row for row in table(cfg) if row.block == block and row.key.startswith("mixer.")]
+        if experts is not None:
+            routed = [row for row in rows if row.role == "routed_expert"]
+            rows = [row for row in rows if row not in routed or int(row.key.split(".")[2]) in experts]
         weights = placed(rows, lambda group: self.place(group, [read(row.name) for row in group.rows]))
         return weights[block]["mixer"]
 

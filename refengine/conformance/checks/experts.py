@@ -7,6 +7,7 @@ import numpy as np
 from refengine.conformance.cases import Case, agree
 from refengine.conformance.checks import check, drawing, expect, one_of, readings
 from refengine.conformance.truth import router_margin
+from refengine.spec.layout import span
 from refengine.spec.moe import Routing
 from refengine.spec.numerics import tolerance, wide
 
@@ -91,18 +92,37 @@ def experts_that_all_score_nothing_weigh_nothing(backend, case):
         expect(not any(weights.values()), f"weights {list(weights.values())}, where every score is 0")
 
 
-@check("experts", drawing("E"), uses=("experts", "route"))
-def the_routed_experts_are_a_weighted_sum(backend, case):
-    """Check the sum over chosen experts, by the routing that the backend itself made."""
+def weighted_sums(backend, case: Case, among: range) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the backend with these experts adds up, and what is right by its own routing: b l x each."""
     h, c = hiddens(backend, case), case.cfg
     u = backend.exact(case.normal(1, case.batch, case.length, c.expert_width))
     w = backend.weights(c, case.read)
     routing = backend.ops.route(backend.give(h), w["gate.weight"], w["gate.e_score_correction_bias"], c)
     kept = Routing(*(backend.fetch(a).reshape(*h.shape[:2], -1) for a in routing))
-    y = backend.result(backend.ops.experts(backend.give(u), w["experts"], routing))
+    part = backend.weights(c, case.read, experts=among)["experts"]
+    y = backend.result(backend.ops.experts(backend.give(u), part, routing, among.start))
     expected = np.zeros_like(u)
     for b, t, k in np.ndindex(kept.expert.shape):
-        e = int(kept.expert[b, t, k])
-        up, down = (case.exact(f"experts.{e}.{which}_proj.weight") for which in ("up", "down"))
-        expected[b, t] += float(kept.weight[b, t, k]) * readings.mlp(u[b, t], up, down)
-    agree(y, expected, backend.dtype, c.expert_width + c.num_experts_per_tok * c.moe_intermediate_size)
+        if (e := int(kept.expert[b, t, k])) in among:
+            up, down = (case.exact(f"experts.{e}.{which}_proj.weight") for which in ("up", "down"))
+            expected[b, t] += float(kept.weight[b, t, k]) * readings.mlp(u[b, t], up, down)
+    return y, expected
+
+
+def terms_of(case: Case) -> int:
+    """Return how many products one number of the experts' sum is made of."""
+    return case.cfg.expert_width + case.cfg.num_experts_per_tok * case.cfg.moe_intermediate_size
+
+
+@check("experts", drawing("E"), uses=("experts", "route"))
+def the_routed_experts_are_a_weighted_sum(backend, case):
+    """Check the sum over chosen experts, by the routing that the backend itself made."""
+    y, expected = weighted_sums(backend, case, range(case.cfg.n_routed_experts))
+    agree(y, expected, backend.dtype, terms_of(case))
+
+
+@check("experts", one_of(drawing("E"), at=(0, 1, 2), parts=(2, 3)), uses=("experts", "route"))
+def experts_of_a_part_leave_out_all_others(backend, case, at, parts):
+    """Check a rank's share: choices of experts before its first and after its last add nothing."""
+    y, expected = weighted_sums(backend, case, span(case.cfg.n_routed_experts, parts, at % parts))
+    agree(y, expected, backend.dtype, terms_of(case))
