@@ -93,7 +93,7 @@ def experts_that_all_score_nothing_weigh_nothing(backend, case):
 
 
 def weighted_sums(backend, case: Case, among: range) -> tuple[np.ndarray, np.ndarray]:
-    """Return what the backend with these experts adds up, and what is right by its own routing: b l x each."""
+    """Return what a backend with these experts adds up, and what is right by its own routing: b l x each."""
     h, c = hiddens(backend, case), case.cfg
     u = backend.exact(case.normal(1, case.batch, case.length, c.expert_width))
     w = backend.weights(c, case.read)
