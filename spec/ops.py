@@ -2,9 +2,9 @@
 
 `Ops` is a set of verbs, cut where the published fused kernels cut, so that speed never has to cross a
 seam. A backend is a set of its own functions under the same names. `DEFINITION` binds every verb to its
-clearest form; `REFERENCE` replaces three of them, the scan, the attention and the experts, by the theorems
-of their chapters, and is the NumPy backend. Between verbs the model uses only +, indexing and .reshape,
-which every array library has, and reads no value on the host.
+clearest form; `REFERENCE` replaces the scan, the attention and the experts by the theorems of their chapters,
+and the products by those that widen a large matrix in strips of rows; it is the NumPy backend. Between verbs
+the model uses only +, indexing and .reshape, which every array library has, and reads no value on the host.
 
 Arguments come as data, weights, state, constants; results as the value, then the next state. `lengths[b]` is
 the number of real positions of each row of the batch, or None when all are.
@@ -26,10 +26,12 @@ from refengine.spec.attention import attention, attention_in_blocks
 from refengine.spec.config import Config
 from refengine.spec.conv import causal_conv
 from refengine.spec.norm import gated_rms_norm, rms_norm
-from refengine.spec.numerics import wide
+from refengine.spec.numerics import relu2, wide
 from refengine.spec.scan import ssd_scan, ssd_scan_chunked
 from refengine.spec.state import new_state
 from refengine.spec.tensors import Group
+
+STRIP = 2**22  # elements of a matrix that are widened at once: 16 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,37 @@ def linear(x: Float[Array, "*b i"], weight: Weight | tuple) -> Float[Array, "*b 
     return x @ widen(weight, x.dtype).T
 
 
-def linear_pair(x: Float[Array, "*b i"], y: Float[Array, "*b i"], weight: Weight) -> Float[Array, "*b o"]:
+def linear_in_strips(
+    x: Float[Array, "*b i"], weight: Weight | tuple, strip: int = STRIP
+) -> Float[Array, "*b o"]:
+    """Return the same product (the theorem); at most `strip` elements (or one row) are widened at once."""
+    if isinstance(weight, tuple):
+        return np.concatenate([linear_in_strips(x, part, strip) for part in weight], axis=-1)
+    rows, columns = weight.shape
+    step = max(1, strip // max(1, columns))
+    if step >= rows or (isinstance(weight, np.ndarray) and weight.dtype == x.dtype):
+        return linear(x, weight)
+    y = np.empty((*x.shape[:-1], rows), x.dtype)
+    for first in range(0, rows, step):
+        y[..., first : first + step] = linear(x, weight[first : first + step])
+    return y
+
+
+def linear_pair(
+    x: Float[Array, "*b i"], y: Float[Array, "*b i"], weight: Weight, product: Callable = linear
+) -> Float[Array, "*b o"]:
     """Return [x, y] weight': one product for two inputs end to end."""
-    return linear(np.concatenate([x, y], axis=-1), weight)
+    return product(np.concatenate([x, y], axis=-1), weight)
 
 
-def logits(hidden: Float[Array, "*b d"], lm_head: Weight) -> Float[Array, "*b v"]:
+def logits(hidden: Float[Array, "*b d"], lm_head: Weight, product: Callable = linear) -> Float[Array, "*b v"]:
     """Return a number for each token of the vocabulary, float32 or wider."""
-    return linear(hidden, lm_head).astype(wide(hidden.dtype), copy=False)
+    return product(hidden, lm_head).astype(wide(hidden.dtype), copy=False)
+
+
+def mlp_in_strips(h: Float[Array, "*b d"], up: Weight, down: Weight) -> Float[Array, "*b d"]:
+    """Return what moe.mlp returns (the theorem); both matrices are widened in strips of rows."""
+    return linear_in_strips(relu2(linear_in_strips(h, up)), down)
 
 
 def recurrence(x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit, chunk):
@@ -106,8 +131,10 @@ DEFINITION = Ops(
     all_reduce=lambda x, kind: x,
 )  # fmt: skip
 REFERENCE = replace(
-    DEFINITION, ssd_scan=ssd_scan_chunked, attention=attention_in_blocks, experts=moe.experts_grouped
-)
+    DEFINITION, ssd_scan=ssd_scan_chunked, attention=attention_in_blocks, experts=moe.experts_grouped,
+    linear=linear_in_strips, linear_pair=partial(linear_pair, product=linear_in_strips),
+    logits=partial(logits, product=linear_in_strips), mlp=mlp_in_strips,
+)  # fmt: skip
 
 
 def placed_by(backend: Backend, group: Group, values: list) -> Any:

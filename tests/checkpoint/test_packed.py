@@ -1,6 +1,7 @@
 """Packed checkpoints are read as they are, every kind in any mix, and computed with."""
 
 import json
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -11,12 +12,12 @@ from refengine.checkpoint import Checkpoint
 from refengine.conformance.cases import agree
 from refengine.spec.layout import Layout
 from refengine.spec.model import Model
-from refengine.spec.ops import numpy_backend
+from refengine.spec.ops import DEFINITION, REFERENCE, linear, linear_in_strips, mlp_in_strips, numpy_backend
 from refengine.spec.quant import Packed
 from refengine.spec.shard import Shard, cut, held, held_tensors
 from refengine.spec.tensors import table
 from tests.support.checkpoints import add, alter_json
-from tests.support.packed import CFG, all_in, mixed, packed_checkpoint, weights
+from tests.support.packed import CFG, FORMATS, all_in, mixed, packed_checkpoint, weights
 
 IDS = [3, 99, 41, 7, 100, 12, 64, 5, 3]
 CHOICES = {"mixed": mixed} | {name: all_in(name) for name in ("NVFP4", "W4A8", "FP8", "MXFP8")}
@@ -67,6 +68,55 @@ def test_packed_weights_stay_packed_when_they_are_placed(tmp_path):
     up, down = model.weights["layers.2"]["mixer"]["experts"][0]
     for weight in (up, down, model.weights["layers.0"]["mixer"]["in_proj.weight"]):
         assert isinstance(weight, Packed) and not weight.codes.flags.owndata
+
+
+def in_form(form, w):
+    """Return a matrix in a form that is widened: bfloat16, or packed."""
+    w = w.astype(ml_dtypes.bfloat16)
+    return FORMATS[form](w) if form in FORMATS else w
+
+
+@pytest.mark.parametrize("form", ["BF16", *(form for form in FORMATS if form != "W4A8")])
+@pytest.mark.parametrize("strip", [1, 200, 64 * 40, 10**6])
+def test_strips_of_a_matrix_make_the_same_product(form, strip):
+    """Exactly, where all numbers are small integers, so that no order of additions matters."""
+    rng = np.random.default_rng(strip)
+    w = 6 * rng.integers(-1, 2, (40, 64))  # exact in every form: each block has a 6 but for zeros
+    w[:, ::16] = 6
+    x, weight = rng.integers(-8, 9, (3, 2, 64)).astype(np.float32), in_form(form, w)
+    y = linear(x, weight)
+    assert np.array_equal(linear_in_strips(x, weight, strip), y) and np.array_equal(y, x @ w.T)
+    pair = linear_in_strips(x, (weight, weight), strip)
+    assert np.array_equal(pair, linear(x, (weight, weight))) and pair.dtype == x.dtype
+    assert linear_in_strips(x[:0], weight, strip).shape == (0, 2, 40)
+
+
+@pytest.mark.parametrize("form", ["BF16", *FORMATS])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_numpy_backend_computes_in_strips_what_the_definition_computes(form, dtype, monkeypatch):
+    monkeypatch.setattr(linear_in_strips, "__defaults__", (500,))
+    rng = np.random.default_rng(0)
+    up, down, pair = (in_form(form, rng.normal(size=shape)) for shape in ((96, 64), (64, 96), (32, 128)))
+    x, y = rng.normal(size=(2, 2, 3, 64)).astype(dtype)
+    for name, terms, args in (
+        ("linear", 64, (x, up)), ("mlp", 160, (x, up, down)), ("logits", 64, (x, up)),
+        ("linear_pair", 128, (x, y, pair)),
+    ):  # fmt: skip
+        found, wanted = (getattr(ops, name)(*args) for ops in (REFERENCE, DEFINITION))
+        assert found.dtype == wanted.dtype
+        agree(found, wanted, dtype, terms=terms)
+    assert REFERENCE.mlp is mlp_in_strips
+
+
+@pytest.mark.parametrize("form", ["BF16", "NVFP4", "FP8", "MXFP8"])
+def test_a_large_matrix_is_never_widened_whole(form):
+    weight = in_form(form, np.ones((2**14, 64)))
+    x, strip = np.ones((1, 1, 64), np.float32), 2**14
+    tracemalloc.start()
+    linear_in_strips(x, weight, strip)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * strip + 4 * 2**14 + 2**15, "a strip, its indices, the product; widened it takes 4 MB"
 
 
 def test_beside_packed_weights_plain_ones_stay_in_the_file_too(tmp_path):
