@@ -1,9 +1,12 @@
-"""Measure what quantizing costs the embedded model: loss, KL and top-1 against BF16, for each recipe.
+"""Measure what quantizing costs the embedded model, and what large packed files cost.
 
-    python -m tools.bench.packed [STORIES]
+    python -m tools.bench.packed [STORIES]     loss, KL and top-1 against BF16, for each recipe
+    python -m tools.bench.packed memory        peak memory of a mixed model of about 2 GB (Linux)
+    python -m tools.bench.packed opening       processor time to open the tensor lists of Nano and Super
 
 Stories are told by the generator with a seed that training does not use. KL is of the distribution after each
-token, in nats; top-1 is how often the most likely token is the same. Writes a Markdown table to stdout.
+token, in nats; top-1 is how often the most likely token is the same. The first writes a Markdown table to
+stdout. The other two write sparse files, which have true sizes and hold nothing.
 """
 
 from __future__ import annotations
@@ -11,14 +14,22 @@ from __future__ import annotations
 import random
 import sys
 import tempfile
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 import refengine
 from refengine.checkpoint import Checkpoint
-from refengine.quantize import quantize, recipe_of
+from refengine.checkpoint.write import Piece, write_pieces
+from refengine.quantize import FORMATS, quantize, recipe_of
+from refengine.quantize.write import Job
+from refengine.spec.config import Config
 from refengine.spec.sample import log_probs
+from refengine.spec.tensors import table
+from tools import releases
 from tools.tiny.stories import tell
 
 SEED = 20_261_129
@@ -70,5 +81,71 @@ def main(count: int) -> None:
         )
 
 
+def sparse(directory: Path, cfg: Config, recipe: str, shards: int = 1) -> int:
+    """Write the tensor list of a quantized model, all codes 0 and all single scales 1; return its length."""
+    chosen, out = recipe_of(recipe), []
+    for row in table(cfg):
+        job = Job(row, FORMATS.get(chosen.format_of(row, cfg)), (row,))
+        for name, dtype, shape in job.tensors(row.dtype):
+            one = None if shape or job.format is None else lambda: np.ones((), np.float32)
+            out.append(Piece(name, dtype, shape, one))
+    write_pieces(directory, cfg.to_hf(), out, shards)
+    return len(out)
+
+
+def memory(field: str) -> int:
+    """Return a size of this process in bytes, such as RssAnon, as Linux counts it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def measure_memory() -> None:
+    """Print the peak of memory while a model of Nano's sizes, with fewer layers, reads and generates.
+
+    All pages of the files are read first, so that they count in full.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        sparse(Path(folder), replace(releases.CONFIGS["nano"], layers="MEM*"), "super")
+        begin = memory("VmRSS")
+        with refengine.load(folder, backend="numpy") as engine:
+            files = engine.checkpoint.files
+            for file in files:
+                np.frombuffer(file.map, np.uint8)[::4096].max()
+            size, peak, done = sum(file.size for file in files), 0, threading.Event()
+
+            def watch() -> None:
+                nonlocal peak
+                while not done.wait(0.002):
+                    peak = max(peak, memory("RssAnon"))
+
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            engine.logits(list(range(64)))
+            for _ in range(3):
+                engine.logits([5])
+            done.set()
+            watcher.join()
+        high = memory("VmHWM")
+    print(f"files {size / 1e6:,.0f} MB; peak of the process {high / 1e6:,.0f} MB ({high / size - 1:+.1%}),")
+    print(f"of which not in the files {peak / 1e6:,.0f} MB; before the model {begin / 1e6:,.0f} MB")
+
+
+def measure_opening() -> None:
+    """Print the least processor time of three openings of Nano's and Super's tensor lists."""
+    for name, recipe, shards in (("nano", "nano", 5), ("super", "super", 17)):
+        with tempfile.TemporaryDirectory() as folder:
+            count, times = sparse(Path(folder), releases.CONFIGS[name], recipe, shards), []
+            for _ in range(3):
+                begin = time.process_time()
+                Checkpoint.open(folder).close()
+                times.append(time.process_time() - begin)
+        print(f"{name}: {count:,} tensors, {min(times):.2f} s of processor time", flush=True)
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 24)
+    if sys.argv[1:] == ["memory"]:
+        measure_memory()
+    elif sys.argv[1:] == ["opening"]:
+        measure_opening()
+    else:
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 24)
