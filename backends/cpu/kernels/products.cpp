@@ -8,12 +8,14 @@
 #include <vector>
 
 #include "numbers.h"
+#include "panels.h"
 #include "pool.h"
 #include "verbs.h"
 
-constexpr i64 STRIP = 24, WIDE_STRIP = 96;           // outputs of a piece of work, of few and of many rows
+constexpr i64 STRIP = 24;                            // outputs of a piece of work, of few rows
 constexpr i64 BLOCK = 64, DEPTH = 512;               // rows; positions of a row, a multiple of PAIR
 constexpr i64 SHARE = 128;                           // rows of a piece of work
+constexpr i64 MANY = 64;                             // rows from which products go by panels
 constexpr i64 FEW = 8;                               // rows that are multiplied over their whole depth at once
 static i64 strip_of(i64 rows) { return rows > FEW ? WIDE_STRIP : STRIP; }
 constexpr i64 AHEAD = 1280;                          // bytes: how far ahead of its use a stream is asked for
@@ -157,6 +159,33 @@ static void all_products(const T* w, i64 outs, i64 n, const float* x, i64 step, 
     });
 }
 
+// All products of rows in panels, by all threads; put(row, rows, output, outputs, sums) takes them.
+template <class T, class Put>
+static void all_panels(const T* w, i64 outs, i64 n, const float* panels, i64 rows, const Run& run, Put put) {
+    const i64 shares = (rows + PANEL_SHARE - 1) / PANEL_SHARE, each = panels_of((rows + shares - 1) / shares) * PANEL;
+    parallel(run, (outs + WIDE_STRIP - 1) / WIDE_STRIP * shares, WIDE_STRIP * n * each, [&](i64 job) {
+        const i64 first = job / shares * WIDE_STRIP, at = job % shares * each;
+        const i64 width = std::min(WIDE_STRIP, outs - first), here = std::min(each, rows - at);
+        if (here <= 0) return;
+        alignas(64) float sums[PANEL_SHARE * WIDE_STRIP];
+        panel_products(w + first * n, n, panels + at * n, here, width, sums);
+        put(at, here, first, width, sums);
+    });
+}
+
+// Rows as panels, kept until the next call.
+static const float* in_panels(const float* x, i64 rows, i64 n, const Run& run) {
+    static thread_local std::vector<float> kept;
+    float* to = aligned(kept, panels_of(rows) * PANEL * n);
+    parallel(run, panels_of(rows), n * PANEL, [=](i64 p) {
+        const float* row[PANEL];
+        const i64 here = std::min(PANEL, rows - p * PANEL);
+        for (i64 r = 0; r < here; r++) row[r] = x + (p * PANEL + r) * n;
+        into_panel(row, here, n, to + p * PANEL * n);
+    });
+    return to;
+}
+
 static inline float relu2(float v) { return v > 0 ? v * v : 0; }
 
 // A row of T's zeros beyond `width`, for inner rows that are laid out by `place`.
@@ -165,12 +194,27 @@ static void pad(float* row, i64 width) {
     for (i64 j = width / PAIR * PAIR; j < padded(width); j++) row[j] = 0;
 }
 
+// y = relu(h up')^2 down' of many rows: what is between the two products stays in panels.
+static void mlp_of_many(const Matrix& up, const Matrix& down, i64 width, i64 d, const float* h, i64 rows, float* y,
+                        const Run& run) {
+    static thread_local std::vector<float> kept;
+    float* inner = aligned(kept, panels_of(rows) * PANEL * width);
+    of_kind(up.kind, [&](auto* kind) {
+        all_panels((decltype(kind))up.at, width, d, in_panels(h, rows, d, run), rows, run, ToPanels{inner, width});
+    });
+    of_kind(down.kind, [&](auto* kind) {
+        all_panels((decltype(kind))down.at, d, width, inner, rows, run, ToRows{y, d});
+    });
+}
+
 extern "C" {
 
 // y[r][o] = x[r] . w[o]; rows of y are y_step apart
 void linear(const Matrix& w, i64 outs, i64 n, const float* x, i64 rows, float* y, i64 y_step, const Run& run) {
     of_kind(w.kind, [&](auto* kind) {
         typedef std::remove_const_t<std::remove_pointer_t<decltype(kind)>> T;
+        if (rows >= MANY && !run.steady)
+            return all_panels((const T*)w.at, outs, n, in_panels(x, rows, n, run), rows, run, ToRows{y, y_step});
         const float* laid = rows_laid_out<T>(x, rows, n, run);
         all_products((const T*)w.at, outs, n, laid, padded(n), rows, run,
                      [=](i64 r, i64 o, float v) { y[r * y_step + o] = v; });
@@ -180,6 +224,7 @@ void linear(const Matrix& w, i64 outs, i64 n, const float* x, i64 rows, float* y
 // y = relu(h up')^2 down'
 void mlp(const Matrix& up, const Matrix& down, i64 width, i64 d, const float* h, i64 rows, float* y,
          const Run& run) {
+    if (rows >= MANY && !run.steady) return mlp_of_many(up, down, width, d, h, rows, y, run);
     static thread_local std::vector<float> kept;
     of_kind(down.kind, [&](auto* kind) {
         typedef std::remove_const_t<std::remove_pointer_t<decltype(kind)>> T;
@@ -218,33 +263,64 @@ static void all_experts(const T* const* up, const T* const* down, i64 base, i64 
     if ((i64)kept.size() < hits * (step + n)) kept.resize(hits * (step + n));
     float *inner = kept.data(), *out = inner + hits * step;
     for (i64 j = 0; j < hits; j++) pad<T>(inner + j * step, width);
+    const float* given = u;
     u = rows_laid_out<T>(u, tokens, n, run);
     std::vector<const float*> row(hits);
 
     // put(hit, output, value) of each matrix [outs][ins], of the rows in `row`. Jobs: an expert's share of rows,
     // times strips of outputs.
-    struct Part { i64 expert, first, rows; };
+    // Many rows of an expert go by panels, at `panels` of the room for them.
+    struct Part { i64 expert, first, rows; bool many; i64 panels; };
     std::vector<Part> parts;
+    i64 room = 0;
     for (i64 e : hit)
-        for (i64 j = begin[e]; j < begin[e + 1]; j += SHARE)
-            parts.push_back({e, j, std::min(SHARE, begin[e + 1] - j)});
-    auto each = [&](const T* const* matrices, i64 outs, i64 ins, auto put) {
+        for (i64 j = begin[e]; j < begin[e + 1]; j += SHARE) {
+            const i64 rows = std::min(SHARE, begin[e + 1] - j);
+            parts.push_back({e, j, rows, rows >= MANY && !run.steady, room});
+            if (parts.back().many) room += panels_of(rows) * PANEL * (n + width);
+        }
+    static thread_local std::vector<float> kept_panels;
+    float* panels = room ? aligned(kept_panels, room) : nullptr;
+    auto inner_of = [=](const Part& p) { return panels + p.panels + panels_of(p.rows) * PANEL * n; };
+    auto each = [&](const T* const* matrices, i64 outs, i64 ins, auto put, auto many) {
         const i64 rows = std::max<i64>(1, hits / (i64)parts.size()), wide = strip_of(rows);
         const i64 strips = (outs + wide - 1) / wide;
         parallel(run, (i64)parts.size() * strips, wide * ins * rows, [&](i64 job) {
             const Part& p = parts[job / strips];
             const i64 first = job % strips * wide, width = std::min(wide, outs - first);
-            float sums[SHARE * WIDE_STRIP];
-            products(matrices[p.expert] + first * ins, ins, row.data() + p.first, p.rows, width, run.steady, sums);
+            const T* matrix = matrices[p.expert] + first * ins;
+            alignas(64) float sums[SHARE * WIDE_STRIP];
+            if (p.many) return many(p, matrix, first, width, sums);
+            products(matrix, ins, row.data() + p.first, p.rows, width, run.steady, sums);
             for (i64 r = 0; r < p.rows; r++)
                 for (i64 o = 0; o < width; o++) put(p.first + r, first + o, sums[r * width + o]);
         });
     };
+    if (room)
+        parallel(run, parts.size(), SHARE * n, [&](i64 i) {
+            const Part& p = parts[i];
+            for (i64 at = 0; p.many && at < p.rows; at += PANEL) {
+                const float* rows[PANEL];
+                const i64 here = std::min(PANEL, p.rows - at);
+                for (i64 r = 0; r < here; r++) rows[r] = given + token[p.first + at + r] * n;
+                into_panel(rows, here, n, panels + p.panels + at * n);
+            }
+        });
     if (hits) {
         for (i64 j = 0; j < hits; j++) row[j] = u + token[j] * np;
-        each(up, width, n, [&](i64 j, i64 o, float v) { inner[j * step + place<T>(o)] = relu2(v); });
+        each(
+            up, width, n, [&](i64 j, i64 o, float v) { inner[j * step + place<T>(o)] = relu2(v); },
+            [&](const Part& p, const T* matrix, i64 first, i64 outs, float* sums) {
+                panel_products(matrix, n, panels + p.panels, p.rows, outs, sums);
+                ToPanels{inner_of(p), width}(0, p.rows, first, outs, sums);
+            });
         for (i64 j = 0; j < hits; j++) row[j] = inner + j * step;
-        each(down, n, width, [&](i64 j, i64 o, float v) { out[j * n + o] = v; });
+        each(
+            down, n, width, [&](i64 j, i64 o, float v) { out[j * n + o] = v; },
+            [&](const Part& p, const T* matrix, i64 first, i64 outs, float* sums) {
+                panel_products(matrix, width, inner_of(p), p.rows, outs, sums);
+                ToRows{out, n}(p.first, p.rows, first, outs, sums);
+            });
     }
     // TOGETHER, in the order in which the token's experts were chosen
     parallel(run, tokens, k * n, [&](i64 t) {

@@ -1,0 +1,151 @@
+// Products of many rows. Rows lie in panels: PANEL rows side by side, [panel][n][PANEL], zeros beyond the last row. So a
+// tile of outputs and rows adds, for each position, a weight times vectors of rows; its sums stay in registers, and no
+// vector is summed across. A strip of weights is widened to float32 once for PANEL_SHARE rows, a piece at a time that stays in
+// cache.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "numbers.h"
+#include "pool.h"
+
+constexpr i64 PANEL = 2 * LANES;                     // rows of a panel
+constexpr i64 PANEL_SHARE = 256;                     // rows of a piece of work, a multiple of PANEL
+constexpr i64 WIDE_STRIP = 96;                       // outputs of a piece of work
+constexpr i64 DEEP = 336;                            // positions of a piece of weights
+
+// At least `count` floats from a multiple of 64 bytes on, kept for the next call.
+static inline float* aligned(std::vector<float>& kept, i64 count) {
+    if ((i64)kept.size() < count + 16) kept.resize(count + 16);
+    return (float*)(((uintptr_t)kept.data() + 63) & ~(uintptr_t)63);
+}
+
+static inline i64 panels_of(i64 rows) { return (rows + PANEL - 1) / PANEL; }
+
+// `count` weights as float32, in order.
+static inline void widen_to(const float* from, i64 count, float* to) { memcpy(to, from, count * sizeof(float)); }
+static inline void widen_to(const bf16* from, i64 count, float* to) { widened(&from->bits, count, to); }
+static inline void widen_to(const f16* from, i64 count, float* to) {
+    for (; count >= LANES; count -= LANES, from += LANES, to += LANES) store(to, widened_half(load<halves>(from)));
+    halves last = {};
+    memcpy(&last, from, count * sizeof(f16));
+    const vec wide = widened_half(last);
+    memcpy(to, &wide, count * sizeof(float));
+}
+
+// Rows, wherever they are, as one panel [n][PANEL].
+static inline void into_panel(const float* const* row, i64 rows, i64 n, float* to) {
+    for (i64 k = 0; k < n; k += LANES) {
+        const i64 some = std::min<i64>(LANES, n - k);
+        for (i64 r = 0; r < rows; r++) {
+            const float* from = row[r] + k;
+            float* at = to + k * PANEL + r;
+            for (i64 i = 0; i < some; i++) at[i * PANEL] = from[i];
+        }
+        for (i64 i = 0; i < some; i++)
+            for (i64 r = rows; r < PANEL; r++) to[(k + i) * PANEL + r] = 0;
+    }
+}
+
+// sums[o] += w[o] . rows for O outputs and W vectors of rows, `depth` positions deep
+template <int O, int W>
+static inline void panel_tile(const float* w, const float* rs, i64 depth, float* sums) {
+    vec acc[O][W] = {};
+#pragma GCC unroll 4
+    for (i64 k = 0; k < depth; k++, rs += PANEL) {
+        vec row[W];
+#pragma GCC unroll 2
+        for (int i = 0; i < W; i++) row[i] = load<vec>(rs + i * LANES);
+#pragma GCC unroll 12
+        for (int o = 0; o < O; o++) {
+            const vec weight = vec{} + w[o * DEEP + k];
+#pragma GCC unroll 2
+            for (int i = 0; i < W; i++) acc[o][i] = fused(weight, row[i], acc[o][i]);
+        }
+    }
+#pragma GCC unroll 12
+    for (int o = 0; o < O; o++)
+#pragma GCC unroll 2
+        for (int i = 0; i < W; i++) {
+            float* to = sums + o * PANEL + i * LANES;
+            store(to, load<vec>(to) + acc[o][i]);
+        }
+}
+
+// What is read next, asked for a little before each tile: rows of `bytes`, `step` apart.
+struct Ahead {
+    const char* row;
+    i64 step, bytes, rows, lines;  // lines of 64 bytes for each tile
+    i64 at = 0;
+    void ask() {
+        for (i64 i = 0; i < lines && rows > 0; i++, at += 64) {
+            if (at >= bytes) at = 0, row += step, rows--;
+            __builtin_prefetch(row + at, 0, 2);
+        }
+    }
+};
+
+// The same for any number of outputs.
+template <int W, int O = ROWS / W>
+static inline void panel_strip(const float* w, i64 outs, const float* rs, i64 depth, float* sums, Ahead& weights,
+                               Ahead& panel) {
+    for (; outs >= O; outs -= O, w += O * DEEP, sums += O * PANEL) {
+        weights.ask(), panel.ask();
+        panel_tile<O, W>(w, rs, depth, sums);
+    }
+    if constexpr (O > 1)
+        if (outs) panel_strip<W, O - 1>(w, outs, rs, depth, sums, weights, panel);
+}
+
+// sums [panel][outs][PANEL] of up to PANEL_SHARE rows and up to WIDE_STRIP outputs
+template <class T>
+__attribute__((noinline)) static void panel_products(const T* w, i64 n, const float* x, i64 rows, i64 outs,
+                                                     float* sums) {
+    alignas(64) float wide[WIDE_STRIP * DEEP];
+    std::fill(sums, sums + panels_of(rows) * outs * PANEL, 0.f);
+    for (i64 from = 0; from < n; from += DEEP) {
+        const i64 depth = std::min(DEEP, n - from);
+        for (i64 o = 0; o < outs; o++) widen_to(w + o * n + from, depth, wide + o * DEEP);
+        const i64 panels = panels_of(rows), after = std::min(DEEP, n - from - depth), tiles = outs / (ROWS / 2) + 1;
+        const i64 each = after * sizeof(T), lines = outs * (each / 64 + 1) / (tiles * panels) + 1;
+        Ahead weights{(const char*)(w + from + depth), n * (i64)sizeof(T), each, after > 0 ? outs : 0, lines};
+        for (i64 p = 0; p < panels; p++) {
+            const float* rs = x + (p * n + from) * PANEL;
+            float* out = sums + p * outs * PANEL;
+            const bool last = p + 1 == panels;
+            const float* next = last ? x + (from + depth) * PANEL : rs + n * PANEL;
+            const i64 size = (last ? after : depth) * PANEL * 4;
+            Ahead panel{(const char*)next, 0, size, size > 0, size / 64 / tiles + 1};
+            if (rows - p * PANEL > LANES)
+                panel_strip<2>(wide, outs, rs, depth, out, weights, panel);
+            else
+                panel_strip<1>(wide, outs, rs, depth, out, weights, panel);
+        }
+    }
+}
+
+// Where a product goes: rows of y, `step` apart.
+struct ToRows {
+    float* y;
+    i64 step;
+    void operator()(i64 at, i64 rows, i64 first, i64 outs, const float* sums) const {
+        for (i64 r = 0; r < rows; r++) {
+            const float* from = sums + r / PANEL * outs * PANEL + r % PANEL;
+            float* to = y + (at + r) * step + first;
+            for (i64 o = 0; o < outs; o++) to[o] = from[o * PANEL];
+        }
+    }
+};
+
+// Where a product goes: relu(it)^2 into panels of `width` positions.
+struct ToPanels {
+    float* y;
+    i64 width;
+    void operator()(i64 at, i64 rows, i64 first, i64 outs, const float* sums) const {
+        for (i64 p = 0; p < panels_of(rows); p++) {
+            float* to = y + ((at / PANEL + p) * width + first) * PANEL;
+            const float* from = sums + p * outs * PANEL;
+            for (i64 i = 0; i < outs * PANEL; i++) to[i] = from[i] > 0 ? from[i] * from[i] : 0;
+        }
+    }
+};
