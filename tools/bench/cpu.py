@@ -1,6 +1,8 @@
 """Measure every bar of the CPU backend in one command: paired, alternating runs, medians, and ratios.
 
     python -m tools.bench.cpu MID [--before TREE] [--gguf FILE] [--threads 2] [--rounds 5] [--long 65536]
+    python -m tools.bench.cpu --quick       a short run of every line, on the embedded model
+    python -m tools.bench.cpu --products    products of many rows beside those of NumPy and PyTorch
 
 MID: the checkpoint of `python -m tools.write.random_checkpoint mid MID`. TREE: a checkout of the commit
 before, whose torch backend is measured beside. Each engine loads once, in a process of its own, and the
@@ -63,14 +65,8 @@ class Worker:
     def __init__(self, backend: str, model: str, threads: int, tree: str | None = None):
         here = os.environ | {"OMP_NUM_THREADS": str(threads)} | ({"PYTHONPATH": tree} if tree else {})
         call = [
-            sys.executable,
-            os.path.abspath(__file__),
-            model,
-            "--worker",
-            backend,
-            "--threads",
-            str(threads),
-        ]
+            sys.executable, os.path.abspath(__file__), model, "--worker", backend, "--threads", str(threads),
+        ]  # fmt: skip
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(call, stdin=pipe, stdout=pipe, text=True, env=here, cwd=tree or ".")
 
@@ -114,10 +110,74 @@ class Load:
             process.wait()
 
 
+PRODUCTS = ((960, 1344), (1344, 960), (4096, 1344))  # outputs, inputs: those of `mid`
+ROWS = (32, 64, 128, 256, 512, 1024, 2048)
+
+
+def libraries(threads: int) -> dict[str, Callable]:
+    """Return by name the products x [r i], weight [o i] bfloat16, the same in float32 -> y [r o]."""
+    import numpy as np
+
+    from refengine.backends.cpu import cpu_backend
+
+    linear, piece = cpu_backend("bfloat16", threads).ops.linear, 1 << 20
+
+    def widened(x, w, _, product=lambda x, w: x @ w.T):
+        step = max(1, piece // w.shape[1])
+        return [product(x, w[at : at + step].astype(np.float32)) for at in range(0, len(w), step)]
+
+    found = {
+        "cpu, bf16": lambda x, w, wide: linear(x, w),
+        "cpu, f32": lambda x, w, wide: linear(x, wide),
+        "NumPy, bf16 widened": widened,
+        "NumPy, f32": lambda x, w, wide: x @ wide.T,
+    }
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return found
+    from refengine.backends.pytorch.products import Products
+
+    torch.set_num_threads(threads)
+    products, tensor = Products(torch.float32), torch.from_numpy
+    return found | {
+        "PyTorch, bf16 widened": lambda x, w, wide: products.linear(
+            tensor(x), tensor(w.view(np.int16)).view(torch.bfloat16)
+        ),
+        "PyTorch, f32": lambda x, w, wide: torch.nn.functional.linear(tensor(x), tensor(wide)),
+    }
+
+
+def products(threads: int, rounds: int) -> None:
+    """Print GFLOP/s, of the best of alternating runs, for shapes of `mid` and numbers of rows."""
+    import ml_dtypes
+    import numpy as np
+    from threadpoolctl import threadpool_limits
+
+    each = libraries(threads)
+    threadpool_limits(threads)
+    print(f"| shape | rows | {' | '.join(each)} |\n|---|---|{'---|' * len(each)}")
+    rng = np.random.default_rng(0)
+    for outs, ins in PRODUCTS:
+        w = rng.standard_normal((outs, ins)).astype(ml_dtypes.bfloat16)
+        wide = w.astype(np.float32)
+        for rows in ROWS:
+            x, least = rng.standard_normal((rows, ins)).astype(np.float32), dict.fromkeys(each, float("inf"))
+            for _ in range(rounds):
+                for name, work in each.items():
+                    began = time.perf_counter()
+                    work(x, w, wide)
+                    least[name] = min(least[name], time.perf_counter() - began)
+            speeds = [f"{2e-9 * rows * outs * ins / taken:.0f}" for taken in least.values()]
+            print(f"| {outs} x {ins} | {rows} | {' | '.join(speeds)} |", flush=True)
+
+
 def main() -> None:
     """Print the table of bars."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", default="tiny")
+    parser.add_argument("--quick", action="store_true", help="one short round of each line")
+    parser.add_argument("--products", action="store_true", help="products of many rows only")
     parser.add_argument("--before")
     parser.add_argument("--gguf")
     parser.add_argument("--threads", type=int, default=2)
@@ -129,6 +189,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         return serve(arguments)
+    if arguments.products:
+        return products(arguments.threads, 4 * arguments.rounds)
+    if arguments.quick:
+        arguments.rounds, arguments.steps, arguments.prompt, arguments.long = 1, 4, "64", 512
+    if os.path.exists(arguments.model):
+        arguments.model = os.path.abspath(arguments.model)
     threads, rounds, steps = arguments.threads, arguments.rounds, arguments.steps
     ours = Worker("cpu", arguments.model, threads)
     before = Worker("torch", arguments.model, threads, arguments.before) if arguments.before else None
@@ -144,8 +210,10 @@ def main() -> None:
         row(what, f"{tokens / found['cpu']:.1f} tokens/s{other}", bar)
         return found["cpu"]
 
-    quiet = {}
-    for length in map(int, arguments.prompt.split(",")):
+    quiet: dict = {}
+    lengths = [int(length) for length in arguments.prompt.split(",")]
+    short = lengths[0]
+    for length in lengths:
         quiet[length] = over_before(f"prefill {length}", ("prefill", length, 0, 0), length, "1.15x before")
     for batch in (1, 8):
         quiet["decode", batch] = over_before(
@@ -181,21 +249,16 @@ def main() -> None:
     row(f"{arguments.long} tokens of context", f"{long / least:.2f}x {1e3 * least:.1f} ms", "at most 1.2x")
     one = Worker("cpu", arguments.model, 1)
     with Load():
-        for what, task, size in (
-            ("decode", ("decode", 1, CONTEXT, steps), 1),
-            ("prefill 512", ("prefill", 512, 0, 0), 512),
+        for what, task, alone in (
+            ("decode", ("decode", 1, CONTEXT, steps), quiet["decode", 1]),
+            (f"prefill {short}", ("prefill", short, 0, 0), quiet[short]),
         ):
             found = paired({"all": ours, "one": one}, task, rounds)
-            alone = (
-                quiet[("decode", 1) if what == "decode" else 512]
-                if size == 1 or 512 in quiet
-                else float("nan")
-            )
             told = f"{alone / found['all']:.0%} of quiet, {found['one'] / found['all']:.2f}x one thread"
             row(f"{what}, a loop on each processor", told, "40 %, 0.9x")
     tiny = {"cpu": Worker("cpu", "tiny", threads), "numpy": Worker("numpy", "tiny", threads)}
     for what, task, bar in (
-        ("decode", ("decode", 1, CONTEXT, 200), "5x"),
+        ("decode", ("decode", 1, CONTEXT, 10 * steps), "5x"),
         ("prefill 512", ("prefill", 512, 0, 0), "3x"),
     ):
         found = paired(tiny, task, rounds)

@@ -1,4 +1,4 @@
-"""Products of few and of many rows, of odd sizes, against float64, with each kind of weight and any threads."""
+"""Products of few and many rows, at odd sizes, against float64, with each kind of weight."""
 
 import numpy as np
 import pytest
