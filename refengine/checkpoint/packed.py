@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refengine.checkpoint.names import canonical
-from refengine.checkpoint.safetensors_file import SafetensorsFile, Stored
+from refengine.checkpoint.safetensors_file import SafetensorsFile, Stored, without_collection
 from refengine.spec.arrays import DTYPES
 from refengine.spec.config import InputError
 from refengine.spec.quant import Packed
@@ -148,15 +148,19 @@ def _wrong(at: Stored, what: str) -> InputError:
 def with_packed(found: dict[str, Any], directory: Path) -> dict[str, Any]:
     """Return the tensors of the files by name, those of each packed weight as one."""
     _refuse_tools(found, directory)
+    with without_collection():
+        return _with_packed(found, directory)
+
+
+def _with_packed(found: dict[str, Any], directory: Path) -> dict[str, Any]:
     out = dict(found)
     for name, at in found.items():
-        if at.dtype in DTYPES or canonical(name) is None:
+        if at.dtype in DTYPES or name.endswith(SCALES) or canonical(name) is None:
             continue
         if name.endswith(".weight") and at.dtype in ("U8", "F8_E4M3"):
-            scales = {
-                end: out.pop(name.removesuffix(".weight") + end, None) for end in SCALES[:2] + SCALES[3:4]
-            }
-            out[name] = _packed(at, *scales.values())
+            base = name.removesuffix("weight")
+            scale, scale_2 = out.pop(f"{base}weight_scale", None), out.pop(f"{base}weight_scale_2", None)
+            out[name] = _packed(at, scale, scale_2, out.pop(f"{base}input_scale", None))
         elif at.dtype in UNREADABLE and name.endswith((".weight", *EXPERTS)):
             raise _unsupported(directory, f"{shown(at.name)} is {at.dtype}")
         elif at.dtype in ("U8", "F8_E4M3") and name.endswith(EXPERTS):

@@ -82,11 +82,17 @@ def main(count: int) -> None:
 
 
 def sparse(directory: Path, cfg: Config, recipe: str, shards: int = 1) -> int:
-    """Write the tensor list of a quantized model, all codes 0 and all single scales 1; return its length."""
+    """Write the tensor list of a quantized model, with scales of inputs; return its length.
+
+    All codes are 0 and all single scales 1.
+    """
     chosen, out = recipe_of(recipe), []
     for row in table(cfg):
         job = Job(row, FORMATS.get(chosen.format_of(row, cfg)), (row,))
-        for name, dtype, shape in job.tensors(row.dtype):
+        tensors = job.tensors(row.dtype)
+        if job.format is not None:
+            tensors.append((f"{row.name.removesuffix('weight')}input_scale", "F32", ()))
+        for name, dtype, shape in tensors:
             one = None if shape or job.format is None else lambda: np.ones((), np.float32)
             out.append(Piece(name, dtype, shape, one))
     write_pieces(directory, cfg.to_hf(), out, shards)
