@@ -1,10 +1,12 @@
 """Quantizing a checkpoint into packed weights, in the layout that NVIDIA releases.
 
-recipes  the format of each weight
-write    the new directory, in strips of rows, so that memory does not depend on the size of the model
+recipes   the format of each weight
+write     the new directory, in strips of rows, so that memory does not depend on the size of the model
+evaluate  how far the distributions of a copy are from those of the original
 """
 
+from refengine.quantize.evaluate import can_evaluate, evaluate
 from refengine.quantize.recipes import FORMATS, RECIPES, Recipe, recipe_of
 from refengine.quantize.write import quantize
 
-__all__ = ["FORMATS", "RECIPES", "Recipe", "quantize", "recipe_of"]
+__all__ = ["FORMATS", "RECIPES", "Recipe", "can_evaluate", "evaluate", "quantize", "recipe_of"]

@@ -319,7 +319,7 @@ def test_the_command_prints_errors_by_role(model, tmp_path):
     run = CliRunner().invoke(command, [str(model), str(tmp_path / "a"), "--recipe", "ultra"])
     assert run.exit_code == 0 and "4/6 gains" in run.output and "routed_expert" in run.output
     run = CliRunner().invoke(command, [str(model), str(tmp_path / "b"), "--json"])
-    assert json.loads(run.output)["mamba"]["bits"] == pytest.approx(4.5, abs=0.01)
+    assert json.loads(run.stdout)["mamba"]["bits"] == pytest.approx(4.5, abs=0.01)
 
 
 def test_strips_change_nothing(model, tmp_path):
