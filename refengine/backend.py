@@ -30,6 +30,7 @@ def make(
     deterministic: bool = False,
     share: float = 1.0,
     packed: bool = False,
+    batch_invariant: bool = False,
 ) -> Backend:
     """Return the backend called `name`, computing in `dtype` on `device`; InputError names what there is.
 
@@ -37,10 +38,13 @@ def make(
     threads: None is the processors that this process may use.
     share: how much of the weights this machine is to hold, of all there are.
     packed: whether the checkpoint has packed weights: numpy then keeps all weights as they are in the files.
+    batch_invariant: the same bits of a row's logits in any batch; the cpu backend alone has this mode.
     """
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise InputError(f"threads = {threads} is not a number from 1 to {MOST_THREADS}")
-    name = automatic(device, dtype)[0] if name == "auto" else name
+    name = automatic(device, dtype, batch_invariant=batch_invariant)[0] if name == "auto" else name
+    if batch_invariant and name in NAMES and name != "cpu":
+        raise InputError(f"the {name} backend has no batch-invariant mode; --backend cpu has one")
     if name == "cuda":
         from refengine.backends.cuda import cuda_backend
 
@@ -59,7 +63,7 @@ def make(
             raise InputError(f"the cpu backend runs on the cpu, not on {device!r}")
         from refengine.backends.cpu import cpu_backend
 
-        return cpu_backend(dtype, threads or processors())
+        return cpu_backend(dtype, threads or processors(), batch_invariant)
     if name == "torch":
         first = "torch" not in sys.modules
         try:
@@ -76,8 +80,12 @@ def make(
     raise InputError(f"there is no backend {name!r}; there is {', '.join(NAMES)}")
 
 
-def automatic(device: str | None = None, dtype: str = "float32", ranks: int = 1) -> tuple[str, str]:
+def automatic(
+    device: str | None = None, dtype: str = "float32", ranks: int = 1, batch_invariant: bool = False
+) -> tuple[str, str]:
     """Return the backend that "auto" means here for so many ranks, and the reason in a few words."""
+    if batch_invariant:
+        return "cpu", "the only one with a batch-invariant mode"
     if dtype == "float64":
         return "numpy", "which computes in float64"
     if ranks > 1 and device not in (None, "cpu"):

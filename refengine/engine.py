@@ -48,6 +48,7 @@ def load(
     threads: int | None = None,
     deterministic: bool = False,
     batch: int = SLOTS,
+    batch_invariant: bool = False,
 ) -> Engine:
     """Open a checkpoint and return an Engine; for several ranks see refengine.ranks.load.
 
@@ -61,6 +62,8 @@ def load(
         threads: of matrix products in this process; None: as many as there are processors.
         deterministic: ask for the same bits on every run where a device would not give them.
         batch: sequences side by side, at most; fewer where memory does not hold their states.
+        batch_invariant: ask for logits that have the same bits whatever the batch, the other sequences in it,
+            and the cuts of a prompt at whole chunks; slower, and on the cpu backend alone.
 
     Raises:
         InputError: one sentence about what is wrong with the files or with the choice.
@@ -74,11 +77,19 @@ def load(
     checkpoint = Checkpoint.open(model).in_large_pages()
     cfg = checkpoint.config
     if isinstance(backend, Backend):
+        if batch_invariant:
+            raise InputError(
+                "batch_invariant needs the name of a backend: a Backend of your own has its mode"
+            )
         chosen = backend
     else:
-        backend = backends.automatic(device, dtype)[0] if backend == "auto" else backend
+        if backend == "auto":
+            backend = backends.automatic(device, dtype, batch_invariant=batch_invariant)[0]
         dtype = checkpoint.auto_dtype(backend) if dtype == "auto" else dtype
-        chosen = backends.make(backend, cfg, dtype, device, threads, deterministic, packed=checkpoint.packed)
+        chosen = backends.make(
+            backend, cfg, dtype, device, threads, deterministic,
+            packed=checkpoint.packed, batch_invariant=batch_invariant,
+        )  # fmt: skip
     checkpoint = checkpoint.placed_on(chosen.name, chosen.packed)
     with progress("loading", len(table(cfg)), "tensor") as bar:
 

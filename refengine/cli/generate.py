@@ -75,7 +75,7 @@ def generate(prompt, prompt_option, file, prompts, ids, echo, stats, as_json, **
     else:
         statistics = as_text(engine, texts, events, echo)
     if stats:
-        say_statistics(statistics, time.perf_counter() - began)
+        say_statistics(statistics, time.perf_counter() - began, options.backend_text(engine))
         options.say_ranks(engine)
     engine.close()
     if refused:
@@ -267,15 +267,19 @@ def record(i: int, prompts: list, texts: list[str], new: list, end) -> dict:
     return made | ({"statistics": end.statistics} if end else {})
 
 
-def say_statistics(done: dict[int, dict], seconds: float) -> None:
-    """Print a line a text, by its number, and where there are several one for all of them."""
+def say_statistics(done: dict[int, dict], seconds: float, backend: str) -> None:
+    """Print a line a text, by its number, and where there are several one for all of them.
+
+    `backend`, a text about it, ends the last line.
+    """
     for i, statistics in sorted(done.items()):
-        click.echo((f"{i}  " if len(done) > 1 else "") + summary(statistics), err=True)
+        number, end = (f"{i}  ", "") if len(done) > 1 else ("", f"; {backend}")
+        click.echo(number + summary(statistics) + end, err=True)
     if len(done) > 1:
         read, new = (sum(s[count] for s in done.values()) for count in ("prompt_tokens", "new_tokens"))
         click.echo(
             f"all {len(done)}: prompts of {read} tokens and {new} new ones in {seconds:.2f} s, "
-            f"{new / seconds:.0f} new tokens/s",
+            f"{new / seconds:.0f} new tokens/s; {backend}",
             err=True,
         )
 

@@ -142,7 +142,10 @@ def with_dtype(command):
     @functools.wraps(command)
     def call(*args, **how):
         if how["backend"] == "auto":
-            how["backend"], _ = automatic(how["device"], how["dtype"], launched().count)
+            how["backend"], reason = automatic(
+                how["device"], how["dtype"], launched().count, how["batch_invariant"]
+            )
+            click.get_current_context().meta["refengine.reason"] = reason
         if how["dtype"] == "auto":
             how["dtype"] = dtype_of(how["model"], how["backend"])
         return command(*args, **how)
@@ -229,6 +232,7 @@ engine = together(
         help="Default: the processors it may use.",
     ),
     click.option("--deterministic", is_flag=True, help="Compute the same bits in every run."),
+    click.option("--batch-invariant", is_flag=True, help="The same bits in every batch (cpu backend)."),
     loudness,
     with_dtype,
 )
@@ -295,7 +299,7 @@ def load(tp: int, ep: int, pp: int, timeout: float, **how):
 
 
 LOADING: tuple[str, ...] = ("model", "backend", "dtype", "device", "threads", "deterministic")
-LOADING += ("tp", "ep", "pp", "timeout", "batch")
+LOADING += ("tp", "ep", "pp", "timeout", "batch", "batch_invariant")
 
 batch = click.option("--batch", type=click.IntRange(1), metavar="N", help="Sequences side by side, at most.")
 
@@ -304,6 +308,12 @@ def parted(others: dict) -> tuple[dict, dict]:
     """Return (the options of `load`, the others)."""
     loading = {name: others[name] for name in LOADING if others.get(name) is not None}
     return loading, {k: v for k, v in others.items() if k not in LOADING}
+
+
+def backend_text(engine) -> str:
+    """Return the backend of an engine for --stats, and the reason for it where auto chose it."""
+    reason = click.get_current_context().meta.get("refengine.reason")
+    return f"backend {engine.model.backend.name}" + (f" (auto: {reason})" if reason else "")
 
 
 def say_ranks(engine) -> None:

@@ -44,6 +44,7 @@ def load(
     pp: int = 1,
     timeout: float = TIMEOUT,
     batch: int = SLOTS,
+    batch_invariant: bool = False,
 ) -> Engine:
     """Return the engine of this rank, with its part of the model; every rank of the job makes the same call.
 
@@ -60,7 +61,8 @@ def load(
             "the cuda backend runs on one GPU; for several: torchrun, --backend torch --device cuda"
         )
     device = own_device(device or "cpu", here)
-    backend = backends.automatic(device, dtype, here.count)[0] if backend == "auto" else backend
+    if backend == "auto":
+        backend = backends.automatic(device, dtype, here.count, batch_invariant)[0]
     comm = connect(timeout, device, deterministic)
     threads = threads or max(1, processors() // here.local_count)
     limit_threads(threads)
@@ -71,9 +73,10 @@ def load(
     comm.compare(identity(checkpoint, shard.layout, backend, dtype))
     mine = held_tensors(cfg, shard)
     share = here.local_count * sum(sizes(row, cfg, shard)[0] for row in mine) / parameters(table(cfg))
-    chosen = with_heartbeats(
-        backends.make(backend, cfg, dtype, device, threads, deterministic, share, checkpoint.packed), comm
+    made = backends.make(
+        backend, cfg, dtype, device, threads, deterministic, share, checkpoint.packed, batch_invariant
     )
+    chosen = with_heartbeats(made, comm)
     checkpoint = checkpoint.placed_on(chosen.name, chosen.packed)
     with progress("loading", len(mine), "tensor", silent=comm.rank > 0) as bar:
 

@@ -7,8 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import refengine
+from refengine import runner
 from refengine.backends.cpu import cpu_backend, native
+from refengine.cli import main
 from refengine.conformance.cases import Case, cases
+from refengine.spec.config import InputError
 from refengine.spec.model import Model
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason="there is no compiler for the loops")
@@ -69,3 +73,55 @@ def test_widths_of_several_blocks_and_more_rows_than_a_step_has(batch):
         together, states = m.backend.step(m, case.ids[:, t], states)
         alone, own = m.backend.step(m, case.ids[:1, t], own)
         same(together[0], alone[0])
+
+
+ONCE = "Once upon a time there was a little dragon who could not sleep. "
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with refengine.load("tiny", backend="cpu", batch_invariant=True) as made:
+        yield made
+
+
+def told(events) -> list[tuple]:
+    """Each new token with its log-probability and those of the likeliest."""
+    return [(e.id, e.logprob, *e.top) for e in events if hasattr(e, "id")]
+
+
+def test_through_the_engine_a_text_has_the_same_bits_alone_and_among_seven(engine):
+    prompts = [ONCE * (1 + 9 * (i % 3)) + "And then " * i for i in range(7)]
+    how = {"max_tokens": 8, "ignore_eos": True, "logprobs": 3}
+    together: list[list] = [[] for _ in prompts]
+    for i, event in engine.generate_batch(prompts, seed=5, **how):
+        together[i].append(event)
+    for i, prompt in enumerate(prompts):
+        assert told(together[i]) == told(engine.generate(prompt, seed=5 + i, **how))
+
+
+def test_through_the_engine_cuts_at_whole_chunks_change_no_bit(engine, monkeypatch):
+    ids = engine.ids(ONCE * 40)[:500]
+    whole = engine.logits(ids)
+    for most in (1, 3):
+        monkeypatch.setattr(runner, "PREFILL", most * engine.config.chunk_size)
+        same(engine.logits(ids), whole)
+
+
+def test_a_batch_invariant_mode_is_refused_in_one_sentence_where_there_is_none(engine):
+    for name in ("numpy", "torch", "cuda"):
+        with pytest.raises(
+            InputError, match=f"the {name} backend has no batch-invariant mode; --backend cpu"
+        ):
+            refengine.load("tiny", backend=name, batch_invariant=True)
+    with pytest.raises(InputError, match="batch_invariant needs the name of a backend"):
+        refengine.load("tiny", backend=engine.model.backend, batch_invariant=True)
+
+
+def test_auto_is_then_the_cpu_backend_and_stats_name_it_and_the_reason(capfd):
+    for how, reason in (
+        (["--batch-invariant"], "backend cpu (auto: the only one with a batch-invariant mode)"),
+        (["--backend", "cpu"], "backend cpu"),
+    ):
+        with pytest.raises(SystemExit, match="0"):
+            main(["generate", "Once", "-n", "2", "--stats", "--ignore-eos", *how])
+        assert capfd.readouterr().err.rstrip().endswith("; " + reason)
