@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 
 import click
 
 from refengine.cli import options
 from refengine.spec.config import InputError
+from refengine.untrusted import shown as shown_name
 
 
 @click.command(cls=options.Command, short_help="Find the first wrong layer of a trace, and why.")
@@ -25,9 +27,11 @@ def diff(trace, other, against, mistakes, as_json):
     """
     from refengine.conformance.traces import load, text
     from refengine.conformance.traces.diff import compare, diagnosed, exercised
-    from refengine.conformance.traces.recompute import Recomputation
+    from refengine.conformance.traces.recompute import Recomputation, unread
 
-    if (other is None) == (against is None):
+    if other is not None and against is not None:
+        raise click.UsageError("give another trace, or --against MODEL, not both.")
+    if other is None and against is None:
         raise click.UsageError("give another trace, or --against MODEL.")
     a = load(trace)
     if other is not None:
@@ -36,33 +40,56 @@ def diff(trace, other, against, mistakes, as_json):
         b = load(other)
         steps = compare(a, b)
         if as_json:
-            rows = [{"name": s.name, "error": s.error, "roundings": s.roundings} for s in steps]
+            rows = [
+                {"name": s.name, "error": finite(s.error), "roundings": finite(s.roundings)}
+                | ({"not_finite": list(s.not_finite)} if s.not_finite else {})
+                for s in steps
+            ]
             click.echo(json.dumps({"arrays": rows, "agree": not any(s.wrong for s in steps)}))
         else:
             click.echo(f"{text.trace_line(a)}\n{text.trace_line(b)}\n")
             click.echo("\n".join(text.steps_lines(steps, a, b)))
         raise click.exceptions.Exit(int(any(step.wrong for step in steps)))
     checkpoint = model(against, a)
+    if strange := unread(a, checkpoint.config):
+        what = "which is no activation of this model: not read"
+        options.note(f"{a.name} holds {first_of(strange)}, {what}")
+    if coarser := a.coarser():
+        what = f"stored with a larger rounding than that of {a.dtype}, the dtype in the header"
+        options.note(f"{a.name} holds {first_of(coarser)}, {what}; it may depart by that alone")
     of = Recomputation(a, checkpoint.config, checkpoint.read)
-    if unread := of.unread():
-        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
-        options.note(f"{a.name} holds {unread[0]!r}{more}, which is no activation of this model: not read")
     if not as_json:
         click.echo(f"{text.trace_line(a)}\nagainst {against} in float64; errors in roundings of {a.dtype}\n")
-    findings = []
-    for finding in diagnosed(of):
-        findings.append(finding)
-        if not as_json:
-            click.echo(text.layer_line(finding))
-    shown = {}
-    if mistakes:
-        shown = exercised(of)
-    if as_json:
-        click.echo(json.dumps(as_object(findings, shown)))
-    else:
+    findings, shown, stopped = [], {}, None
+    try:
+        for finding in diagnosed(of):
+            findings.append(finding)
+            if not as_json:
+                click.echo(text.layer_line(finding))
+        if mistakes:
+            shown = exercised(of)
+    except InputError as error:  # a later layer cannot be judged; what was found before it counts
+        stopped = error
+    wrong = any(finding.wrong for finding in findings)
+    if as_json and (wrong or stopped is None):
+        more = {} if stopped is None else {"stopped": str(stopped)}
+        click.echo(json.dumps(as_object(findings, shown) | more))
+    elif not as_json and (wrong or stopped is None):
         lines = text.verdict(findings, a)
         click.echo("\n".join(["", *lines, *([""] if shown else []), *text.mistakes_lines(shown, a.dtype)]))
-    raise click.exceptions.Exit(int(any(finding.wrong for finding in findings)))
+    if stopped is not None:
+        raise stopped
+    raise click.exceptions.Exit(int(wrong))
+
+
+def first_of(names: list[str]) -> str:
+    """Return the first of some names, and how many more there are."""
+    return shown_name(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def finite(value: float) -> float | None:
+    """Return a number for JSON, which has no infinity: None."""
+    return value if math.isfinite(value) else None
 
 
 def model(name: str, trace):
@@ -83,10 +110,13 @@ def as_object(findings, shown) -> dict:
     """Return the findings as values for JSON."""
     layers = [
         {
-            "name": f.unit.name, "kind": f.unit.kind, "departs": f.wrong, "roundings": f.worst,
+            "name": f.unit.name, "kind": f.unit.kind, "departs": f.wrong, "roundings": finite(f.worst),
             "near_ties": f.ties, "causes": [{"name": c.name, "trap": c.trap} for c in f.causes],
             "steps": [
-                {"name": s.name, "error": s.error, "rounding": s.rounding, "roundings": s.roundings}
+                {
+                    "name": s.name, "error": finite(s.error), "rounding": s.rounding,
+                    "roundings": finite(s.roundings),
+                }
                 for s in f.steps
             ],
         }

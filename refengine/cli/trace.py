@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from refengine.cli import options
 from refengine.cli.tokenize import ids_of
@@ -51,6 +53,7 @@ def trace(output, prompts, ids, cut, steps, source, **how):
 
     if not prompts and not ids:
         raise click.UsageError("give a --prompt or --ids.")
+    check_output(output)
     if source != "refengine":
         made = of_transformers(prompts, ids, cut, steps, source == SOURCES[1], **how)
     else:
@@ -66,13 +69,37 @@ def trace(output, prompts, ids, cut, steps, source, **how):
             engine=f"refengine {__version__} {engine.model.backend.name}",
             fingerprint=fingerprint(engine.config, engine.checkpoint.read),
             weights_dtype=how["dtype"],
+            packed_dtype=packed_dtype(engine),
         )  # fmt: skip
         engine.close()
+        if made.dtype != how["dtype"] and asked("dtype"):
+            what = f"computes in {made.dtype}: the activations have that dtype, the weights {how['dtype']}"
+            options.note(f"the {engine.model.backend.name} backend {what}")
     made.save(output)
     options.note(
         f"{output}: {len(made.arrays)} arrays of {sum(map(len, made.token_ids))} tokens, "
         f"{bytes_text(sum(made.array(name).nbytes for name in made.arrays))}"
     )
+
+
+def asked(name: str) -> bool:
+    """Return whether a parameter was given to the command, and is not its default."""
+    return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
+
+
+def check_output(path: str) -> None:
+    """Raise InputError where a file cannot be written to this path, before anything is computed."""
+    if not path or Path(path).is_dir():
+        raise InputError(f"{path} is a directory: -o takes a file" if path else "-o takes the name of a file")
+    if not Path(path).parent.is_dir():
+        raise InputError(f"{path} cannot be written: {Path(path).parent} is not a directory")
+
+
+def packed_dtype(engine) -> str:
+    """Return the dtype that the backend dequantizes packed weights to; "" for a model without them."""
+    if not engine.checkpoint.packed:
+        return ""
+    return "float32" if engine.model.backend.packed else "bfloat16"
 
 
 def of_transformers(prompts, ids, cut, steps, clamp: bool, model: str, dtype: str, **how):

@@ -15,6 +15,7 @@ from refengine.conformance.mistakes import named
 from refengine.conformance.traces import load
 from refengine.conformance.traces.diff import compare, diagnose, exercised
 from refengine.conformance.traces.recompute import Recomputation
+from refengine.spec.arrays import DTYPES
 from refengine.spec.config import InputError
 from refengine.spec.ops import numpy_backend
 from tests.support.checkpoints import random_checkpoint
@@ -163,6 +164,13 @@ def test_what_a_trace_does_not_show_is_told_apart():
     assert all(values[3] > 8 for values in shown.values())
 
 
+def test_activations_of_another_dtype_than_asked_for_are_noted(cli, tmp_path):
+    line = ["trace", "tiny", "--ids", "5 6 7", "-o", tmp_path / "t", "--backend", "cpu"]
+    assert "computes in float32" not in cli(*line)[2]
+    _, _, err = cli(*line, "--dtype", "bf16")
+    assert "the cpu backend computes in float32: the activations have that dtype, the weights bfloat16" in err
+
+
 def test_an_unknown_name_is_noted(cli, model, tmp_path):
     """A misspelled array would silently not be compared."""
     assert cli("trace", model, "--ids", IDS, "-o", tmp_path / "t", "--backend", "numpy")[0] == 0
@@ -171,6 +179,111 @@ def test_an_unknown_name_is_noted(cli, model, tmp_path):
     replace(made, arrays=arrays).save(tmp_path / "t")
     code, _, err = cli("diff", tmp_path / "t", "--against", model)
     assert code == 0 and "'layers.1.attn', which is no activation of this model" in err
+
+
+@pytest.fixture(scope="module")
+def clean_trace():
+    """A case of five layers and its trace, by NumPy in float32, in one call."""
+    case = Case(layers="MEM*-", seed=3, batch=1, length=11)
+    return case, clean(case, numpy_backend(np.float32), steps=0, cut=None)
+
+
+def changed(trace, name: str, change) -> dict:
+    """Return the arrays of a trace, one of them changed."""
+    return dict(trace.arrays) | {name: change(np.array(trace.arrays[name]))}
+
+
+@pytest.mark.parametrize(
+    "name, where",
+    [
+        ("layers.3.output", "the stream between layers 3 and 4"),
+        ("embeddings", "the stream between embeddings and layers.0"),
+    ],
+)
+def test_a_stream_that_breaks_between_layers_is_the_first_wrong_place(clean_trace, name, where):
+    """Each layer agrees with its own input: only the border between two of them is wrong."""
+    case, trace = clean_trace
+    after = "layers.4.input" if name != "embeddings" else "layers.0.input"
+    of = replace(trace, arrays=changed(trace, after, lambda a: 1.5 * a))
+    kept = {n: a for n, a in of.arrays.items() if not n.startswith(after.rpartition(".")[0]) or n == after}
+    outputs = {n: a for n, a in trace.arrays.items() if n == "layers.4.output"}
+    first, *_ = wrong(replace(of, arrays=kept | outputs), case)
+    assert first.unit.name == where and first.steps[0].of == name and not first.causes
+    assert "the stream" not in " ".join(f.unit.name for f in diagnose(trace, case.cfg, case.read))
+
+
+def test_a_stream_that_is_rounded_once_more_is_not_broken(clean_trace):
+    """A float32 output and its bfloat16 copy as the next input are the same stream in bfloat16."""
+    case, trace = clean_trace
+    rounded = changed(trace, "layers.2.input", lambda a: a.astype(DTYPES["BF16"]).astype(np.float32))
+    of = replace(trace, dtype="bfloat16", arrays=rounded)
+    assert not [f for f in wrong(of, case) if f.unit.kind == "stream"]
+    assert [f.unit.name for f in wrong(replace(of, dtype="float32"), case) if f.unit.kind == "stream"]
+
+
+def test_an_earlier_fault_is_named_before_a_number_that_is_not_finite(cli, clean_trace, tmp_path):
+    case, trace = clean_trace
+    write(tmp_path / "model", case.cfg, lambda row: case.read(row.name))
+    arrays = changed(trace, "layers.1.output", lambda a: a + 1)
+    arrays = changed(replace(trace, arrays=arrays), "layers.4.output", lambda a: a * np.nan)
+    replace(trace, arrays=arrays).save(tmp_path / "t")
+    code, out, err = cli("diff", tmp_path / "t", "--against", tmp_path / "model")
+    assert code == 1 and "first wrong   layers.1 (experts)" in out
+    assert "layers.4.output holds a number that is not finite" in err and err.count("\n") == 1
+    code, out, _ = cli("diff", tmp_path / "t", "--against", tmp_path / "model", "--json")
+    found = json.loads(out)
+    assert code == 1 and found["first_wrong"] == "layers.1" and "not finite" in found["stopped"]
+
+
+def test_two_traces_with_a_number_that_is_not_finite_are_apart_by_that(cli, clean_trace, tmp_path):
+    _, trace = clean_trace
+    trace.save(tmp_path / "a")
+    replace(trace, arrays=changed(trace, "layers.2.output", lambda a: a * np.nan)).save(tmp_path / "b")
+    for pair in (("a", "b"), ("b", "a"), ("b", "b")):
+        code, out, _ = cli("diff", *(tmp_path / name for name in pair))
+        says = f"first apart   layers.2.output: {tmp_path / 'b'} holds a number that is not finite"
+        assert code == 1 and says in out and "nan" not in out
+    code, out, _ = cli("diff", tmp_path / "a", tmp_path / "b", "--json")
+    rows = {row["name"]: row for row in json.loads(out)["arrays"]}
+    assert code == 1 and "Infinity" not in out and rows["layers.2.output"]["error"] is None
+    assert rows["layers.2.output"]["not_finite"] == [str(tmp_path / "b")]
+
+
+def test_padding_is_not_compared_between_two_traces():
+    """What a row holds behind its last token is an engine's own affair."""
+    from refengine.conformance.traces.record import record
+    from refengine.spec.model import Model
+
+    case = Case(layers="M*", seed=3)
+    model = Model.build(case.cfg, case.read, numpy_backend(np.float32))
+    trace = record(model, [[1, 2, 3, 4, 5], [6, 7]])
+    other = changed(
+        trace, "layers.0.output", lambda a: np.where(np.arange(5)[:, None] < [[[5]], [[2]]], a, 9)
+    )
+    assert not any(step.wrong for step in compare(trace, replace(trace, arrays=other)))
+
+
+def test_an_array_of_a_coarser_dtype_than_the_header_is_noted(cli, clean_trace, tmp_path):
+    case, trace = clean_trace
+    write(tmp_path / "model", case.cfg, lambda row: case.read(row.name))
+    replace(trace, arrays=changed(trace, "layers.1.output", lambda a: a.astype(np.float16))).save(
+        tmp_path / "t"
+    )
+    _, _, err = cli("diff", tmp_path / "t", "--against", tmp_path / "model")
+    assert "'layers.1.output', stored with a larger rounding than that of float32" in err
+
+
+@pytest.mark.parametrize("engine", ["numpy", "cpu", "torch"])
+@pytest.mark.parametrize("recipe", ["nvfp4", "fp8"])
+def test_a_clean_trace_of_packed_weights_agrees(cli, tmp_path, engine, recipe):
+    """A backend that dequantizes to bfloat16 says so in the header, and is held to that."""
+    if engine == "torch":
+        pytest.importorskip("torch")
+    assert cli("quantize", "tiny", tmp_path / "q", "--recipe", recipe, "-q")[0] == 0
+    line = ["trace", tmp_path / "q", "-p", "Once upon a time", "-o", tmp_path / "t", "--backend", engine]
+    assert cli(*line)[0] == 0
+    code, out, err = cli("diff", tmp_path / "t", "--against", tmp_path / "q")
+    assert code == 0 and "agrees" in out, out + err
 
 
 def test_two_traces_are_compared_array_by_array(cli, model, tmp_path):
@@ -209,9 +322,11 @@ def test_a_clean_trace_agrees_and_another_model_is_refused(cli, model, tmp_path)
         (["trace", "tiny", "--ids", "1 x", "-o", "x"], 1, "is not a token id"),
         (["trace", "tiny", "--ids", "999999", "-o", "x"], 1, "is not in the vocabulary"),
         (["trace", "tiny", "--ids", "1", "-o", "no/such/folder/x"], 1, "cannot be written"),
+        (["trace", "tiny", "--ids", "1", "-o", "."], 1, "is a directory: -o takes a file"),
+        (["trace", "tiny", "--ids", "1", "-o", ""], 1, "-o takes the name of a file"),
         (["trace", "nowhere", "--ids", "1", "-o", "x"], 1, "nowhere"),
         (["diff", "a"], 2, "give another trace, or --against MODEL"),
-        (["diff", "a", "b", "--against", "tiny"], 2, "give another trace, or --against MODEL"),
+        (["diff", "a", "b", "--against", "tiny"], 2, "give another trace, or --against MODEL, not both"),
         (["diff", "no-such-file", "--against", "tiny"], 1, "does not exist"),
         (["diff", ".", "--against", "tiny"], 1, "is a directory"),
     ],

@@ -161,6 +161,8 @@ BAD = {
     "has no token_ids": lambda h, d: (said(h, token_ids=None), d),
     "token_ids in the header": lambda h, d: (said(h, token_ids="[[1, 2], [3]]", calls="[[2, 1]]"), d),
     "holds something else": lambda h, d: (said(h, token_ids="[[1, -2]]"), d),
+    "from 0 on: '1.5'": lambda h, d: (said(h, token_ids="[1.5, 2]"), d),
+    "from 0 on: 'true'": lambda h, d: (said(h, token_ids="[[true, 2]]"), d),
     "is not a list of lists": lambda h, d: (said(h, token_ids='{"a": 1}'), d),
     "is not valid JSON": lambda h, d: (said(h, token_ids="[1, 2"), d),
     "nested too deeply": lambda h, d: (said(h, token_ids="[" * 100_000), d),
@@ -179,6 +181,25 @@ def test_a_bad_trace_is_one_sentence(file, says):
     assert says in refusal(file)
 
 
+@pytest.mark.parametrize("text", ["bf16", "BF16", "bfloat16", "torch.bfloat16"])
+def test_a_dtype_in_the_header_has_several_names(file, text):
+    alter(file, lambda h, d: (said(h, dtype=text, weights_dtype=text), d))
+    assert load(file).dtype == load(file).weights_dtype == "bfloat16"
+
+
+def test_whole_numbers_are_refused_by_the_name_of_their_array(file):
+    trace = load(file)
+    arrays = {name: trace.array(name) for name in trace.arrays}
+    whole = arrays | {"layers.1.output": arrays["layers.1.output"].astype(np.int32)}
+    replace(trace, arrays=whole).save(file)
+    assert "layers.1.output holds whole numbers (int32)" in refusal(file)
+    case = Case(layers="E")
+    made = traced(case)
+    half = made.arrays["layers.0.router.experts"] + np.float32(0.5)
+    replace(made, arrays=dict(made.arrays) | {"layers.0.router.experts": half.astype(np.float32)}).save(file)
+    assert "layers.0.router.experts holds a number that is not whole" in refusal(file, case)
+
+
 def test_a_part_of_the_prompt_is_refused(file):
     """Activations of fewer positions than token_ids has."""
     alter(file, lambda h, d: (said(h, token_ids=json.dumps([[1] * 20, [2] * 20]), calls=None), d))
@@ -193,7 +214,7 @@ def test_a_trace_of_another_model_is_refused(file):
 @pytest.mark.parametrize("size", [0, 7, 8, 100])
 def test_half_a_file_is_refused(file, size):
     file.write_bytes(file.read_bytes()[:size])
-    assert "download" in refusal(file)
+    assert "write it again" in refusal(file)  # one's own file is not downloaded
 
 
 def test_a_header_of_absurd_length_is_refused(file):

@@ -30,8 +30,10 @@ from refengine.untrusted import parse_json, shown
 
 INTS: dict[str, np.dtype] = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "U32": np.dtype(np.uint32)}
 CODES = {dtype: code for code, dtype in (DTYPES | INTS).items()}
+SHORT = {"f64": "float64", "f32": "float32", "f16": "float16", "half": "float16", "bf16": "bfloat16"}
 ALIGN = 64  # bytes
 MOST_TOKENS = 1 << 24
+NAMED = ("fingerprint", "weights_dtype", "packed_dtype")  # in the header, of the same names in a Trace
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Trace:
     engine: str = "an unnamed engine"
     fingerprint: str = ""
     weights_dtype: str = ""
+    packed_dtype: str = ""  # that packed weights were dequantized to; "": weights_dtype
 
     @property
     def lengths(self) -> np.ndarray:
@@ -75,7 +78,8 @@ class Trace:
     def rows(self, name: str, *tail: int) -> np.ndarray:
         """Return an array of positions as [b l *tail].
 
-        Raises InputError for another size, and for a number that is not finite; padding may hold anything.
+        Raises InputError for another size, for whole numbers where real ones are expected, and for a number
+        that is not finite; padding may hold anything.
         """
         head = name.startswith("mtp.")
         real = real_positions(self.head_calls if head else self.calls)
@@ -85,7 +89,7 @@ class Trace:
         if found is None or not (a.shape[:2] == (b, found) or (b == 1 and a.shape[0] == found)):
             size = [b, length, *tail] if b > 1 else [length, *tail]
             raise InputError(f"{self.name}: {name} has the shape {list(a.shape)}, where {size} is expected")
-        a = a.reshape(b, found, *tail)[:, :length]
+        a = self._real(name, a).reshape(b, found, *tail)[:, :length]
         finite = np.isfinite(a if a.dtype.kind != "V" else a.astype(np.float32))
         wrong = np.argwhere(~finite.reshape(b, length, -1).all(-1) & real)
         if len(wrong):
@@ -100,9 +104,25 @@ class Trace:
             raise InputError(
                 f"{self.name}: {name} has the shape {list(a.shape)}, where {[b, *tail]} is expected"
             )
-        if not np.isfinite(a.astype(np.float32)).all():
+        if not np.isfinite(self._real(name, a).astype(np.float32)).all():
             raise InputError(f"{self.name}: {name} holds a number that is not finite")
         return a.reshape(b, *tail)
+
+    def coarser(self) -> list[str]:
+        """Return the names of the arrays that are stored with a larger rounding than the header's dtype."""
+        allowed, found = eps_of(self.dtype), []
+        for name, a in self.arrays.items():
+            dtype = (DTYPES.get(a.dtype) if isinstance(a, Stored) else a.dtype) or np.dtype(np.int32)
+            if dtype.kind not in "iub" and eps_of(dtype.name) > allowed:
+                found.append(name)
+        return found
+
+    def _real(self, name: str, a: np.ndarray) -> np.ndarray:
+        """Return an array; InputError where it holds whole numbers and is no choice of experts."""
+        if a.dtype.kind in "iub" and not name.endswith(".router.experts"):
+            what = f"holds whole numbers ({a.dtype.name}), where an activation is of a float dtype"
+            raise InputError(f"{self.name}: {name} {what}")
+        return a
 
     def save(self, path: str | Path) -> None:
         """Write the trace as one safetensors file, which gets its name when it is whole."""
@@ -130,7 +150,7 @@ class Trace:
             raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
     def _metadata(self) -> dict[str, str]:
-        texts = {key: getattr(self, key) for key in ("dtype", "weights_dtype", "engine", "fingerprint")}
+        texts = {key: getattr(self, key) for key in (*NAMED, "dtype", "engine")}
         lists = {"token_ids": self.token_ids, "calls": self.calls}
         return {key: text for key, text in texts.items() if text} | {
             key: json.dumps(value, separators=(",", ":")) for key, value in lists.items()
@@ -139,7 +159,10 @@ class Trace:
 
 def load(path: str | Path) -> Trace:
     """Return the trace in a file, its header checked; arrays stay in the memory map until they are used."""
-    file = SafetensorsFile(Path(path))
+    try:
+        file = SafetensorsFile(Path(path))
+    except InputError as error:  # a trace was written here, and not downloaded
+        raise InputError(str(error).replace("download it again", "write it again")) from None
     said = parse_json(file.header, f"the header of {path}").get("__metadata__", {})
     if "token_ids" not in said:
         raise InputError(f"{path} is not a trace: its header has no token_ids")
@@ -156,27 +179,41 @@ def load(path: str | Path) -> Trace:
     for at in file.tensors.values():
         if at.dtype not in DTYPES | INTS:
             raise InputError(f"{path}: {shown(at.name)} has the dtype {at.dtype}, which no activation has")
-    dtype = said.get("dtype") or _coarsest(file.tensors.values())
-    for name in (dtype, said.get("weights_dtype") or dtype):
+    dtype = _dtype_name(said.get("dtype", "")) or _coarsest(file.tensors.values())
+    named = {key: said.get(key, "")[:100] for key in NAMED}
+    named |= {key: _dtype_name(named[key]) for key in named if key.endswith("dtype")}
+    for name in (dtype, *(text for key, text in named.items() if text and key.endswith("dtype"))):
         if name not in ITEMSIZE:
             raise InputError(f"{path}: {shown(name)} is none of the dtypes {', '.join(ITEMSIZE)}")
     calls = [call for call in calls if any(call)]
-    named = {key: said.get(key, "")[:100] for key in ("fingerprint", "weights_dtype")}
     engine = " ".join(said.get("engine", "").split())[:100] or "an unnamed engine"
     return Trace(str(path), ids, calls, dtype, file.tensors, engine, **named)
+
+
+def eps_of(dtype: str) -> float:
+    """Return the distance of 1 from the next number of a float dtype."""
+    return float(ml_dtypes.finfo(dtype).eps)
+
+
+def _dtype_name(text: str) -> str:
+    """Return the full name of a dtype in the header, as in "bf16", "BF16" or "torch.bfloat16"."""
+    name = text.strip().lower().removeprefix("torch.")
+    return SHORT.get(name, name)
 
 
 def _lists(path, key: str, text: str, most: int) -> list[list[int]]:
     """Return a list of lists of whole numbers from the header; a single list counts as one row."""
     value = parse_json(text.encode(), f"{key} in the header of {path}")
-    if isinstance(value, list) and value and all(type(item) is int for item in value):
+    if isinstance(value, list) and value and not any(isinstance(item, (list, dict)) for item in value):
         value = [value]
     if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
         raise InputError(f"{path}: {key} in the header is not a list of lists")
-    if sum(map(len, value)) > most or not all(
-        type(i) is int and 0 <= i < 2**31 for row in value for i in row
-    ):
-        raise InputError(f"{path}: {key} in the header holds something else than whole numbers from 0 on")
+    if sum(map(len, value)) > most:
+        raise InputError(f"{path}: {key} in the header holds more than {most} numbers")
+    wrong = [i for row in value for i in row if type(i) is not int or not 0 <= i < 2**31]
+    if wrong:
+        what = f"holds something else than whole numbers from 0 on: {shown(json.dumps(wrong[0]))}"
+        raise InputError(f"{path}: {key} in the header {what}")
     return value
 
 
@@ -190,7 +227,7 @@ def _values(at: Stored) -> np.ndarray:
 def _coarsest(tensors) -> str:
     """Return the name of the float dtype with the largest rounding among these."""
     found = {DTYPES[at.dtype] for at in tensors if at.dtype in DTYPES} or {np.dtype(np.float32)}
-    return max(found, key=lambda dtype: float(ml_dtypes.finfo(dtype).eps)).name
+    return max(found, key=lambda dtype: eps_of(dtype.name)).name
 
 
 def real_positions(calls: list[list[int]]) -> np.ndarray:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refengine.conformance.mistakes import MISTAKES, Mistake
-from refengine.conformance.traces import Trace
+from refengine.conformance.traces import Trace, real_positions
 from refengine.conformance.traces.recompute import Found, Recomputation, Unit, margin, roundoff
 from refengine.spec.config import Config, InputError
 
@@ -36,6 +36,8 @@ class Step:
     error: float
     rounding: float
     at: tuple[int, ...] = ()  # where the error is largest: sequence, position
+    of: str = ""  # the array that should hold the same, of a border between layers
+    not_finite: tuple[str, ...] = ()  # the traces that hold a number that is not finite here
 
     @property
     def roundings(self) -> float:
@@ -84,6 +86,7 @@ def diagnosed(of: Recomputation, mistakes=MISTAKES) -> Iterator[Finding]:
     known: list[Mistake] = []
     searches = 0
     for unit in of.units():
+        yield from broken(of, unit)
         finding, near = judged(of, unit)
         if finding.wrong:
             finding.causes = causes(of, unit, finding, near, known)
@@ -93,6 +96,25 @@ def diagnosed(of: Recomputation, mistakes=MISTAKES) -> Iterator[Finding]:
                 finding.causes = causes(of, unit, finding, near, mistakes)
             known += [mistake for mistake in finding.causes if mistake not in known]
         yield finding
+
+
+def broken(of: Recomputation, unit: Unit) -> Iterator[Finding]:
+    """Return a Finding for each border before a unit whose two sides differ by more than rounding.
+
+    The input of a layer is the output of the layer before it, bit for bit or rounded once more; each position
+    is held to the size of its own values.
+    """
+    for border, before, after in of.borders(unit):
+        size = of.size("", "embeddings")
+        a, b = (of.trace.rows(name, *size).astype(np.float64) for name in (before, after))
+        real = of.real_of(after)
+        error = np.where(real, np.abs(a - b).max(-1), 0.0)
+        rounding = np.maximum(roundoff(of.trace.dtype) * np.abs(a).max(-1), 1e-300)
+        at = np.unravel_index((error / rounding).argmax(), error.shape)
+        where = tuple(int(i) for i in at)
+        step = Step(after, float(error[at]), float(rounding[at]), where, before)
+        if step.wrong:
+            yield Finding(border, [step])
 
 
 class Near(NamedTuple):
@@ -279,13 +301,25 @@ def compare(a: Trace, b: Trace) -> list[Step]:
             raise InputError(f"{name} has the shape {list(x.shape)} in {a.name}, {list(y.shape)} in {b.name}")
         if name.endswith(".router.experts") or name.endswith(".router.weights"):
             continue
-        x, y = x.astype(np.float64), y.astype(np.float64).reshape(x.shape)
-        error = np.abs(x - y)
-        error = np.where(np.isnan(error), np.inf, error).reshape(-1)
-        steps.append(Step(name, float(error.max(initial=0.0)), max(eps * float(np.abs(y).max()), 1e-300)))
+        x, y = (counted(t, name, v.astype(np.float64)) for t, v in ((a, x), (b, y)))
+        strange = tuple(t.name for t, v in ((a, x), (b, y)) if not np.isfinite(v).all())
+        error = np.inf if strange else float(np.abs(x - y).max(initial=0.0))
+        largest = float(np.abs(y[np.isfinite(y)]).max(initial=0.0))
+        steps.append(Step(name, error, max(eps * largest, 1e-300), not_finite=strange))
     if not steps:
         raise InputError(f"{a.name} and {b.name} have no array in common")
     return steps
+
+
+def counted(trace: Trace, name: str, a: np.ndarray) -> np.ndarray:
+    """Return the values of an array that count, in a row: those of padding do not."""
+    head = name.startswith("mtp.")
+    if min(trace.lengths) < 2 and head:
+        return a.reshape(-1)
+    real = real_positions(trace.head_calls if head else trace.calls)
+    if name.rpartition(".")[2] in ("S", "tail") or a.shape[:2] != real.shape:
+        return a.reshape(-1)
+    return a[real].reshape(-1)
 
 
 def order(name: str) -> tuple:

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from refengine.conformance.mistakes import Mistake
-from refengine.conformance.traces import Trace, packed, pieces, real_positions, sizes, state_sizes
+from refengine.conformance.traces import Trace, eps_of, packed, pieces, real_positions, sizes, state_sizes
 from refengine.conformance.traces.watch import watched_ops
 from refengine.conformance.truth import lead
 from refengine.spec.arrays import DTYPES, Weight, widen
@@ -96,16 +95,23 @@ class Recomputation:
             keys = (outer[0] if cfg.tie_word_embeddings else outer[1],)
             yield Unit("mtp.final", "mtp", ("", last), keys)
 
-    def unread(self) -> list[str]:
-        """Return the names in the trace that are no activations of this model, such as misspelled ones."""
-        cfg, known = self.cfg, set(sizes(self.cfg, "")) - {"enorm", "hnorm", "eh_proj"}
-        for prefix, kinds in (("", cfg.layers), ("mtp.", cfg.mtp_layers)):
-            for i, kind in enumerate(kinds):
-                names = [*sizes(cfg, kind), *(state_sizes(cfg) if kind == "M" else ())]
-                known |= {f"{prefix}layers.{i}.{name}" for name in names}
-        if cfg.mtp_layers:
-            known |= {f"mtp.{name}" for name in sizes(cfg, "")}
-        return sorted(set(self.trace.arrays) - known)
+    def borders(self, unit: Unit) -> Iterator[tuple[Unit, str, str]]:
+        """Return the borders before a unit: the border as a Unit, and two names that hold the same values.
+
+        These are the output of a layer and the input of the next, where the trace holds both.
+        """
+        prefix, _, index = unit.name.rpartition(".")
+        if not prefix.endswith("layers"):
+            return
+        after, before = f"{unit.name}.input", f"{prefix}.{int(index) - 1}.output"
+        where = f"the stream between layers {int(index) - 1} and {index}"
+        if prefix.startswith("mtp"):
+            where += " of the head"
+        if index == "0":
+            before = "mtp.eh_proj" if prefix.startswith("mtp") else "embeddings"
+            where = f"the stream between {before} and {unit.name}"
+        if before in self.trace and after in self.trace:
+            yield Unit(where, "stream", ()), before, after
 
     def input_of(self, name: str) -> str | None:
         """Return the name under which the trace holds the input of a layer; None if it does not."""
@@ -174,6 +180,8 @@ class Recomputation:
         expert = self.trace.rows(f"{name}.experts", *k).astype(np.int64)
         weight = self.trace.rows(f"{name}.weights", *k)
         real = self.real_of(name)
+        if (expert != self.trace.rows(f"{name}.experts", *k))[real].any():
+            raise InputError(f"{self.trace.name}: {name}.experts holds a number that is not whole")
         if ((expert < 0) | (expert >= most))[real].any():
             raise InputError(f"{self.trace.name}: {name}.experts names an expert beyond the {most} there are")
         return Routing(np.clip(expert, 0, most - 1), weight)
@@ -185,10 +193,13 @@ class Recomputation:
         if dtype in self.kept:
             return self.kept[dtype]
         narrow = NARROW.get(self.trace.weights_dtype or self.trace.dtype)
+        unpacked = NARROW.get(self.trace.packed_dtype or self.trace.weights_dtype)
 
         def read(row):
             value = self.read(row.name)
-            wide = isinstance(value, np.ndarray) and value.dtype.itemsize > 2
+            if not isinstance(value, np.ndarray):
+                return value if unpacked is None else value.dequantize(unpacked)
+            wide = value.dtype.itemsize > 2
             if narrow is not None and row.precision != "small" and wide:
                 value = value.astype(narrow)
             return value
@@ -229,6 +240,18 @@ class Recomputation:
         last = len(cfg.layers) - 1
         if not self.output_of(f"layers.{last}"):
             raise InputError(f"{t.name} lacks the output of layer {last}: it holds no layers.{last}.output")
+
+
+def unread(trace: Trace, cfg: Config) -> list[str]:
+    """Return the names in a trace that are no activations of this model, such as misspelled ones."""
+    known = set(sizes(cfg, "")) - {"enorm", "hnorm", "eh_proj"}
+    for prefix, kinds in (("", cfg.layers), ("mtp.", cfg.mtp_layers)):
+        for i, kind in enumerate(kinds):
+            names = [*sizes(cfg, kind), *(state_sizes(cfg) if kind == "M" else ())]
+            known |= {f"{prefix}layers.{i}.{name}" for name in names}
+    if cfg.mtp_layers:
+        known |= {f"mtp.{name}" for name in sizes(cfg, "")}
+    return sorted(set(trace.arrays) - known)
 
 
 class Run:
@@ -469,4 +492,4 @@ def join(parts: list[Any]) -> np.ndarray:
 
 def roundoff(dtype: str) -> float:
     """Return the distance of 1 from the next number of a dtype."""
-    return float(ml_dtypes.finfo(dtype).eps)
+    return eps_of(dtype)

@@ -9,7 +9,8 @@ from refengine.conformance.mistakes import Mistake
 from refengine.conformance.traces import Trace
 from refengine.conformance.traces.diff import LIMIT, Finding, Step
 
-KINDS = {"M": "Mamba", "*": "attention", "E": "experts", "-": "MLP", "outer": "", "mtp": "head"}
+KINDS = {"M": "Mamba", "*": "attention", "E": "experts", "-": "MLP", "outer": "", "mtp": "head",
+         "stream": "stream"}  # fmt: skip
 WIDTH = 32  # columns of a bar; each factor of ten beyond one rounding is 4 of them
 
 
@@ -34,6 +35,8 @@ def layer_line(finding: Finding) -> str:
     ties = f"  {finding.ties} near-tie{'s' if finding.ties > 1 else ''} of the router" if finding.ties else ""
     wrong = "  departs" if finding.wrong else ""
     name, kind = finding.unit.name, KINDS[finding.unit.kind]
+    if finding.unit.kind == "stream":
+        name = f"to {finding.steps[0].name.removesuffix('.input')}"
     return f"{name:14}{kind:10}{shown}  {bar(finding.worst):{WIDTH}}{wrong}{ties}".rstrip()
 
 
@@ -50,7 +53,11 @@ def verdict(findings: Iterable[Finding], trace: Trace) -> list[str]:
         return lines
     first = wrong[0]
     lines += [f"first wrong   {where(first)}", f"step          {step_line(first.first, trace)}"]
-    if first.causes:
+    if first.unit.kind == "stream":
+        lines.append(
+            "cause         the two arrays were not recorded of one value, or it was changed between them"
+        )
+    elif first.causes:
         lines.append(f"cause         {cause_lines(first.causes)}")
         same = [finding for finding in wrong if set(finding.causes) & set(first.causes)]
         names = "all that depart" if len(same) == len(wrong) else f"of {len(wrong)} that depart"
@@ -67,7 +74,7 @@ def verdict(findings: Iterable[Finding], trace: Trace) -> list[str]:
 
 def where(finding: Finding) -> str:
     """Return the name and the kind of a unit."""
-    kind = KINDS[finding.unit.kind]
+    kind = "" if finding.unit.kind == "stream" else KINDS[finding.unit.kind]
     return f"{finding.unit.name} ({kind})" if kind else finding.unit.name
 
 
@@ -81,6 +88,9 @@ def step_line(step: Step | None, trace: Trace) -> str:
         if len(trace.token_ids) > 1:
             at += f" of sequence {step.at[0]}"
     allowed = LIMIT * step.rounding
+    if step.of:
+        what = f"{step.name} is not {step.of}: they are apart by {step.error:.2g}"
+        return f"{what}, where {trace.dtype} allows {allowed:.2g}{at}"
     return f"{step.name} is off by {step.error:.2g}, where {trace.dtype} allows {allowed:.2g}{at}"
 
 
@@ -109,6 +119,9 @@ def steps_lines(steps: list[Step], a: Trace, b: Trace) -> list[str]:
     wrong = next((step for step in steps if step.wrong), None)
     if wrong is None:
         return [*lines, f"agree         all {len(steps)} arrays are within {LIMIT:.0f} roundings"]
+    if wrong.not_finite:
+        holding = " and ".join(dict.fromkeys(wrong.not_finite))
+        return [*lines, f"first apart   {wrong.name}: {holding} holds a number that is not finite"]
     return [
         *lines,
         f"first apart   {wrong.name}: by {wrong.error:.2g}, where a rounding is {wrong.rounding:.2g}",
