@@ -37,8 +37,11 @@ def vectors():
 @options.as_json
 @options.debug
 def write(directory, ops, cases, seed, as_json):
-    """Write the shipped vectors into DIRECTORY, and --cases N more of each operation, drawn from --seed."""
-    from refengine.conformance.vectors.files import SHIPPED, manifest, selected
+    """Write the shipped vectors into DIRECTORY, and --cases N more of each operation, drawn from --seed.
+
+    Cases of other names that DIRECTORY holds already stay there, and in its manifest.
+    """
+    from refengine.conformance.vectors.files import SHIPPED, holds_a_set, manifest, selected
     from refengine.conformance.vectors.files import write as write_set
 
     if directory.exists() and not directory.is_dir():
@@ -46,12 +49,15 @@ def write(directory, ops, cases, seed, as_json):
     if directory.is_dir() and any(directory.iterdir()) and not (directory / "manifest.json").exists():
         raise InputError(f"{directory} is not empty, and holds no vectors: choose another directory")
     chosen = selected(manifest(SHIPPED), ops)
-    count = write_set(directory, _all(chosen, cases, seed))
+    there = manifest(directory) if holds_a_set(directory) else []
+    count = write_set(directory, _all(chosen, cases, seed), there)
+    kept = len(manifest(directory)) - count
     size = sum(path.stat().st_size for path in directory.rglob("*.*"))
     if as_json:
-        click.echo(json.dumps({"directory": str(directory), "cases": count, "bytes": size}))
+        click.echo(json.dumps({"directory": str(directory), "cases": count, "kept": kept, "bytes": size}))
     else:
-        click.echo(f"{count} cases, {size / 1e6:.2f} MB, in {directory}; manifest.json lists them")
+        more = f", and {kept} that were there before" if kept else ""
+        click.echo(f"{count} cases{more}, {size / 1e6:.2f} MB, in {directory}; manifest.json lists them")
 
 
 def _all(chosen: list[dict], cases: int, seed: int):
@@ -76,7 +82,7 @@ def _all(chosen: list[dict], cases: int, seed: int):
                 bar.update()
 
 
-@vectors.command(short_help="Compute the outputs with a backend of ours.")
+@vectors.command(short_help="Compute the outputs with a backend of refengine.")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--outputs", required=True, type=click.Path(path_type=Path), metavar="DIR2")
 @some
@@ -84,24 +90,39 @@ def _all(chosen: list[dict], cases: int, seed: int):
 @click.option("--dtype", default="float32", type=options.Dtype(), show_default=True, help="Of activations.")
 @options.debug
 def compute(directory, outputs, ops, backend, dtype):
-    """Write to DIR2 the outputs that a backend computes for the vectors in DIRECTORY, as float64."""
+    """Write to DIR2 the outputs that a backend computes for the vectors in DIRECTORY, as float64.
+
+    The backend is one of refengine; functions in a file of your own are checked by `refengine verify`.
+    """
     from refengine.backend import make
-    from refengine.conformance.vectors.files import save
+    from refengine.conformance.vectors.files import holds_a_set, one_case, save
     from refengine.conformance.vectors.files import vectors as read_set
     from refengine.conformance.vectors.replay import REPLAY, replay
     from refengine.conformance.vectors.text import HOST, write_answers
 
+    if holds_a_set(outputs):
+        raise InputError(f"{outputs} holds vectors, which outputs would overwrite: choose another directory")
+    if outputs.exists() and not outputs.is_dir():
+        raise InputError(f"{outputs} is not a directory")
     dtype, count = "float32" if dtype == "auto" else dtype, 0
     for vector in read_set(directory, ops):
-        if vector.texts:
-            write_answers(outputs, vector)
-        else:
-            if vector.operation in REPLAY:
-                answers = replay(vector, make(backend, vector.cfg, dtype), dtype)
+        known = ("tokenizer", "chat") if vector.texts else (*REPLAY, *HOST)
+        if vector.operation not in known:
+            what = f"is of {vector.operation!r}, which is no operation that refengine computes"
+            raise InputError(f"{directory}: the case {vector.name!r} {what}")
+        with one_case(vector, directory, "computed"):
+            cfg = vector.cfg if vector.operation in REPLAY else None
+        engine = make(backend, cfg, dtype) if cfg is not None else None
+        with one_case(vector, directory, "computed"):
+            if vector.texts:
+                write_answers(outputs, vector)
             else:
-                answers = HOST[vector.operation](vector)
-            wide = {key: a if a.dtype.kind in "iu" else a.astype("float64") for key, a in answers.items()}
-            save(outputs / f"{vector.name}.safetensors", wide, {"engine": f"{backend}, {dtype}"})
+                if engine is not None:
+                    answers = replay(vector, engine, dtype)
+                else:
+                    answers = HOST[vector.operation](vector)
+                wide = {key: a if a.dtype.kind in "iu" else a.astype("float64") for key, a in answers.items()}
+                save(outputs / f"{vector.name}.safetensors", wide, {"engine": f"{backend}, {dtype}"})
         count += 1
     click.echo(f"outputs of {count} cases in {outputs}")
 

@@ -91,6 +91,11 @@ def test_damaged_outputs_are_a_sentence_each(sets, tmp_path, damage):
         (["check", "{set}", "--outputs", "{tmp}"], "holds no outputs"),
         (["write", "{tmp}/file"], "is not a directory"),
         (["write", "{tmp}"], "is not empty"),
+        (["compute", "{set}", "--outputs", "{set}"], "holds vectors, which outputs would overwrite"),
+        (["compute", "{set}", "--outputs", "{set}/../set"], "holds vectors, which outputs would overwrite"),
+        (["check", "{set}", "--outputs", "{set}"], "holds vectors, which are inputs"),
+        (["compute", "{set}", "--outputs", "{tmp}/file"], "is not a directory"),
+        (["compute", "{set}", "--outputs", "{tmp}/new", "--dtype", "bf16"], "^the numpy backend computes in"),
     ],
 )
 def test_wrong_input_is_one_sentence(sets, tmp_path, words, sentence):
@@ -104,6 +109,65 @@ def test_a_manifest_of_another_format_is_refused(tmp_path):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(InputError, match="is not the manifest"):
             manifest(tmp_path)
+
+
+def case_of(folder, **changes):
+    """Write a set of one case, route/bias, whose entry in the manifest is changed; None takes a key away."""
+    run("write", folder, "--op", "route/bias")
+    (described,) = manifest(folder)
+    changed = {key: value for key, value in (described | changes).items() if value is not None}
+    value = {"format": vectors_files.FORMAT, "cases": [changed]}
+    (folder / "manifest.json").write_text(json.dumps(value))
+    return folder / "route/bias.safetensors"
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"operation": "rotary"}, "is of 'rotary', which is no operation"),
+        ({"operation": "ssd_scan"}, "cannot be computed"),
+        ({"operation": "chat"}, "is of 'chat', which is no operation"),
+        ({"operation": None}, "case 0 has no operation"),
+        ({"name": 3}, "case 0 has no name"),
+        ({"name": "../../away"}, "the name '../../away' leads out of the directory"),
+        ({"file": "/etc/hostname"}, "the file '/etc/hostname' leads out of the directory"),
+        ({"outputs": None}, "has no outputs"),
+        ({"outputs": {"y": {"expected": "out.y", "terms": 3}}}, "lacks 'out.y'"),
+        ({"config": None}, "cannot be computed"),
+    ],
+)
+def test_a_manifest_that_cannot_be_computed_is_one_sentence(tmp_path, changes, sentence):
+    case_of(tmp_path / "set", **changes)
+    with pytest.raises(InputError, match=sentence) as refused:
+        run("compute", tmp_path / "set", "--outputs", tmp_path / "out")
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_set_without_cases_or_inputs_is_one_sentence(tmp_path):
+    path = case_of(tmp_path / "set")
+    arrays = vectors_files.load(path)
+    vectors_files.save(path, {key: a for key, a in arrays.items() if not key.startswith("in.")}, {})
+    with pytest.raises(InputError, match="the case 'route/bias' cannot be computed: it lacks 'in"):
+        run("compute", tmp_path / "set", "--outputs", tmp_path / "out")
+    empty = {"format": vectors_files.FORMAT, "cases": []}
+    (tmp_path / "set" / "manifest.json").write_text(json.dumps(empty))
+    for words in (["compute"], ["check"]):
+        with pytest.raises(InputError, match="lists no case"):
+            run(*words, tmp_path / "set", "--outputs", tmp_path)
+
+
+def test_drawn_cases_of_two_operations_have_two_names():
+    names = [drawn(operation, 0, 0).name for operation in PLANS]
+    assert len(names) == len(set(names))
+
+
+def test_writing_some_cases_into_a_set_keeps_the_others(tmp_path):
+    run("write", tmp_path, "--op", "route", "--op", "mlp")
+    before = [e["name"] for e in manifest(tmp_path)]
+    text, _ = run("write", tmp_path, "--op", "mlp", "--cases", 1)
+    assert "were there before" in text
+    after = [e["name"] for e in manifest(tmp_path)]
+    assert set(after) == {*before, "mlp/seed-0-0", "mlp/mixer-seed-0-0"} and len(after) == len(set(after))
 
 
 @pytest.mark.parametrize("operation", PLANS)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from fnmatch import fnmatch
 from functools import lru_cache
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -83,9 +84,12 @@ def entry(vector: Vector) -> dict:
     } | {key: value for key, value in parts.items() if value}
 
 
-def write(directory: Path, vectors: Iterable[Vector]) -> int:
-    """Write a set, and return the number of its cases. The manifest has one case a line, and comes last."""
-    lines = []
+def write(directory: Path, vectors: Iterable[Vector], keep: Iterable[dict] = ()) -> int:
+    """Write a set, and return the number of its new cases. The manifest has one case a line, and comes last.
+
+    keep: entries of cases that the directory holds already; they stay in the manifest unless written anew.
+    """
+    lines, new = [], set()
     for vector in vectors:
         described = entry(vector)
         path = directory / described["file"]
@@ -97,12 +101,15 @@ def write(directory: Path, vectors: Iterable[Vector]) -> int:
             sources = {f"source of {key}": source for key, source in vector.sources.items()}
             about = {"operation": vector.operation, "why": vector.why}
             save(path, vector.arrays, about | sources)
-        lines.append(json.dumps(described, ensure_ascii=False, separators=(",", ":")))
+        lines.append(described)
+        new.add(vector.name)
+    count = len(lines)
+    lines = [each for each in keep if each["name"] not in new] + lines
     directory.mkdir(parents=True, exist_ok=True)
     head = f'"format":"{FORMAT}","version":"{refengine.__version__}"'
-    body = ",\n".join(lines)
+    body = ",\n".join(json.dumps(each, ensure_ascii=False, separators=(",", ":")) for each in lines)
     (directory / "manifest.json").write_text(f'{{{head},"cases":[\n{body}\n]}}\n', encoding="utf-8")
-    return len(lines)
+    return count
 
 
 def manifest(directory: Path) -> list[dict]:
@@ -115,7 +122,44 @@ def manifest(directory: Path) -> list[dict]:
         or not isinstance(value.get("cases"), list)
     ):
         raise InputError(f"{path} is not the manifest of a set of vectors ({FORMAT!r})")
+    if not value["cases"]:
+        raise InputError(f"{path} lists no case")
+    for number, each in enumerate(value["cases"]):
+        for key in ("name", "operation", "file"):
+            if not isinstance(each, dict) or not isinstance(each.get(key), str):
+                raise InputError(f"{path}: case {number} has no {key}")
+        for key in ("name", "file"):
+            if not inside(each[key]):
+                raise InputError(
+                    f"{path}: the {key} {shown(each[key])} leads out of the directory of the set"
+                )
     return value["cases"]
+
+
+def inside(name: str) -> bool:
+    """Return whether a relative path stays below the directory that it is relative to."""
+    parts = PurePosixPath(name).parts
+    return (
+        bool(parts) and not name.startswith("/") and ".." not in parts and not any(c in name for c in "\\\0")
+    )
+
+
+def holds_a_set(directory: Path) -> bool:
+    """Return whether a directory holds vectors, which are inputs and no outputs."""
+    return (directory / "manifest.json").exists()
+
+
+@contextmanager
+def one_case(vector: Vector, directory: Path, what: str) -> Iterator[None]:
+    """Turn any error in the body into an InputError, a sentence that names the case; what: computed, say."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{directory}: the case {shown(vector.name)} cannot be {what}: {error}") from None
+    except Exception as error:  # of a case that lacks an input, or holds one of another shape
+        text = " ".join(str(error).split())[:200]
+        reason = f"it lacks {text}" if isinstance(error, KeyError) else f"{type(error).__name__}: {text}"
+        raise InputError(f"{directory}: the case {shown(vector.name)} cannot be {what}: {reason}") from error
 
 
 def read(directory: Path, described: dict) -> Vector:
@@ -131,8 +175,18 @@ def read(directory: Path, described: dict) -> Vector:
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{directory / 'manifest.json'} has a case that is not complete: {error}") from None
     if path.suffix == ".json":
-        return Vector(**about, outputs=outputs, texts=read_json(path))
-    return Vector(**about, outputs=outputs, arrays=load(path))
+        texts = read_json(path)
+        if not isinstance(texts, list) or not texts or not all(isinstance(each, dict) for each in texts):
+            raise InputError(f"{path} holds no list of texts")
+        return Vector(**about, outputs=outputs, texts=texts)
+    arrays = load(path)
+    if not outputs:
+        raise InputError(f"{directory / 'manifest.json'}: the case {shown(about['name'])} has no outputs")
+    for output in outputs.values():
+        for key in (output.expected, *filter(None, [output.valid])):
+            if key not in arrays:
+                raise InputError(f"{path} lacks {shown(key)}, by which the manifest judges its outputs")
+    return Vector(**about, outputs=outputs, arrays=arrays)
 
 
 def vectors(directory: Path, ops: Iterable[str] = ()) -> Iterator[Vector]:
@@ -191,15 +245,18 @@ def check_outputs(
     """
     if not answers.is_dir():
         raise InputError(f"{answers} is not a directory")
+    if holds_a_set(answers) and holds_a_set(directory):
+        raise InputError(f"{answers} holds vectors, which are inputs: name the directory of the outputs")
     rows = []
     for vector in vectors(directory, ops):
-        path = answers / entry(vector)["file"]
-        if not path.exists():
-            rows.append(Row(vector.operation, vector.name, np.inf, 0.0, "no file"))
-        elif vector.texts:
-            rows.append(judge_texts(vector, path))
-        else:
-            rows.append(judge_file(vector, path, dtype))
+        with one_case(vector, directory, "judged"):
+            path = answers / entry(vector)["file"]
+            if not path.exists():
+                rows.append(Row(vector.operation, vector.name, np.inf, 0.0, "no file"))
+            elif vector.texts:
+                rows.append(judge_texts(vector, path))
+            else:
+                rows.append(judge_file(vector, path, dtype))
     if all(row.note == "no file" for row in rows):
         example = next(iter(rows)).case
         raise InputError(f"{answers} holds no outputs: one would be {answers / example}.safetensors")

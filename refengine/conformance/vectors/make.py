@@ -281,6 +281,9 @@ def drawn(operation: str, seed: int, number: int) -> Vector:
     from refengine.conformance.cases import MENUS
 
     plan = PLANS[operation]
+    label = (
+        "mixer-" if operation.endswith(" mixer") else f"{operation}-" if folder(operation) == "state" else ""
+    )
     for attempt in range(100):
         rng = np.random.default_rng([seed, number, attempt, *operation.encode()])
         sizes: dict[str, Any] = {key: menu[int(rng.integers(len(menu)))] for key, menu in MENUS.items()}
@@ -296,7 +299,7 @@ def drawn(operation: str, seed: int, number: int) -> Vector:
             length=int(rng.integers(9, 24)),
             **sizes,
         )
-        vector = make(f"{folder(operation)}/seed-{seed}-{number}", operation, case, f"drawn: {case!r}")
+        vector = make(f"{folder(operation)}/{label}seed-{seed}-{number}", operation, case, f"drawn: {case!r}")
         if "margin" not in vector.arrays or vector.arrays["margin"].min() > MARGIN:
             return vector
     raise AssertionError(f"{operation}: no case far from a tie")
