@@ -27,16 +27,17 @@ from refengine.cli import options
     default=True,
     help="Compare the copy with MODEL on text, where MODEL fits in memory in float32.",
 )
+@click.option("--calibrate", is_flag=True, help="Write scales of inputs and of an FP8 cache, found on text.")
 @click.option(
     "--texts",
     type=options.FileName(),
     metavar="FILE",
-    help="A UTF-8 text to compare on, of which 4,096 tokens are read. [default: 20 short stories]",
+    help="A UTF-8 text to compare and calibrate on: its first 4,096 tokens. [default: 20 short stories]",
 )
 @options.as_json
 @options.quiet
 @options.debug
-def quantize(model, out, recipe, four_over_six, evaluated, texts, as_json):
+def quantize(model, out, recipe, four_over_six, evaluated, calibrate, texts, as_json):
     """Write MODEL with packed weights into the new directory OUT.
 
     The weights are those of NVIDIA's modelopt, byte for byte; inputs stay in 16 bits. If the command is
@@ -48,22 +49,23 @@ def quantize(model, out, recipe, four_over_six, evaluated, texts, as_json):
     from refengine.progress import progress
     from refengine.quantize import can_evaluate, evaluate, recipe_of
     from refengine.quantize import quantize as run
+    from refengine.quantize.texts import TEXTS
     from refengine.spec.config import InputError
     from refengine.spec.tensors import parameters, table
 
     chosen = recipe_of(recipe, four_over_six)
-    given = None if texts is None else [text_of(texts)]
+    given = TEXTS if texts is None else [text_of(texts)]
     with Checkpoint.open(model) as checkpoint:
         total = parameters(table(checkpoint.config))
         fits = can_evaluate(checkpoint.config)
     with progress("quantizing", total, "element") as bar:
-        found = run(model, out, chosen, advance=bar.update)
+        found = run(model, out, chosen, texts=given if calibrate else None, advance=bar.update)
     losses = None
     if evaluated and not fits:
         options.note("not evaluated: the model takes more than half of the free memory in float32")
     elif evaluated:
         try:
-            losses = evaluate(model, out, **({} if given is None else {"texts": given}))
+            losses = evaluate(model, out, given)
         except InputError as error:  # the copy is whole
             options.note(f"not evaluated: {error}")
     if as_json:

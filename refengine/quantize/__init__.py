@@ -1,6 +1,7 @@
 """Quantizing a checkpoint into packed weights, in the layout that NVIDIA releases.
 
 recipes   the format of each weight
+calibrate the scales of inputs and of a cache
 write     the new directory, in strips of rows, so that memory does not depend on the size of the model
 evaluate  how far the distributions of a copy are from those of the original
 """

@@ -41,9 +41,9 @@ def evaluate(
     counts: list[int] = []
     sums = np.zeros(4)
     with refengine.load(model) as before, refengine.load(copy) as after:
-        pieces = _pieces([before.tokenizer.encode(text) for text in texts], piece)
-        with progress("evaluating", sum(map(len, pieces)), "token") as bar:
-            for ids in pieces:
+        cut = pieces([before.tokenizer.encode(text) for text in texts], piece)
+        with progress("evaluating", sum(map(len, cut)), "token") as bar:
+            for ids in cut:
                 if len(ids) > 1:
                     counts.append(len(ids) - 1)
                     p, q = (log_probs(each.logits(ids)[:-1].astype(np.float64)) for each in (before, after))
@@ -55,7 +55,7 @@ def evaluate(
     return {"tokens": sum(counts), **means}
 
 
-def _pieces(texts: list[list[int]], piece: int) -> list[list[int]]:
+def pieces(texts: list[list[int]], piece: int) -> list[list[int]]:
     """Return the first MOST tokens of all texts in pieces, none of which has tokens of two texts."""
     out, left = [], MOST
     for ids in texts:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refengine.spec.config import Config, InputError
-from refengine.spec.quant import TOP, TOP_4_OVER_6, TOP_W4A8, Packed, fp8, mxfp8, nvfp4
+from refengine.spec.quant import E4M3_MAX, TOP, TOP_4_OVER_6, TOP_W4A8, Packed, fp8, mxfp8, nvfp4
 from refengine.spec.tensors import Tensor
 from refengine.untrusted import shown
 
@@ -37,6 +37,7 @@ class Format(NamedTuple):
     block: int
     top: int  # largest element in units of scale_2; 0 where there is none
     algorithm: str  # its name in modelopt's metadata, without scales of inputs
+    inputs: int  # largest input in units of input_scale; 0 where inputs have none
 
 
 def _mxfp8(w, amax) -> Packed:
@@ -44,14 +45,18 @@ def _mxfp8(w, amax) -> Packed:
 
 
 FORMATS = {
-    "nvfp4": Format(nvfp4, "NVFP4", 16, TOP, "W4A16_NVFP4"),
-    "four_over_six": Format(partial(nvfp4, four_over_six=True), "NVFP4", 16, TOP_4_OVER_6, "W4A16_NVFP4"),
-    "w4a8": Format(partial(nvfp4, block=32, top=TOP_W4A8), "NVFP4", 32, TOP_W4A8, "W4A8_NVFP4_FP8"),
-    "fp8": Format(fp8, "FP8", 1, 0, "FP8"),
-    "fp8_mse": Format(partial(fp8), "FP8", 1, 0, "FP8"),
-    "mxfp8": Format(_mxfp8, "MXFP8", 32, 0, "MXFP8"),
+    "nvfp4": Format(nvfp4, "NVFP4", 16, TOP, "W4A16_NVFP4", TOP),
+    "four_over_six": Format(
+        partial(nvfp4, four_over_six=True), "NVFP4", 16, TOP_4_OVER_6, "W4A16_NVFP4", TOP
+    ),
+    "w4a8": Format(partial(nvfp4, block=32, top=TOP_W4A8), "NVFP4", 32, TOP_W4A8, "W4A8_NVFP4_FP8", E4M3_MAX),
+    "fp8": Format(fp8, "FP8", 1, 0, "FP8", E4M3_MAX),
+    "fp8_mse": Format(partial(fp8), "FP8", 1, 0, "FP8", E4M3_MAX),
+    "mxfp8": Format(_mxfp8, "MXFP8", 32, 0, "MXFP8", 0),
 }
 LINEARS = ("mamba", "attention", "routed_expert", "shared_expert", "latent", "mlp")
+WEIGHT_ONLY = ("w4a16", "lightning")  # whose inputs of NVFP4 weights stay in 16 bits
+CACHED = ("super", "ultra", "lightning")  # whose keys and values are in FP8
 SEARCHED = FORMATS["fp8_mse"]
 ROLES = (*LINEARS, "embedding", "lm_head", "router", "mtp_proj")
 RECIPES: dict[str, dict[str, str]] = {
@@ -76,6 +81,15 @@ class Recipe:
     roles: Mapping[str, str]
     names: Mapping[str, str] = field(default_factory=dict)
     before_attention: bool = True
+
+    @property
+    def packs_cache(self) -> bool:
+        """Return whether keys and values are kept in FP8; calibration writes their scales."""
+        return self.name in CACHED
+
+    def packs_inputs(self, chosen: Format) -> bool:
+        """Return whether inputs of weights in a format are packed too; calibration writes their scales."""
+        return bool(chosen.inputs) and not (self.name in WEIGHT_ONLY and chosen.kind == "NVFP4")
 
     def format_of(self, row: Tensor, cfg: Config) -> str:
         """Return the name of the format of a row of the table, or "plain"."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from math import prod
 from pathlib import Path
 from statistics import median
@@ -23,6 +24,7 @@ from refengine.checkpoint import INDEX, Checkpoint
 from refengine.checkpoint.packed import KINDS
 from refengine.checkpoint.safetensors_file import BITS
 from refengine.checkpoint.write import ALIGN
+from refengine.quantize.calibrate import calibrate, scale_of_cache
 from refengine.quantize.recipes import FORMATS, SEARCHED, Format, Recipe
 from refengine.spec.config import InputError
 from refengine.spec.quant import E4M3, E4M3_MAX, Packed, nvfp4, to_e4m3
@@ -37,18 +39,34 @@ ON_QKV = "qkv_proj"  # q, k and v are one matrix to modelopt: they share scale_2
 
 @dataclass(frozen=True)
 class Job:
-    """Holds a row of the table, its format or None, and the rows whose largest magnitude it shares."""
+    """Holds a row of the table, its format or None, and the rows whose largest magnitude it shares.
+
+    scales: the values of the single scales that calibration adds, by the names of their tensors
+    """
 
     row: Tensor
     format: Format | None
     sharing: tuple[Tensor, ...]
+    scales: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def algorithm(self) -> str:
+        """Return the name of the format in modelopt's metadata, "" where there is none."""
+        found = self.format.algorithm if self.format else ""
+        return "NVFP4" if found == "W4A16_NVFP4" and f"{self.base}.input_scale" in self.scales else found
+
+    @property
+    def base(self) -> str:
+        """Return the name of the module."""
+        return self.row.name.removesuffix(".weight")
 
     def tensors(self, dtype: str) -> list[tuple[str, str, tuple[int, ...]]]:
         """Return the name, dtype and shape of each tensor that it becomes; `dtype` is that of the source."""
         name, shape = self.row.name, self.row.shape
+        added: list = [(each, "F32", ()) for each in self.scales]
         if self.format is None:
-            return [(name, dtype, shape)]
-        base, (rows, columns) = name.removesuffix(".weight"), shape
+            return [(name, dtype, shape), *added]
+        base, (rows, columns) = self.base, shape
         blocks = (rows, columns // self.format.block)
         match self.format.kind:
             case "NVFP4":
@@ -58,7 +76,7 @@ class Job:
                 codes, scales = (name, "F8_E4M3", shape), [("weight_scale", "U8", blocks)]
             case _:
                 codes, scales = (name, "F8_E4M3", shape), [("weight_scale", "F32", ())]
-        return [codes] + [(f"{base}.{end}", kind, each) for end, kind, each in scales]
+        return [codes] + [(f"{base}.{end}", kind, each) for end, kind, each in scales] + added
 
 
 def quantize(
@@ -68,20 +86,30 @@ def quantize(
     *,
     shard: int = SHARD,
     strip: int = STRIP,
+    texts: Sequence[str] | None = None,
     advance: Callable[[int], object] = lambda elements: None,
 ) -> dict[str, dict[str, float]]:
     """Write a quantized copy of a model into the directory `out`; return errors by role.
 
     The errors of a role are {"matrices", "bits", "error", "gain"}: bits an element with scales, the median
     over matrices of the squared error over the squared weights, and how much smaller that is than with NVFP4
-    without four over six. `advance` hears of elements as they are done. Raises InputError.
+    without four over six. `advance` hears of elements as they are done. With `texts` the model reads them
+    first, and scales of inputs and, where the recipe asks for it, of the cache are written.
+    Raises InputError.
     """
     source, out = Checkpoint.open(model), Path(out)
     jobs = plan(source, recipe)
     _check_target(source, out)
+    if texts is not None:
+        _check_calibration(jobs, recipe)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        state = _state(source, out, recipe)
+        state = _state(source, out, recipe, texts)
+        if texts is not None:
+            if "largest" not in state:
+                state["largest"] = calibrate(source, texts)
+                _text(out / STATE, json.dumps(state))
+            jobs = [calibrated(job, recipe, state["largest"]) for job in jobs]
         files = _shards(source, jobs, shard)
         for name, members in files.items():
             if name not in state["errors"] or not (out / name).exists():
@@ -122,6 +150,32 @@ def plan(source: Checkpoint, recipe: Recipe) -> list[Job]:
     return jobs
 
 
+def _check_calibration(jobs: list[Job], recipe: Recipe) -> None:
+    """Raise InputError where calibration has nothing to write, or cannot reach a matrix."""
+    packed = [job for job in jobs if job.format and recipe.packs_inputs(job.format)]
+    if not packed and not recipe.packs_cache:
+        raise InputError(
+            f"recipe {recipe.name} has no scales of inputs or of the cache: nothing to calibrate"
+        )
+    for job in packed:
+        if job.row.role == "embedding" or job.row.block.startswith("mtp."):
+            raise InputError(f"recipe {recipe.name} packs {job.row.name}, whose inputs are not calibrated")
+
+
+def calibrated(job: Job, recipe: Recipe, largest: Mapping[str, float]) -> Job:
+    """Return a job with the scales of its inputs, and of the keys or values that it makes.
+
+    largest: as `calibrate` returns it. A magnitude of 0 gives the scale 1, so that no reader divides by 0.
+    """
+    found: dict[str, float] = {}
+    if job.format and recipe.packs_inputs(job.format):
+        found[f"{job.base}.input_scale"] = largest[job.row.name] / job.format.inputs or 1.0
+    name = scale_of_cache(job.row)
+    if name is not None and recipe.packs_cache and name in largest:
+        found[name] = largest[name] / E4M3_MAX or 1.0
+    return replace(job, scales=found)
+
+
 def _check_target(source: Checkpoint, out: Path) -> None:
     """Raise InputError where writing would lose something."""
     if out.exists() and not out.is_dir():
@@ -135,14 +189,15 @@ def _check_target(source: Checkpoint, out: Path) -> None:
         raise InputError(f"{out} holds {ours[0]} already: give a new directory")
 
 
-def _state(source: Checkpoint, out: Path, recipe: Recipe) -> dict[str, Any]:
+def _state(source: Checkpoint, out: Path, recipe: Recipe, texts: Sequence[str] | None) -> dict[str, Any]:
     """Return the state of an earlier run, or a new one; InputError if that was of another model or recipe."""
+    digest = None if texts is None else sha256(json.dumps(list(texts)).encode()).hexdigest()
     wanted: dict[str, Any] = {
         "source": source.fingerprint(),
         "roles": dict(recipe.roles),
         "names": dict(recipe.names),
     }
-    wanted |= {"before_attention": recipe.before_attention}
+    wanted |= {"name": recipe.name, "before_attention": recipe.before_attention, "texts": digest}
     try:
         found = json.loads((out / STATE).read_text())
     except FileNotFoundError:
@@ -219,12 +274,14 @@ def _write(source: Checkpoint, path: Path, jobs: list[Job], strip: int, advance)
 def _put(source: Checkpoint, job: Job, strip: int, put, advance) -> list[list]:
     """Write the tensors of one job; return its errors."""
     row, chosen = job.row, job.format
+    for name, scale in job.scales.items():
+        put(name, 0, np.array(scale, np.float32))
     if chosen is None:
         for begin, part in _strips(source, row, strip):
             put(row.name, begin * part[0].nbytes, part)
             advance(part.size)
         return []
-    base = row.name.removesuffix(".weight")
+    base = job.base
     amax = np.float32(0)
     for each in job.sharing:
         for _, part in _strips(source, each, strip):
@@ -311,6 +368,8 @@ def _finish(source: Checkpoint, out: Path, jobs: list[Job], files: dict[str, lis
     _text(out / "hf_quant_config.json", json.dumps(said, indent=2) + "\n")
     config = json.loads((source.directory / "config.json").read_bytes().decode("utf-8-sig"))
     config.pop("compression_config", None)
+    if said["quantization"]["kv_cache_quant_algo"]:
+        said["quantization"]["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
     config["quantization_config"] = said["quantization"] | {
         "quant_method": "modelopt",
         "producer": said["producer"],
@@ -324,19 +383,18 @@ def metadata(jobs: list[Job]) -> dict[str, Any]:
     """Return hf_quant_config.json: one algorithm and its exclusions, or the algorithm of each module."""
     from refengine import __version__
 
-    module = {job.row.name: job.row.name.removesuffix(".weight") for job in jobs}
-    packed = {module[job.row.name]: job.format for job in jobs if job.format}
-    plain = [module[job.row.name] for job in jobs if not job.format and len(job.row.shape) == 2]
-    algorithms = {chosen.algorithm for chosen in packed.values()}
-    said: dict[str, Any] = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None}
-    if len(algorithms) == 1:
-        (chosen, *_) = packed.values()
-        said["quant_algo"] = chosen.algorithm
+    packed = {job.base: (job.algorithm, job.format) for job in jobs if job.format}
+    plain = [job.base for job in jobs if not job.format and len(job.row.shape) == 2]
+    cached = any(scale_of_cache(job.row) in job.scales for job in jobs)
+    said: dict[str, Any] = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": "FP8" if cached else None}
+    if len({algorithm for algorithm, _ in packed.values()}) == 1:
+        (algorithm, chosen), *_ = packed.values()
+        said["quant_algo"] = algorithm
         said |= {"group_size": chosen.block} if chosen.kind != "FP8" else {}
     else:
         said["quantized_layers"] = {
-            name: {"quant_algo": each.algorithm} | ({"group_size": each.block} if each.kind != "FP8" else {})
-            for name, each in packed.items()
+            name: {"quant_algo": algorithm} | ({"group_size": each.block} if each.kind != "FP8" else {})
+            for name, (algorithm, each) in packed.items()
         }
     said["exclude_modules"] = plain
     return {"producer": {"name": "refengine", "version": __version__}, "quantization": said}

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 import refengine
 from refengine.cli.quantize import quantize as command
 from refengine.quantize import evaluate, quantize, recipe_of
-from refengine.quantize.evaluate import MOST, _pieces, differences
+from refengine.quantize.evaluate import MOST, differences, pieces
 from refengine.quantize.texts import TEXTS
 from refengine.spec.config import InputError
 from tests.support.checkpoints import random_checkpoint
@@ -68,8 +68,8 @@ def test_differences_of_known_distributions():
 
 
 def test_pieces_hold_tokens_of_one_text_and_are_not_too_many():
-    assert _pieces([[1, 2, 3, 4, 5], [6, 7]], 2) == [[1, 2], [3, 4], [5], [6, 7]]
-    assert sum(map(len, _pieces([[1] * 3000, [2] * 3000, [3]], 256))) == MOST
+    assert pieces([[1, 2, 3, 4, 5], [6, 7]], 2) == [[1, 2], [3, 4], [5], [6, 7]]
+    assert sum(map(len, pieces([[1] * 3000, [2] * 3000, [3]], 256))) == MOST
 
 
 def test_the_stories_are_those_of_the_generator():
