@@ -59,6 +59,16 @@ def verify(
     """
     dtype = None if dtype == "auto" else dtype
     if prefill_decode:
+        for flag, given in (
+            ("--op", ops),
+            ("--max-examples", max_examples),
+            ("--case", case),
+            ("--list", listed),
+        ):
+            if given:
+                raise click.UsageError(
+                    f"{flag} does not apply to --prefill-decode, which compares whole models."
+                )
         compare(prefill_decode, backend, device, dtype, tokens, seed, as_json)
         return
     from importlib.util import find_spec
@@ -87,8 +97,11 @@ def run(report, names: list[str], plan, how: dict, limit: float, as_json: bool) 
     dog, results = Watchdog(how, limit), []
     try:
         dog.start()
+        for text in dog.notes:
+            options.note(text)
         if not as_json:
-            click.echo(f"{how['name']}, {dog.dtype}\n\n{report.HEADER}")
+            yours = f"; yours: {', '.join(dog.brought)}" if dog.brought else ""
+            click.echo(f"{how['name']}, {dog.dtype}{yours}\n\n{report.HEADER}")
         with progress("verify", len(names), "operation", as_json) as bar:
             for result in report.report(None, names, plan, dog.judge):
                 results.append(result)
@@ -154,8 +167,18 @@ def compare(model, backend, device, dtype, tokens, seed, as_json) -> None:
         from refengine.conformance.candidate import resolve
 
         chosen = resolve(backend, dtype, device)
-    with refengine.load(
-        model, chosen, dtype=dtype or "float32", device=device, deterministic=backend in NAMES
-    ) as engine:
-        found = prefill_decode.compare(engine, tokens, seed)
-    click.echo(json.dumps(asdict(found)) if as_json else prefill_decode.text(model, found))
+    how = {"backend": backend, "dtype": dtype or "float32"}
+    try:
+        with refengine.load(
+            model, chosen, dtype=how["dtype"], device=device, deterministic=backend in NAMES
+        ) as engine:
+            found = prefill_decode.compare(engine, tokens, seed, silent=as_json)
+    except InputError:
+        raise
+    except Exception as error:
+        if backend in NAMES:
+            raise
+        text = " ".join(str(error).split())
+        raise InputError(f"{backend} fails: {type(error).__name__}: {text}") from error
+    named = ", ".join(how.values())
+    click.echo(json.dumps(how | asdict(found)) if as_json else prefill_decode.text(model, found, named))

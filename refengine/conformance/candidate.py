@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -60,10 +61,22 @@ class Bench(Backend):
 
     dtype      of the activations
     functions  those of TEXT that the candidate brings, by name
+    brought    names of the verbs and functions that take the place of NumPy's; none of a whole backend
+    unused     names of the candidate's public functions that are no verb
     """
 
     dtype: np.dtype
     functions: Mapping[str, Callable] = field(default_factory=dict, hash=False, compare=False)
+    brought: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+    def notes(self) -> list[str]:
+        """Return a sentence for the user about the functions that are not used; none without such."""
+        if not self.unused:
+            return []
+        several = len(self.unused) > 1
+        what = f"function{'s' if several else ''} that {'are' if several else 'is'} no verb"
+        return [f"{self.name} has {what} and not checked: {with_near(self.unused)}"]
 
     def __repr__(self) -> str:
         return f"BENCHES[{self.name!r}]()"
@@ -127,12 +140,24 @@ def bench(name: str, backend: Backend, dtype, functions: Mapping[str, Callable] 
     return Bench(**kept | {"name": name, "dtype": np.dtype(dtype), "functions": functions or {}})
 
 
+def near(name: str) -> str:
+    """Return the verb or function whose name is nearest to another; "" without one."""
+    return next(iter(difflib.get_close_matches(name, (*VERBS, *TEXT), 1)), "")
+
+
+def with_near(names: tuple[str, ...], most: int = 8) -> str:
+    """Return names, those first that are near to a verb's, which is named with them."""
+    ordered = sorted(names, key=lambda name: not near(name))
+    listed = [f"{name} (did you mean {near(name)}?)" if near(name) else name for name in ordered[:most]]
+    return ", ".join(listed) + (f", and {len(names) - most} more" if len(names) > most else "")
+
+
 def with_functions(functions: Mapping[str, Callable], dtype="float32", name: str = "candidate") -> Bench:
     """Return the NumPy backend with these verbs for its own, each watched; InputError for other names."""
     for verb in functions:
         if verb not in VERBS and verb not in TEXT:
-            near = difflib.get_close_matches(verb, (*VERBS, *TEXT), 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; there is {', '.join((*VERBS, *TEXT))}"
+            known = f"; there is {', '.join((*VERBS, *TEXT))}"
+            hint = f"; did you mean {near(verb)}?" if near(verb) else known
             raise InputError(f"there is no verb {verb!r}{hint}")
         if not callable(functions[verb]):
             raise InputError(f"{verb} is {type(functions[verb]).__name__}, not a function")
@@ -141,7 +166,8 @@ def with_functions(functions: Mapping[str, Callable], dtype="float32", name: str
     backend = numpy_backend(np.dtype(dtype), ops=REFERENCE)
     verbs = {verb: watched(verb, f) for verb, f in functions.items() if verb in VERBS}
     text = {name: f for name, f in functions.items() if name in TEXT}
-    return bench(name, replace(backend, ops=replace(backend.ops, **verbs)), dtype, text)
+    made = bench(name, replace(backend, ops=replace(backend.ops, **verbs)), dtype, text)
+    return replace(made, brought=tuple(functions))
 
 
 def watched(verb: str, function: Callable) -> Callable:
@@ -151,7 +177,9 @@ def watched(verb: str, function: Callable) -> Callable:
         kept = [a.copy() if isinstance(a, np.ndarray) else None for a in args]
         try:
             result = function(*args, **how)
-        except Exception as error:
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+                raise  # the user's own
             text = " ".join(str(error).split())
             raise Wrong(verb, f"{verb} raised {type(error).__name__}: {text}") from error
         for i, (before, after) in enumerate(zip(kept, args, strict=True)):
@@ -185,8 +213,8 @@ def resolve(
     if name == "definition":
         return bench(name, numpy_backend(dtype or "float32", ops=DEFINITION), dtype or "float32")
     if ":" not in name and not name.endswith(".py") and not found(name):
-        near = ", ".join((*backends.NAMES, "definition"))
-        raise InputError(f"there is no backend {name!r}; there is {near}, or MODULE:ATTRIBUTE of your own")
+        known = ", ".join((*backends.NAMES, "definition"))
+        raise InputError(f"there is no backend {name!r}; there is {known}, or MODULE:ATTRIBUTE of your own")
     return candidate(loaded(name), dtype, device, name)
 
 
@@ -209,6 +237,8 @@ def loaded(name: str):
     """Return module:attribute, or the module; InputError where it cannot be imported."""
     with_here()
     module_name, _, attribute = name.partition(":") if not Path(name).is_file() else (name, "", "")
+    if not module_name.strip("."):
+        raise InputError(f"{name!r} names no module: an own backend is FILE.py, MODULE or MODULE:ATTRIBUTE")
     try:
         if module_name.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
@@ -221,7 +251,7 @@ def loaded(name: str):
             module = importlib.import_module(module_name)
     except InputError:
         raise
-    except Exception as error:  # a module may fail in any way
+    except (Exception, SystemExit) as error:  # a module may fail in any way
         text = " ".join(str(error).split())
         raise InputError(f"{module_name} cannot be imported: {type(error).__name__}: {text}") from error
     value = module
@@ -252,11 +282,34 @@ def candidate(value, dtype: str | None = None, device: str | None = None, name: 
         how = {key: v for key, v in (("dtype", dtype), ("device", device)) if v is not None and key in takes}
         return candidate(value(**how), dtype, device, name)
     functions = {verb: getattr(value, verb) for verb in (*VERBS, *TEXT) if hasattr(value, verb)}
+    if inspect.ismodule(value):  # what it imports from the book for its own use is not its own
+        functions = {verb: f for verb, f in functions.items() if not of_the_book(f, value)}
+    unused = tuple(public(value))
     if not functions:
-        raise InputError(
-            f"{name} is no Backend, and has no function with the name of a verb: {', '.join(VERBS)}"
-        )
-    return with_functions(functions, dtype or "float32", name)
+        there = f"; it has {with_near(unused)}" if unused else ""
+        what = f"is no Backend, and has no function with the name of a verb: {', '.join(VERBS)}"
+        raise InputError(f"{name} {what}{there}")
+    return replace(with_functions(functions, dtype or "float32", name), unused=unused)
+
+
+def of_the_book(function, module) -> bool:
+    """Return whether a module has imported a function from the specification."""
+    home = getattr(function, "__module__", None) or ""
+    return home.startswith("refengine.spec.") and home != module.__name__
+
+
+def public(value) -> list[str]:
+    """Return the names of the public functions that a module, a class or an object defines, without verbs."""
+    there = dict(getattr(value, "__dict__", {}))
+    if not inspect.ismodule(value) and not inspect.isclass(value):
+        there |= vars(type(value))
+    found = []
+    for name, f in there.items():
+        f = f.__func__ if isinstance(f, (staticmethod, classmethod)) else f
+        own = not inspect.ismodule(value) or getattr(f, "__module__", "") == value.__name__
+        if inspect.isfunction(f) and own and not name.startswith("_") and name not in (*VERBS, *TEXT):
+            found.append(name)
+    return found
 
 
 def computed(backend: Backend) -> np.dtype:

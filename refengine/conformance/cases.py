@@ -186,6 +186,10 @@ def agree(actual, expected, dtype, terms: int, what: str = "", stretch: float = 
         seen.append((float(worst), dtype))
     if not worst <= allowed:
         where = tuple(int(i) for i in np.unravel_index(error.argmax(), error.shape))
+        value = actual[where]
+        if not np.isfinite(value) and np.isfinite(expected[where]):
+            held = "NaN" if np.isnan(value) else "an infinite number"
+            raise AssertionError(f"{what}{held} at {where}, where {expected[where]:.3g} is right")
         raise AssertionError(f"{what}off by {worst:.3g} at {where}; {dtype} is allowed {allowed:.3g}")
     return float(worst)
 

@@ -77,8 +77,13 @@ def numbers(result) -> list[np.ndarray]:
 
 
 def apart(some: list[np.ndarray], others: list[np.ndarray]) -> float:
-    """Return the largest difference, over the largest value or 1, in roundings of float32."""
+    """Return the largest difference, over the largest value or 1, in roundings of float32.
+
+    It is infinite where a number is not finite: nothing can be told from such results.
+    """
     if [a.shape for a in some] != [b.shape for b in others]:
+        return np.inf
+    if not all(np.isfinite(a).all() for a in (*some, *others)):
         return np.inf
     worst = [
         np.abs(a - b).max(initial=0) / max(1.0, np.abs(b).max(initial=0))

@@ -38,11 +38,19 @@ class Comparison:
     repeats: bool
 
 
-def compare(engine: Engine, tokens: int, seed: int = 0, beginning: list[int] | None = None) -> Comparison:
-    """Return how far prefill and decode of a sampled text are apart; InputError without finite logits."""
-    prompt = beginning or first_ids(engine)
-    ids, decoded = sampled(engine.runner, prompt, tokens, seed)
-    again = forced(engine.runner, ids, len(prompt))
+def compare(
+    engine: Engine, tokens: int, seed: int = 0, beginning: list[int] | None = None, silent: bool = True
+) -> Comparison:
+    """Return how far prefill and decode of a sampled text are apart.
+
+    silent: without progress bars. InputError without finite logits, and beyond the model's context.
+    """
+    prompt, most = beginning or first_ids(engine), engine.config.max_position_embeddings
+    if len(prompt) + tokens > most:
+        what = f"{tokens} tokens after a prompt of {len(prompt)}"
+        raise InputError(f"{what} are more than the model's context of {most}")
+    ids, decoded = sampled(engine.runner, prompt, tokens, seed, silent)
+    again = forced(engine.runner, ids, len(prompt), silent)
     decode = log_probs(decoded)
     prefill = log_probs(engine.runner.logits(ids)[len(prompt) - 1 : -1])
     chosen = np.arange(tokens), np.array(ids[len(prompt) :])
@@ -67,11 +75,13 @@ def first_ids(engine: Engine) -> list[int]:
         return [min(1, engine.config.vocab_size - 1)]
 
 
-def sampled(runner, prompt: list[int], tokens: int, seed: int) -> tuple[list[int], np.ndarray]:
+def sampled(
+    runner, prompt: list[int], tokens: int, seed: int, silent: bool = True
+) -> tuple[list[int], np.ndarray]:
     """Return the prompt with `tokens` sampled ones, and the logits [tokens v] that these are drawn from."""
     rng, how = np.random.Generator(np.random.Philox(seed)), Sampling()
     ids, found = list(prompt), []
-    with progress("decode", tokens, "token", getattr(runner, "silent", True)) as bar:
+    with progress("decode", tokens, "token", silent) as bar:
         for logits in decoding(runner, prompt, tokens, lambda i: ids[len(prompt) + i]):
             found.append(logits)
             ids.append(sample(logits, how, [], rng))
@@ -79,10 +89,14 @@ def sampled(runner, prompt: list[int], tokens: int, seed: int) -> tuple[list[int
     return ids, np.array(found)
 
 
-def forced(runner, ids: list[int], prompt: int) -> np.ndarray:
+def forced(runner, ids: list[int], prompt: int, silent: bool = True) -> np.ndarray:
     """Return the logits [tokens v] of a second run of the decode, with the tokens of the first."""
-    given = ids[prompt:]
-    return np.array(list(decoding(runner, ids[:prompt], len(given), given.__getitem__)))
+    given, found = ids[prompt:], []
+    with progress("decode again", len(given), "token", silent) as bar:
+        for logits in decoding(runner, ids[:prompt], len(given), given.__getitem__):
+            found.append(logits)
+            bar.update()
+    return np.array(found)
 
 
 def decoding(runner, prompt: list[int], tokens: int, token):
@@ -98,11 +112,12 @@ def decoding(runner, prompt: list[int], tokens: int, token):
         runner.drop([slot])
 
 
-def text(model: str, found: Comparison) -> str:
-    """Return a comparison as a few lines."""
+def text(model: str, found: Comparison, backend: str) -> str:
+    """Return a comparison as a few lines; backend: what computed, with its dtype."""
+    how = f"{found.tokens} tokens sampled one at a time (decode), then read at once (prefill)"
     return "\n".join(
         (
-            f"{model}: {found.tokens} tokens sampled one at a time (decode), then read at once (prefill)",
+            f"{model} on {backend}: {how}",
             f"mean exp|d ln p|   {found.ratio:.9f}   of the sampled tokens; 1 is no difference",
             f"worst              {found.worst_ratio:.9f}",
             f"mean KL            {found.kl:.3g} nats",

@@ -31,12 +31,13 @@ def compute(connection, how: dict[str, Any]) -> None:
 
         candidate = resolve(**how)
         importlib.import_module("refengine.conformance.strategies")  # now, in the time that loading may take
-        connection.send(("ready", str(candidate.dtype)))
+        about = {"dtype": str(candidate.dtype), "brought": candidate.brought, "notes": candidate.notes()}
+        connection.send(("ready", about))
     except InputError as error:
         connection.send(("refused", str(error)))
         return
-    except Exception as error:
-        connection.send(("refused", f"{type(error).__name__}: {' '.join(str(error).split())}"))
+    except BaseException as error:  # SystemExit and KeyboardInterrupt, too, are the candidate's
+        connection.send(("refused", f"{how['name']} {raised(error)}"))
         return
     from refengine.conformance.report import TELL, judged
 
@@ -45,7 +46,17 @@ def compute(connection, how: dict[str, Any]) -> None:
         operation, plan = asked
         if operation == "determinism" and how["name"] in NAMES:
             candidate = resolve(**how, deterministic=True)
-        connection.send(("row", asdict(judged(operation, candidate, Plan(**plan)))))
+        try:
+            row = judged(operation, candidate, Plan(**plan))
+        except BaseException as error:
+            row = Result(operation, "wrong", f"{how['name']} {raised(error)}")
+        connection.send(("row", asdict(row)))
+
+
+def raised(error: BaseException) -> str:
+    """Return in a line what a candidate raised."""
+    text = " ".join(str(error).split())
+    return f"raised {type(error).__name__}: {text}" if text else f"raised {type(error).__name__}"
 
 
 class Watchdog:
@@ -56,6 +67,8 @@ class Watchdog:
         self.process: Any = None
         self.connection: Any = None
         self.dtype = ""
+        self.brought: tuple[str, ...] = ()  # the verbs of the candidate
+        self.notes: list[str] = []
         self.trying = ""
 
     def start(self) -> None:
@@ -70,7 +83,7 @@ class Watchdog:
         if kind != "ready":
             self.close()
             raise InputError(what)
-        self.dtype = what
+        self.dtype, self.brought, self.notes = (what[key] for key in ("dtype", "brought", "notes"))
 
     def judge(self, operation: str, plan: Plan) -> Result:
         """Return the row of an operation."""

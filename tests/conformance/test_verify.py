@@ -91,7 +91,7 @@ BAD = {
         {"mlp": lambda h, up, down: mlp(h, up, down).astype(np.float64)},
         "float64, where float32 is due",
     ),
-    "NaN": ({"mlp": lambda h, up, down: mlp(h, up, down) * np.float32("nan")}, "off by nan"),
+    "NaN": ({"mlp": lambda h, up, down: mlp(h, up, down) * np.float32("nan")}, "NaN at ("),
     "changes its input": ({"mlp": changes}, "mlp changed its argument 1, float32"),
     "nothing": ({"mlp": lambda h, up, down: None}, "NoneType, where an array is due"),
     "one result of two": (

@@ -24,7 +24,11 @@ def crashes(h, up, down): os.kill(os.getpid(), 11)
 def talks(h, up, down):
     print("a line of the candidate")
     return np.maximum(h @ up.T, 0) ** 2 @ down.T
+def leaves(h, up, down): raise SystemExit("enough")
+def interrupts(h, up, down): raise KeyboardInterrupt
+def nothing(h, up, down): return np.full_like(h, np.nan)
 WRONG, HANGS, CRASHES, TALKS = ({"mlp": f} for f in (wrong, hangs, crashes, talks))
+LEAVES, INTERRUPTS, NAN = ({"mlp": f} for f in (leaves, interrupts, nothing))
 """
 
 
@@ -76,6 +80,8 @@ def test_what_a_candidate_prints_is_not_in_the_report(tmp_path):
     [
         (["--backend", "nothing"], "there is no backend 'nothing'"),
         (["--op", "nothing"], "there is no operation 'nothing'"),
+        (["--backend", ":"], "':' names no module"),
+        (["--prefill-decode", "tiny", "--tokens", "99999"], "are more than the model's context of"),
         (["--case", "nothing"], "is not CHECK(name=value, ...)"),
         (
             ["--backend", "numpy", "--dtype", "bf16", "--op", "mlp"],
@@ -86,6 +92,50 @@ def test_what_a_candidate_prints_is_not_in_the_report(tmp_path):
 def test_a_mistaken_command_ends_with_a_sentence(tmp_path, args, said):
     out, err = run(tmp_path, *args, expected=1)
     assert said in err and len(err.splitlines()) == 1 and not out
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("LEAVES", "mlp raised SystemExit: enough"),
+        ("INTERRUPTS", "mlp raised KeyboardInterrupt"),
+        ("NAN", "NaN"),
+    ],
+)
+def test_a_candidate_that_ends_its_process_or_returns_nan_is_a_row(tmp_path, name, said):
+    out, _ = run(tmp_path, "--backend", f"mine:{name}", "--op", "mlp", "--json", expected=1)
+    row = json.loads(out)
+    assert row["verdict"] == "wrong" and said in row["why"] and not row["as_if"]
+
+
+@pytest.mark.parametrize(
+    "statement", ["raise SystemExit(3)", "raise KeyboardInterrupt", "import sys; sys.exit()"]
+)
+def test_a_file_that_ends_its_process_is_a_sentence_with_its_name(tmp_path, statement):
+    (tmp_path / "ends.py").write_text(statement)
+    out, err = run(tmp_path, "--backend", "ends.py", "--op", "mlp", expected=1)
+    assert not out and "ends.py" in err and len(err.splitlines()) == 1
+    assert "SystemExit" in err or "KeyboardInterrupt" in err
+
+
+MISSPELT = """
+from refengine.spec.norm import rms_norm
+def gated_rmsnorm(y, z, weight, eps, groups): return y
+"""
+
+
+def test_a_misspelt_verb_is_named_with_the_right_one(tmp_path):
+    (tmp_path / "near.py").write_text(MISSPELT + "def mlp(h, up, down): return h")
+    out, err = run(tmp_path, "--backend", "near.py", "--op", "mlp", expected=1)
+    assert out.startswith("near.py, float32; yours: mlp\n")
+    assert "no verb and not checked: gated_rmsnorm (did you mean gated_rms_norm?)" in err
+
+
+def test_a_file_without_any_verb_is_refused(tmp_path):
+    (tmp_path / "none.py").write_text(MISSPELT)
+    out, err = run(tmp_path, "--backend", "none.py", expected=1)
+    assert not out and "has no function with the name of a verb" in err and len(err.splitlines()) == 1
+    assert "gated_rmsnorm (did you mean gated_rms_norm?)" in err
 
 
 def test_without_hypothesis_the_extra_is_named(monkeypatch):
@@ -141,4 +191,11 @@ def test_steps_that_never_repeat_are_seen():
 
 def test_prefill_decode_prints_its_figures(tmp_path):
     out, _ = run(tmp_path, "--prefill-decode", "tiny", "--tokens", "8", "--json", expected=0)
-    assert json.loads(out)["tokens"] == 8
+    found = json.loads(out)
+    assert found["tokens"] == 8 and found["backend"] == "numpy"
+    out, _ = run(tmp_path, "--prefill-decode", "tiny", "--tokens", "2", "--backend", "cpu", expected=0)
+    assert out.startswith("tiny on cpu, ")
+    _, err = run(tmp_path, "--prefill-decode", "tiny", "--op", "mlp", expected=2)
+    assert "--op does not apply to --prefill-decode" in err
+    _, err = run(tmp_path, "--prefill-decode", "tiny", "--backend", "mine:LEAVES", expected=1)
+    assert "mine:LEAVES fails: Wrong: mlp raised SystemExit" in err
