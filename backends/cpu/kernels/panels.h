@@ -1,7 +1,7 @@
-// Products of many rows. Rows lie in panels: PANEL rows side by side, [panel][n][PANEL], zeros beyond the last row. So a
-// tile of outputs and rows adds, for each position, a weight times vectors of rows; its sums stay in registers, and no
-// vector is summed across. A strip of weights is widened to float32 once for PANEL_SHARE rows, a piece at a time that stays in
-// cache.
+// Products of many rows. Rows lie in panels: PANEL rows side by side, [panel][n][PANEL], zeros beyond the last row.
+// So a tile of outputs and rows adds, for each position, a weight times vectors of rows; its sums stay in
+// registers, and no vector is summed across. A strip of weights is widened to float32 once for PANEL_SHARE rows,
+// a piece at a time that stays in cache.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -33,17 +33,37 @@ static inline void widen_to(const f16* from, i64 count, float* to) {
     memcpy(to, &wide, count * sizeof(float));
 }
 
+// to[c][r] = from[r][c] for `rows` rows of `columns`, four by four where they are whole.
+static inline void transpose(const float* const* from, i64 rows, i64 columns, float* const* to) {
+    const i64 r4 = rows / 4 * 4, c4 = columns / 4 * 4;
+    for (i64 c = 0; c < c4; c += 4)
+        for (i64 r = 0; r < r4; r += 4) {
+            const four a = load<four>(from[r] + c), b = load<four>(from[r + 1] + c);
+            const four d = load<four>(from[r + 2] + c), e = load<four>(from[r + 3] + c);
+            const four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), AB = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+            const four de = __builtin_shufflevector(d, e, 0, 4, 1, 5), DE = __builtin_shufflevector(d, e, 2, 6, 3, 7);
+            store(to[c] + r, __builtin_shufflevector(ab, de, 0, 1, 4, 5));
+            store(to[c + 1] + r, __builtin_shufflevector(ab, de, 2, 3, 6, 7));
+            store(to[c + 2] + r, __builtin_shufflevector(AB, DE, 0, 1, 4, 5));
+            store(to[c + 3] + r, __builtin_shufflevector(AB, DE, 2, 3, 6, 7));
+        }
+    for (i64 c = 0; c < columns; c++)
+        for (i64 r = c < c4 ? r4 : 0; r < rows; r++) to[c][r] = from[r][c];
+}
+
+constexpr i64 COLUMNS = 16;  // that are transposed at a time
+
 // Rows, wherever they are, as one panel [n][PANEL].
 static inline void into_panel(const float* const* row, i64 rows, i64 n, float* to) {
-    for (i64 k = 0; k < n; k += LANES) {
-        const i64 some = std::min<i64>(LANES, n - k);
-        for (i64 r = 0; r < rows; r++) {
-            const float* from = row[r] + k;
-            float* at = to + k * PANEL + r;
-            for (i64 i = 0; i < some; i++) at[i * PANEL] = from[i];
-        }
+    for (i64 k = 0; k < n; k += COLUMNS) {
+        const i64 some = std::min(COLUMNS, n - k);
+        const float* from[PANEL];
+        float* at[COLUMNS];
+        for (i64 r = 0; r < rows; r++) from[r] = row[r] + k;
+        for (i64 i = 0; i < some; i++) at[i] = to + (k + i) * PANEL;
+        transpose(from, rows, some, at);
         for (i64 i = 0; i < some; i++)
-            for (i64 r = rows; r < PANEL; r++) to[(k + i) * PANEL + r] = 0;
+            for (i64 r = rows; r < PANEL; r++) at[i][r] = 0;
     }
 }
 
@@ -129,10 +149,13 @@ struct ToRows {
     float* y;
     i64 step;
     void operator()(i64 at, i64 rows, i64 first, i64 outs, const float* sums) const {
-        for (i64 r = 0; r < rows; r++) {
-            const float* from = sums + r / PANEL * outs * PANEL + r % PANEL;
-            float* to = y + (at + r) * step + first;
-            for (i64 o = 0; o < outs; o++) to[o] = from[o * PANEL];
+        const float* from[WIDE_STRIP];
+        float* to[PANEL];
+        for (i64 p = 0; p < panels_of(rows); p++) {
+            const i64 here = std::min(PANEL, rows - p * PANEL);
+            for (i64 o = 0; o < outs; o++) from[o] = sums + (p * outs + o) * PANEL;
+            for (i64 r = 0; r < here; r++) to[r] = y + (at + p * PANEL + r) * step + first;
+            transpose(from, outs, here, to);
         }
     }
 };

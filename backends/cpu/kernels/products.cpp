@@ -1,8 +1,9 @@
 // Products of rows x [rows][n] float32 with weights w [outs][n] of any kind: y[r][o] = x[r] . w[o].
 //
 // A tile of rows and outputs shares its loads and keeps its sums in registers. One row reads a weight once, from
-// memory, and is as fast as that. Many rows go by blocks: a strip of outputs and 64 rows at a time, 1024 deep, so
-// that what is read again is in cache. Products are as exact as float32 products.
+// memory, and is as fast as that. More rows go by blocks: a strip of outputs and BLOCK rows at a time, DEPTH deep, so
+// that what is read again is in cache; MANY rows by panels (panels.h), except in the steady mode, in which the order
+// of a sum does not depend on the number of rows. Products are as exact as float32 products.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -15,7 +16,7 @@
 constexpr i64 STRIP = 24;                            // outputs of a piece of work, of few rows
 constexpr i64 BLOCK = 64, DEPTH = 512;               // rows; positions of a row, a multiple of PAIR
 constexpr i64 SHARE = 128;                           // rows of a piece of work
-constexpr i64 MANY = 64;                             // rows from which products go by panels
+constexpr i64 MANY = 48;                             // rows from which products go by panels
 constexpr i64 FEW = 8;                               // rows that are multiplied over their whole depth at once
 static i64 strip_of(i64 rows) { return rows > FEW ? WIDE_STRIP : STRIP; }
 constexpr i64 AHEAD = 1280;                          // bytes: how far ahead of its use a stream is asked for
@@ -163,8 +164,9 @@ static void all_products(const T* w, i64 outs, i64 n, const float* x, i64 step, 
 template <class T, class Put>
 static void all_panels(const T* w, i64 outs, i64 n, const float* panels, i64 rows, const Run& run, Put put) {
     const i64 shares = (rows + PANEL_SHARE - 1) / PANEL_SHARE, each = panels_of((rows + shares - 1) / shares) * PANEL;
-    parallel(run, (outs + WIDE_STRIP - 1) / WIDE_STRIP * shares, WIDE_STRIP * n * each, [&](i64 job) {
-        const i64 first = job / shares * WIDE_STRIP, at = job % shares * each;
+    const i64 strips = (outs + WIDE_STRIP - 1) / WIDE_STRIP;
+    parallel(run, strips * shares, WIDE_STRIP * n * each, [&](i64 job) {  // a share of rows stays in cache
+        const i64 first = job % strips * WIDE_STRIP, at = job / strips * each;
         const i64 width = std::min(WIDE_STRIP, outs - first), here = std::min(each, rows - at);
         if (here <= 0) return;
         alignas(64) float sums[PANEL_SHARE * WIDE_STRIP];

@@ -11,7 +11,7 @@ from refengine.spec.moe import Routing
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason="there is no compiler for the loops")
 KINDS = ["float32", *NARROW]
-ROWS = [1, 2, 7, 8, 9, 63, 64, 65, 72, 73, 79, 80, 127, 255, 256, 257, 300]
+ROWS = [1, 2, 7, 8, 9, 47, 48, 49, 63, 64, 65, 72, 73, 79, 80, 127, 255, 256, 257, 300]
 
 
 def verbs(threads: int = 2) -> Verbs:
