@@ -111,7 +111,7 @@ class Load:
 
 
 PRODUCTS = ((960, 1344), (1344, 960), (4096, 1344))  # outputs, inputs: those of `mid`
-ROWS = (32, 64, 128, 256, 512, 1024, 2048)
+ROWS = (32, 64, 128, 512, 2048)
 
 
 def libraries(threads: int) -> dict[str, Callable]:
