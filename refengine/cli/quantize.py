@@ -12,7 +12,7 @@ from refengine.cli import options
 
 @click.command(short_help="Write a copy of a model with packed weights.")
 @click.argument("model", type=options.ModelName())
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path())
 @click.option(
     "--recipe",
     default="nvfp4",
@@ -53,6 +53,8 @@ def quantize(model, out, recipe, four_over_six, evaluated, calibrate, texts, as_
     from refengine.spec.config import InputError
     from refengine.spec.tensors import parameters, table
 
+    if not out:
+        raise InputError("the name of the new directory is empty")
     chosen = recipe_of(recipe, four_over_six)
     given = TEXTS if texts is None else [text_of(texts)]
     with Checkpoint.open(model) as checkpoint:

@@ -122,6 +122,8 @@ def recipe_of(name: str, four_over_six: bool = False) -> Recipe:
         return found
     swap = {"nvfp4": "four_over_six"}
     roles, names = ({k: swap.get(v, v) for k, v in each.items()} for each in (found.roles, found.names))
+    if "four_over_six" not in (*roles.values(), *names.values()):
+        raise InputError(f"the recipe {name} packs nothing in NVFP4, so four over six changes nothing")
     return Recipe(found.name, roles, names, found.before_attention)
 
 

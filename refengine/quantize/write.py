@@ -120,9 +120,8 @@ def quantize(
                 advance(sum(job.row.size for job in members))
         _finish(source, out, jobs, files)
     except OSError as error:
-        raise InputError(
-            f"cannot write {out}: {error.strerror}; the same command goes on from here"
-        ) from None
+        goes_on = "; the same command goes on from here" if (out / STATE).exists() else ""
+        raise InputError(f"cannot write {out}: {error.strerror}{goes_on}") from None
     finally:
         source.close()
     return _report(state["errors"])
@@ -184,9 +183,8 @@ def _check_target(source: Checkpoint, out: Path) -> None:
         raise InputError(f"{out} is the model itself: give another directory")
     if not out.exists() or (out / STATE).exists():
         return
-    ours = [name for name in sorted(os.listdir(out)) if name.endswith((".safetensors", ".json"))]
-    if ours:
-        raise InputError(f"{out} holds {ours[0]} already: give a new directory")
+    if there := sorted(os.listdir(out)):
+        raise InputError(f"{out} holds {there[0]} already: give a new directory")
 
 
 def _state(source: Checkpoint, out: Path, recipe: Recipe, texts: Sequence[str] | None) -> dict[str, Any]:

@@ -219,6 +219,17 @@ def test_other_files_are_not_written_over(model, tmp_path):
     )
     (tmp_path / "file").write_text("x")
     assert "is a file" in refused(model, tmp_path / "file")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    assert "holds a.txt already: give a new directory" in refused(model, tmp_path / "notes")
+    assert refused(model, tmp_path / "file" / "out").endswith("Not a directory")
+
+
+def test_the_name_of_the_new_directory_is_not_empty(model):
+    run = CliRunner().invoke(command, [str(model), ""])
+    assert isinstance(run.exception, InputError) and "name of the new directory is empty" in str(
+        run.exception
+    )
 
 
 def test_a_part_of_another_recipe_is_not_gone_on_with(model, tmp_path, monkeypatch):
@@ -300,6 +311,13 @@ def test_an_unknown_recipe_is_named():
         recipe_of("int4")
     with pytest.raises(InputError, match=r"cannot read no\.toml"):
         recipe_of("no.toml")
+
+
+def test_four_over_six_of_a_recipe_without_nvfp4_is_refused():
+    for name in ("fp8", "mxfp8", "w4a8"):
+        with pytest.raises(InputError, match="packs nothing in NVFP4"):
+            recipe_of(name, four_over_six=True)
+    assert "four_over_six" in recipe_of("ultra", four_over_six=True).roles.values()
 
 
 def test_zeros_are_written_so_that_every_reader_reads_zeros(tmp_path):
