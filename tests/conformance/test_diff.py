@@ -235,6 +235,19 @@ def test_an_earlier_fault_is_named_before_a_number_that_is_not_finite(cli, clean
     assert code == 1 and found["first_wrong"] == "layers.1" and "not finite" in found["stopped"]
 
 
+def test_a_fault_of_the_same_layer_is_named_before_a_number_that_is_not_finite(clean_trace):
+    """The convolution is wrong, and the scan after it is NaN."""
+    case, trace = clean_trace
+    arrays = changed(trace, "layers.2.conv", lambda a: a + 1)
+    for name in ("layers.2.scan", "layers.2.gated_norm", "layers.2.output", "layers.3.input"):
+        arrays = changed(replace(trace, arrays=arrays), name, lambda a: a * np.nan)
+    found = []
+    with pytest.raises(InputError, match=r"layers\.2\.scan holds a number that is not finite"):
+        for finding in diagnose(replace(trace, arrays=arrays), case.cfg, case.read):
+            found.append(finding)
+    assert [f.unit.name for f in found if f.wrong] == ["layers.2"] and found[-1].first.name == "layers.2.conv"
+
+
 def test_two_traces_with_a_number_that_is_not_finite_are_apart_by_that(cli, clean_trace, tmp_path):
     _, trace = clean_trace
     trace.save(tmp_path / "a")

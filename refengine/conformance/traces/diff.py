@@ -87,7 +87,11 @@ def diagnosed(of: Recomputation, mistakes=MISTAKES) -> Iterator[Finding]:
     searches = 0
     for unit in of.units():
         yield from broken(of, unit)
-        finding, near = judged(of, unit)
+        try:
+            finding, near = judged(of, unit)
+        except InputError:
+            yield from before_the_unreadable(of, unit, mistakes)
+            raise
         if finding.wrong:
             finding.causes = causes(of, unit, finding, near, known)
             if not finding.causes and searches < SEARCHES:
@@ -115,6 +119,33 @@ def broken(of: Recomputation, unit: Unit) -> Iterator[Finding]:
         step = Step(after, float(error[at]), float(rounding[at]), where, before)
         if step.wrong:
             yield Finding(border, [step])
+
+
+def before_the_unreadable(of: Recomputation, unit: Unit, mistakes) -> Iterator[Finding]:
+    """Return the Finding of the steps of a unit before its first array that cannot be read, if it is wrong.
+
+    Such an array holds a number that is not finite, or has another shape.
+    """
+    names = sorted((name for name in of.trace.arrays if name.startswith(f"{unit.name}.")), key=order)
+    readable = []
+    for name in names:
+        try:
+            of.given(name.rpartition(".")[0] if ".router." in name else name)
+        except KeyError:  # a misspelt name, which is not read
+            continue
+        except InputError:
+            break
+        readable.append(name)
+    dropped = set(names) - set(readable)
+    seen = of.without(dropped, after=unit)
+    try:
+        finding, near = judged(seen, unit)
+        if finding.wrong:
+            finding.causes = causes(seen, unit, finding, near, mistakes)
+    except InputError:
+        return
+    if finding.wrong:
+        yield finding
 
 
 class Near(NamedTuple):

@@ -8,7 +8,8 @@ With a `Mistake`, one step is computed wrongly.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -112,6 +113,15 @@ class Recomputation:
             where = f"the stream between {before} and {unit.name}"
         if before in self.trace and after in self.trace:
             yield Unit(where, "stream", ()), before, after
+
+    def without(self, names: set[str], after: Unit) -> Recomputation:
+        """Return the recomputation of a trace without some arrays and the input of the next layer."""
+        prefix, _, index = after.name.rpartition(".")
+        following = {f"{prefix}.{int(index) + 1}.input"} if index.isdigit() else set()
+        kept = {name: a for name, a in self.trace.arrays.items() if name not in names | following}
+        other = copy(self)
+        other.trace, other.kept = replace(self.trace, arrays=kept), {}
+        return other
 
     def input_of(self, name: str) -> str | None:
         """Return the name under which the trace holds the input of a layer; None if it does not."""
