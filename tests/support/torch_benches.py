@@ -45,12 +45,15 @@ class Torch:
         exact = self.dtype == "float16" or self.compute == "float32"
         return EPS["float32" if exact else self.dtype]
 
-    def near(self, actual, expected, terms: int, what: str = "") -> None:
-        """`actual` is the sum of `terms` products that `expected` is, up to the rounding of this bench."""
+    def near(self, actual, expected, terms: int, what: str = "", stretch: float = 1.0) -> None:
+        """`actual` is the sum of `terms` products that `expected` is, up to the rounding of this bench.
+
+        stretch: by how much a division enlarged the rounding of what it divided.
+        """
         actual, expected = (np.asarray(a).astype(np.float64) for a in (actual, expected))
         assert actual.shape == expected.shape, f"{what}: shape {actual.shape} for {expected.shape}"
         worst = np.abs(actual - expected).max(initial=0) / max(1.0, np.abs(expected).max(initial=0))
-        allowed = 4 * self.eps * max(1, terms) ** 0.5  # numerics.tolerance knows no bfloat16
+        allowed = stretch * 4 * self.eps * max(1, terms) ** 0.5  # numerics.tolerance knows no bfloat16
         assert worst <= allowed, f"{what}: off by {worst:.3g}, where {allowed:.3g} is allowed by {self.name}"
 
     def rounded(self, a: np.ndarray) -> np.ndarray:
