@@ -70,7 +70,8 @@ def load(
     cfg = checkpoint.config
     dtype = checkpoint.auto_dtype(backend) if dtype == "auto" else dtype
     shard = Shard(plan(cfg, tp, ep, pp), comm.rank)
-    comm.compare(identity(checkpoint, shard.layout, backend, dtype))
+    how = f"{backend} in {dtype}" + (", batch-invariant" if batch_invariant else "")
+    comm.compare(identity(checkpoint, shard.layout, how))
     mine = held_tensors(cfg, shard)
     share = here.local_count * sum(sizes(row, cfg, shard)[0] for row in mine) / parameters(table(cfg))
     made = backends.make(
@@ -124,7 +125,7 @@ def check_count(launcher: str, count: int, tp: int, ep: int, pp: int) -> None:
     raise InputError(f"{launcher} started {count} ranks, and {layout} needs {tp * ep * pp}")
 
 
-def identity(checkpoint: Checkpoint, layout: Layout, backend: str, dtype: str) -> dict[str, str]:
+def identity(checkpoint: Checkpoint, layout: Layout, how: str) -> dict[str, str]:
     """Return by name the values that must be equal on all ranks."""
     from refengine import __version__
 
@@ -132,8 +133,7 @@ def identity(checkpoint: Checkpoint, layout: Layout, backend: str, dtype: str) -
         "version of refengine": __version__,
         "layout": f"tp {layout.tp}, ep {layout.ep}, pp {layout.pp}",
         "checkpoint": f"{checkpoint.directory.name} ({checkpoint.fingerprint()[:16]})",
-        "backend": backend,
-        "dtype": dtype,
+        "backend and dtype": how,
     }
 
 

@@ -162,8 +162,8 @@ def test_what_stops_one_rank_is_said_by_all(job, rank, when, what, says):
 @pytest.mark.parametrize(
     "when, what, says",
     [
-        ("says", "--dtype=float64", "another dtype than .*float64"),
-        ("says", "--backend=torch", "another backend than .*torch"),
+        ("says", "--dtype=float64", "another backend and dtype than .*numpy in float64"),
+        ("says", "--backend=torch", "another backend and dtype than .*torch in "),
         ("says", "--tp=4 --ep=1", "another layout than .*tp 4, ep 1, pp 1"),
         ("is", "0.0.9", r"another version of refengine than .*0\.0\.9"),
         ("says", "--tp=3", "started 4 ranks, and tp = 3, ep = 2, pp = 1 needs 6"),

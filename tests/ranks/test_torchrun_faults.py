@@ -20,7 +20,7 @@ def thorough(*values):
 
 @pytest.fixture(scope="module")
 def job():
-    args = ["generate", "Once upon a time", "-n", 30, "-t", 0, "--timeout", TIMEOUT]
+    args = ["generate", "Once upon a time", "-n", 30, "-t", 0, "--timeout", TIMEOUT, "--backend", "numpy"]
     return lambda *fault, layout="--tp=2": torchrun(2, *args, layout, fault=fault)
 
 
@@ -36,7 +36,7 @@ def job():
         (1, "load", "MemoryError", "rank 1 stopped: there is not enough memory"),
         (0, "draws", "nan", "rank 0 stopped: the logits hold NaN"),
         thorough(1, "is", "0.0.9", r"another version of refengine than .*0\.0\.9"),
-        thorough(1, "says", "--dtype=float64", "another dtype than .*float64"),
+        thorough(1, "says", "--dtype=float64", "another backend and dtype than .*in float64"),
         (1, "lacks", "torch", "ended by the launcher"),
     ],
 )
