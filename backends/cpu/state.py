@@ -1,4 +1,4 @@
-"""What a layer remembers, as NumPy arrays that the compiled loops may write in place.
+"""The state of a layer, as NumPy arrays that the compiled loops may write in place.
 
 Keys and values lie as b kv t e with room to grow, so that a head's are contiguous and appending copies
 nothing but the new ones.

@@ -88,7 +88,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Plan:
-    """How hard a report tries.
+    """The settings of a report.
 
     examples   drawn cases for each check
     seed       of the drawing

@@ -93,8 +93,8 @@ def quantize(
 
     The errors of a role are {"matrices", "bits", "error", "gain"}: bits an element with scales, the median
     over matrices of the squared error over the squared weights, and how much smaller that is than with NVFP4
-    without four over six. `advance` hears of elements as they are done. With `texts` the model reads them
-    first, and scales of inputs and, where the recipe asks for it, of the cache are written.
+    without four over six. `advance` is called with the number of elements that were done. With `texts` the
+    model reads them first, and scales of inputs and, where the recipe asks for it, of the cache are written.
     Raises InputError.
     """
     source, out = Checkpoint.open(model), Path(out)

@@ -31,7 +31,7 @@ def matrix(rows=6, columns=96, seed=0, dtype=BF16, scale=0.02):
 
 
 def same_bits(a, b):
-    """Whether two float32 arrays are equal, bit by bit; any NaN is as any other."""
+    """Return whether two float32 arrays are equal, bit by bit; any NaN equals any other."""
     return ((a.view(np.uint32) == b.view(np.uint32)) | (np.isnan(a) & np.isnan(b))).all()
 
 

@@ -8,53 +8,15 @@ import numpy as np
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from refengine.conformance.checks.texts import AtABorder, filtered
 from refengine.spec.sample import Sampling, draw, probabilities, sample
 
 NEAR = 1e-9  # how close to a border float64 may fall on either side of it
 
 
-class AtABorder(Exception):
-    """Raised where rounding decides whether a token is kept."""
-
-
-def read_off(logits, how: Sampling, seen) -> dict[int, float]:
-    """Return {id: probability} of the tokens that the five filters keep; AtABorder where rounding decides."""
-    scores = {i: float(x) for i, x in enumerate(logits) if x > -math.inf}
-    # (1) a seen token is penalised, once
-    for i in set(seen) & set(scores):
-        scores[i] = (
-            scores[i] / how.repetition_penalty if scores[i] > 0 else scores[i] * how.repetition_penalty
-        )
-    order = sorted(scores, key=lambda i: (-scores[i], i))  # of equal ones the lower id counts as likelier
-    if how.temperature == 0:
-        return {order[0]: 1.0}
-    # (2) temperature
-    p = {i: math.exp((scores[i] - scores[order[0]]) / how.temperature) for i in order}
-    # (3) top_k, of which the probabilities add up to 1
-    order = order[: how.top_k or None]
-    total = math.fsum(p[i] for i in order)
-    p = {i: p[i] / total for i in order}
-    # (4) top_p: one after another until the sum is reached
-    kept, reached = [], 0.0
-    for i in order:
-        if kept and how.top_p < 1 and abs(reached - how.top_p) < NEAR:
-            raise AtABorder
-        if kept and how.top_p < 1 and reached >= how.top_p:
-            break
-        kept.append(i)
-        reached += p[i]
-    # (5) min_p, beside the likeliest
-    least = how.min_p * p[kept[0]]
-    if any(p[i] != least and abs(p[i] - least) < NEAR * least for i in kept):
-        raise AtABorder
-    kept = [i for i in kept if p[i] >= least]
-    total = math.fsum(p[i] for i in kept)
-    return {i: p[i] / total for i in kept}
-
-
 def agrees(logits, how: Sampling, seen) -> None:
     """Check the probabilities of the book against the literal reading."""
-    expected, actual = read_off(logits, how, seen), probabilities(np.array(logits), how, seen)
+    expected, actual = filtered(logits, how, seen), probabilities(np.array(logits), how, seen)
     kept = {i for i, p in expected.items() if p > 0}
     assert set(np.flatnonzero(actual).tolist()) == kept, f"kept {np.flatnonzero(actual)}, not {sorted(kept)}"
     for i, p in expected.items():
@@ -119,7 +81,7 @@ def test_the_options_are_applied_in_the_order_of_the_chapter():
 def test_the_token_is_where_one_uniform_number_falls_among_those_that_are_kept(case, seed):
     logits, how, seen = case
     try:
-        p = read_off(*case)
+        p = filtered(*case)
     except AtABorder:
         assume(False)
     token = sample(np.array(logits), how, seen, np.random.default_rng(seed))

@@ -263,7 +263,7 @@ def test_two_traces_with_a_number_that_is_not_finite_are_apart_by_that(cli, clea
 
 
 def test_padding_is_not_compared_between_two_traces():
-    """What a row holds behind its last token is an engine's own affair."""
+    """Values of a row after its last token are padding, and may be anything."""
     from refengine.conformance.traces.record import record
     from refengine.spec.model import Model
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import refengine
 from refengine import End
 from refengine.conformance.cases import Case, agree, cases, terms
+from refengine.conformance.checks.texts import AtABorder, filtered
 from refengine.conformance.truth import counted, model, truth
 from refengine.generation import Options
 from refengine.loop import Loop
@@ -24,7 +25,6 @@ from refengine.runner import LocalRunner
 from refengine.spec import mtp
 from refengine.spec.ops import numpy_backend
 from refengine.spec.sample import Sampling
-from tests.book.test_sampling_order import AtABorder, read_off
 
 EXACT = numpy_backend(np.float64)
 NEAR = 1e-9  # of float64 logits, whatever the order of summation
@@ -72,7 +72,7 @@ def replayed(engine, prompt: list[int], told: list, how: Sampling, seed: int, n:
         assert [t for t, _ in token.top] == best or log_p[best[-1]] - np.sort(log_p)[-n - 1] < NEAR
         assert np.abs([p - log_p[t] for t, p in token.top]).max(initial=0) < NEAR
         try:
-            p = read_off(logits[i], how, ids[: len(prompt) + i])
+            p = filtered(logits[i], how, ids[: len(prompt) + i])
         except AtABorder:
             return i
         u = generator.random() if how.temperature else 0.0

@@ -14,12 +14,7 @@ from tests.support.sequences import Sequences
 def test_what_is_kept_of_verified_tokens_is_so_many_steps(backend, case, most, keeps):
     """Slots are read, verified, kept and stepped in any company."""
     sequences = Sequences(backend, case)
-    for slot in range(3):
-        sequences.join(slot)
-    for keep in keeps:
-        slots = sequences.rng.permutation(3)[: sequences.rng.integers(1, 4)].tolist()
-        sequences.turn(slots, most, keep)
-        sequences.step(sequences.rng.permutation(3)[: sequences.rng.integers(1, 4)].tolist())
+    sequences.turns(most, keeps)
     sequences.verify([2, 0, 1], [sequences.tokens(1) for _ in range(3)])
 
 

@@ -27,12 +27,7 @@ def test_what_is_kept_of_verified_tokens_is_so_many_steps_over_ranks(layout, dat
 
     def work(runner):
         sequences = Sequences(backend, case, runner)
-        for slot in range(3):
-            sequences.join(slot)
-        for keep in keeps:
-            some = sequences.rng.permutation(3)[: sequences.rng.integers(1, 4)].tolist()
-            sequences.turn(some, most, keep)
-            sequences.step(sequences.rng.permutation(3)[: sequences.rng.integers(1, 4)].tolist())
+        sequences.turns(most, keeps)
         sequences.fork(1, [5, 6])
         sequences.turn([6, 0, 1, 5], most, True)
         sequences.leave(1)

@@ -54,6 +54,17 @@ class Sequences:
             for slot, row, count in zip(slots, ids, counts, strict=True):
                 self.known[slot] = self.known[slot] + row[:count]
 
+    def some(self, of: int) -> list[int]:
+        return self.rng.permutation(of)[: self.rng.integers(1, of + 1)].tolist()
+
+    def turns(self, most: int, keeps: list[bool]) -> None:
+        """Read three slots, then verify and step some of them in turns."""
+        for slot in range(3):
+            self.join(slot)
+        for keep in keeps:
+            self.turn(self.some(3), most, keep)
+            self.step(self.some(3))
+
     def step(self, slots: list[int]) -> None:
         ids = self.tokens(len(slots))
         self.runner.step(slots, ids, draw=False)

@@ -1,6 +1,6 @@
 """Watching a model: every verb's call is seen, with the layer and the step that it belongs to.
 
-A verb is told apart by its weight: `linear` with the weight of layers.3's `out_proj` is the step `out_proj`
+A verb is identified by its weight: `linear` with the weight of layers.3's `out_proj` is the step `out_proj`
 of layers.3. The attention and the sum over ranks have no weight, and belong to the layer of the verb before
 them. So any backend can be watched: its own functions run, and what they return is seen on the way.
 """
@@ -57,7 +57,7 @@ def steps_of(weights: dict) -> dict[int, tuple[str, str]]:
 def watched_ops(ops: Ops, weights: dict, on: On) -> Ops:
     """Return verbs that call `on` in place of each verb of `ops` that reads one of these weights.
 
-    A tied embedding is told from the output layer by its verb.
+    A tied embedding and the output layer have one weight, and are distinguished by the verb.
     """
     named, here = steps_of(weights), [""]
 
