@@ -12,14 +12,13 @@ The model itself is spec/model.py on whichever backend was chosen; runner.py fee
 
 from __future__ import annotations
 
-import asyncio
 import operator
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -35,9 +34,11 @@ from refengine.spec.config import Config, InputError
 from refengine.spec.model import Model
 from refengine.spec.ops import Backend
 from refengine.spec.tensors import table
-from refengine.text.chat_template import ChatTemplate
 from refengine.text.ids_only import tokenizer_of
 from refengine.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from refengine.text.chat_template import ChatTemplate
 
 
 def load(
@@ -148,6 +149,8 @@ class Engine:
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """Return the chat template, read when first asked for."""
+        from refengine.text.chat_template import ChatTemplate  # jinja2 takes a while to import
+
         return ChatTemplate.load(self.checkpoint.directory)
 
     @cached_property
@@ -233,6 +236,8 @@ class Engine:
 
     async def agenerate(self, prompt, **how) -> AsyncIterator[Token | End]:
         """Return the events of one prompt as `generate` does, for asyncio: each is awaited in a thread."""
+        import asyncio
+
         batch = self.generate_batch([prompt], **how)
         try:
             while found := await asyncio.to_thread(next, batch, None):

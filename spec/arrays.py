@@ -14,10 +14,23 @@ of a batch may be of different lengths: `lengths[b]` is how many of the `l` posi
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+import sys
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
+
+if TYPE_CHECKING or "jaxtyping" in sys.modules:  # which checks shapes, as the tests ask it to
+    from jaxtyping import Float, Int
+else:  # its import takes as long as NumPy's
+
+    class Float:
+        """An array and its shape, as a comment: Float[Array, "b l d"] is an Array."""
+
+        def __class_getitem__(cls, what: tuple):
+            return what[0]
+
+    Int = Float
 
 Array = np.ndarray
 DTYPES = {

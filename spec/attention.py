@@ -10,9 +10,8 @@ softmax are in float32 or wider. docs/model.md, "Attention".
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Int
 
-from refengine.spec.arrays import Array
+from refengine.spec.arrays import Array, Float, Int
 from refengine.spec.numerics import wide
 from refengine.spec.state import Cache
 

@@ -9,9 +9,8 @@ activation: the `tail`. The channels are x | B | C of the Mamba mixer. docs/mode
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Int
 
-from refengine.spec.arrays import Array
+from refengine.spec.arrays import Array, Float, Int
 from refengine.spec.numerics import silu
 
 

@@ -21,9 +21,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
 
-from refengine.spec.arrays import Array, Weight, widen
+from refengine.spec.arrays import Array, Float, Int, Weight, widen
 from refengine.spec.config import Config
 from refengine.spec.numerics import relu2, sigmoid, wide
 

@@ -9,9 +9,8 @@ Weights multiply as they are (w, not 1 + w). Statistics are in float32 or wider.
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float
 
-from refengine.spec.arrays import Array, heads, merge
+from refengine.spec.arrays import Array, Float, heads, merge
 from refengine.spec.numerics import silu, wide
 
 

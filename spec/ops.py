@@ -18,10 +18,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from refengine.spec import moe
-from refengine.spec.arrays import DTYPES, Array, Weight, widen
+from refengine.spec.arrays import DTYPES, Array, Float, Int, Weight, widen
 from refengine.spec.attention import attention, attention_in_blocks
 from refengine.spec.config import Config
 from refengine.spec.conv import causal_conv

@@ -22,9 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
 
-from refengine.spec.arrays import Array
+from refengine.spec.arrays import Array, Float
 from refengine.spec.config import InputError
 from refengine.spec.keys import shown
 

@@ -16,9 +16,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from jaxtyping import Float, Int
 
-from refengine.spec.arrays import Array, valid_positions
+from refengine.spec.arrays import Array, Float, Int, valid_positions
 from refengine.spec.numerics import softplus, wide
 
 

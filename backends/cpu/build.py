@@ -8,7 +8,6 @@ from __future__ import annotations
 import subprocess
 import tempfile
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from os import cpu_count
 from pathlib import Path
 
@@ -33,6 +32,8 @@ def sources() -> list[Path]:
 
 def compiled(compiler: str, flags: Iterable[str], path: Path) -> None:
     """Write the library to `path`, in one move; SubprocessError or OSError where that fails."""
+    from concurrent.futures import ThreadPoolExecutor  # not where the library is there already
+
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         objects, whole = [f"{scratch}/{source.stem}.o" for source in sources()], Path(scratch) / "whole.so"
         each = [

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import click
 from click.core import ParameterSource
-from click.shell_completion import CompletionItem
 
 from refengine.backend import MOST_THREADS, NAMES, automatic
+from refengine.machine import processors
 from refengine.ranks.comm import TIMEOUT
 from refengine.ranks.launcher import launched
 from refengine.spec.arrays import ITEMSIZE
@@ -57,6 +57,8 @@ class FileName(click.types.StringParamType):
 
     def shell_complete(self, ctx, param, incomplete):
         """Return the item that lets the shell complete names of files."""
+        from click.shell_completion import CompletionItem
+
         return [CompletionItem(incomplete, type="file")]
 
 
@@ -65,6 +67,8 @@ class ModelName(click.types.StringParamType):
 
     def shell_complete(self, ctx, param, incomplete):
         """Return the known names that begin so, and the item that lets the shell complete directories."""
+        from click.shell_completion import CompletionItem
+
         from refengine.checkpoint.hub import models
         from refengine.checkpoint.locate import embedded
 
@@ -278,6 +282,8 @@ def load(tp: int, ep: int, pp: int, timeout: float, **how):
 
     The notes of the checkpoint are printed on stderr, unless --quiet is given.
     """
+    if (threads := how.get("threads") or 0) > processors():
+        note(f"--threads {threads}: this process may use {processors()} processors, so more is no faster")
     if tp * ep * pp == launched().count == 1:
         import refengine
 
