@@ -29,7 +29,7 @@ from refengine import backend as backends
 from refengine.conformance.cases import Case
 from refengine.spec.config import InputError
 from refengine.spec.numerics import wide
-from refengine.spec.ops import DEFINITION, REFERENCE, Backend, Ops, numpy_backend
+from refengine.spec.ops import DEFINITION, REFERENCE, Backend, Ops, numpy_backend, placed_by
 from refengine.spec.tensors import placed, table
 
 VERBS = tuple(verb.name for verb in fields(Ops))
@@ -116,7 +116,7 @@ class Bench(Backend):
         if experts is not None:
             routed = [row for row in rows if row.role == "routed_expert"]
             rows = [row for row in rows if row not in routed or int(row.key.split(".")[2]) in experts]
-        weights = placed(rows, lambda group: self.place(group, [read(row.name) for row in group.rows]))
+        weights = placed(rows, lambda group: placed_by(self, group, [read(row.name) for row in group.rows]))
         return weights[block]["mixer"]
 
     def weight(self, cfg, read, name: str):
@@ -124,7 +124,7 @@ class Bench(Backend):
         from refengine.spec.tensors import groups
 
         group = next(g for g in groups(table(cfg)) if name in [row.name for row in g.rows])
-        return self.place(group, [read(row.name) for row in group.rows])
+        return placed_by(self, group, [read(row.name) for row in group.rows])
 
     def state(self, kind: str, cfg, batch: int, **values):
         """Return an empty state, or one with these values (of S, say) in it."""
@@ -153,7 +153,10 @@ def with_near(names: tuple[str, ...], most: int = 8) -> str:
 
 
 def with_functions(functions: Mapping[str, Callable], dtype="float32", name: str = "candidate") -> Bench:
-    """Return the NumPy backend with these verbs for its own, each watched; InputError for other names."""
+    """Return the NumPy backend with these verbs for its own, each watched; InputError for other names.
+
+    Functions read arrays: packed weights are dequantized first.
+    """
     for verb in functions:
         if verb not in VERBS and verb not in TEXT:
             known = f"; there is {', '.join((*VERBS, *TEXT))}"
@@ -166,7 +169,7 @@ def with_functions(functions: Mapping[str, Callable], dtype="float32", name: str
     backend = numpy_backend(np.dtype(dtype), ops=REFERENCE)
     verbs = {verb: watched(verb, f) for verb, f in functions.items() if verb in VERBS}
     text = {name: f for name, f in functions.items() if name in TEXT}
-    made = bench(name, replace(backend, ops=replace(backend.ops, **verbs)), dtype, text)
+    made = bench(name, replace(backend, ops=replace(backend.ops, **verbs), packed=False), dtype, text)
     return replace(made, brought=tuple(functions))
 
 

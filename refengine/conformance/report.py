@@ -30,6 +30,7 @@ from refengine.conformance.checks import (  # noqa: F401  (they fill CHECKS)
     mamba,
     models,
     operations,
+    packed,
     texts,
 )
 from refengine.conformance.vectors import Row as Recorded
@@ -46,10 +47,12 @@ MIXERS = {"M": "mamba2-mixer", "*": "attention-mixer", "E": "experts-mixer", "-"
 LAWS = ("resume", "padding", "batch", "states", "records", "stages")
 MODELS = ("model", "prediction-head", "step", "determinism")
 TEXTS = ("sampling", "tokenizer", "chat")
-NAMES = (*VERBS, *MIXERS.values(), *LAWS, *MODELS, *TEXTS)
+PACKED = ("packed-weights",)
+NAMES = (*VERBS, *MIXERS.values(), *PACKED, *LAWS, *MODELS, *TEXTS)
 GROUPS = {
     "operations": VERBS,
     "layers": tuple(MIXERS.values()),
+    "packed": PACKED,
     "laws": LAWS,
     "models": MODELS,
     "text": TEXTS,

@@ -1,0 +1,79 @@
+"""Packed weights compute what the matrices compute that they stand for, on every backend."""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+
+from refengine.conformance.candidate import bench, with_functions
+from refengine.conformance.checks import packed
+from refengine.conformance.report import Plan, report
+from refengine.spec.ops import REFERENCE, numpy_backend
+from tests.support.benches import BENCHES
+from tests.support.checks import test_of
+
+NUMPY = BENCHES["numpy-float32"]()
+test_a_packed_matrix_times_unit_vectors_is_the_matrix = test_of(
+    packed.a_packed_matrix_times_unit_vectors_is_the_matrix, NUMPY
+)
+test_a_packed_matrix_multiplies_as_the_matrix_it_stands_for = test_of(
+    packed.a_packed_matrix_multiplies_as_the_matrix_it_stands_for, NUMPY
+)
+test_three_packed_matrices_are_one_product = test_of(packed.three_packed_matrices_are_one_product, NUMPY)
+test_a_packed_mlp_is_the_mlp_of_its_matrices = test_of(packed.a_packed_mlp_is_the_mlp_of_its_matrices, NUMPY)
+test_packed_logits_are_those_of_the_matrix = test_of(packed.packed_logits_are_those_of_the_matrix, NUMPY)
+test_packed_experts_are_a_weighted_sum = test_of(packed.packed_experts_are_a_weighted_sum, NUMPY)
+
+
+@pytest.mark.parametrize("name", [name for name in BENCHES if name in ("cpu-bfloat16", "torch-float32")])
+def test_other_backends_compute_what_the_matrices_compute(name):
+    """In few cases; the CUDA backend gets matrices in bfloat16, as tests of them do."""
+    (row,) = report(BENCHES[name](), ["packed"], Plan(examples=6))
+    assert row.verdict == "pass", row.why
+
+
+def swapped_halves(weight):
+    """The odd column from the low half of a byte."""
+    if weight.kind != "NVFP4":
+        return weight
+    return replace(weight, codes=weight.codes << 4 | weight.codes >> 4)
+
+
+def forgotten(weight):
+    return replace(weight, scale_2=np.float32(1)) if weight.kind == "NVFP4" and weight.scale_2 else weight
+
+
+def one_block_later(weight):
+    return replace(weight, scale=np.roll(weight.scale, 1, axis=-1)) if weight.scale.ndim else weight
+
+
+def divided(weight):
+    return replace(weight, scale=np.array(1 / weight.scale)) if weight.kind == "FP8" else weight
+
+
+def codes_at_zero(weight):
+    """Zeros are taken for codes, which the format allows to be anything."""
+    return replace(weight, scale_2=np.float32(1e-3)) if weight.scale_2 == 0 else weight
+
+
+@pytest.mark.parametrize("wrong", [swapped_halves, forgotten, one_block_later, divided, codes_at_zero])
+def test_a_wrong_reading_of_packed_weights_is_a_wrong_row(wrong):
+    """As a backend that misreads them when it places them; a plain product is right."""
+
+    def place(right, group, values):
+        return right(group, [v if isinstance(v, np.ndarray) else wrong(v) for v in values])
+
+    backend = numpy_backend(np.float32)
+    misread = bench("mine", replace(backend, place=partial(place, backend.place)), "float32")
+    linear, row = report(misread, ["linear", "packed"], Plan(examples=20))
+    assert linear.verdict == "pass" and row.verdict == "wrong", wrong.__name__
+
+
+def test_functions_over_arrays_get_arrays():
+    def linear(x, weight):
+        assert isinstance(weight, (np.ndarray, tuple))
+        return REFERENCE.linear(x, weight)
+
+    first, row = report(with_functions({"linear": linear}), ["linear", "packed"], Plan(examples=4))
+    assert first.verdict == row.verdict == "pass"
