@@ -74,6 +74,15 @@ def test_what_is_written_is_read(tmp_path):
     assert all(np.array_equal(read.array(name), made.array(name)) for name in made.arrays)
 
 
+def test_a_trace_of_every_backend_agrees_with_its_model(backend):
+    """Prompts of two lengths, read in pieces and decoded; the CUDA kernels on the emulator."""
+    case = Case(layers="M*E-", mtp_layers="*E", length=8, seed=3)
+    trace = clean(case, backend, steps=1)
+    assert set(trace.arrays) == set(traced(case).arrays) and trace.calls == [[6, 2], [2, 0], [1, 1]]
+    found = list(diagnose(trace, case.cfg, case.read))
+    assert len(found) == 10 and not any(f.wrong for f in found), [(f.unit.name, f.worst) for f in found]
+
+
 def test_recording_changes_no_logits():
     model = Model.build(CASE.cfg, CASE.read, numpy_backend(np.float32))
     ids = np.array(rows(CASE)[:1])
@@ -204,6 +213,14 @@ def test_a_part_of_the_prompt_is_refused(file):
     """Activations of fewer positions than token_ids has."""
     alter(file, lambda h, d: (said(h, token_ids=json.dumps([[1] * 20, [2] * 20]), calls=None), d))
     assert "is expected" in refusal(file)
+
+
+@pytest.mark.parametrize("name", ["layers.2.output", "layers.99.input", "layers.01.output"])
+def test_a_layer_beyond_those_of_the_model_is_refused(file, name):
+    trace = load(file)
+    arrays = {old: trace.array(old) for old in trace.arrays} | {name: trace.array("layers.1.output")}
+    replace(trace, arrays=arrays).save(file)
+    assert f"holds '{name}', where the layers of the model are layers.0 to layers.1" in refusal(file)
 
 
 def test_a_trace_of_another_model_is_refused(file):

@@ -27,6 +27,7 @@ from refengine.spec.numerics import sigmoid
 from refengine.spec.ops import REFERENCE, Ops, embed, numpy_backend
 from refengine.spec.state import new_state
 from refengine.spec.tensors import Tensor, placed, table
+from refengine.untrusted import shown
 
 NARROW = {dtype.name: dtype for dtype in DTYPES.values() if dtype.itemsize == 2}
 UNROUNDED = {"router", "logits"}  # float32 in every engine
@@ -250,6 +251,13 @@ class Recomputation:
         last = len(cfg.layers) - 1
         if not self.output_of(f"layers.{last}"):
             raise InputError(f"{t.name} lacks the output of layer {last}: it holds no layers.{last}.output")
+        for prefix, count in (("layers.", len(cfg.layers)), ("mtp.layers.", len(cfg.mtp_layers))):
+            known = {str(i) for i in range(count)}
+            numbered = {n: n[len(prefix) :].split(".")[0] for n in t.arrays if n.startswith(prefix)}
+            others = [n for n, number in numbered.items() if number.isdigit() and number not in known]
+            if count and others:
+                what = f"where the layers of the model are {prefix}0 to {prefix}{count - 1}"
+                raise InputError(f"{t.name} holds {shown(sorted(others)[0])}, {what}: it is of another model")
 
 
 def unread(trace: Trace, cfg: Config) -> list[str]:
