@@ -7,7 +7,7 @@
     weights    from the memory map, not copied    native     the library: found, or compiled on first use
     interface  what Python and C++ both declare   arrays     addresses of NumPy's and PyTorch's arrays
 
-Weights are float32, float16 or bfloat16, as the file has them; everything else is float32.
+Weights are float32, float16, bfloat16 or packed, as the file has them; everything else is float32.
 """
 
 from __future__ import annotations
@@ -50,4 +50,5 @@ def cpu_backend(dtype: str = "float32", threads: int = 1, steady: bool = False) 
         fetch=np.asarray,
         step=Steps(built, verbs.run),
         step_of_ranks=Steps(built, verbs.run, alone=False),
+        packed=True,
     )

@@ -1,4 +1,5 @@
 """Arrays of NumPy and of PyTorch alike, as the compiled loops see them: an address, and the kind of a number.
+Packed weights too.
 
 The loops do not know which library made an array, so the program of a model and its steps serve both.
 """
@@ -8,8 +9,16 @@ from __future__ import annotations
 import numpy as np
 
 from refengine.backends.cpu.interface import filled
+from refengine.spec.arrays import PackedWeight
+from refengine.spec.quant import Packed
 
 KINDS = {"float32": 0, "float16": 1, "bfloat16": 2}  # as structures.h numbers them
+PACKED = {"FP8": 3, "MXFP8": 4, "NVFP4": 5}
+BLOCK = 16  # columns that share a scale in the first three
+BLOCKS = {
+    "nvfp4": 6, "mxfp4": 7, "q8_0": 8, "q4_0": 9, "q4_1": 10, "q5_0": 11, "q5_1": 12, "q4_k": 13, "q5_k": 14,
+    "q6_k": 15, "iq4_nl": 16,
+}  # fmt: skip
 
 
 def address(a) -> int | None:
@@ -31,7 +40,18 @@ def in_order(a) -> bool:
 
 def matrix(a):
     """Return the structure Matrix of a weight; raises TypeError for one that the loops cannot read."""
+    if isinstance(a, Packed) and a.codes.flags.c_contiguous and a.scale.flags.c_contiguous:
+        if a.kind == "FP8":  # the loops read 2^-8 of a code's value
+            return filled("Matrix", address(a.codes), PACKED[a.kind], None, 256 * float(a.scale))
+        if a.block == BLOCK or not a.size:
+            factor = 1.0 if a.scale_2 is None else float(a.scale_2)
+            return filled("Matrix", address(a.codes), PACKED[a.kind], address(a.scale), factor)
+    elif isinstance(a, PackedWeight) and a.kind in BLOCKS and a.data.flags.c_contiguous:
+        factor = 1.0 if a.scale is None else float(a.scale)
+        return filled("Matrix", address(a.data), BLOCKS[a.kind], None, factor)
+    if isinstance(a, PackedWeight):
+        raise TypeError(f"the compiled loops read no weight in {a.kind} like this")
     kind = kind_of(a)
     if kind is None or not in_order(a):
         raise TypeError(f"the compiled loops read no weight of {a.dtype}")
-    return filled("Matrix", address(a), kind)
+    return filled("Matrix", address(a), kind, None, 1.0)

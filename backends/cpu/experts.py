@@ -1,25 +1,42 @@
-"""Experts where they lie, perhaps in a memory map, and their addresses for the compiled loops."""
+"""Experts where they lie, perhaps in a memory map, as structures for the compiled loops."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import ctypes
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from refengine.backends.cpu.arrays import address, in_order, kind_of
+from refengine.backends.cpu.arrays import matrix
+from refengine.backends.cpu.interface import STRUCTURES
 
 
 class Listed(NamedTuple):
-    """Experts as matrices of any array library."""
+    """Experts as matrices of any array library, or packed.
 
-    matrices: list  # (up, down) of each
-    up: np.ndarray  # E addresses
-    down: np.ndarray
-    kind: int | None  # of all the matrices; None: the loops cannot read them
+    matrices  (up, down) of each
+    up, down  E structures Matrix; None where the loops cannot read them
+    """
+
+    matrices: list
+    up: Any
+    down: Any
 
     @classmethod
     def of(cls, up: list, down: list) -> Listed:
-        """Return the experts of these matrices."""
-        kinds = {kind_of(m) if in_order(m) else None for m in [*up, *down]}
-        first, second = (np.array([address(m) for m in part], np.int64) for part in (up, down))
-        return cls(list(zip(up, down, strict=True)), first, second, kinds.pop() if len(kinds) == 1 else None)
+        """Return the experts of these matrices; the loops read them if all up are of a kind, and all down."""
+        try:
+            parts = [[matrix(m) for m in part] for part in (up, down)]
+        except TypeError:
+            parts = []
+        readable = parts and all(len({m.kind for m in part}) <= 1 for part in parts)
+        arrays = [(STRUCTURES["Matrix"] * len(part))(*part) for part in parts] if readable else [None, None]
+        return cls(list(zip(up, down, strict=True)), *arrays)
+
+    @property
+    def readable(self) -> bool:
+        """Return whether the loops can read them."""
+        return self.up is not None
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """Return the addresses of the structures."""
+        return ctypes.addressof(self.up), ctypes.addressof(self.down)

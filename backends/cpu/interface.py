@@ -19,7 +19,7 @@ SHORT = {"p": "pointer", "i": "int64", "n": "int", "f": "float"}
 SIGNATURES = {
     "linear": "piipipip",
     "mlp": "ppiipipp",
-    "experts": "ppiiippiiiippp",
+    "experts": "ppiippiiiippp",
     "rms_norm": "pppfppiip",
     "gated_rms_norm": "ppipfpiiip",
     "conv": "pippppppiiiip",
@@ -30,13 +30,13 @@ SIGNATURES = {
 }
 FIELDS = {
     "Run": "threads:n steady:n",
-    "Matrix": "at:p kind:i",
+    "Matrix": "at:p kind:i scale:p factor:f",
     "Norm": "weight:p d:i eps:f",
     "Mamba": "norm:Norm in_proj:Matrix out_proj:Matrix conv:p conv_bias:p A_log:p D:p dt_bias:p gate:p "
     "heads:i head_dim:i groups:i state:i kernel:i low:f high:f",
     "Attention": "norm:Norm q:Matrix k:Matrix v:Matrix o:Matrix heads:i kv:i head_dim:i scale:f",
     "Experts": "norm:Norm gate:p bias:p shared_up:Matrix shared_down:Matrix fc1:Matrix fc2:Matrix "
-    "up:p down:p kind:i count:i chosen:i groups:i kept:i width:i shared_width:i latent:i "
+    "up:p down:p count:i chosen:i groups:i kept:i width:i shared_width:i latent:i "
     "normalise:n factor:f",
     "Dense": "norm:Norm up:Matrix down:Matrix width:i",
     "Layer": "kind:i weights:p",

@@ -11,6 +11,7 @@ from refengine.backends.cpu.arrays import matrix as described
 from refengine.backends.cpu.interface import STRUCTURES, filled
 
 MOST = 3e38  # stands for infinity
+NONE = filled("Matrix", None, 0, None, 1.0)  # in place of a matrix
 LOG2E = math.log2(math.e)
 
 
@@ -37,7 +38,7 @@ def compiled(model, alone: bool = True) -> Program | None:
     try:
         parts = [LAYERS[kind](cfg, w, w["mixer"]) for kind, w in zip(cfg.layers, blocks, strict=True)]
         final = vector(top["norm_f.weight"]), cfg.hidden_size, cfg.layer_norm_epsilon
-        last = (matrix(head), len(head)) if alone else (filled("Matrix", None, 0), 0)
+        last = (matrix(head), len(head)) if alone else (NONE, 0)
     except Unknown:
         return None
     listed = [
@@ -114,11 +115,10 @@ def attention(cfg, w, m) -> ctypes.Structure:
 def experts(cfg, w, m) -> ctypes.Structure:
     """Return the structure of a layer of experts."""
     listed = m["experts"]
-    if getattr(listed, "kind", None) is None:
+    if not getattr(listed, "readable", False):
         raise Unknown
     latent, shared = cfg.moe_latent_size, m["shared_experts.up_proj.weight"]
-    none = filled("Matrix", None, 0)
-    fc1, fc2 = (matrix(m[f"{key}_latent_proj.weight"]) if latent else none for key in ("fc1", "fc2"))
+    fc1, fc2 = (matrix(m[f"{key}_latent_proj.weight"]) if latent else NONE for key in ("fc1", "fc2"))
     return filled(
         "Experts",
         norm(cfg, w),
@@ -128,9 +128,7 @@ def experts(cfg, w, m) -> ctypes.Structure:
         matrix(m["shared_experts.down_proj.weight"]),
         fc1,
         fc2,
-        address(listed.up),
-        address(listed.down),
-        listed.kind,
+        *listed.places,
         cfg.n_routed_experts,
         cfg.num_experts_per_tok,
         cfg.n_group,

@@ -70,8 +70,8 @@ class Verbs:
         wide = sum(map(len, parts))
         y = np.empty((*x.shape[:-1], wide), np.float32)
         rows, at = math.prod(x.shape[:-1]), address(y)
-        for part in map(np.ascontiguousarray, parts):
-            how = matrix(part)
+        for part in parts:
+            how = matrix(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part)
             self.built.linear(
                 ctypes.addressof(how), len(part), part.shape[1], address(x), rows, at, wide, self.how
             )
@@ -190,9 +190,8 @@ class Verbs:
         expert, weight = np.ascontiguousarray(routing.expert, np.int64), in_order(routing.weight)
         width, n = experts.matrices[0][0].shape
         self.built.experts(
-            address(experts.up), address(experts.down), experts.kind, first, len(experts.up), address(expert),
-            address(weight), math.prod(u.shape[:-1]), expert.shape[-1], n, width, address(u), address(y),
-            self.how,
+            *experts.places, first, len(experts.up), address(expert), address(weight),
+            math.prod(u.shape[:-1]), expert.shape[-1], n, width, address(u), address(y), self.how,
         )  # fmt: skip
         return y
 

@@ -1,34 +1,52 @@
-"""Weights: from the memory map to the loops without a copy, wherever the file has a dtype that they read."""
+"""Weights: from the memory map to the loops without a copy, wherever the file has a form that they read."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from refengine.backends.cpu.arrays import KINDS
+from refengine.backends.cpu.arrays import BLOCK, BLOCKS, KINDS
 from refengine.backends.cpu.experts import Listed
-from refengine.spec.arrays import DTYPES
+from refengine.spec.arrays import DTYPES, Weight, widen
+from refengine.spec.quant import Packed
 
 NARROW = {"bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"]}
 
 
-def place(group, values: list[np.ndarray], *, dtype: str):
+def place(group, values: list[Weight], *, dtype: str):
     """Return a matrix, a tuple (q, k, v), or the experts as a Listed.
 
-    Matrices stay in the dtype of the file: a product is in float32 whatever that is, so a wider copy of a
-    weight would have the same numbers. Only `dtype` bfloat16 and float16 round a matrix that the file has
-    wider. Small tensors are float32; a convolution's weight c 1 k is kept as k c.
+    Matrices stay in the form of the file, packed or not: a product is in float32 whatever that is, so a wider
+    copy of a weight would have the same numbers. Only `dtype` bfloat16 and float16 round a matrix that the
+    file has wider. Small tensors are float32; a convolution's weight c 1 k is kept as k c.
     """
     if group.rows[0].precision == "small":
-        small = [np.ascontiguousarray(value, np.float32) for value in values]
+        small = [np.ascontiguousarray(widen(value, np.dtype(np.float32))) for value in values]
         return np.ascontiguousarray(small[0][:, 0].T) if group.name == "conv1d.weight" else small[0]
     placed = [matrix(value, dtype) for value in values]
     if group.name == "experts":
-        return Listed.of(placed[::2], placed[1::2])
+        listed = Listed.of(placed[::2], placed[1::2])
+        if not listed.readable:  # of several kinds
+            placed = [matrix(widen(value, np.dtype(np.float32)), dtype) for value in placed]
+            listed = Listed.of(placed[::2], placed[1::2])
+        return listed
     return placed[0] if len(placed) == 1 else tuple(placed)
 
 
-def matrix(value: np.ndarray, dtype: str) -> np.ndarray:
-    """Return a matrix that the loops read: in the file's dtype, or narrower where `dtype` is."""
+def matrix(value: Weight, dtype: str) -> Weight:
+    """Return a matrix that the loops read: in the file's form, or narrower where `dtype` is."""
+    if getattr(value, "kind", None) in BLOCKS:
+        return replace(value, data=np.ascontiguousarray(value.data))
+    if isinstance(value, Packed):
+        if value.kind == "FP8":
+            return replace(value, codes=np.ascontiguousarray(value.codes))
+        if value.block % BLOCK == 0:
+            value = value if value.block == BLOCK else value.in_blocks(BLOCK)
+            codes, scale = np.ascontiguousarray(value.codes), np.ascontiguousarray(value.scale)
+            return replace(value, codes=codes, scale=scale)
+    if not isinstance(value, np.ndarray):  # a kind without a loop, or a cut within a block
+        value = value.dequantize(NARROW.get(dtype, np.dtype(np.float32)))
     if dtype in NARROW and value.dtype != NARROW[dtype]:
         value = value.astype(NARROW[dtype])
     elif value.dtype.name not in KINDS:

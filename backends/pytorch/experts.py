@@ -66,7 +66,7 @@ class Experts:
         if isinstance(experts, Stacked):
             y = grouped(tokens, experts, here(expert, first, len(experts.up)), weight, k)
         else:
-            y = self.listed(tokens, experts, here(expert, first, len(experts.up)), weight, k)
+            y = self.listed(tokens, experts, here(expert, first, len(experts.matrices)), weight, k)
         return y.to(u.dtype).view(u.shape)
 
     def listed(self, tokens, experts: Listed, expert, weight, k):

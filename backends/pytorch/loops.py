@@ -59,7 +59,7 @@ def with_loops(ops: Ops, verbs: Verbs) -> Ops:
         return on_tensors
 
     def experts(u, listed, routing, first=0):
-        if not isinstance(listed, Listed) or listed.kind is None:
+        if not isinstance(listed, Listed) or not listed.readable:
             return ops.experts(u, listed, routing, first=first)
         return tensor(verbs.experts(array(u), listed, array(routing), first))
 

@@ -92,7 +92,7 @@ static void mixture(const Experts& w, i64 b, float* x, const float* before, floa
     // ROUTED experts, in the latent width where there is one
     auto u = fresh(b * n), r = fresh(b * n), y = fresh(b * d);
     if (w.latent) linear(w.fc1, n, d, h.get(), b, u.get(), n, run);
-    experts(w.up, w.down, w.kind, 0, w.count, expert.get(), weight.get(), b, w.chosen, n, w.width,
+    experts(w.up, w.down, 0, w.count, expert.get(), weight.get(), b, w.chosen, n, w.width,
             w.latent ? u.get() : h.get(), r.get(), run);
     if (w.latent) linear(w.fc2, d, n, r.get(), b, y.get(), d, run);
     // RETURN

@@ -13,9 +13,12 @@
 #endif
 
 constexpr i64 PAIR = 2 * LANES;
+typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
+typedef uint8_t octets __attribute__((vector_size(LANES)));
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
+struct e4m3 { uint8_t bits; };  // of FP8, widened to 2^-8 of its value: a float16 of other bias. Its NaN is 480.
 
 template <class To, class From>
 static inline To same(From from) { To to; memcpy(&to, &from, sizeof to); return to; }
@@ -64,6 +67,15 @@ struct Two<bf16> {
     vec high() const { return same<vec>(pair & 0xffff0000u); }
 };
 
+template <>
+struct Two<e4m3> {
+    static constexpr bool apart = true;
+    shorts pair;
+    explicit Two(const e4m3* w) : pair(load<shorts>(w)) {}
+    vec low() const { return widened_half((halves)(pair << 8 >> 1) & 0xbf80); }
+    vec high() const { return widened_half((halves)(pair >> 1) & 0xbf80); }
+};
+
 // The last `count` < 2 LANES numbers, and zeros.
 template <class T>
 static inline Two<T> rest(const T* w, i64 count) {
@@ -78,6 +90,28 @@ static inline i64 padded(i64 n) { return (n + PAIR - 1) / PAIR * PAIR; }
 template <class T>
 static inline i64 place(i64 j) {
     return Two<T>::apart ? (j & ~(PAIR - 1)) | (j & 1) * LANES | (j & (PAIR - 1)) >> 1 : j;
+}
+
+// `count` weights as float32, in order.
+static inline void widen_to(const float* from, i64 count, float* to) { memcpy(to, from, count * sizeof(float)); }
+static inline void widen_to(const bf16* from, i64 count, float* to) { widened(&from->bits, count, to); }
+static inline void widen_to(const f16* from, i64 count, float* to) {
+    for (; count >= LANES; count -= LANES, from += LANES, to += LANES) store(to, widened_half(load<halves>(from)));
+    halves last = {};
+    memcpy(&last, from, count * sizeof(f16));
+    const vec wide = widened_half(last);
+    memcpy(to, &wide, count * sizeof(float));
+}
+static inline void widen_to(const e4m3* from, i64 count, float* to) {
+    auto wide = [](octets code) {
+        const halves bits = __builtin_convertvector(code, halves);
+        return widened_half((bits & 0x80) << 8 | (bits & 0x7f) << 7);
+    };
+    for (; count >= LANES; count -= LANES, from += LANES, to += LANES) store(to, wide(load<octets>(from)));
+    octets last = {};
+    memcpy(&last, from, count);
+    const vec end = wide(last);
+    memcpy(to, &end, count * sizeof(float));
 }
 
 typedef float four __attribute__((vector_size(16)));
@@ -97,6 +131,7 @@ static inline void of_kind(i64 kind, F f) {
     switch (kind) {
         case FLOAT32: f((const float*)nullptr); break;
         case FLOAT16: f((const f16*)nullptr); break;
+        case FLOAT8: f((const e4m3*)nullptr); break;
         default: f((const bf16*)nullptr);
     }
 }

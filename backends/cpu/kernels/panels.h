@@ -22,17 +22,6 @@ static inline float* aligned(std::vector<float>& kept, i64 count) {
 
 static inline i64 panels_of(i64 rows) { return (rows + PANEL - 1) / PANEL; }
 
-// `count` weights as float32, in order.
-static inline void widen_to(const float* from, i64 count, float* to) { memcpy(to, from, count * sizeof(float)); }
-static inline void widen_to(const bf16* from, i64 count, float* to) { widened(&from->bits, count, to); }
-static inline void widen_to(const f16* from, i64 count, float* to) {
-    for (; count >= LANES; count -= LANES, from += LANES, to += LANES) store(to, widened_half(load<halves>(from)));
-    halves last = {};
-    memcpy(&last, from, count * sizeof(f16));
-    const vec wide = widened_half(last);
-    memcpy(to, &wide, count * sizeof(float));
-}
-
 // to[c][r] = from[r][c] for `rows` rows of `columns`, four by four where they are whole.
 static inline void transpose(const float* const* from, i64 rows, i64 columns, float* const* to) {
     const i64 r4 = rows / 4 * 4, c4 = columns / 4 * 4;
@@ -117,18 +106,30 @@ static inline void panel_strip(const float* w, i64 outs, const float* rs, i64 de
         if (outs) panel_strip<W, O - 1>(w, outs, rs, depth, sums, weights, panel);
 }
 
-// sums [panel][outs][PANEL] of up to PANEL_SHARE rows and up to WIDE_STRIP outputs
+// Weights [outs][n] that are widened: where a row begins, and how far it is to the next.
 template <class T>
-__attribute__((noinline)) static void panel_products(const T* w, i64 n, const float* x, i64 rows, i64 outs,
+struct Plain {
+    static constexpr i64 deep = DEEP;
+    const T* w;
+    i64 n;
+    i64 row() const { return n * sizeof(T); }
+    const char* at(i64 from) const { return (const char*)(w + from); }
+    void widen(i64 o, i64 from, i64 count, float* to) const { widen_to(w + o * n + from, count, to); }
+};
+
+// sums [panel][outs][PANEL] of up to PANEL_SHARE rows and up to WIDE_STRIP outputs
+template <class Weights>
+__attribute__((noinline)) static void panel_products(const Weights& w, i64 n, const float* x, i64 rows, i64 outs,
                                                      float* sums) {
     alignas(64) float wide[WIDE_STRIP * DEEP];
     std::fill(sums, sums + panels_of(rows) * outs * PANEL, 0.f);
-    for (i64 from = 0; from < n; from += DEEP) {
-        const i64 depth = std::min(DEEP, n - from);
-        for (i64 o = 0; o < outs; o++) widen_to(w + o * n + from, depth, wide + o * DEEP);
-        const i64 panels = panels_of(rows), after = std::min(DEEP, n - from - depth), tiles = outs / (ROWS / 2) + 1;
-        const i64 each = after * sizeof(T), lines = outs * (each / 64 + 1) / (tiles * panels) + 1;
-        Ahead weights{(const char*)(w + from + depth), n * (i64)sizeof(T), each, after > 0 ? outs : 0, lines};
+    for (i64 from = 0; from < n; from += Weights::deep) {
+        const i64 depth = std::min(Weights::deep, n - from);
+        for (i64 o = 0; o < outs; o++) w.widen(o, from, depth, wide + o * DEEP);
+        const i64 panels = panels_of(rows), after = std::min(Weights::deep, n - from - depth);
+        const i64 tiles = outs / (ROWS / 2) + 1, each = after * w.row() / n;
+        const i64 lines = outs * (each / 64 + 1) / (tiles * panels) + 1;
+        Ahead weights{w.at(from + depth), w.row(), each, after > 0 ? outs : 0, lines};
         for (i64 p = 0; p < panels; p++) {
             const float* rs = x + (p * n + from) * PANEL;
             float* out = sums + p * outs * PANEL;

@@ -3,12 +3,14 @@
 // A tile of rows and outputs shares its loads and keeps its sums in registers. One row reads a weight once, from
 // memory, and is as fast as that. More rows go by blocks: a strip of outputs and BLOCK rows at a time, DEPTH deep, so
 // that what is read again is in cache; MANY rows by panels (panels.h), except in the steady mode, in which the order
-// of a sum does not depend on the number of rows. Products are as exact as float32 products.
+// of a sum does not depend on the number of rows. Packed weights (packed.h) are multiplied as they are with few rows, and
+// in tiles of float32 with more, and in the steady mode. Products are as exact as float32 products.
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "numbers.h"
+#include "packed.h"
 #include "panels.h"
 #include "pool.h"
 #include "verbs.h"
@@ -20,34 +22,6 @@ constexpr i64 MANY = 48;                             // rows from which products
 constexpr i64 FEW = 8;                               // rows that are multiplied over their whole depth at once
 static i64 strip_of(i64 rows) { return rows > FEW ? WIDE_STRIP : STRIP; }
 constexpr i64 AHEAD = 1280;                          // bytes: how far ahead of its use a stream is asked for
-
-// Rows of `n` positions as the tiles read them: in their places, and zeros up to a multiple of PAIR.
-template <class T>
-static void laid_out(const float* from, float* to, i64 n) {
-    const i64 np = padded(n), whole = n / PAIR * PAIR;
-    if (!Two<T>::apart)
-        memcpy(to, from, n * sizeof(float));
-    else {
-        for (i64 j = 0; j < whole; j += PAIR)
-            for (i64 i = 0; i < LANES; i++)
-                to[j + i] = from[j + 2 * i], to[j + LANES + i] = from[j + 2 * i + 1];
-        for (i64 j = whole; j < np; j++) to[j] = 0;
-        for (i64 j = whole; j < n; j++) to[place<T>(j)] = from[j];
-    }
-    if (!Two<T>::apart)
-        for (i64 j = n; j < np; j++) to[j] = 0;
-}
-
-template <class T>
-static const float* rows_laid_out(const float* x, i64 rows, i64 n, const Run& run) {
-    static thread_local std::vector<float> kept;
-    const i64 np = padded(n);
-    if (!Two<T>::apart && np == n) return x;
-    if ((i64)kept.size() < rows * np) kept.resize(rows * np);
-    float* to = kept.data();
-    parallel(run, rows, n / 2, [=](i64 r) { laid_out<T>(x + r * n, to + r * np, n); });
-    return to;
-}
 
 // x . w: a stream of weights, asked for in time and summed in eight chains, so that only memory holds it up.
 template <class T>
@@ -142,10 +116,138 @@ __attribute__((noinline)) static void products(const T* w, i64 n, const float* c
     }
 }
 
-// put(r, o, x[r] . w[o]) for rows at x, `step` apart, by all threads.
-template <class T, class Put>
-static void all_products(const T* w, i64 outs, i64 n, const float* x, i64 step, i64 rows, const Run& run,
+// The same with packed weights, dequantized tile by tile. In the steady mode each sum has one order.
+template <int R>
+static void tile_strip(const float* tile, i64 deep, i64 depth, const float* const* x, i64 from, i64 outs, float* sums,
+                       i64 step) {
+    const float* rows[R];
+    for (int r = 0; r < R; r++) rows[r] = x[r] + from;
+    strip<float, R, R == 1 ? 4 : 2>(tile, deep, 0, depth, rows, outs, sums, step);
+}
+__attribute__((noinline)) static void tiled_products(const Matrix& w, i64 n, i64 first, const float* const* x,
+                                                     i64 rows, i64 outs, bool steady, float* sums) {
+    alignas(64) float tile[STRIP * TILE];  // stays in the first cache
+    const i64 deep = steady || rows > FEW ? TILE : 4 * TILE, some = STRIP * TILE / deep;
+    std::fill(sums, sums + rows * outs, 0.f);
+    for (i64 o = 0; o < outs; o += some)
+        for (i64 from = 0; from < n; from += deep) {
+            const i64 depth = std::min(deep, n - from), width = std::min(some, outs - o);
+            for (i64 i = 0; i < width; i++) dequantize(w, n, first + o + i, from, depth, tile + i * deep);
+            for (i64 at = 0; at < rows;) {
+                const i64 left = rows - at, take = left == 6 ? 3 : std::min<i64>(left, left == 8 ? 4 : 5);
+                const float* const* rs = x + at;
+                float* out = sums + at * outs + o;
+                switch (take) {
+                    case 1: tile_strip<1>(tile, deep, depth, rs, from, width, out, outs); break;
+                    case 2: tile_strip<2>(tile, deep, depth, rs, from, width, out, outs); break;
+                    case 3: tile_strip<3>(tile, deep, depth, rs, from, width, out, outs); break;
+                    case 4: tile_strip<4>(tile, deep, depth, rs, from, width, out, outs); break;
+                    default: tile_strip<5>(tile, deep, depth, rs, from, width, out, outs);
+                }
+                at += take;
+            }
+        }
+}
+
+// Packed weights from row `first` on, as panels take them.
+struct Tiles {
+    static constexpr i64 deep = TILE;
+    const Matrix& w;
+    i64 n, first;
+    i64 row() const { return packed_row(w.kind, n); }
+    const char* at(i64 from) const { return (const char*)w.at + first * row() + from * row() / n; }
+    void widen(i64 o, i64 from, i64 count, float* to) const { dequantize(w, n, first + o, from, count, to); }
+};
+
+// The products of a kind of weights; rows of x are as `laid_out` makes them.
+struct Loops {
+    bool apart;  // even and odd positions of each PAIR (numbers.h)
+    // sums[r][o] = x[r] . w[first + o], for up to SHARE rows and up to WIDE_STRIP outputs
+    void (*few)(const Matrix& w, i64 n, i64 first, const float* const* x, i64 rows, i64 outs, bool steady,
+                bool integers, float* sums);
+    // sums [panel][outs][PANEL], of rows in panels
+    void (*many)(const Matrix& w, i64 n, i64 first, const float* panels, i64 rows, i64 outs, float* sums);
+};
+
+template <class T>
+static void few_plain(const Matrix& w, i64 n, i64 first, const float* const* x, i64 rows, i64 outs, bool steady, bool,
+                      float* sums) {
+    products((const T*)w.at + first * n, n, x, rows, outs, steady, sums);
+    if (w.kind == FLOAT8)
+        for (i64 i = 0; i < rows * outs; i++) sums[i] *= w.factor;
+}
+template <class T>
+static void many_plain(const Matrix& w, i64 n, i64 first, const float* panels, i64 rows, i64 outs, float* sums) {
+    panel_products(Plain<T>{(const T*)w.at + first * n, n}, n, panels, rows, outs, sums);
+    if (w.kind == FLOAT8)
+        for (i64 i = 0; i < panels_of(rows) * outs * PANEL; i++) sums[i] *= w.factor;
+}
+static void few_packed(const Matrix& w, i64 n, i64 first, const float* const* x, i64 rows, i64 outs, bool steady,
+                       bool integers, float* sums) {
+    if (!integers || rows > MOST_INTEGERS) return tiled_products(w, n, first, x, rows, outs, steady, sums);
+    const float* whole[MOST_INTEGERS];
+    for (i64 r = 0; r < rows; r++) whole[r] = x[r] + padded(n);
+    integer_products(w, n, first, outs, whole, rows, sums);
+}
+static void many_packed(const Matrix& w, i64 n, i64 first, const float* panels, i64 rows, i64 outs, float* sums) {
+    panel_products(Tiles{w, n, first}, n, panels, rows, outs, sums);
+}
+
+static Loops loops_of(i64 kind) {
+    if (kind >= MXFP8) return {false, few_packed, many_packed};
+    Loops found;
+    of_kind(kind, [&](auto* kind) {
+        typedef std::remove_const_t<std::remove_pointer_t<decltype(kind)>> T;
+        found = {Two<T>::apart, few_plain<T>, many_plain<T>};
+    });
+    return found;
+}
+
+// How rows of n positions lie for few products: in their places, zeros up to a multiple of PAIR, then integers.
+struct Layout {
+    i64 kind, n;
+    bool apart, integers;
+    Layout(i64 kind, i64 n, bool integers)
+        : kind(kind), n(n), apart(loops_of(kind).apart),
+          integers(integers && kind >= MXFP8 && integers_room(kind, n)) {}
+    i64 step() const { return padded(n) + (integers ? integers_room(kind, n) : 0); }
+    bool as_it_is() const { return !apart && !integers && padded(n) == n; }
+    i64 place(i64 j) const { return apart ? (j & ~(PAIR - 1)) | (j & 1) * LANES | (j & (PAIR - 1)) >> 1 : j; }
+    // The rest of a row whose n numbers are in their places.
+    void finish(float* row) const {
+        for (i64 j = n / PAIR * PAIR; j < padded(n); j++)
+            if (j >= n) row[place(j)] = 0;
+        if (integers) to_integers(kind, row, n, row + padded(n));
+    }
+    void lay(const float* from, float* to) const {
+        const i64 whole = n / PAIR * PAIR;
+        if (!apart)
+            memcpy(to, from, n * sizeof(float));
+        else {
+            for (i64 j = 0; j < whole; j += PAIR)
+                for (i64 i = 0; i < LANES; i++)
+                    to[j + i] = from[j + 2 * i], to[j + LANES + i] = from[j + 2 * i + 1];
+            for (i64 j = whole; j < n; j++) to[place(j)] = from[j];
+        }
+        finish(to);
+    }
+    // Rows [rows][n] laid out, step() apart; kept until the next call.
+    const float* rows(const float* x, i64 rows, const Run& run) const {
+        static thread_local std::vector<float> kept;
+        if (as_it_is()) return x;
+        if ((i64)kept.size() < rows * step()) kept.resize(rows * step());
+        float* to = kept.data();
+        parallel(run, rows, n / 2, [&, to](i64 r) { lay(x + r * n, to + r * step()); });
+        return to;
+    }
+};
+
+// put(r, o, x[r] . w[o]) for laid out rows at x, `step` apart, by all threads.
+template <class Put>
+static void all_products(const Matrix& w, i64 outs, const Layout& layout, const float* x, i64 rows, const Run& run,
                          Put put) {
+    const Loops loops = loops_of(w.kind);
+    const i64 n = layout.n, step = layout.step();
     std::vector<const float*> row(rows);
     for (i64 r = 0; r < rows; r++) row[r] = x + r * step;
     const i64 shares = (rows + SHARE - 1) / SHARE, each = std::min(SHARE, rows);
@@ -154,15 +256,16 @@ static void all_products(const T* w, i64 outs, i64 n, const float* x, i64 step, 
         const i64 first = job / shares * wide, at = job % shares * SHARE;
         const i64 width = std::min(wide, outs - first), here = std::min(SHARE, rows - at);
         float sums[SHARE * WIDE_STRIP];
-        products(w + first * n, n, row.data() + at, here, width, run.steady, sums);
+        loops.few(w, n, first, row.data() + at, here, width, run.steady, layout.integers, sums);
         for (i64 r = 0; r < here; r++)
             for (i64 o = 0; o < width; o++) put(at + r, first + o, sums[r * width + o]);
     });
 }
 
 // All products of rows in panels, by all threads; put(row, rows, output, outputs, sums) takes them.
-template <class T, class Put>
-static void all_panels(const T* w, i64 outs, i64 n, const float* panels, i64 rows, const Run& run, Put put) {
+template <class Put>
+static void all_panels(const Matrix& w, i64 outs, i64 n, const float* panels, i64 rows, const Run& run, Put put) {
+    const Loops loops = loops_of(w.kind);
     const i64 shares = (rows + PANEL_SHARE - 1) / PANEL_SHARE, each = panels_of((rows + shares - 1) / shares) * PANEL;
     const i64 strips = (outs + WIDE_STRIP - 1) / WIDE_STRIP;
     parallel(run, strips * shares, WIDE_STRIP * n * each, [&](i64 job) {  // a share of rows stays in cache
@@ -170,7 +273,7 @@ static void all_panels(const T* w, i64 outs, i64 n, const float* panels, i64 row
         const i64 width = std::min(WIDE_STRIP, outs - first), here = std::min(each, rows - at);
         if (here <= 0) return;
         alignas(64) float sums[PANEL_SHARE * WIDE_STRIP];
-        panel_products(w + first * n, n, panels + at * n, here, width, sums);
+        loops.many(w, n, first, panels + at * n, here, width, sums);
         put(at, here, first, width, sums);
     });
 }
@@ -190,37 +293,24 @@ static const float* in_panels(const float* x, i64 rows, i64 n, const Run& run) {
 
 static inline float relu2(float v) { return v > 0 ? v * v : 0; }
 
-// A row of T's zeros beyond `width`, for inner rows that are laid out by `place`.
-template <class T>
-static void pad(float* row, i64 width) {
-    for (i64 j = width / PAIR * PAIR; j < padded(width); j++) row[j] = 0;
-}
-
 // y = relu(h up')^2 down' of many rows: what is between the two products stays in panels.
 static void mlp_of_many(const Matrix& up, const Matrix& down, i64 width, i64 d, const float* h, i64 rows, float* y,
                         const Run& run) {
     static thread_local std::vector<float> kept;
     float* inner = aligned(kept, panels_of(rows) * PANEL * width);
-    of_kind(up.kind, [&](auto* kind) {
-        all_panels((decltype(kind))up.at, width, d, in_panels(h, rows, d, run), rows, run, ToPanels{inner, width});
-    });
-    of_kind(down.kind, [&](auto* kind) {
-        all_panels((decltype(kind))down.at, d, width, inner, rows, run, ToRows{y, d});
-    });
+    all_panels(up, width, d, in_panels(h, rows, d, run), rows, run, ToPanels{inner, width});
+    all_panels(down, d, width, inner, rows, run, ToRows{y, d});
 }
 
 extern "C" {
 
 // y[r][o] = x[r] . w[o]; rows of y are y_step apart
 void linear(const Matrix& w, i64 outs, i64 n, const float* x, i64 rows, float* y, i64 y_step, const Run& run) {
-    of_kind(w.kind, [&](auto* kind) {
-        typedef std::remove_const_t<std::remove_pointer_t<decltype(kind)>> T;
-        if (rows >= MANY && !run.steady)
-            return all_panels((const T*)w.at, outs, n, in_panels(x, rows, n, run), rows, run, ToRows{y, y_step});
-        const float* laid = rows_laid_out<T>(x, rows, n, run);
-        all_products((const T*)w.at, outs, n, laid, padded(n), rows, run,
-                     [=](i64 r, i64 o, float v) { y[r * y_step + o] = v; });
-    });
+    if (rows >= MANY && !run.steady)
+        return all_panels(w, outs, n, in_panels(x, rows, n, run), rows, run, ToRows{y, y_step});
+    const Layout layout(w.kind, n, rows <= MOST_INTEGERS && !run.steady);
+    all_products(w, outs, layout, layout.rows(x, rows, run), rows, run,
+                 [=](i64 r, i64 o, float v) { y[r * y_step + o] = v; });
 }
 
 // y = relu(h up')^2 down'
@@ -228,28 +318,21 @@ void mlp(const Matrix& up, const Matrix& down, i64 width, i64 d, const float* h,
          const Run& run) {
     if (rows >= MANY && !run.steady) return mlp_of_many(up, down, width, d, h, rows, y, run);
     static thread_local std::vector<float> kept;
-    of_kind(down.kind, [&](auto* kind) {
-        typedef std::remove_const_t<std::remove_pointer_t<decltype(kind)>> T;
-        const i64 step = padded(width);
-        if ((i64)kept.size() < rows * step) kept.resize(rows * step);
-        float* inner = kept.data();
-        for (i64 r = 0; r < rows; r++) pad<T>(inner + r * step, width);
-        of_kind(up.kind, [&](auto* kind) {
-            typedef std::remove_const_t<std::remove_pointer_t<decltype(kind)>> U;
-            const float* laid = rows_laid_out<U>(h, rows, d, run);
-            all_products((const U*)up.at, width, d, laid, padded(d), rows, run,
-                         [=](i64 r, i64 o, float v) { inner[r * step + place<T>(o)] = relu2(v); });
-        });
-        all_products((const T*)down.at, d, width, inner, step, rows, run,
-                     [=](i64 r, i64 o, float v) { y[r * d + o] = v; });
-    });
-}
+    const bool integers = rows <= MOST_INTEGERS && !run.steady;
+    const Layout outer(up.kind, d, integers), inner(down.kind, width, integers);
+    const i64 step = inner.step();
+    if ((i64)kept.size() < rows * step) kept.resize(rows * step);
+    float* between = kept.data();
+    all_products(up, width, outer, outer.rows(h, rows, run), rows, run,
+                 [=, &inner](i64 r, i64 o, float v) { between[r * step + inner.place(o)] = relu2(v); });
+    for (i64 r = 0; r < rows; r++) inner.finish(between + r * step);
+    all_products(down, d, inner, between, rows, run, [=](i64 r, i64 o, float v) { y[r * d + o] = v; });
 }
 
-template <class T>
-static void all_experts(const T* const* up, const T* const* down, i64 base, i64 count, const i64* expert,
-                        const float* weight, i64 tokens, i64 k, i64 n, i64 width, const float* u, float* y,
-                        const Run& run) {
+// y[t] = sum over the k experts of token t of  weight relu(u[t] up')^2 down', of those that are here: the
+// `count` from `base`.
+void experts(const Matrix* up, const Matrix* down, i64 base, i64 count, const i64* expert, const float* weight,
+             i64 tokens, i64 k, i64 n, i64 width, const float* u, float* y, const Run& run) {
     // HITS sorted by expert, so that a matrix is read once, from its beginning to its end
     auto here = [&](i64 e) { return e < base || e >= base + count ? count : e - base; };
     std::vector<i64> begin(count + 2, 0), hit, place_of(tokens * k), token(tokens * k);
@@ -260,13 +343,15 @@ static void all_experts(const T* const* up, const T* const* down, i64 base, i64 
     }
     std::vector<i64> next(begin);
     for (i64 j = 0; j < tokens * k; j++) place_of[j] = next[here(expert[j])]++, token[place_of[j]] = j / k;
-    const i64 hits = begin[count], np = padded(n), step = padded(width);
+    const i64 hits = begin[count];
+    if (!hits) return std::fill(y, y + tokens * n, 0.f);
+    const bool integers = tokens <= BLOCK && !run.steady;  // then an expert has few rows
+    const Layout outer(up->kind, n, integers), between(down->kind, width, integers);
+    const i64 step = between.step();
     static thread_local std::vector<float> kept;
     if ((i64)kept.size() < hits * (step + n)) kept.resize(hits * (step + n));
     float *inner = kept.data(), *out = inner + hits * step;
-    for (i64 j = 0; j < hits; j++) pad<T>(inner + j * step, width);
-    const float* given = u;
-    u = rows_laid_out<T>(u, tokens, n, run);
+    const float *given = u, *laid = outer.rows(u, tokens, run);
     std::vector<const float*> row(hits);
 
     // put(hit, output, value) of each matrix [outs][ins], of the rows in `row`. Jobs: an expert's share of rows,
@@ -284,16 +369,17 @@ static void all_experts(const T* const* up, const T* const* down, i64 base, i64 
     static thread_local std::vector<float> kept_panels;
     float* panels = room ? aligned(kept_panels, room) : nullptr;
     auto inner_of = [=](const Part& p) { return panels + p.panels + panels_of(p.rows) * PANEL * n; };
-    auto each = [&](const T* const* matrices, i64 outs, i64 ins, auto put, auto many) {
-        const i64 rows = std::max<i64>(1, hits / (i64)parts.size()), wide = strip_of(rows);
+    auto each = [&](const Matrix* matrices, i64 outs, const Layout& layout, auto put, auto many) {
+        const Loops loops = loops_of(matrices->kind);
+        const i64 rows = std::max<i64>(1, hits / (i64)parts.size()), wide = strip_of(rows), ins = layout.n;
         const i64 strips = (outs + wide - 1) / wide;
         parallel(run, (i64)parts.size() * strips, wide * ins * rows, [&](i64 job) {
             const Part& p = parts[job / strips];
             const i64 first = job % strips * wide, width = std::min(wide, outs - first);
-            const T* matrix = matrices[p.expert] + first * ins;
+            const Matrix& matrix = matrices[p.expert];
             alignas(64) float sums[SHARE * WIDE_STRIP];
-            if (p.many) return many(p, matrix, first, width, sums);
-            products(matrix, ins, row.data() + p.first, p.rows, width, run.steady, sums);
+            if (p.many) return many(loops, p, matrix, first, width, sums);
+            loops.few(matrix, ins, first, row.data() + p.first, p.rows, width, run.steady, layout.integers, sums);
             for (i64 r = 0; r < p.rows; r++)
                 for (i64 o = 0; o < width; o++) put(p.first + r, first + o, sums[r * width + o]);
         });
@@ -308,22 +394,21 @@ static void all_experts(const T* const* up, const T* const* down, i64 base, i64 
                 into_panel(rows, here, n, panels + p.panels + at * n);
             }
         });
-    if (hits) {
-        for (i64 j = 0; j < hits; j++) row[j] = u + token[j] * np;
-        each(
-            up, width, n, [&](i64 j, i64 o, float v) { inner[j * step + place<T>(o)] = relu2(v); },
-            [&](const Part& p, const T* matrix, i64 first, i64 outs, float* sums) {
-                panel_products(matrix, n, panels + p.panels, p.rows, outs, sums);
-                ToPanels{inner_of(p), width}(0, p.rows, first, outs, sums);
-            });
-        for (i64 j = 0; j < hits; j++) row[j] = inner + j * step;
-        each(
-            down, n, width, [&](i64 j, i64 o, float v) { out[j * n + o] = v; },
-            [&](const Part& p, const T* matrix, i64 first, i64 outs, float* sums) {
-                panel_products(matrix, width, inner_of(p), p.rows, outs, sums);
-                ToRows{out, n}(p.first, p.rows, first, outs, sums);
-            });
-    }
+    for (i64 j = 0; j < hits; j++) row[j] = laid + token[j] * outer.step();
+    each(
+        up, width, outer, [&](i64 j, i64 o, float v) { inner[j * step + between.place(o)] = relu2(v); },
+        [&](const Loops& loops, const Part& p, const Matrix& matrix, i64 first, i64 outs, float* sums) {
+            loops.many(matrix, n, first, panels + p.panels, p.rows, outs, sums);
+            ToPanels{inner_of(p), width}(0, p.rows, first, outs, sums);
+        });
+    parallel(run, hits, width, [&](i64 j) { between.finish(inner + j * step); });
+    for (i64 j = 0; j < hits; j++) row[j] = inner + j * step;
+    each(
+        down, n, between, [&](i64 j, i64 o, float v) { out[j * n + o] = v; },
+        [&](const Loops& loops, const Part& p, const Matrix& matrix, i64 first, i64 outs, float* sums) {
+            loops.many(matrix, width, first, inner_of(p), p.rows, outs, sums);
+            ToRows{out, n}(p.first, p.rows, first, outs, sums);
+        });
     // TOGETHER, in the order in which the token's experts were chosen
     parallel(run, tokens, k * n, [&](i64 t) {
         float* to = y + t * n;
@@ -335,15 +420,4 @@ static void all_experts(const T* const* up, const T* const* down, i64 base, i64 
         }
     });
 }
-
-// y[t] = sum over the k experts of token t of  weight relu(u[t] up')^2 down', of those that are here: the
-// `count` from `base`.
-extern "C" void experts(const void* const* up, const void* const* down, i64 kind, i64 base, i64 count,
-                        const i64* expert, const float* weight, i64 tokens, i64 k, i64 n, i64 width,
-                        const float* u, float* y, const Run& run) {
-    of_kind(kind, [&](auto* kind) {
-        typedef std::remove_const_t<std::remove_pointer_t<decltype(kind)>> T;
-        all_experts((const T* const*)up, (const T* const*)down, base, count, expert, weight, tokens, k, n,
-                    width, u, y, run);
-    });
 }

@@ -6,12 +6,17 @@
 typedef int64_t i64;
 typedef const float* Vector;
 
-enum Kind : i64 { FLOAT32, FLOAT16, BFLOAT16 };  // of the numbers of a matrix, as arrays.py numbers them
+// Of the numbers of a matrix, as arrays.py numbers them. From MXFP8 on they are packed (packed.h).
+enum Kind : i64 {
+    FLOAT32, FLOAT16, BFLOAT16, FLOAT8, MXFP8, NVFP4, GGUF_NVFP4, MXFP4, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K,
+    IQ4_NL,
+};
 
 // How a call is made. steady: sums in an order that does not depend on how many rows there are.
 #define RUN(FIELD) FIELD(int, threads) FIELD(int, steady)
 
-#define MATRIX(FIELD) FIELD(const void*, at) FIELD(i64, kind)
+// scale: of blocks of 16 columns, of MXFP8 and NVFP4 alone. factor: of the whole matrix, from FLOAT8 on.
+#define MATRIX(FIELD) FIELD(const void*, at) FIELD(i64, kind) FIELD(const uint8_t*, scale) FIELD(float, factor)
 
 #define NORM(FIELD) FIELD(Vector, weight) FIELD(i64, d) FIELD(float, eps)
 
@@ -27,11 +32,11 @@ enum Kind : i64 { FLOAT32, FLOAT16, BFLOAT16 };  // of the numbers of a matrix, 
     FIELD(Norm, norm) FIELD(Matrix, q) FIELD(Matrix, k) FIELD(Matrix, v) FIELD(Matrix, o)                    \
     FIELD(i64, heads) FIELD(i64, kv) FIELD(i64, head_dim) FIELD(float, scale)
 
-// fc1 and fc2: null where there is no latent. up, down: addresses of the matrices, all of one kind.
+// fc1 and fc2: null where there is no latent. up, down: the matrices, those of each of one kind.
 #define EXPERTS(FIELD)                                                                                       \
     FIELD(Norm, norm) FIELD(Vector, gate) FIELD(Vector, bias)                                                \
     FIELD(Matrix, shared_up) FIELD(Matrix, shared_down) FIELD(Matrix, fc1) FIELD(Matrix, fc2)                \
-    FIELD(const void* const*, up) FIELD(const void* const*, down) FIELD(i64, kind)                           \
+    FIELD(const Matrix*, up) FIELD(const Matrix*, down)                                               \
     FIELD(i64, count) FIELD(i64, chosen) FIELD(i64, groups) FIELD(i64, kept)                                 \
     FIELD(i64, width) FIELD(i64, shared_width) FIELD(i64, latent) FIELD(int, normalise) FIELD(float, factor)
 

@@ -10,8 +10,8 @@ extern "C" {
 void linear(const Matrix& w, i64 outs, i64 n, const float* x, i64 rows, float* y, i64 y_step, const Run& run);
 void mlp(const Matrix& up, const Matrix& down, i64 width, i64 d, const float* h, i64 rows, float* y,
          const Run& run);
-void experts(const void* const* up, const void* const* down, i64 kind, i64 base, i64 count, const i64* expert,
-             const float* weight, i64 tokens, i64 k, i64 n, i64 width, const float* u, float* y,
+void experts(const Matrix* up, const Matrix* down, i64 base, i64 count, const i64* expert, const float* weight,
+             i64 tokens, i64 k, i64 n, i64 width, const float* u, float* y,
              const Run& run);
 // norms.cpp
 void rms_norm(const float* x, const float* delta, const float* w, float eps, float* y, float* total, i64 rows,

@@ -1,0 +1,520 @@
+// The kinds of packed weights (packed.h): what their blocks mean, and products with few rows.
+#include "packed.h"
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "numbers.h"
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+#define INTEGERS
+#endif
+
+namespace {
+
+typedef uint8_t bytes __attribute__((vector_size(32)));
+typedef uint8_t bytes16 __attribute__((vector_size(16)));
+typedef int32_t eight_ints __attribute__((vector_size(32)));
+typedef float eight __attribute__((vector_size(32)));
+
+// 32 columns: weight = (code - offset of the kind) scale + least; a scale for the first 16 and one for the others.
+struct Columns { bytes code; float scale[2], least; };
+
+float half(uint16_t bits) {
+#ifdef INTEGERS
+    return _cvtsh_ss(bits);
+#else
+    const halves all = halves{} + bits;
+    return widened_half(all)[0];
+#endif
+}
+float half_at(const uint8_t* at) { return half(load<uint16_t>(at)); }
+
+// E4M3 by way of float16, which has the same subnormals, 2^8 times as small. Its NaN is 480.
+float e4m3_of(uint8_t code) { return half((code & 0x80) << 8 | (code & 0x7f) << 7) * 256; }
+
+bytes looked_up(bytes table, bytes index) {
+#ifdef INTEGERS
+    return (bytes)_mm256_shuffle_epi8((__m256i)table, (__m256i)index);
+#else
+    for (int i = 0; i < 32; i++) index[i] = table[index[i]];
+    return index;
+#endif
+}
+
+inline bytes twice(const uint8_t (&t)[16]) {
+    return bytes{t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10], t[11], t[12], t[13], t[14], t[15],
+                 t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10], t[11], t[12], t[13], t[14], t[15]};
+}
+constexpr uint8_t E2M1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // twice the value, and 12
+constexpr uint8_t IQ4[16] = {0, 23, 44, 62, 78, 92, 105, 117, 128, 140, 152, 165, 180, 196, 216, 240};  // and 127
+
+// The low halves of 16 bytes, then the high ones.
+bytes nibbles(bytes16 q) {
+    return __builtin_shufflevector(q & 15, q >> 4, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19,
+                                   20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+
+// 16 in each byte whose bit is set.
+bytes sixteens(uint32_t bits) {
+#ifdef INTEGERS
+    const __m256i each = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i bit = _mm256_set1_epi64x(0x8040201008040201);
+    const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(bits), each);
+    return (bytes)_mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit) & 16;
+#else
+    bytes found = {};
+    for (int i = 0; i < 32; i++) found[i] = (bits >> i & 1) << 4;
+    return found;
+#endif
+}
+
+namespace blocks {
+
+// A kind: the columns and bytes of a block, the offset of its codes, and `read`, columns 32 part .. of a block.
+// LEAST: whether there is a least value; MIXED: whether 16 columns have a scale.
+struct Q4_0 {
+    static constexpr i64 COLUMNS = 32, BYTES = 18;
+    static constexpr int OFFSET = 8;
+    static constexpr bool LEAST = false, MIXED = false, SUMS = true;
+    static Columns read(const uint8_t* b, i64) {
+        const float d = half_at(b);
+        return {nibbles(load<bytes16>(b + 2)), {d, d}, 0};
+    }
+};
+struct Q4_1 {
+    static constexpr i64 COLUMNS = 32, BYTES = 20;
+    static constexpr int OFFSET = 0;
+    static constexpr bool LEAST = true, MIXED = false, SUMS = true;
+    static Columns read(const uint8_t* b, i64) {
+        const float d = half_at(b);
+        return {nibbles(load<bytes16>(b + 4)), {d, d}, half_at(b + 2)};
+    }
+};
+struct Q5_0 {
+    static constexpr i64 COLUMNS = 32, BYTES = 22;
+    static constexpr int OFFSET = 16;
+    static constexpr bool LEAST = false, MIXED = false, SUMS = true;
+    static Columns read(const uint8_t* b, i64) {
+        const float d = half_at(b);
+        return {nibbles(load<bytes16>(b + 6)) | sixteens(load<uint32_t>(b + 2)), {d, d}, 0};
+    }
+};
+struct Q5_1 {
+    static constexpr i64 COLUMNS = 32, BYTES = 24;
+    static constexpr int OFFSET = 0;
+    static constexpr bool LEAST = true, MIXED = false, SUMS = true;
+    static Columns read(const uint8_t* b, i64) {
+        const float d = half_at(b);
+        return {nibbles(load<bytes16>(b + 8)) | sixteens(load<uint32_t>(b + 4)), {d, d}, half_at(b + 2)};
+    }
+};
+struct Q8_0 {
+    static constexpr i64 COLUMNS = 32, BYTES = 34;
+    static constexpr int OFFSET = 128;
+    static constexpr bool LEAST = false, MIXED = false, SUMS = false;
+    static Columns read(const uint8_t* b, i64) {
+        const float d = half_at(b);
+        return {load<bytes>(b + 2) ^ 0x80, {d, d}, 0};
+    }
+};
+// The scale and the least value of a part of q4_k and q5_k: 6 bits each, of 12 bytes.
+void six(const uint8_t* b, i64 part, Columns& to) {
+    const uint8_t* s = b + 4;
+    const int high = s[part % 4 + 8];
+    const int scale = part < 4 ? s[part] & 63 : (high & 15) | s[part - 4] >> 6 << 4;
+    const int least = part < 4 ? s[part + 4] & 63 : high >> 4 | s[part] >> 6 << 4;
+    to.scale[0] = to.scale[1] = half_at(b) * scale;
+    to.least = -half_at(b + 2) * least;
+}
+struct Q4_K {
+    static constexpr i64 COLUMNS = 256, BYTES = 144;
+    static constexpr int OFFSET = 0;
+    static constexpr bool LEAST = true, MIXED = false, SUMS = true;
+    static Columns read(const uint8_t* b, i64 part) {
+        const bytes q = load<bytes>(b + 16 + part / 2 * 32);
+        Columns found = {part % 2 ? q >> 4 : q & 15, {}, 0};
+        six(b, part, found);
+        return found;
+    }
+};
+struct Q5_K {
+    static constexpr i64 COLUMNS = 256, BYTES = 176;
+    static constexpr int OFFSET = 0;
+    static constexpr bool LEAST = true, MIXED = false, SUMS = true;
+    static Columns read(const uint8_t* b, i64 part) {
+        const bytes q = load<bytes>(b + 48 + part / 2 * 32), high = load<bytes>(b + 16);
+        const bytes bit = high & (bytes{} + (uint8_t)(1 << part));
+        Columns found = {(part % 2 ? q >> 4 : q & 15) | ((bytes)(bit != 0) & 16), {}, 0};
+        six(b, part, found);
+        return found;
+    }
+};
+struct Q6_K {
+    static constexpr i64 COLUMNS = 256, BYTES = 210;
+    static constexpr int OFFSET = 32;
+    static constexpr bool LEAST = false, MIXED = true, SUMS = true;
+    static Columns read(const uint8_t* b, i64 part) {
+        const bytes q = load<bytes>(b + part / 4 * 64 + part % 2 * 32), low = part % 4 < 2 ? q & 15 : q >> 4;
+        const bytes high = load<bytes>(b + 128 + part / 4 * 32);
+        bytes two;
+        switch (part % 4) {
+            case 0: two = high << 4; break;
+            case 1: two = high << 2; break;
+            case 2: two = high; break;
+            default: two = high >> 2;
+        }
+        const int8_t* s = (const int8_t*)(b + 192 + 2 * part);
+        const float d = half_at(b + 208);
+        return {low | (two & 48), {d * s[0], d * s[1]}, 0};
+    }
+};
+struct IQ4_NL {
+    static constexpr i64 COLUMNS = 32, BYTES = 18;
+    static constexpr int OFFSET = 127;
+    static constexpr bool LEAST = false, MIXED = false, SUMS = false;
+    static Columns read(const uint8_t* b, i64) {
+        const float d = half_at(b);
+        return {looked_up(twice(IQ4), nibbles(load<bytes16>(b + 2))), {d, d}, 0};
+    }
+};
+struct MXFP4 {
+    static constexpr i64 COLUMNS = 32, BYTES = 17;
+    static constexpr int OFFSET = 12;
+    static constexpr bool LEAST = false, MIXED = false, SUMS = true;
+    static Columns read(const uint8_t* b, i64) {
+        const uint32_t e = b[0], bits = e < 2 ? 0x200000u << e : (e - 1) << 23;  // 2^(e - 128)
+        const float d = same<float>(bits);
+        return {looked_up(twice(E2M1), nibbles(load<bytes16>(b + 1))), {d, d}, 0};
+    }
+};
+float half_e4m3(uint8_t code) { return (code & 0x7f) == 0x7f ? 0 : e4m3_of(code & 0x7f) / 2; }
+struct GGUF_NVFP4 {  // 4 scales, then 8 bytes for 16 columns, of which the low halves are the first 8
+    static constexpr i64 COLUMNS = 64, BYTES = 36;
+    static constexpr int OFFSET = 12;
+    static constexpr bool LEAST = false, MIXED = true, SUMS = true;
+    static Columns read(const uint8_t* b, i64 part) {
+        const bytes q = nibbles(load<bytes16>(b + 4 + 16 * part));
+        const bytes order =
+            __builtin_shufflevector(q, q, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23, 8, 9, 10, 11, 12, 13,
+                                    14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+        return {looked_up(twice(E2M1), order), {half_e4m3(b[2 * part]), half_e4m3(b[2 * part + 1])}, 0};
+    }
+};
+// Of modelopt: codes and scales lie apart, the scales of 16 columns each; an even column is the low half of its byte.
+struct NVFP4 {
+    static constexpr int OFFSET = 12;
+    static constexpr bool LEAST = false, MIXED = true, SUMS = true;
+    static Columns read(const uint8_t* codes, const uint8_t* scales, i64 columns) {
+        uint8_t q[16] = {}, s[2] = {};
+        memcpy(q, codes, columns / 2), memcpy(s, scales, columns / 16);
+        const bytes h = nibbles(load<bytes16>(q));
+        const bytes order =
+            __builtin_shufflevector(h, h, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26,
+                                    11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        return {looked_up(twice(E2M1), order), {e4m3_of(s[0]) / 2, e4m3_of(s[1]) / 2}, 0};
+    }
+};
+
+}  // namespace blocks
+
+// f(a value of the type of a kind), of all but MXFP8
+template <class F>
+void of_packed(i64 kind, F f) {
+    switch (kind) {
+        case Q8_0: return f(blocks::Q8_0());
+        case Q4_0: return f(blocks::Q4_0());
+        case Q4_1: return f(blocks::Q4_1());
+        case Q5_0: return f(blocks::Q5_0());
+        case Q5_1: return f(blocks::Q5_1());
+        case Q4_K: return f(blocks::Q4_K());
+        case Q5_K: return f(blocks::Q5_K());
+        case Q6_K: return f(blocks::Q6_K());
+        case IQ4_NL: return f(blocks::IQ4_NL());
+        case MXFP4: return f(blocks::MXFP4());
+        case GGUF_NVFP4: return f(blocks::GGUF_NVFP4());
+        default: return f(blocks::NVFP4());
+    }
+}
+
+template <class K>
+const uint8_t* block_of(const Matrix& w, i64 n, i64 row, i64 piece) {
+    return (const uint8_t*)w.at + (row * (n / K::COLUMNS) + piece / (K::COLUMNS / 32)) * K::BYTES;
+}
+
+// Columns 32 piece .. of a row.
+template <class K>
+Columns columns(const Matrix& w, i64 n, i64 row, i64 piece) {
+    return K::read(block_of<K>(w, n, row, piece), piece % (K::COLUMNS / 32));
+}
+template <>
+Columns columns<blocks::NVFP4>(const Matrix& w, i64 n, i64 row, i64 piece) {
+    const uint8_t* codes = (const uint8_t*)w.at + row * (n / 2) + 16 * piece;
+    const uint8_t* scales = w.scale + row * (n / 16) + 2 * piece;
+    return 32 * piece + 32 <= n ? blocks::NVFP4::read(codes, scales, 32) : blocks::NVFP4::read(codes, scales, 16);
+}
+
+// Bytes 8 i .. 8 i + 7 as integers.
+template <int i>
+eight_ints eight_of(bytes code) {
+#ifdef INTEGERS
+    const __m128i half = _mm256_extracti128_si256((__m256i)code, i / 2);
+    return (eight_ints)_mm256_cvtepu8_epi32(i % 2 ? _mm_srli_si128(half, 8) : half);
+#else
+    eight_ints found;
+    for (int j = 0; j < 8; j++) found[j] = code[8 * i + j];
+    return found;
+#endif
+}
+
+template <class K>
+void write_out(const Columns& w, float factor, float* to) {
+    const float least = w.least * factor;
+    auto part = [&](eight_ints code, int i) {
+        eight value = __builtin_convertvector(code - K::OFFSET, eight) * (w.scale[i / 2] * factor);
+        if (K::LEAST) value += least;
+        memcpy(to + 8 * i, &value, sizeof value);
+    };
+    part(eight_of<0>(w.code), 0), part(eight_of<1>(w.code), 1);
+    part(eight_of<2>(w.code), 2), part(eight_of<3>(w.code), 3);
+}
+
+void dequantize_mxfp8(const Matrix& w, i64 n, i64 row, i64 from, i64 count, float* to) {
+    const e4m3* codes = (const e4m3*)w.at + row * n + from;
+    const uint8_t* scales = w.scale + (row * n + from) / 16;
+    for (i64 j = 0; j < count; j += 16) {
+        const uint32_t e = scales[j / 16];
+        const float scale = same<float>(e ? e << 23 : 0x400000u);  // 2^(e - 127)
+        widen_to(codes + j, 16, to + j);
+        for (i64 i = j; i < j + 16; i++) to[i] = to[i] * 256 * scale;
+    }
+}
+
+}  // namespace
+
+i64 packed_row(i64 kind, i64 n) {
+    if (kind == NVFP4) return n / 2;
+    if (kind == MXFP8) return n;
+    i64 found = 0;
+    of_packed(kind, [&](auto k) {
+        typedef decltype(k) K;
+        if constexpr (!std::is_same<K, blocks::NVFP4>::value) found = n / K::COLUMNS * K::BYTES;
+    });
+    return found;
+}
+
+void dequantize(const Matrix& w, i64 n, i64 row, i64 from, i64 count, float* to) {
+    if (w.kind == MXFP8) return dequantize_mxfp8(w, n, row, from, count, to);
+    of_packed(w.kind, [&](auto k) {
+        typedef decltype(k) K;
+        i64 j = 0;
+        for (; j + 32 <= count; j += 32) write_out<K>(columns<K>(w, n, row, (from + j) / 32), w.factor, to + j);
+        if (j < count) {
+            float last[32];
+            write_out<K>(columns<K>(w, n, row, (from + j) / 32), w.factor, last);
+            memcpy(to + j, last, (count - j) * sizeof(float));
+        }
+    });
+}
+
+#ifndef INTEGERS
+
+i64 integers_room(i64, i64) { return 0; }
+void to_integers(i64, const float*, i64, float*) {}
+void integer_products(const Matrix&, i64, i64, i64, const float* const*, i64, float*) {}
+
+#else
+
+namespace {
+
+// 32 columns of x: x[j] = scale (65536 plane[0][j] + 256 plane[1][j] + plane[2][j]), in the order of the codes.
+struct Integers {
+    int8_t plane[3][32];
+    int32_t bias[8];   // the kind's offset times the sum of four columns
+    float scale, sum;  // sum: of the 32 columns
+    float unused[6];
+};
+constexpr float LARGEST = 8355000;  // what three planes hold, and a little less
+
+__m256i load8(const void* at) { return _mm256_loadu_si256((const __m256i*)at); }
+
+// The eight sums of four columns, in order, of 32 numbers.
+__m256i in_order(__m256i v) { return _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)); }
+
+float added(__m256 v) {
+    __m128 all = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    all = _mm_add_ps(all, _mm_movehl_ps(all, all));
+    return _mm_cvtss_f32(_mm_add_ss(all, _mm_movehdup_ps(all)));
+}
+
+// The scale of numbers of which this is the largest; NaN if one of them is not finite.
+float scale_of(const float* x, i64 count) {
+    float largest = 0, bad = 0;
+    for (i64 j = 0; j < count; j++) largest = std::max(largest, std::fabs(x[j])), bad += x[j] - x[j];
+    return largest < 1e-30f ? bad : largest / LARGEST + bad;
+}
+
+void piece_of(const float* x, float scale, int offset, Integers& to) {
+    const __m256 up = _mm256_set1_ps(scale > 0 ? 1 / scale : 0);
+    const __m256i low = _mm256_set1_epi32(255), round = _mm256_set1_epi32(128);
+    __m256i v[4];
+    for (int i = 0; i < 4; i++) v[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), up));
+    const __m256i sums = in_order(_mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3])));
+    memcpy(to.bias, &sums, sizeof sums);
+    double sum = 0;
+    for (int i = 0; i < 8; i++) sum += to.bias[i], to.bias[i] = (uint32_t)to.bias[i] * offset;
+    to.scale = scale, to.sum = (float)(sum * scale);
+    for (int plane = 2; plane >= 0; plane--) {
+        __m256i digit[4];
+        for (int i = 0; i < 4; i++) {
+            digit[i] = _mm256_and_si256(v[i], low);
+            v[i] = _mm256_srai_epi32(_mm256_add_epi32(v[i], round), 8);
+        }
+        const __m256i all =
+            _mm256_packus_epi16(_mm256_packus_epi32(digit[0], digit[1]), _mm256_packus_epi32(digit[2], digit[3]));
+        const __m256i ordered = in_order(all);
+        memcpy(to.plane[plane], &ordered, sizeof ordered);
+    }
+}
+
+// acc += scale (the sums of products of codes with x), exact but for the last step.
+__m256 multiplied(__m256i high, __m256i middle, __m256i low, const Integers& x, __m256 scale, __m256 acc) {
+    const __m256i ones = _mm256_set1_epi16(1), up = _mm256_set1_epi16(256);
+    const __m256i upper = _mm256_add_epi32(_mm256_madd_epi16(high, up), _mm256_madd_epi16(middle, ones));
+    const __m256i lower = _mm256_sub_epi32(_mm256_madd_epi16(low, ones), load8(x.bias));
+    const __m256i sum = _mm256_add_epi32(_mm256_slli_epi32(upper, 8), lower);
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(scale, _mm256_set1_ps(x.scale)), acc);
+}
+
+// out[r] = x[r] . w[row]
+template <class K, int R>
+void dots(const Matrix& w, i64 n, i64 row, const Integers* const* x, float* out) {
+    __m256 acc[R] = {};
+    float least[R] = {};
+    const i64 step = K::COLUMNS / 32;
+    const uint8_t* block = block_of<K>(w, n, row, 0);
+    for (i64 p = 0; p < n / 32; block += K::BYTES) {
+        _mm_prefetch((const char*)block + 1024, _MM_HINT_T0);
+        if (K::BYTES > 64)
+            for (i64 line = 64; line < K::BYTES; line += 64) _mm_prefetch((const char*)block + 1024 + line, _MM_HINT_T0);
+#pragma GCC unroll 8
+        for (i64 part = 0; part < step; part++, p++) {
+            const Columns c = K::read(block, part);
+            const __m256i code = (__m256i)c.code;
+            __m256 scale = _mm256_set1_ps(c.scale[0]);
+            if (K::MIXED) scale = _mm256_insertf128_ps(scale, _mm_set1_ps(c.scale[1]), 1);
+            for (int r = 0; r < R; r++) {
+                const Integers& here = x[r][p];
+                acc[r] = multiplied(_mm256_maddubs_epi16(code, load8(here.plane[0])),
+                                    _mm256_maddubs_epi16(code, load8(here.plane[1])),
+                                    _mm256_maddubs_epi16(code, load8(here.plane[2])), here, scale, acc[r]);
+                if (K::LEAST) least[r] += c.least * here.sum;
+            }
+        }
+    }
+    for (int r = 0; r < R; r++) out[r] = (added(acc[r]) + least[r]) * w.factor;
+}
+
+// The same for both forms of NVFP4: 64 columns at a time, of which the low halves of the bytes are one piece of x and
+// the high ones the next, so that both have the same scales in the same lanes.
+template <bool APART, int R>
+void dots_of_nvfp4(const Matrix& w, i64 n, i64 row, const Integers* const* x, float* out) {
+    const uint8_t* codes = (const uint8_t*)w.at + (APART ? row * (n / 2) : row * (n / 64) * 36 + 4);
+    const uint8_t* scales = APART ? w.scale + row * (n / 16) : codes - 4;
+    const i64 codes_step = APART ? 32 : 36, scales_step = APART ? 4 : 36;
+    const __m256i table = (__m256i)twice(E2M1), low = _mm256_set1_epi8(15);
+    const __m128i spread = _mm_setr_epi8(-1, 0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3);
+    __m256 acc[R] = {};
+    auto group = [&](const uint8_t* code, const uint8_t* scale, i64 p) {
+        const __m256i q = load8(code);
+        const __m256i first = _mm256_shuffle_epi8(table, _mm256_and_si256(q, low));
+        const __m256i second = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(q, 4), low));
+        __m128i s = _mm_cvtsi32_si128(load<int32_t>(scale));
+        if (!APART) {  // no sign, and the code of a NaN is 0
+            s = _mm_and_si128(s, _mm_set1_epi8(0x7f));
+            s = _mm_andnot_si128(_mm_cmpeq_epi8(s, _mm_set1_epi8(0x7f)), s);
+        }
+        const __m256 each = _mm256_cvtph_ps(_mm_srli_epi16(_mm_shuffle_epi8(s, spread), 1));
+        for (int r = 0; r < R; r++) {
+            const Integers *a = x[r] + p, *b = a + 1;
+            __m256i plane[3];
+            for (int i = 0; i < 3; i++)
+                plane[i] = _mm256_add_epi16(_mm256_maddubs_epi16(first, load8(a->plane[i])),
+                                            _mm256_maddubs_epi16(second, load8(b->plane[i])));
+            acc[r] = multiplied(plane[0], plane[1], plane[2], *a, each, acc[r]);
+        }
+    };
+    i64 p = 0;
+    for (; 32 * p + 64 <= n; p += 2, codes += codes_step, scales += scales_step) {
+        _mm_prefetch((const char*)codes + 1024, _MM_HINT_T0);
+        group(codes, scales, p);
+    }
+    if (32 * p < n) {  // a part of a group, of NVFP4 alone
+        uint8_t code[32] = {}, scale[4] = {};
+        memcpy(code, codes, (n - 32 * p) / 2), memcpy(scale, scales, (n - 32 * p) / 16);
+        group(code, scale, p);
+    }
+    for (int r = 0; r < R; r++) out[r] = added(acc[r]) * (w.factor * 128);  // 2^8 of the scales, 1/2 of the codes
+}
+
+template <int R>
+void dots(const Matrix& w, i64 n, i64 row, const Integers* const* x, float* out) {
+    if (w.kind == NVFP4) return dots_of_nvfp4<true, R>(w, n, row, x, out);
+    if (w.kind == GGUF_NVFP4) return dots_of_nvfp4<false, R>(w, n, row, x, out);
+    of_packed(w.kind, [&](auto k) {
+        typedef decltype(k) K;
+        if constexpr (K::SUMS && !std::is_same<K, blocks::NVFP4>::value && !std::is_same<K, blocks::GGUF_NVFP4>::value)
+            dots<K, R>(w, n, row, x, out);
+    });
+}
+
+bool in_pairs(i64 kind) { return kind == NVFP4 || kind == GGUF_NVFP4; }
+
+}  // namespace
+
+i64 integers_room(i64 kind, i64 n) {
+    bool sums = false;
+    if (kind != MXFP8) of_packed(kind, [&](auto k) { sums = decltype(k)::SUMS; });
+    return sums ? (n + 63) / 64 * 2 * sizeof(Integers) / sizeof(float) : 0;
+}
+
+void to_integers(i64 kind, const float* x, i64 n, float* to) {
+    Integers* piece = (Integers*)to;
+    if (in_pairs(kind)) {
+        for (i64 from = 0; from < n; from += 64, piece += 2) {
+            float here[64] = {}, parts[2][32];
+            const i64 count = std::min<i64>(64, n - from);
+            memcpy(here, x + from, count * sizeof(float));
+            const float scale = scale_of(here, 64);
+            if (kind == NVFP4)
+                for (int j = 0; j < 32; j++) parts[0][j] = here[2 * j], parts[1][j] = here[2 * j + 1];
+            else
+                for (int j = 0; j < 32; j++)
+                    parts[0][j] = here[j / 8 * 16 + j % 8], parts[1][j] = here[j / 8 * 16 + j % 8 + 8];
+            for (int i = 0; i < 2; i++) piece_of(parts[i], scale, blocks::NVFP4::OFFSET, piece[i]);
+            for (int i = 0; i < 8; i++) piece[0].bias[i] = (uint32_t)piece[0].bias[i] + (uint32_t)piece[1].bias[i];
+        }
+        return;
+    }
+    int offset = 0;
+    of_packed(kind, [&](auto k) { offset = decltype(k)::OFFSET; });
+    for (i64 from = 0; from < n; from += 32, piece++) piece_of(x + from, scale_of(x + from, 32), offset, *piece);
+}
+
+void integer_products(const Matrix& w, i64 n, i64 first, i64 outs, const float* const* x, i64 rows, float* sums) {
+    const Integers* const* turned = (const Integers* const*)x;
+    for (i64 o = 0; o < outs; o++) {
+        float out[MOST_INTEGERS];
+        switch (rows) {
+            case 1: dots<1>(w, n, first + o, turned, out); break;
+            case 2: dots<2>(w, n, first + o, turned, out); break;
+            case 3: dots<3>(w, n, first + o, turned, out); break;
+            default: dots<4>(w, n, first + o, turned, out);
+        }
+        for (i64 r = 0; r < rows; r++) sums[r * outs + o] = out[r];
+    }
+}
+
+#endif
