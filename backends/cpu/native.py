@@ -4,7 +4,8 @@ A wheel has a library for each level of x86-64, of which the best that the proce
 Otherwise the loops are compiled for this processor, which takes some seconds, and are kept in the user's
 cache under a name that says of which sources, compiler and processor they are. The file ends with the
 digest of all before it, so a damaged one is seen and compiled again. Processes that compile at once each
-move a whole file into place.
+move a whole file into place. Where the cache cannot be written, or its disk is full, they are compiled into a
+temporary directory, each time.
 
 Without a compiler, or where the result does not run, `load()` is None.
 """
@@ -12,6 +13,7 @@ Without a compiler, or where the result does not run, `load()` is None.
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import platform
@@ -24,15 +26,25 @@ from pathlib import Path
 
 from refengine.backends.cpu import build
 from refengine.backends.cpu.interface import declared
+from refengine.spec.config import InputError
 
 BUILT = Path(__file__).parent / "built"  # where a wheel has its libraries
-LEVEL = "REFENGINE_CPU_LEVEL"  # a variable that chooses among them, for tests
+LEVEL = "REFENGINE_CPU_LEVEL"  # a variable that chooses among them, or the level to compile for; for tests
 DIGEST = 64  # bytes at the end of a file
+ROOM = 2**24  # bytes that a compiler may need on a disk
 
 
 @lru_cache(maxsize=1)
 def load() -> ctypes.CDLL | None:
-    """Return the compiled loops, or None; InputError if they do not fit interface.py."""
+    """Return the compiled loops, or None.
+
+    InputError if they do not fit interface.py, or if a level was chosen that there is not.
+    """
+    level = os.environ.get(LEVEL)
+    if level and level not in build.LEVELS:
+        raise InputError(f"{LEVEL} = {level} is not one of {', '.join(build.LEVELS)}")
+    if level and not has(level):
+        raise InputError(f"{LEVEL} = {level}, which this processor does not have")
     with_wheel = carried()
     if with_wheel:
         try:
@@ -51,39 +63,63 @@ def load() -> ctypes.CDLL | None:
 
 def carried() -> Path | None:
     """Return the library of a wheel for the best level that the processor has, or None."""
-    flags = set(processor().split())
-    for level, needed in build.LEVELS.items():
+    for level in build.LEVELS:
         path = BUILT / f"{level}.so"
-        chosen = os.environ.get(LEVEL, level) == level
-        if chosen and flags.issuperset(needed) and path.exists():
+        chosen = (os.environ.get(LEVEL) or level) == level
+        if chosen and has(level) and path.exists():
             return path
     return None
 
 
+def has(level: str) -> bool:
+    """Return whether the processor has what a level needs."""
+    return set(processor().split()).issuperset(build.LEVELS[level])
+
+
 def opened(compiler: str) -> ctypes.CDLL:
-    """Return the library from the cache, or from a temporary directory where the cache cannot be written."""
+    """Return the library from the cache, or from a temporary directory where the cache cannot be used."""
     try:
         return declared(ctypes.CDLL(str(library(compiler))))
-    except OSError:
+    except OSError as error:
+        why = error.strerror or error
+        print(f"note: {cache()} cannot be used ({why}), so what is compiled is not kept", file=sys.stderr)
         with tempfile.TemporaryDirectory() as scratch:
             return declared(ctypes.CDLL(str(library(compiler, Path(scratch)))))
 
 
-def library(compiler: str, cache: Path | None = None) -> Path:
-    """Return the shared object for these sources, compiler and processor,
-    compiled if it is not there whole."""
-    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refengine"
-    path = cache / f"cpu-{name(compiler)}.so"
+def cache() -> Path:
+    """Return the user's directory for libraries."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refengine"
+
+
+def library(compiler: str, folder: Path | None = None) -> Path:
+    """Return the shared object for these sources, compiler and processor, compiled if it is not there whole.
+
+    OSError where the folder, by default the cache, cannot be written or its disk is full.
+    """
+    folder = folder or cache()
+    path = folder / f"cpu-{name(compiler)}.so"
     if not whole(path):
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        print(f"note: compiling the loops of the cpu backend, once, into {cache}", file=sys.stderr)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            print(f"note: compiling the loops of the cpu backend, once, into {folder}", file=sys.stderr)
             made = Path(scratch) / path.name
-            build.compiled(compiler, build.HERE, made)
+            try:
+                build.compiled(compiler, flags(), made)
+            except subprocess.CalledProcessError as error:
+                if shutil.disk_usage(folder).free < ROOM:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+                raise
             with open(made, "ab") as file:
                 file.write(digest(made.read_bytes()))
             made.replace(path)
     return path
+
+
+def flags() -> tuple[str, ...]:
+    """Return the flags for this processor, or for the level that was chosen."""
+    level = os.environ.get(LEVEL)
+    return (f"-march={level}",) if level else build.HERE
 
 
 def name(compiler: str) -> str:
@@ -91,7 +127,7 @@ def name(compiler: str) -> str:
     found = hashlib.sha256()
     for path in sorted(build.KERNELS.glob("*.*")):
         found.update(path.name.encode() + path.read_bytes())
-    for part in (compiler, *build.FLAGS, *build.HERE, processor()):
+    for part in (compiler, *build.FLAGS, *flags(), processor()):
         found.update(part.encode())
     return found.hexdigest()[:16]
 

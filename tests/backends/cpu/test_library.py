@@ -1,12 +1,14 @@
 """The library is found, or compiled once and kept; what goes wrong with it is seen, and costs one line."""
 
 import os
+import platform
 import shutil
 import threading
 
 import pytest
 
 from refengine.backends.cpu import build, native
+from refengine.spec.config import InputError
 
 COMPILER = shutil.which("c++")
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="there is no compiler for the loops")
@@ -66,10 +68,27 @@ def test_another_source_compiler_or_processor_is_another_library(small, monkeypa
 
 
 @needs_compiler
-def test_a_cache_that_cannot_be_written_does_no_harm(small, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_does_no_harm(small, tmp_path, monkeypatch, capfd):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert native.load().one() == 1
+    first, _ = capfd.readouterr().err.splitlines()
+    assert first.endswith("cannot be used (Not a directory), so what is compiled is not kept")
+
+
+@needs_compiler
+def test_a_disk_that_is_full_does_no_harm(small, tmp_path, monkeypatch, capfd):
+    """The compiler fails in the cache, where no room is left, and not elsewhere."""
+    compiler = script(
+        tmp_path, f'case "$*" in *{small}*) echo no room >&2; exit 1;; esac; exec {COMPILER} "$@"'
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(small.parent))
+    monkeypatch.setenv("CXX", str(compiler))
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    assert native.load().one() == 1
+    assert "cannot be used (No space left on device)" in capfd.readouterr().err
+    assert not list(small.iterdir())
 
 
 @needs_compiler
@@ -84,12 +103,26 @@ def test_several_may_compile_at_once(small):
     assert list(small.iterdir()) == [found[0]]
 
 
-@pytest.mark.parametrize("script, said", [("exit 3", "exit status 3"), ("sleep 60", "timed out")])
-def test_a_compiler_that_fails_or_hangs_is_one_line(small, tmp_path, monkeypatch, capfd, script, said):
-    compiler = tmp_path / "cc"
-    compiler.write_text(f"#!/bin/sh\n{script}\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+def script(folder, commands: str):
+    """Return the path of a compiler that runs these commands of a shell."""
+    path = folder / "cc"
+    path.write_text(f"#!/bin/sh\n{commands}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    "commands, said",
+    [
+        ("exit 3", "exit status 3"),
+        ("echo 'one.cpp:1: a mistake' >&2; echo more >&2; exit 1", "one.cpp:1: a mistake"),
+        ("sleep 60", "timed out"),
+        ("exit 0", "No such file"),
+        ('for name; do :; done; echo nonsense > "$name"', "invalid ELF header"),
+    ],
+)
+def test_a_compiler_that_fails_or_hangs_is_one_line(small, tmp_path, monkeypatch, capfd, commands, said):
+    monkeypatch.setenv("CXX", str(script(tmp_path, commands)))
     monkeypatch.setattr(build, "PATIENCE", 0.5)
     assert native.load() is None
     *_, last = capfd.readouterr().err.splitlines()
@@ -119,6 +152,29 @@ def test_a_wheel_has_a_library_for_each_level_of_processors(tmp_path, monkeypatc
     assert native.carried() == tmp_path / f"{level}.so"
     monkeypatch.setenv(native.LEVEL, "x86-64")
     assert native.carried() == tmp_path / "x86-64.so"
+
+
+@pytest.mark.parametrize(
+    "level, said",
+    [
+        ("avx9", "REFENGINE_CPU_LEVEL = avx9 is not one of x86-64-v4, x86-64-v3, x86-64"),
+        ("x86-64-v4", "REFENGINE_CPU_LEVEL = x86-64-v4, which this processor does not have"),
+    ],
+)
+def test_a_level_that_there_is_not_is_one_sentence(small, monkeypatch, level, said):
+    monkeypatch.setattr(native, "processor", lambda: "flags : sse2 avx2")
+    monkeypatch.setenv(native.LEVEL, level)
+    with pytest.raises(InputError, match=said):
+        native.load()
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="levels are those of x86-64")
+def test_a_level_is_compiled_for_where_no_wheel_has_it(small, monkeypatch):
+    plain = native.library(COMPILER)
+    monkeypatch.setenv(native.LEVEL, "x86-64")
+    assert native.flags() == ("-march=x86-64",)
+    assert native.load().one() == 1 and native.library(COMPILER) != plain
 
 
 def test_a_library_of_another_user_is_not_loaded(small, tmp_path, monkeypatch):
