@@ -60,7 +60,7 @@ def test_what_needs_no_ranks_is_printed_once_and_well(args):
     assert printed(mpiexec(3, *args)) == alone(*args)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_ranks_of_torchrun_score_as_one_process_does_and_print_once(scored):
     same_scores(printed(torchrun(2, *scored, "--pp", 2)), alone(*scored))
     assert printed(torchrun(2, "inspect")) == alone("inspect")

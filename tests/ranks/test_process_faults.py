@@ -113,9 +113,9 @@ def test_a_rank_may_load_for_longer_than_the_timeout(job):
     "layout, rank, when",
     [
         ("--tp=2 --ep=2", 1, "decode"),
-        ("--tp=2 --pp=2", 0, "prefill"),
-        ("--ep=2 --pp=2", 3, "decode"),
-        ("--pp=4", 1, "prefill"),
+        pytest.param("--tp=2 --pp=2", 0, "prefill", marks=pytest.mark.thorough),
+        pytest.param("--ep=2 --pp=2", 3, "decode", marks=pytest.mark.thorough),
+        pytest.param("--pp=4", 1, "prefill", marks=pytest.mark.thorough),
     ],
 )
 def test_a_rank_may_compute_for_longer_than_the_timeout(job, layout, rank, when):

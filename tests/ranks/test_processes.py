@@ -145,7 +145,9 @@ def test_a_layout_that_cannot_be_is_one_sentence(layout, says):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n, layout", [(2, "--tp=2"), (4, "--ep=2 --pp=2")])
+@pytest.mark.parametrize(
+    "n, layout", [(2, "--tp=2"), pytest.param(4, "--ep=2 --pp=2", marks=pytest.mark.thorough)]
+)
 def test_ranks_of_torchrun_write_the_texts_of_one_process(n, layout, several):
     args = [*several, "--backend", "torch"]
     same(printed(torchrun(n, *args, *layout.split())), alone(*args))

@@ -32,12 +32,12 @@ def job():
         thorough(1, "decode", "vanish", "connection to rank 1 is lost"),
         thorough(0, "broadcast", "vanish", "rank 0 is lost"),
         thorough(1, "start", "stop", "the 2 ranks did not meet at"),
-        (1, "decode", "stop", "rank 1 did not answer within 6 s"),
-        (1, "load", "MemoryError", "rank 1 stopped: there is not enough memory"),
-        (0, "draws", "nan", "rank 0 stopped: the logits hold NaN"),
+        thorough(1, "decode", "stop", "rank 1 did not answer within 6 s"),
+        thorough(1, "load", "MemoryError", "rank 1 stopped: there is not enough memory"),
+        thorough(0, "draws", "nan", "rank 0 stopped: the logits hold NaN"),
         thorough(1, "is", "0.0.9", r"another version of refengine than .*0\.0\.9"),
         thorough(1, "says", "--dtype=float64", "another backend and dtype than .*in float64"),
-        (1, "lacks", "torch", "ended by the launcher"),
+        thorough(1, "lacks", "torch", "ended by the launcher"),
     ],
 )
 def test_the_other_rank_says_why(job, rank, when, what, says):
@@ -65,12 +65,13 @@ def test_the_other_rank_says_why_from_within_a_compiled_step():
     ended_badly(job, {1}, "rank 0 is lost")
 
 
-@pytest.mark.parametrize("when", ["meet", "decode"])
+@pytest.mark.parametrize("when", [thorough("meet"), "decode"])
 def test_a_rank_that_is_killed_ends_the_job(job, when):
     """torchrun ends the other one, which may not have come so far that it can speak."""
     ended_badly(job(1, when, "kill"))
 
 
+@pytest.mark.thorough
 def test_a_full_disk_ends_all_ranks():
     with open("/dev/full", "wb") as full:
         job = torchrun(2, "generate", "Once", "-n", 9, "--tp", 2, "--timeout", TIMEOUT, stdout=full)
@@ -84,6 +85,7 @@ def test_a_missing_library_and_a_wrong_command_are_explained_by_every_rank_and_b
     assert done.err.count("No such option") == 1
 
 
+@pytest.mark.thorough
 def test_a_reader_of_the_output_may_leave():
     command = [*by_torchrun(2), "-m", "refengine", "generate", "Once", "-n", 9000, "--ignore-eos", "--tp", 2]
     process = start(command)

@@ -122,6 +122,7 @@ def test_mpi_ranks_on_two_hosts_write_the_text_of_one_process(hosts):
     assert hosts.bytes_sent() > 24 * 10 * 160 * 4  # new tokens, sums of each, width, float32
 
 
+@pytest.mark.thorough
 def test_ranks_of_torchrun_on_two_hosts_write_the_text_of_one_process(hosts):
     jobs = list(map(finish, [hosts.torchrun(node, *TEXT, "--tp", 2) for node in (0, 1)]))
     assert [(job.code, job.left) for job in jobs] == [(0, ())] * 2, jobs[0].err + jobs[1].err
@@ -140,6 +141,7 @@ def test_mpi_ranks_end_when_the_cable_is_pulled(hosts):
     ended_badly(job, {0, 1}, "did not answer within 3 s|is lost")
 
 
+@pytest.mark.thorough
 def test_ranks_of_torchrun_end_when_the_cable_is_pulled(hosts):
     processes = [hosts.torchrun(node, *ENDLESS, "--tp", 2, "--timeout", 6) for node in (0, 1)]
     assert processes[0].stdout.read(len(ONCE) + 9)

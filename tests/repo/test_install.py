@@ -46,7 +46,10 @@ def source(tmp_path_factory) -> Path:
     return folder / "tree"
 
 
-@pytest.fixture(scope="module", params=["tree", "wheel", "sdist"])
+@pytest.fixture(
+    scope="module",
+    params=["tree", *(pytest.param(way, marks=pytest.mark.thorough) for way in ("wheel", "sdist"))],
+)
 def site(request, source, tmp_path_factory) -> Path:
     """A folder in which nothing but this project is installed."""
     work = tmp_path_factory.mktemp(request.param)

@@ -44,7 +44,10 @@ def device(request):
     return emulated() if request.param == "emulated" else real()
 
 
-CHECKED = [pytest.param(mode, marks=needs_compiler) for mode in ("address", "thread")]
+CHECKED = [
+    pytest.param("address", marks=needs_compiler),
+    pytest.param("thread", marks=[needs_compiler, pytest.mark.thorough]),
+]
 
 
 @pytest.fixture(scope="session", params=CHECKED)

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from refengine.spec.config import Config, InputError
 from refengine.text.stop_strings import StopStrings
 from refengine.text.tokenizer import Tokenizer
-from tests.support.vocabularies import NAMES, TINY, engine_of
+from tests.support.vocabularies import TINY, engine_of
 
 
 def pieces_of(stream, ids):
     return [*(stream.push(i) for i in ids), stream.flush()]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["tiny", pytest.param("real", marks=pytest.mark.thorough)])
 @given(text=st.text(max_size=30), skip=st.booleans())
 def test_a_stream_never_holds_half_a_character_and_loses_none(name, text, skip):
     tokenizer = engine_of(name)
@@ -27,7 +27,7 @@ def test_a_stream_never_holds_half_a_character_and_loses_none(name, text, skip):
     assert pieces[-1] == "" and ("\ufffd" in text or not any("\ufffd" in piece for piece in pieces))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["tiny", pytest.param("real", marks=pytest.mark.thorough)])
 @given(data=st.data(), skip=st.booleans())
 def test_a_stream_of_any_ids_is_what_they_decode_to(name, data, skip):
     tokenizer = engine_of(name)

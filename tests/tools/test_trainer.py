@@ -154,6 +154,7 @@ def test_muon_steps_are_nearly_orthogonal(small):
     assert all(p.ndim >= 2 for p in muon)
 
 
+@pytest.mark.thorough
 def test_one_batch_can_be_learned(small):
     """A few steps on one row lower both losses: every part of the model receives its gradient."""
     torch.manual_seed(3)
@@ -252,6 +253,7 @@ def test_rows_are_a_function_of_seed_rank_and_step():
     assert not any(np.array_equal(other[0], first[5][0]) for other in others)
 
 
+@pytest.mark.thorough
 def test_two_ranks_with_the_same_rows_take_the_step_of_one(small):
     """Gradients are averaged, matrices shared out; both ranks end with the same bits, as one alone."""
     ids, first = torch.randint(18, 96, (2, 32)), torch.zeros(2, 32, dtype=torch.bool)
@@ -299,7 +301,7 @@ def _command(out, *more):
     ]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     """Two processes, SIGKILL, --resume: the weights, the state and the losses of a run without a kill."""
     (tmp_path / "small.json").write_text(json.dumps(SMALL))
