@@ -4,6 +4,7 @@
     engine.generate(prompt | messages | token ids, ...)   an iterator of events, the last of them an End
     engine.generate_batch([...], options=[{...}, ...])    (index, event) of many, each with its own options
     engine.complete(prompt)                               the text
+    engine.state(prompt)                                  a State, to save, to fork, or to go on from
     engine.logits(token_ids)                              [tokens, vocabulary], teacher-forced
     engine.score(text)                                    log-likelihoods, of the prediction head too
 
@@ -34,6 +35,8 @@ from refengine.spec.config import Config, InputError
 from refengine.spec.model import Model
 from refengine.spec.ops import Backend
 from refengine.spec.tensors import table
+from refengine.states.prefixes import Prefixes
+from refengine.states.state import Start, State
 from refengine.text.ids_only import tokenizer_of
 from refengine.text.tokenizer import Tokenizer
 
@@ -50,6 +53,7 @@ def load(
     deterministic: bool = False,
     batch: int = SLOTS,
     batch_invariant: bool = False,
+    cache: int = 0,
 ) -> Engine:
     """Open a checkpoint and return an Engine; for several ranks see refengine.ranks.load.
 
@@ -65,6 +69,7 @@ def load(
         batch: sequences side by side, at most; fewer where memory does not hold their states.
         batch_invariant: ask for logits that have the same bits whatever the batch, the other sequences in it,
             and the cuts of a prompt at whole chunks; slower, and on the cpu backend alone.
+        cache: bytes of snapshots to keep, from which prompts start that share a prefix; 0: none.
 
     Raises:
         InputError: one sentence about what is wrong with the files or with the choice.
@@ -75,6 +80,8 @@ def load(
         raise InputError(f"the model is {_kind(model)}: give a directory or a name")
     if type(batch) is not int or batch < 1:
         raise InputError(f"batch = {batch!r} is not a whole number from 1 on")
+    if type(cache) is not int or cache < 0:
+        raise InputError(f"cache = {cache!r} is not a number of bytes from 0 on")
     checkpoint = Checkpoint.open(model).in_large_pages()
     cfg = checkpoint.config
     if isinstance(backend, Backend):
@@ -100,7 +107,8 @@ def load(
 
         built = Model.build(cfg, read, chosen)
     checkpoint.release()  # what was widened is not needed in the file's form too
-    return Engine(checkpoint, LocalRunner(built), time.perf_counter() - began, batch)
+    seconds = time.perf_counter() - began
+    return Engine(checkpoint, LocalRunner(built), seconds, batch, cache, batch_invariant)
 
 
 def limit_threads(threads: int | None) -> None:
@@ -117,13 +125,16 @@ def limit_threads(threads: int | None) -> None:
 class Engine:
     """Holds a loaded model. Several threads may call one engine: their sequences share its slots.
 
-    batch: sequences side by side, at most.
+    batch: sequences side by side, at most. cache: bytes of snapshots of prefixes. batch_invariant: whether a
+    prefix must have the same bits, reused or read.
     """
 
     checkpoint: Checkpoint
     runner: Runner = field(repr=False)
     load_seconds: float
     batch: int = SLOTS
+    cache: int = 0
+    batch_invariant: bool = False
 
     @property
     def config(self) -> Config:
@@ -156,21 +167,42 @@ class Engine:
     @cached_property
     def loop(self) -> Loop:
         """Return the loop in which all sequences of this engine run."""
-        return Loop(self.runner, self._tokenizer, self.load_seconds, self.batch)
+        tokenizer, title = self._tokenizer, self.checkpoint.directory.name
+        ends, exactly = lambda: tokenizer().stop_ids, self.batch_invariant
+        prefixes = Prefixes(self.runner, self.cache, ends, exactly, self._fingerprint, title)
+        return Loop(self.runner, tokenizer, self.load_seconds, self.batch, prefixes=prefixes)
 
-    def generate(self, prompt, *, chat: dict | None = None, **options) -> Generator[Token | End, None, None]:
+    @property
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the model, of which saved states must be."""
+        return self._fingerprint()
+
+    @cached_property
+    def _fingerprint(self) -> Callable[[], str]:
+        """Return a function that computes the fingerprint once, and does not keep the engine alive."""
+        from refengine.conformance.fingerprint import fingerprint
+
+        cfg, read = self.checkpoint.config, self.checkpoint.read
+        return cache(lambda: fingerprint(cfg, read))
+
+    def generate(
+        self, prompt=None, *, chat: dict | None = None, state: State | None = None, keep: str = "", **options
+    ) -> Generator[Token | End, None, None]:
         """Return the events of one prompt: Tokens, then one End. Closing the iterator frees the slot.
 
         Args:
             prompt: a text, token ids, or chat messages ({"role": ..., "content": ...}).
             chat: switches of the chat template, such as {"enable_thinking": False}.
+            state: to go on from: the prompt is what follows it, or None. Its sampling options and random
+                generator go on too, where no other option and no seed is given.
+            keep: which state the End returns: "end", or "turn": after the last end token of the prompt.
             options: the fields of Options.
 
         Raises:
             InputError: before the first event, if the prompt or an option is wrong.
             TypeError: for an option that does not exist.
         """
-        return _events(self.generate_batch([prompt], chat=chat, **options))
+        return _events(self.generate_batch([prompt], chat=chat, state=state, keep=keep, **options))
 
     def generate_batch(
         self,
@@ -178,6 +210,8 @@ class Engine:
         options: Sequence[Mapping] | None = None,
         *,
         chat: dict | None = None,
+        state: State | None = None,
+        keep: str = "",
         **shared,
     ) -> Batch:
         """Return an iterator of (index, event) over several prompts, with `cancel(index)` and `close()`.
@@ -189,7 +223,8 @@ class Engine:
                 prompts are taken as slots fall free, or pairs (prompt, its options). An InputError in
                 place of a prompt is one that was found wrong already.
             options: for a list, the options of each prompt; they go before the `shared` ones.
-            chat, shared: as in `generate`, for all prompts.
+            chat, state, keep, shared: as in `generate`, for all prompts. The random generator of a state goes
+                on in prompt 0; prompt i begins with its seed + i.
 
         Raises:
             PromptError: an InputError with the number of the prompt that is wrong, from 0. For one of an
@@ -197,7 +232,12 @@ class Engine:
                 prompts after it.
         """
         self._check_open()
-        base = Options.of(shared, self.tokenizer.generation)
+        advice, start = self.tokenizer.generation, self._start(state, keep, shared)
+        if start.state is not None:
+            advice = advice | start.state.sampling
+            if shared.get("seed") is None:
+                shared = shared | {"seed": start.state.sampling.get("seed")}
+        base = Options.of(shared, advice)
         if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
             raise InputError(f"the prompts are {_kind(prompts)}: give a list of them")
         if isinstance(prompts, Sequence):
@@ -205,7 +245,7 @@ class Engine:
             if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != len(prompts):
                 raise InputError(f"options is not a list of {len(prompts)} dicts, one a prompt")
             requests = [
-                self._request(i, *pair, base, shared, chat)
+                self._request(i, *pair, base, shared, advice, chat, start)
                 for i, pair in enumerate(zip(prompts, given, strict=True))
             ]
             for wrong in (each for each in requests if isinstance(each, PromptError)):
@@ -215,12 +255,38 @@ class Engine:
             raise InputError("options needs a list of prompts; an iterator gives pairs (prompt, options)")
         pairs: Iterator[tuple[Any, Mapping]]
         pairs = (item if _is_pair(item) else (item, {}) for item in prompts)
-        return Batch(self.loop, (self._request(i, *one, base, shared, chat) for i, one in enumerate(pairs)))
+
+        def request(i: int, prompt, own: Mapping):
+            return self._request(i, prompt, own, base, shared, advice, chat, start)
+
+        return Batch(self.loop, (request(i, *one) for i, one in enumerate(pairs)))
+
+    def _start(self, state: State | str | Path | None, keep: str, shared: dict) -> Start:
+        """Return where sequences start and which states they return; InputError for a state that is wrong."""
+        if keep not in ("", "end", "turn"):
+            raise InputError(f"keep = {keep!r} is none of '', 'end', 'turn'")
+        source = "the state"
+        if isinstance(state, (str, Path)):
+            source, state = str(state), State.load(state)
+        if state is None:
+            return Start(keep=keep)
+        if not isinstance(state, State):
+            raise InputError(f"the state is {_kind(state)}: give a State, or the name of a file")
+        state.check(self.fingerprint, self.checkpoint.config, source)
+        return Start(state, shared.get("seed") is None, keep)
 
     def _request(
-        self, i: int, prompt, own: Mapping, base: Options, shared: dict, chat: dict | None
-    ) -> tuple[list[int], Options] | PromptError:
-        """Return the token ids and the options of prompt i, or its error."""
+        self,
+        i: int,
+        prompt,
+        own: Mapping,
+        base: Options,
+        shared: dict,
+        advice: dict,
+        chat: dict | None,
+        start: Start,
+    ) -> tuple[list[int], Options, Start] | PromptError:
+        """Return the token ids, the options and the start of prompt i, or its error."""
         try:
             if isinstance(prompt, InputError):
                 raise prompt
@@ -229,8 +295,10 @@ class Engine:
             chosen = replace(base, seed=(base.seed or 0) + i)
             if own:
                 seed = {"seed": chosen.seed} if own.get("seed") is None else {}
-                chosen = Options.of({**shared, **own, **seed}, self.tokenizer.generation)
-            return self.ids(prompt, **(chat or {})), chosen
+                chosen = Options.of({**shared, **own, **seed}, advice)
+            if start.resumed and (i or own.get("seed") is not None):
+                start = replace(start, resumed=False)
+            return self.ids(prompt, start.state, **(chat or {})), chosen, start
         except (InputError, TypeError) as error:
             return PromptError(i, error.with_traceback(None))
 
@@ -249,14 +317,27 @@ class Engine:
         """Return the text that `generate` gives for one prompt."""
         return "".join(event.text for event in self.generate(prompt, **how))
 
-    def ids(self, prompt, **chat) -> list[int]:
-        """Return the token ids of a prompt: some, within the vocabulary and within the context."""
+    def state(self, prompt, *, chat: dict | None = None, state: State | None = None, **options) -> State:
+        """Return the State of a sequence that has read a prompt; `state` and options: as in `generate`."""
+        *_, end = self.generate(prompt, chat=chat, state=state, keep="end", max_tokens=0, **options)
+        assert isinstance(end, End) and end.state is not None
+        return end.state
+
+    def ids(self, prompt, after: State | None = None, **chat) -> list[int]:
+        """Return the token ids of a prompt: some, within the vocabulary and within the context.
+
+        after: a state that the prompt follows, whose ids come first; the prompt may then be None.
+        """
+        if prompt is None and after is not None:
+            if after.position == len(after.ids):
+                raise InputError("all tokens of the state have been read: give a prompt that follows them")
+            return self._in_context(list(after.ids))
         if isinstance(prompt, bytes):
             raise InputError("the prompt is bytes: decode it to text first")
         if isinstance(prompt, Mapping) or not isinstance(prompt, Iterable):
             raise InputError(f"the prompt is {_kind(prompt)}: give a text, token ids or a list of messages")
         if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt)
+            ids = self.tokenizer.encode(prompt, add_special_tokens=after is None)
         elif isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], dict):
             text = self.chat_template.render(list(prompt), **chat)
             ids = self.tokenizer.encode(text, add_special_tokens=False)
@@ -266,6 +347,10 @@ class Engine:
             raise InputError("the prompt is empty")
         if wrong := [token for token in ids if not 0 <= token < self.config.vocab_size]:
             raise InputError(f"token id {wrong[0]} is not in the vocabulary of {self.config.vocab_size}")
+        return self._in_context(ids if after is None else [*after.ids, *ids])
+
+    def _in_context(self, ids: list[int]) -> list[int]:
+        """Return token ids; InputError if they are more than the model's context has."""
         if len(ids) > self.config.max_position_embeddings:
             raise InputError(
                 f"the text has {len(ids)} tokens, and the model's context is "

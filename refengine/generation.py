@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from refengine.spec.config import InputError
 from refengine.spec.sample import Sampling, alternatives, log_probs, sample
 from refengine.text.stop_strings import StopStrings
 from refengine.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from refengine.states.state import State
 
 
 class PromptError(InputError):
@@ -53,6 +57,7 @@ class End:
     reason: str
     text: str  # what was still held back
     statistics: dict
+    state: State | None = None  # of the sequence, if it was asked for
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,11 @@ class Text:
     def __post_init__(self):
         self.stream = self.tokenizer.stream(skip_special_tokens=False)
         self.stops = StopStrings(self.options.stop)
+
+    def follow(self, ids: Sequence[int]) -> None:
+        """Go on after these tokens, which may end within a character."""
+        for token in ids[-8:]:
+            self.stream.push(token)
 
     @property
     def full(self) -> str:

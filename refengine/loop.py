@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from refengine.generation import Draw, End, Options, PromptError, Text, Token
@@ -20,6 +20,8 @@ from refengine.machine import peak_memory
 from refengine.progress import progress
 from refengine.runner import PREFILL, How, Part, Runner, chunk_length
 from refengine.spec.config import InputError
+from refengine.states.prefixes import Node, Prefixes
+from refengine.states.state import Start, State
 from refengine.text.tokenizer import Tokenizer
 
 SLOTS = 32  # sequences side by side, at most
@@ -45,6 +47,12 @@ class Sequence:
     began: float = 0.0
     first: float = 0.0  # when the prompt had been read
     cancelled: bool = False
+    start: Start = field(default_factory=Start)
+    reused: int = 0  # positions of the prompt that a state or a snapshot had read
+    turn: int = 0  # the position after the last end token within the prompt
+    node: Node | None = None  # the latest point of its prefix that was kept
+    kept: State | None = None  # to be returned with its End
+    end: End | None = None
 
     @property
     def left(self) -> int:
@@ -57,6 +65,7 @@ class Loop:
     """Runs sequences over a runner, in at most `size` slots.
 
     trace: called after each turn with the indices of the sequences by slot, or None.
+    prefixes: where sequences start, and the points of them that are kept; by default none.
     """
 
     runner: Runner
@@ -68,17 +77,24 @@ class Loop:
     active: dict[int, Sequence] = field(default_factory=dict)  # by slot
     passed_over: int = 0
     bar: Any = None  # shows how far the prompts have been read
+    prefixes: Prefixes = None  # type: ignore[assignment]
 
     def __post_init__(self):
+        self.prefixes = self.prefixes or Prefixes(self.runner)
         self.ready = threading.Condition()  # notified when a turn has ended
         self.turning = False  # whether a thread makes a turn
 
-    def add(self, index: int, ids: list[int], options: Options, inbox: deque) -> Sequence:
+    def add(
+        self, index: int, ids: list[int], options: Options, inbox: deque, start: Start | None = None
+    ) -> Sequence:
         """Return a new sequence at the end of the queue."""
         if self.runner.closed:
             raise InputError(CLOSED)
         room = self.runner.config.max_position_embeddings - len(ids)
-        new = Sequence(index, ids, options, Text(self.tokenizer(), options, room), inbox)
+        text = Text(self.tokenizer(), options, room)
+        new = Sequence(index, ids, options, text, inbox, start=start or Start())
+        if new.start.state:
+            text.follow(ids)
         self.queue.append(new)
         return new
 
@@ -137,7 +153,9 @@ class Loop:
                 sequences = [self.active[part.slot] for part in parts]
                 for sequence, part in zip(sequences, parts, strict=True):
                     sequence.read += len(part.ids)
-                self.deliver(sequences, self.runner.read(parts))
+                draws = self.runner.read(parts)
+                self.prefixes.after_read(sequences, chunk_length(self.runner.config))
+                self.deliver(sequences, draws)
                 self.show(sum(len(part.ids) for part in parts))
             ready = [sequence for sequence in self.active.values() if not sequence.left]
             if ready:
@@ -188,6 +206,7 @@ class Loop:
             sequence.slot = next(slot for slot in range(self.size) if slot not in self.active)
             sequence.began = time.perf_counter()
             self.active[sequence.slot] = sequence
+            self.prefixes.begin(sequence, self.how(sequence))
 
     def to_read(self) -> list[Part]:
         """Return what the next call reads: short prompts side by side, or one chunk of a long one.
@@ -204,10 +223,10 @@ class Loop:
             by_length = [oldest]
         first, *others = by_length
         chosen = [first]
-        if first.read == 0 and first.left <= chunk:
+        if first.read == first.reused and first.left <= chunk:
             budget = chunk if len(waiting) < len(self.active) else AT_ONCE
             for other in others:
-                if other.read or other.left > chunk or (len(chosen) + 1) * other.left > budget:
+                if other.read > other.reused or other.left > chunk or (len(chosen) + 1) * other.left > budget:
                     break
                 chosen.append(other)
         self.passed_over = 0 if oldest in chosen else self.passed_over + 1
@@ -215,11 +234,17 @@ class Loop:
 
     def part(self, sequence: Sequence, chunk: int) -> Part:
         """Return the next part of a prompt."""
-        ids, options = sequence.ids[sequence.read : sequence.read + chunk], sequence.options
+        stop = self.prefixes.stop(sequence, chunk)
+        how = None if sequence.read else self.how(sequence)
+        last = stop == len(sequence.ids) and not sequence.text.full
+        return Part(sequence.slot, sequence.ids[sequence.read : stop], how, last)
+
+    def how(self, sequence: Sequence) -> How:
+        """Return how a sequence draws."""
+        options, state = sequence.options, sequence.start.state
         likeliest = options.logprobs and min(options.logprobs, self.runner.config.vocab_size)
-        how = None if sequence.read else How(options.sampling, options.seed or 0, likeliest)
-        last = sequence.left <= chunk and not sequence.text.full
-        return Part(sequence.slot, ids, how, last)
+        generator = state.generator if state and sequence.start.resumed else None
+        return How(options.sampling, options.seed or 0, likeliest, generator)
 
     def deliver(self, sequences: list[Sequence], draws: list[Draw | InputError | None]) -> None:
         """Turn draws into events, and free the slots of the sequences that end."""
@@ -239,9 +264,17 @@ class Loop:
                 sequence.latest = token.id
                 sequence.inbox.append((sequence.index, token))
             if reason:
-                sequence.inbox.append((sequence.index, End(reason, text.rest(), self.statistics(sequence))))
+                sequence.end = End(reason, text.rest(), self.statistics(sequence))
                 ended.append(sequence)
-        self.free(ended)
+        self.finish(ended)
+
+    def finish(self, sequences: list[Sequence]) -> None:
+        """Turn the Ends of sequences into events, with their states if asked for, and free their slots."""
+        for sequence in sequences:
+            if sequence.end:
+                self.prefixes.at_end(sequence)
+                sequence.inbox.append((sequence.index, replace(sequence.end, state=sequence.kept)))
+        self.free(sequences)
 
     def statistics(self, sequence: Sequence) -> dict:
         """Return counts, seconds, tokens per second, bytes of a sequence that ends now."""
@@ -249,12 +282,13 @@ class Loop:
         steps = max(0, sequence.text.drawn - 1)  # the first token comes out of the prompt
         return {
             "prompt_tokens": len(sequence.ids),
+            "reused_tokens": sequence.reused,
             "new_tokens": sequence.text.drawn,
             "seed": sequence.options.seed,
             "load_seconds": self.load_seconds,
             "prefill_seconds": prefill,
             "decode_seconds": decode,
-            "prefill_tokens_per_second": len(sequence.ids) / prefill,
+            "prefill_tokens_per_second": (len(sequence.ids) - sequence.reused) / prefill,
             "decode_tokens_per_second": steps / decode if steps else None,
             "peak_memory_bytes": peak_memory(),
         }
@@ -263,12 +297,12 @@ class Loop:
 class Batch(Iterator[tuple[int, Event]]):
     """Yields the events of several sequences, (index, event), in order within each sequence.
 
-    Requests are taken from their iterator as slots fall free. An error of one sequence is raised in place of
-    its next event, that of a request when the sequences before it have ended; `next` then goes on with the
-    others. `close` cancels all, `cancel` one of them.
+    Requests, (token ids, Options) or with a Start, are taken from their iterator as slots fall free. An error
+    of one sequence is raised in place of its next event, that of a request when the sequences before it have
+    ended; `next` then goes on with the others. `close` cancels all, `cancel` one of them.
     """
 
-    def __init__(self, loop: Loop, requests: Iterator[tuple[list[int], Options] | PromptError]):
+    def __init__(self, loop: Loop, requests: Iterator[tuple | PromptError]):
         self.loop, self.requests = loop, enumerate(requests)
         self.inbox: deque[tuple[int, Event | Exception]] = deque()
         self.open: dict[int, Sequence] = {}
@@ -307,7 +341,8 @@ class Batch(Iterator[tuple[int, Event]]):
             if isinstance(request, PromptError):
                 self.refused.append(request)
             else:
-                self.open[index] = self.loop.add(index, *request, self.inbox)
+                ids, options, *start = request
+                self.open[index] = self.loop.add(index, ids, options, self.inbox, *start)
 
     def cancel(self, index: int) -> None:
         """Take the sequence `index` out; it has no more events, not even an End."""

@@ -22,17 +22,31 @@ from refengine.spec.config import Config, InputError
 from refengine.spec.model import Model
 from refengine.spec.ops import Backend
 from refengine.spec.sample import Sampling, checked, log_probs
+from refengine.states.arrays import Arrays, of_row, to_states
+from refengine.states.shelf import Shelf
+from refengine.states.state import set_generator
 
 PREFILL = 512  # positions of a sequence in one call, at most; cut at whole chunks of the model
 
 
 @dataclass(frozen=True)
 class How:
-    """Sampling options of a sequence, sent with the first part of its prompt to the rank that draws."""
+    """Sampling options of a sequence, sent with the first part of its prompt to the rank that draws.
+
+    generator: a state of NumPy's Philox to go on from; None: that of the seed.
+    """
 
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     logprobs: int | None = None
+    generator: dict | None = None
+
+    def drawing(self) -> Drawing:
+        """Return a drawing by these options, of a sequence without tokens."""
+        drawing = Drawing(self.sampling, self.seed, self.logprobs)
+        if self.generator is not None:
+            set_generator(drawing.generator, self.generator)
+        return drawing
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,7 @@ class Runner(Protocol):
 
     model: Model
     closed: bool
+    drawings: dict[int, Drawing]
 
     @property
     def config(self) -> Config:
@@ -95,6 +110,29 @@ class Runner(Protocol):
 
     def drop(self, slots: list[int]) -> None:
         """Free the slots of sequences that have ended."""
+        ...
+
+    def snapshot(self, slot: int, name: int, start: int = 0) -> tuple[int, int]:
+        """Keep copies of a slot's states under `name`, keys and values from position `start` on.
+
+        Returns the bytes of keys and values, and of the rest: of the rank that has most.
+        """
+        ...
+
+    def restore(self, slot: int, names: list[int], ids: list[int], how: How) -> None:
+        """Put a sequence that has read `ids` into a free slot, from the snapshots under these names."""
+        ...
+
+    def forget(self, names: list[int], points: list[int]) -> None:
+        """Forget snapshots, and of those named in `points` all but keys and values."""
+        ...
+
+    def collect(self, name: int) -> Arrays:
+        """Return a snapshot of the whole model, on rank 0."""
+        ...
+
+    def spread(self, name: int, arrays: Arrays) -> None:
+        """Keep the arrays of the whole model under a name; rank 0 has them, the others get their part."""
         ...
 
     def fits(self, tokens: int) -> bool:
@@ -163,6 +201,10 @@ class Slots:
         rows, states = _joined(parts)
         return states if rows == slots else state.take(states, [rows.index(slot) for slot in slots])
 
+    def at(self, slot: int) -> tuple[list, int]:
+        """Return the states of the batch that has a slot, and the slot's row in it."""
+        return next((states, rows.index(slot)) for rows, states in self.batches if slot in rows)
+
     def drop(self, slots: list[int]) -> None:
         """Free the states of these slots."""
         kept = []
@@ -199,6 +241,7 @@ class LocalRunner:
     """A Runner in this process, over a model that is whole."""
 
     silent = False  # whether progress bars are left out
+    first_layer = 0  # of those whose states are here
 
     def __init__(self, model: Model):
         self.model = model
@@ -206,6 +249,7 @@ class LocalRunner:
         self.slots = Slots()
         self.drawings: dict[int, Drawing] = {}
         self.recorded: tuple[list[int], list[int], Any] | None = None  # slots, tokens of each, records
+        self.shelf = Shelf()
 
     @property
     def config(self) -> Config:
@@ -217,7 +261,7 @@ class LocalRunner:
         fresh = [part.slot for part in parts if part.how]
         for part in parts:
             if part.how:
-                self.drawings[part.slot] = Drawing(part.how.sampling, part.how.seed, part.how.logprobs)
+                self.drawings[part.slot] = part.how.drawing()
             self.drawings[part.slot].ids.extend(part.ids)
         slots, rows = [part.slot for part in parts], [part.ids for part in parts]
         return self.call(slots, rows, fresh, [part.last for part in parts])
@@ -290,6 +334,34 @@ class LocalRunner:
         """Store copies of the states of a slot in others."""
         states = self.slots.gather([slot])
         self.slots.keep([slot, *into], state.take(states, [0] * (1 + len(into))))
+
+    def snapshot(self, slot: int, name: int, start: int = 0) -> tuple[int, int]:
+        """Keep copies of a slot's states under `name`; see Runner."""
+        return self.shelf.put(name, self.remembered(slot, start))
+
+    def remembered(self, slot: int, start: int) -> Arrays:
+        """Return copies of a slot's states, keys and values from position `start` on."""
+        states, row = self.slots.at(slot)
+        return of_row(states, row, self.model.backend, self.first_layer, start)
+
+    def restore(self, slot: int, names: list[int], ids: list[int], how: How) -> None:
+        """Put a sequence that has read `ids` into a free slot, from the snapshots under these names."""
+        self.drawings[slot] = how.drawing()
+        self.drawings[slot].ids.extend(ids)
+        kept, here = self.shelf.chain(names), self.model.backend
+        self.slots.keep([slot], to_states(self.new_states(1), kept, here, self.first_layer, len(ids)))
+
+    def forget(self, names: list[int], points: list[int]) -> None:
+        """Forget snapshots, and of those named in `points` all but keys and values."""
+        self.shelf.forget(names, points)
+
+    def collect(self, name: int) -> Arrays:
+        """Return a snapshot."""
+        return self.shelf.kept[name]
+
+    def spread(self, name: int, arrays: Arrays) -> None:
+        """Keep arrays under a name."""
+        self.shelf.put(name, arrays)
 
     def fits(self, tokens: int) -> bool:
         """Return whether half of the free memory holds one more sequence of so many tokens."""
@@ -409,7 +481,7 @@ class LocalRunner:
     def close(self) -> None:
         """Free the states and the weights."""
         self.closed = True
-        self.slots, self.drawings, self.recorded = Slots(), {}, None
+        self.slots, self.drawings, self.recorded, self.shelf = Slots(), {}, None, Shelf()
         self.model = replace(self.model, weights={})
 
 

@@ -21,7 +21,7 @@ from refengine.cli import hints
 from refengine.ranks.launcher import launched, report_termination
 
 COMMANDS: tuple[str, ...] = ("generate", "chat", "inspect", "score", "tokenize", "quantize", "bench")
-COMMANDS += ("verify", "vectors", "trace", "diff", "completion")
+COMMANDS += ("verify", "vectors", "trace", "diff", "state", "completion")
 
 
 class Commands(click.Group):

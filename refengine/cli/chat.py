@@ -6,19 +6,20 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from refengine.cli import options
-from refengine.cli.generate import summary
+from refengine.cli.generate import check_place, summary
 from refengine.ranks.comm import RankError
 from refengine.ranks.launcher import launched
 from refengine.spec.config import InputError
 
 if TYPE_CHECKING:
+    from refengine.states.state import State
     from refengine.text.chat_template import ChatTemplate
 
 TINY = "The embedded model tells short stories and does small tasks with words; it knows nothing else."
@@ -74,6 +75,9 @@ class OnOff(click.ParamType):
 @click.option(
     "--messages", type=options.FileName(), metavar="FILE", help="Begin with the messages of a JSON file."
 )
+@click.option(
+    "--state", "state", type=options.FileName(), metavar="FILE", help="Go on with a talk, and save it there."
+)
 @click.option("--tools", type=options.FileName(), metavar="FILE", help="JSON file of functions to call.")
 @click.option(
     "--template", type=options.FileName(), metavar="NAME", help="Name of a chat template, or a .jinja file."
@@ -89,6 +93,13 @@ class OnOff(click.ParamType):
 )
 @click.option("--no-thinking", is_flag=True, hidden=True, help="The same as --thinking off.")
 @click.option("--show-thinking/--hide-thinking", default=None, help="Print thoughts; default: on a terminal.")
+@click.option(
+    "--cache",
+    type=options.Bytes(),
+    default=2**30,
+    metavar="BYTES",
+    help="Keep states of earlier turns.  [default: 1GiB]",
+)
 @options.sampling
 @options.as_json
 @options.engine
@@ -99,6 +110,7 @@ def chat(
     prompt,
     system,
     messages,
+    state,
     tools,
     template,
     thinking,
@@ -116,6 +128,9 @@ def chat(
     how, sampling = options.parted(others)
     message, prompt = options.one_of("MESSAGE and --prompt", message=message, prompt=prompt)
     message = prompt if message is None else message
+    messages, state_there = options.one_of(
+        "--messages and --state of a talk", messages=messages, state=state if there(state) else None
+    )
     engine = options.load(**how)
     if options.follows():
         engine.follow()
@@ -125,6 +140,8 @@ def chat(
         talk.template = engine.chat_template.named(template)
     if tools is not None:
         talk.tools = read_tools(tools)
+    if state is not None:
+        talk.go_on(state, state_there is not None)
     if messages is not None:
         talk.read(messages)
     if system:
@@ -147,6 +164,14 @@ def chat(
     engine.close()
 
 
+def there(path: str | None) -> bool:
+    """Return whether the file of a talk exists; InputError where none can be."""
+    if path is None:
+        return False
+    check_place(path)
+    return expanded(path).exists()
+
+
 class Leave(Exception):
     """Raised where the user leaves the conversation."""
 
@@ -165,6 +190,8 @@ class Talk:
     tools: list[dict] = field(default_factory=list)
     template: ChatTemplate | None = None
     statistics: dict | None = None
+    path: Path | None = None  # of the file that the talk is saved in
+    state: State | None = None  # of the talk, after the last message of the user
     stopped: bool = False  # whether Ctrl-C was the last key: once more leaves
 
     def typed(self) -> None:
@@ -281,6 +308,33 @@ class Talk:
         self.history, tools = read_conversation(found, options.named(path))
         self.tools = tools or self.tools
 
+    def go_on(self, path: str, there: bool) -> None:
+        """Save the talk in a file after each reply, and if the file is there, go on with the talk in it."""
+        from refengine.states.state import State
+        from refengine.text.messages import read_conversation
+
+        self.path = expanded(path)
+        if not there:
+            return
+        self.state = State.load(self.path)
+        self.state.check(self.engine.fingerprint, self.engine.checkpoint.config, path)
+        conversation = self.state.talk.get("conversation")
+        if not isinstance(conversation, str):
+            raise InputError(
+                f"{path} is the state of a text, not of a talk: generate --load-state goes on with it"
+            )
+        self.history, self.tools = read_conversation(conversation, f"the talk in {path}")
+
+    def save_state(self, state: State | None) -> None:
+        """Save the talk, with the state after the last message of the user, if it has a file."""
+        from refengine.text.messages import conversation_text
+
+        self.state = state or self.state
+        if self.path is not None and self.state is not None:
+            talk = {"conversation": conversation_text(self.history, self.tools)}
+            self.state = replace(self.state, talk=talk, sampling={}, generator=None)
+            self.state.save(self.path)
+
     def turn(self, text: str) -> None:
         """Answer a message of the user; a message that fails is not kept."""
         if not text:
@@ -303,8 +357,13 @@ class Talk:
         template = self.template or self.engine.chat_template
         prompt = template.prompt(self.history, self.tools or None, enable_thinking=self.thinking)
         ids = self.engine.tokenizer.encode(prompt.text, add_special_tokens=False)
+        start: dict = {"keep": "turn"} if self.path is not None else {}
+        known = self.state.ids if self.state is not None else ()
+        if known and tuple(ids[: len(known)]) == known and len(ids) > len(known):
+            start |= {"state": self.state}
+            ids = ids[len(known) :]
         try:
-            events = self.engine.generate(ids, **self.sampling)
+            events = self.engine.generate(ids, **start, **self.sampling)
         except InputError as error:
             more = "; /new forgets what was said" if "context" in str(error) else ""
             raise InputError(f"{error}{more}") from None
@@ -323,6 +382,7 @@ class Talk:
         shown.end()
         message = reply.message(self.tools, prompt.json_calls)
         self.history = [*self.history, message]
+        self.save_state(getattr(end, "state", None))
         if end is not None and not interrupted:
             reason, statistics = end.reason, end.statistics
             self.statistics = statistics

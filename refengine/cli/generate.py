@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 
@@ -37,13 +38,18 @@ from refengine.untrusted import parse_json
 @click.option(
     "--logprobs", type=click.IntRange(0), metavar="N", help="A line a token: ln p, and the N likeliest."
 )
+@click.option("--save-state", type=options.FileName(), metavar="F", help="Save the state at the end.")
+@click.option("--load-state", type=options.FileName(), metavar="F", help="Go on from a saved state.")
 @options.batch
+@options.cache
 @options.sampling
 @options.as_json
 @options.engine
 @options.ranks
 @options.debug
-def generate(prompt, prompt_option, file, prompts, ids, echo, stats, as_json, **others):
+def generate(
+    prompt, prompt_option, file, prompts, ids, echo, save_state, load_state, stats, as_json, **others
+):
     """Continue PROMPT (or a file, or standard input); text is printed as it comes.
 
     With --json: an object a prompt, as each is done, so not always in order ("index" counts from 0). A prompt
@@ -57,16 +63,23 @@ def generate(prompt, prompt_option, file, prompts, ids, echo, stats, as_json, **
     prompt, prompt_option, file, prompts, ids = options.one_of(
         "PROMPT, --prompt, --file, --prompts and --ids", **sources
     )
-    given = asked(prompt, prompt_option, file, prompts, ids)
+    chosen = prompt, prompt_option, file, prompts, ids
+    goes_on = load_state is not None and all(value is None for value in chosen)
+    given = [(None, {})] if goes_on else asked(*chosen)
+    if save_state is not None:
+        if prompts is not None:
+            raise click.UsageError("--save-state saves the state of one text: give one prompt, not --prompts")
+        check_place(save_state)
     from refengine.text.ids_only import HOW
 
     engine = options.load(**how)
     if has_ids_only(engine) and not all(isinstance(prompt, str) for prompt, _ in given):
         options.note(f"{engine.tokenizer.path} does not exist, so ids are printed; for text, {HOW}")
     began, prompts_given = time.perf_counter(), [prompt for prompt, _ in given]
-    events = engine.generate_batch(iter(given) if prompts else prompts_given, **sampling)
+    start = {"state": load_state, "keep": "end" if save_state else ""}
+    events = engine.generate_batch(iter(given) if prompts else prompts_given, **start, **sampling)
     refused: list[PromptError] = []
-    events = reported(events, refused)
+    events = saving(reported(events, refused), save_state)
     texts = [shown_prompt(engine, prompt) for prompt in prompts_given]
     if as_json:
         statistics = as_objects(engine, prompts_given, texts, events)
@@ -93,6 +106,24 @@ def reported(events, refused: list[PromptError]) -> Iterator[tuple]:
             click.echo(f"refengine: {error}", err=True)
             refused.append(error)
             yield error.index, error
+
+
+def saving(events, path: str | None) -> Iterator[tuple]:
+    """Yield the events; the state at the end is saved in the file `path`, if there is one."""
+    for i, event in events:
+        if path is not None and getattr(event, "state", None) is not None:
+            event.state.save(path)
+        yield i, event
+
+
+def check_place(path: str) -> None:
+    """Raise InputError unless a file may be written there, as far as its directory tells."""
+    if not path:
+        raise InputError("the name of the file is empty")
+    if not Path(path).parent.is_dir():
+        raise InputError(f"{path} cannot be saved: {Path(path).parent} is not a directory")
+    if Path(path).is_dir():
+        raise InputError(f"{path} cannot be saved: it is a directory")
 
 
 def asked(
@@ -143,11 +174,13 @@ def entry(line: str, where: str) -> tuple:
     return prompt, found
 
 
-def shown_prompt(engine, prompt: str | list[int]) -> str:
+def shown_prompt(engine, prompt: str | list[int] | None) -> str:
     """Return a prompt as text; token ids stay ids where there is no tokenizer.
 
     A prompt that is wrong has none: it is reported when it is reached.
     """
+    if prompt is None:
+        return ""
     if isinstance(prompt, str):
         return prompt
     try:
@@ -247,7 +280,7 @@ def as_objects(engine, prompts: list, texts: list[str], events) -> dict[int, dic
 def record(i: int, prompts: list, texts: list[str], new: list, end) -> dict:
     """Return what is printed of one prompt; `end` is None where it was interrupted."""
     made = {"index": i, "prompt": texts[i]}
-    if not isinstance(prompts[i], str):
+    if prompts[i] is not None and not isinstance(prompts[i], str):
         messages = isinstance(prompts[i][0], dict)
         made["messages" if messages else "prompt_token_ids"] = prompts[i]
     made |= {
@@ -291,7 +324,8 @@ def summary(s: dict) -> str:
     speed = s["decode_tokens_per_second"]
     return (
         f"load {s['load_seconds']:.2f} s; prompt {s['prompt_tokens']} tokens, "
-        f"{s['prefill_tokens_per_second']:.0f} tokens/s; new {s['new_tokens']} tokens, "
+        + (f"{s['reused_tokens']} of them reused, " if s["reused_tokens"] else "")
+        + f"{s['prefill_tokens_per_second']:.0f} tokens/s; new {s['new_tokens']} tokens, "
         f"{f'{speed:.0f} tokens/s' if speed else 'no speed'}; "
         f"peak memory {bytes_text(s['peak_memory_bytes'])}; seed {s['seed']}"
     )

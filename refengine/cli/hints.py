@@ -41,6 +41,8 @@ OPTIONS = {  # of llama.cpp, transformers, vLLM and Ollama
     "--stats": "--show-timings --perf --timings --metrics",
     "--json": "--output-format --format --json-output",
     "--prompts FILE": "--prompts-file",
+    "--save-state F, and --load-state F": "--prompt-cache --prompt-cache-all --slot-save-path",
+    "--cache BYTES": "--enable-prefix-caching --cache-reuse --cache-prompt",
     "--batch N": "--parallel --max-num-seqs --max-batch-size",
     "nothing: the context is the model's own, and memory grows with the text": "--ctx-size --context-size "
     "--max-model-len --max-seq-len --num-ctx --num_ctx -c",

@@ -76,6 +76,23 @@ class ModelName(click.types.StringParamType):
         return [CompletionItem(incomplete, type="dir"), *names]
 
 
+class Bytes(click.ParamType):
+    """Reads a number of bytes, with a unit if one is given."""
+
+    name = "BYTES"
+
+    def convert(self, value, param, ctx):
+        """Return the number; a usage error for anything else."""
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?(?:([KMGT])(i?)B?|B)?", value, re.IGNORECASE)
+        if found is None:
+            self.fail(f"{value!r} is not a number of bytes, such as 0, 500MB or 2GiB.", param, ctx)
+        number, unit, binary = found.groups()
+        base = 1024 if binary else 1000
+        return int(float(number) * base ** " KMGT".index((unit or " ").upper()))
+
+
 class StopText(click.types.StringParamType):
     """Takes a stop string; a variable holds one a line."""
 
@@ -161,10 +178,11 @@ RANGE = re.compile(r"\s+\[[\d.<=>]*x[\d.<=>]*\]|; [\d.<=>]*x[\d.<=>]*(?=\])")
 TOGETHER = {  # options that share a line of help
     "tp": ("--tp N, --ep N, --pp N", "Ranks for layers, experts, list of layers."),
     "quiet": ("-q, --quiet; -v, --verbose", "Print no notes; print what is loaded."),
+    "save_state": ("--save-state, --load-state F", "Save where a text ends; go on from there."),
     "show_thinking": ("--show-thinking", "Print thoughts; a terminal shows them anyway."),
     "timeout": ("--timeout SECONDS", "Longest wait for a rank's heartbeat.  [20]"),
 }
-SHARED = {"ep", "pp", "verbose"}
+SHARED = {"ep", "pp", "verbose", "load_state"}
 
 
 class Command(click.Command):
@@ -305,8 +323,11 @@ def load(tp: int, ep: int, pp: int, timeout: float, **how):
 
 
 LOADING: tuple[str, ...] = ("model", "backend", "dtype", "device", "threads", "deterministic")
-LOADING += ("tp", "ep", "pp", "timeout", "batch", "batch_invariant")
+LOADING += ("tp", "ep", "pp", "timeout", "batch", "batch_invariant", "cache")
 
+cache = click.option(
+    "--cache", type=Bytes(), default=0, metavar="BYTES", help="Keep states of prefixes, as in 2GiB."
+)
 batch = click.option("--batch", type=click.IntRange(1), metavar="N", help="Sequences side by side, at most.")
 
 

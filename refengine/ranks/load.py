@@ -45,6 +45,7 @@ def load(
     timeout: float = TIMEOUT,
     batch: int = SLOTS,
     batch_invariant: bool = False,
+    cache: int = 0,
 ) -> Engine:
     """Return the engine of this rank, with its part of the model; every rank of the job makes the same call.
 
@@ -89,7 +90,7 @@ def load(
         built = ranks.part(cfg, read, chosen, shard, comm)
     checkpoint.release()
     runner = RankRunner(built, cfg, comm, shard, chosen)
-    return Engine(checkpoint, runner, time.perf_counter() - began, batch)
+    return Engine(checkpoint, runner, time.perf_counter() - began, batch, cache, batch_invariant)
 
 
 def with_heartbeats(backend: Backend, comm: Ranks) -> Backend:

@@ -23,6 +23,8 @@ from refengine.spec.model import Model
 from refengine.spec.ops import Backend
 from refengine.spec.sample import Sampling
 from refengine.spec.shard import Shard
+from refengine.states.arrays import Arrays, cut, whole_of
+from refengine.states.file import packed, unpacked
 
 
 class RankRunner(LocalRunner):
@@ -36,6 +38,8 @@ class RankRunner(LocalRunner):
         super().__init__(model)
         self.whole, self.comm, self.shard, self.plain = whole, comm, shard, plain
         self.silent = comm.rank > 0
+        self.first_layer = shard.layers(whole)[0]
+        self.spreading: Arrays = {}  # on rank 0, while they are sent
         self.homes: dict[int, int | None] = {}  # the rank of ep that has a slot's states; None: all of them
         self.seats = Seats(((),))
         self.dropped: list[int] = []
@@ -64,6 +68,28 @@ class RankRunner(LocalRunner):
         """Copy the sequence of a slot into others, on all ranks; see Runner."""
         self.forkable(slot, into)
         self.together("fork", slot=slot, into=into)
+
+    def snapshot(self, slot, name, start=0):
+        """Keep copies of a slot's states under `name`, on all ranks; see Runner."""
+        return self.together("snapshot", slot=slot, name=name, start=start)
+
+    def restore(self, slot, names, ids, how):
+        """Put a sequence into a free slot from snapshots, on all ranks; see Runner."""
+        self.together("restore", slot=slot, names=names, ids=ids, how=asdict(how))
+
+    def forget(self, names, points):
+        """Forget snapshots on all ranks; see Runner."""
+        self.together("forget", names=names, points=points)
+
+    def collect(self, name):
+        """Return a snapshot of the whole model, on rank 0."""
+        return self.together("collect", name=name)
+
+    def spread(self, name, arrays):
+        """Send each rank its part of the arrays of the whole model, to keep under a name."""
+        self.spreading = arrays
+        self.together("spread", name=name)
+        self.spreading = {}
 
     def logits(self, ids):
         """Return teacher-forced logits [tokens v] on every rank."""
@@ -126,6 +152,17 @@ class RankRunner(LocalRunner):
                 return super().commit(**arguments)
             case "fork":
                 return super().fork(**arguments)
+            case "snapshot":
+                return self.part_of_snapshot(**arguments)
+            case "restore":
+                self.homes[arguments["slot"]] = None
+                return super().restore(**arguments | {"how": _how(arguments["how"])})
+            case "forget":
+                return super().forget(**arguments)
+            case "collect":
+                return self.part_of_collect(**arguments)
+            case "spread":
+                return self.part_of_spread(**arguments)
             case "logits":
                 return self.part_of_logits(**arguments)
             case "score":
@@ -250,6 +287,49 @@ class RankRunner(LocalRunner):
         if self.homes[slot] in (None, self.shard.at[1]):
             super().copy(slot, into)
 
+    def part_of_snapshot(self, slot: int, name: int, start: int) -> tuple[int, int]:
+        """Keep this rank's part of a slot's states, on every rank of ep; return the most bytes of a rank."""
+        home, others = self.homes[slot], self.shard.across
+        mine = home in (None, self.shard.at[1])
+        found = self.remembered(slot, start) if mine else {}
+        if home is not None and mine:
+            self.send_arrays(dict.fromkeys(others, found), [])
+        elif not mine:
+            found = self.send_arrays({}, [others[home]])[others[home]]
+        sizes = self.shelf.put(name, found)
+        return self.largest(sizes[0]), self.largest(sizes[1])
+
+    def part_of_collect(self, name: int) -> Arrays:
+        """Return a snapshot of the whole model on rank 0; the first rank of ep of each part sends its."""
+        mine, layout = self.shelf.kept[name], self.shard.layout
+        senders = [rank for rank in range(layout.ranks) if Shard(layout, rank).at[1] == 0]
+        if self.comm.rank:
+            self.send_arrays({0: mine} if self.comm.rank in senders else {}, [])
+            return {}
+        parts = {0: mine} | self.send_arrays({}, senders[1:])
+        return whole_of(((Shard(layout, rank), arrays) for rank, arrays in parts.items()), self.whole)
+
+    def part_of_spread(self, name: int) -> None:
+        """Keep this rank's part of the arrays that rank 0 has."""
+        if self.comm.rank:
+            mine = self.send_arrays({}, [0])[0]
+        else:
+            shards = [Shard(self.shard.layout, rank) for rank in range(self.comm.count)]
+            parts = {shard.rank: cut(self.spreading, self.whole, shard) for shard in shards}
+            self.send_arrays(parts, [])
+            mine = parts[0]
+        self.shelf.put(name, mine)
+
+    def send_arrays(self, out: dict[int, Arrays], sources: list[int]) -> dict[int, Arrays]:
+        """Send arrays to other ranks, and return those that the ranks `sources` send here."""
+        self.comm.verb = "send"
+        sent = {rank: packed(arrays) for rank, arrays in out.items() if rank != self.comm.rank}
+        sizes = {rank: np.empty(1, np.int64) for rank in sources}
+        self.comm.exchange({rank: np.array([len(raw)]) for rank, raw in sent.items()}, sizes)
+        found = {rank: np.empty(int(size[0]), np.uint8) for rank, size in sizes.items()}
+        self.comm.exchange(sent, found)
+        return {rank: unpacked(raw) for rank, raw in found.items()}
+
     def part_of_logits(self, ids: list[int]) -> np.ndarray:
         """Return the logits of one sequence, from the last stage."""
         self.sit(Seats.split(1, self.shard.layout.ep))
@@ -324,8 +404,12 @@ def _padded(
 
 def _part(how: dict | None, **part) -> Part:
     """Return a Part from its broadcast form."""
-    drawing = How(Sampling(**how["sampling"]), how["seed"], how["logprobs"]) if how else None
-    return Part(how=drawing, **part)
+    return Part(how=_how(how) if how else None, **part)
+
+
+def _how(how: dict) -> How:
+    """Return sampling options from their broadcast form."""
+    return How(**(how | {"sampling": Sampling(**how["sampling"])}))
 
 
 def _write(line: np.ndarray, draw: Draw) -> None:

@@ -2,6 +2,8 @@
 
     layers.i.tail  t c        layers.i.S  h p n        layers.i.k, layers.i.v  t kv e
 
+    layers.i.k_scale, layers.i.v_scale   where keys and values are FP8, as what their codes are multiplied by
+
 The form knows nothing of a backend, of its dtypes or of the layout of ranks: any of them can go on from it.
 """
 
@@ -11,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from refengine.spec.config import Config, InputError
@@ -20,7 +23,8 @@ from refengine.spec.shard import Shard
 
 Arrays = dict[str, np.ndarray]
 KEYS = ("k", "v")  # of an attention layer; what a Mamba layer remembers has one size for ever
-ROUNDING = ("key", "position")  # of a Mamba layer whose S is rounded at random; not in every state
+SCALES = ("k_scale", "v_scale")  # of an attention layer with keys and values in FP8
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
 def is_key(name: str) -> bool:
@@ -40,13 +44,12 @@ def of_row(states: list, row: int, backend: Backend, first: int = 0, start: int 
         if hasattr(state, "S"):
             found[f"layers.{i}.tail"] = _copied(backend.fetch(state.tail[row]))
             found[f"layers.{i}.S"] = _copied(backend.fetch(state.S[row]))
-            for name in ROUNDING:
-                if getattr(state, name, None) is not None:
-                    found[f"layers.{i}.{name}"] = _copied(backend.fetch(getattr(state, name))[row])
         else:
             stop = int(backend.fetch(state.length[row : row + 1])[0])
             for name in KEYS:
-                found[f"layers.{i}.{name}"] = _positions(state, name, row, slice(start, stop), backend)
+                found[f"layers.{i}.{name}"] = a = _positions(state, name, row, slice(start, stop), backend)
+                if a.dtype == FP8:
+                    found[f"layers.{i}.{name}_scale"] = _copied(np.float32(_scale(state, name)))
     return found
 
 
@@ -54,8 +57,17 @@ def _positions(state, name: str, row: int, at: slice, backend: Backend) -> np.nd
     """Return some positions of the keys or values of a row, t kv e."""
     a = getattr(state, name)
     if hasattr(state, "upto"):  # the spec's cache is b t kv e, the others' b kv t e
-        return _copied(backend.fetch(a[row, at]))
-    return _copied(backend.fetch(a[row, :, at]).swapaxes(0, 1))
+        found = _copied(backend.fetch(a[row, at]))
+    else:
+        found = _copied(backend.fetch(a[row, :, at]).swapaxes(0, 1))
+    return found.view(FP8) if found.dtype == np.uint8 else found
+
+
+def _scale(state, name: str) -> float:
+    """Return the number that the FP8 codes of keys or values are multiplied by."""
+    if (stored := getattr(state, "stored", None)) is not None:
+        return getattr(stored, f"{name}_scale")
+    return getattr(state, "scales", (1.0, 1.0))[KEYS.index(name)]
 
 
 def _copied(a: np.ndarray) -> np.ndarray:
@@ -65,27 +77,48 @@ def _copied(a: np.ndarray) -> np.ndarray:
     return a
 
 
-def to_states(empty: list, arrays: Arrays, backend: Backend, first: int = 0) -> list:
-    """Return states of one row that remember what the arrays hold; `empty` are states of nothing."""
+def to_states(empty: list, arrays: Arrays, backend: Backend, first: int, position: int) -> list:
+    """Return states of one row that remember what the arrays hold, after so many tokens.
+
+    empty: states of layers first, first + 1, ... that have read nothing.
+    """
     states = []
     for i, state in enumerate(empty, first):
         if hasattr(state, "S"):
-            tail, S = (arrays[f"layers.{i}.{name}"][None] for name in ("tail", "S"))
-            state = replace(state, tail=_like(tail, state.tail, backend), S=_like(S, state.S, backend))
-            for name in ROUNDING:
-                kept = arrays.get(f"layers.{i}.{name}")
-                if kept is not None and getattr(state, name, None) is not None:
-                    state = replace(state, **{name: _like(kept[None], getattr(state, name), backend)})
-        elif state is not None:
-            k, v = (_like(arrays[f"layers.{i}.{name}"][None], state.k, backend) for name in KEYS)
-            state = state.append(k, v) if k.shape[1] else state
+            kept = {name: arrays[f"layers.{i}.{name}"][None] for name in ("tail", "S")}
+            if getattr(state, "position", None) is not None:  # S is rounded at random, by the position
+                kept["position"] = np.array([position])
+            state = replace(state, **{n: _like(a, getattr(state, n), backend) for n, a in kept.items()})
+        elif state is not None and position:
+            dtype = _computed(empty)
+            k, v = (backend.array(_wide(arrays, f"layers.{i}.{name}", dtype)[None]) for name in KEYS)
+            state = state.append(k, v)
         states.append(state)
     return states
 
 
+def _computed(states: list) -> np.dtype:
+    """Return the dtype in which a backend computes keys and values, by its states of nothing."""
+    dtypes = [_dtype(s.tail if hasattr(s, "S") else s.k) for s in states if s is not None]
+    return next((dtype for dtype in dtypes if dtype.itemsize > 1), np.dtype(np.float32))
+
+
+def _dtype(a) -> np.dtype:
+    """Return the dtype of an array of any library."""
+    return np.dtype(str(a.dtype).removeprefix("torch."))
+
+
+def _wide(arrays: Arrays, name: str, dtype: np.dtype) -> np.ndarray:
+    """Return keys or values in the dtype of the computation."""
+    a, scale = arrays[name], arrays.get(f"{name}_scale")
+    if scale is not None:
+        a = a.astype(np.float32) * scale
+    return np.array(a, dtype, order="C")
+
+
 def _like(a: np.ndarray, other, backend: Backend) -> Any:
     """Return a copy of a host array, here, in the dtype of another array."""
-    return backend.array(np.array(a, backend.fetch(other).dtype, order="C"))
+    return backend.array(np.array(a, _dtype(other), order="C"))
 
 
 def joined(parts: list[Arrays]) -> Arrays:
@@ -113,15 +146,15 @@ def shapes(cfg: Config, position: int) -> dict[str, tuple[int, ...]]:
 def check(cfg: Config, arrays: Arrays, position: int, source: str) -> None:
     """Raise InputError unless these are the arrays of this model after so many tokens."""
     expected = shapes(cfg, position)
-    layers = {name.rpartition(".")[0] for name in expected if name.endswith(".S")}
-    expected |= {name: () for i in layers for what in ROUNDING if (name := f"{i}.{what}") in arrays}
+    scales = {f"{name}_scale": () for name in expected if is_key(name) and f"{name}_scale" in arrays}
+    expected |= scales
     if odd := sorted(expected.keys() ^ arrays.keys()):
         what = "lacks" if odd[0] in expected else "has"
         raise InputError(f"{source} {what} the tensor {odd[0]}, and the model's layers do not agree")
     for name, shape in expected.items():
         if arrays[name].shape != shape:
             raise InputError(f"{source}: {name} is {list(arrays[name].shape)}, not {list(shape)}")
-        if shape and arrays[name].dtype.kind not in "fV":  # V: the small floats of ml_dtypes
+        if arrays[name].dtype.kind not in "fV":  # V: the small floats of ml_dtypes
             raise InputError(f"{source}: {name} holds no floating-point numbers but {arrays[name].dtype}")
 
 
@@ -132,7 +165,7 @@ def held(name: str, cfg: Config, shard: Shard) -> tuple[int, list[range]] | None
     if not first <= int(layer) < last:
         return None
     tp, t = shard.layout.tp, shard.at[0]
-    if what in ROUNDING:
+    if what in SCALES:
         return 0, []
     if what == "S":
         return 0, [span(cfg.mamba_num_heads, tp, t)]

@@ -82,7 +82,9 @@ class Prefixes:
         state = sequence.start.state
         if self.budget or sequence.start.keep == "turn":
             sequence.turn = turn(sequence.ids, self.ends())
-        found = self.longest(sequence.ids) if self.budget else None
+        before = sequence.turn if sequence.start.keep == "turn" else 0  # the state is to be taken there
+        ids = sequence.ids[: before + 1] if before else sequence.ids
+        found = self.longest(ids) if self.budget else None
         if state is not None and (found is None or found.end <= state.position):
             self.resume(sequence, state, how)
         elif found is not None:
@@ -91,6 +93,8 @@ class Prefixes:
             self.runner.restore(sequence.slot, names, sequence.ids[: found.end], how)
             sequence.read = sequence.reused = found.end
             sequence.node = found
+        if sequence.read:
+            self.capture(sequence)
 
     def stop(self, sequence: Running, length: int) -> int:
         """Return where the next call for a prompt ends; it has at most `length` positions."""
@@ -107,14 +111,19 @@ class Prefixes:
     def after_read(self, sequences: Iterable[Running], length: int) -> None:
         """Keep points, and states that are to be returned, where prompts have been read up to a boundary."""
         for sequence in sequences:
-            keep, read, ids = sequence.start.keep, sequence.read, sequence.ids
+            read, ids = sequence.read, sequence.ids
             at_turn = read == sequence.turn
-            if keep == "turn" and (at_turn or (read == len(ids) and sequence.kept is None)):
-                sequence.kept = self.state(sequence, ids[: read + 1], read)
-            if keep == "end" and sequence.text.full and read == len(ids) - 1:
-                sequence.kept = self.state(sequence, ids, read)
+            self.capture(sequence)
             if read % length == 0 or (at_turn and not self.exactly):
                 self.keep(sequence, ids[:read])
+
+    def capture(self, sequence: Running) -> None:
+        """Take the state of a sequence if this is the point in its prompt where it is to be returned."""
+        keep, read, ids = sequence.start.keep, sequence.read, sequence.ids
+        if keep == "turn" and (read == sequence.turn or (read == len(ids) and sequence.kept is None)):
+            sequence.kept = self.state(sequence, ids[: read + 1], read)
+        if keep == "end" and sequence.text.full and read == len(ids) - 1:
+            sequence.kept = self.state(sequence, ids, read)
 
     def at_end(self, sequence: Running) -> None:
         """Keep a point where a sequence ends, and its state if that is to be returned."""
