@@ -6,6 +6,7 @@
     steps      a decoding step in one call        state      what a layer remembers
     weights    from the memory map, not copied    native     the library: found, or compiled on first use
     interface  what Python and C++ both declare   arrays     addresses of NumPy's and PyTorch's arrays
+    memory     of results, used again
 
 Weights are float32, float16, bfloat16 or packed, as the file has them; everything else is float32.
 """

@@ -13,6 +13,7 @@ import numpy as np
 
 from refengine.backends.cpu.arrays import address, matrix
 from refengine.backends.cpu.interface import filled
+from refengine.backends.cpu.memory import empty
 from refengine.backends.cpu.program import LOG2E, MOST
 from refengine.spec import norm
 from refengine.spec.arrays import widen
@@ -68,7 +69,7 @@ class Verbs:
         x = in_order(x)
         parts = weight if isinstance(weight, tuple) else (weight,)
         wide = sum(map(len, parts))
-        y = np.empty((*x.shape[:-1], wide), np.float32)
+        y = empty((*x.shape[:-1], wide))
         rows, at = math.prod(x.shape[:-1]), address(y)
         for part in parts:
             how = matrix(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part)
@@ -85,7 +86,7 @@ class Verbs:
     def mlp(self, h, up, down):
         """Return relu(h up')^2 down'."""
         h = in_order(h)
-        y = np.empty((*h.shape[:-1], len(down)), np.float32)
+        y = empty((*h.shape[:-1], len(down)))
         first, second = matrix(up), matrix(down)
         self.built.mlp(
             ctypes.addressof(first), ctypes.addressof(second), len(up), up.shape[1], address(h),
@@ -100,9 +101,9 @@ class Verbs:
     def rms_norm(self, x, delta, weight, eps: float):
         """Return norm(x + delta) weight, and x + delta."""
         x = in_order(x)
-        y, total = np.empty_like(x), x
+        y, total = empty(x.shape), x
         if delta is not None:
-            delta, total = in_order(delta), np.empty_like(x)
+            delta, total = in_order(delta), empty(x.shape)
         d = x.shape[-1]
         self.built.rms_norm(
             address(x), address(delta), address(weight), eps, address(y), address(total),
@@ -119,7 +120,7 @@ class Verbs:
         if mean is not None:
             return norm.gated_rms_norm(in_order(y), in_order(z), weight, eps, groups, mean)
         y, (z, step) = in_order(y), rows_of(z, z.shape[-1])
-        out, c = np.empty_like(y), y.shape[-1]
+        out, c = empty(y.shape), y.shape[-1]
         self.built.gated_rms_norm(
             address(y), address(z), step, address(weight), eps, address(out), y.size // c, groups,
             c // groups,
@@ -132,7 +133,7 @@ class Verbs:
         x, step = rows_of(x, x.shape[-1])
         b, l, c = x.shape
         tail, real = in_order(tail), whole(lengths)
-        y, after = np.empty((b, l, c), np.float32), np.empty_like(tail)
+        y, after = empty((b, l, c)), np.empty_like(tail)
         self.built.conv(
             address(x), step, address(weight), address(bias), address(tail), address(real), address(y),
             address(after), b, l, c, len(weight), self.how,
@@ -148,7 +149,7 @@ class Verbs:
         dt, dt_step = rows_of(dt, h)
         (B, B_step), (C, C_step) = rows_of(B, g * n), rows_of(C, g * n)
         S, real = in_order(S), whole(lengths)
-        y, after = np.empty((b, l, h, p), np.float32), np.empty_like(S)
+        y, after = empty((b, l, h, p)), np.empty_like(S)
         self.built.scan(
             address(S), address(after), address(x), x_step, address(dt), dt_step, address(A_log),
             address(B), B_step,
@@ -164,7 +165,7 @@ class Verbs:
         q, step = rows_of(q, h * e)
         before = cache.length
         cache = cache.append(np.asarray(k), np.asarray(v), lengths)
-        y = np.empty((b, l, h, e), np.float32)
+        y = empty((b, l, h, e))
         self.built.attend(
             address(q), step, address(cache.k), address(cache.v), cache.k.dtype.itemsize == 2,
             address(before),
@@ -186,7 +187,7 @@ class Verbs:
 
     def experts(self, u, experts, routing: Routing, first: int = 0):
         """Return the sum over chosen experts, `first` .. of all, of weight relu(u up')^2 down'."""
-        u, y = in_order(u), np.empty(u.shape, np.float32)
+        u, y = in_order(u), empty(u.shape)
         expert, weight = np.ascontiguousarray(routing.expert, np.int64), in_order(routing.weight)
         width, n = experts.matrices[0][0].shape
         self.built.experts(

@@ -8,7 +8,7 @@
 #include "vectors.h"
 #include "verbs.h"
 
-constexpr i64 STRIP = 512;  // channels of the convolution that a piece has
+constexpr i64 STRIP = 512, STRETCH = 64;  // channels and positions of the convolution that a piece has
 
 // The sum of f(i) over i < count, a vector at a time: f(i, vec) for a whole vector, f(i, float) for one number.
 static inline float squares(const float* x, i64 count) {
@@ -53,7 +53,7 @@ void gated_rms_norm(const float* y, const float* z, i64 z_step, const float* w, 
         const i64 r = job / groups, g = job % groups;
         const float *v = y + job * c, *scales = w + g * c;
         float* to = out + job * c;
-        silu(z + r * z_step + g * c, gate.data(), c);
+        each_vector(z + r * z_step + g * c, gate.data(), c, [](vec x) { return silu(x); });
         for (i64 i = 0; i < c; i++) to[i] = v[i] * gate[i];
         const float scale = 1 / sqrtf(squares(to, c) / c + eps);
         for (i64 i = 0; i < c; i++) to[i] *= scale * scales[i];
@@ -65,23 +65,28 @@ void gated_rms_norm(const float* y, const float* z, i64 z_step, const float* w, 
 // of x are x_step apart.
 void conv(const float* x, i64 x_step, const float* w, const float* bias, const float* tail, const i64* real,
           float* y, float* next, i64 b, i64 l, i64 c, i64 k, const Run& run) {
-    const i64 strips = (c + STRIP - 1) / STRIP;
-    parallel(run, b * strips, std::min(STRIP, c) * l * (k + 16), [=](i64 job) {
-        const i64 s = job / strips, at = job % strips * STRIP, wide = std::min(STRIP, c - at);
+    const i64 strips = (c + STRIP - 1) / STRIP, stretches = (l + STRETCH - 1) / STRETCH;
+    parallel(run, b * strips * stretches, std::min(STRIP, c) * std::min(STRETCH, l) * (k + 16), [=](i64 job) {
+        const i64 s = job / (strips * stretches), at = job / stretches % strips * STRIP, wide = std::min(STRIP, c - at);
+        const i64 first = job % stretches * STRETCH, end = std::min(l, first + STRETCH);
         const float *rows = x + s * l * x_step + at, *old = tail + s * (k - 1) * c + at;
         float *out = y + s * l * c + at, *kept = next + s * (k - 1) * c + at;
         // position t of the window: of the tail where t < 0
         auto row = [&](i64 t) { return t < 0 ? old + (t + k - 1) * c : rows + t * x_step; };
-        for (i64 t = 0; t < l; t++, out += c) {
-            for (i64 i = 0; i < wide; i++) out[i] = bias[at + i];
-            for (i64 j = 0; j < k; j++) {
-                const float *from = row(t - k + 1 + j), *scale = w + j * c + at;
-                for (i64 i = 0; i < wide; i++) out[i] += scale[i] * from[i];
-            }
-            silu(out, out, wide);
+        for (i64 t = first; t < end; t++) {
+            auto channels = [&](i64 i, auto read) {
+                vec sum = read(bias + at + i);
+                for (i64 j = 0; j < k; j++) sum = fused(read(w + j * c + at + i), read(row(t - k + 1 + j) + i), sum);
+                return silu(sum);
+            };
+            i64 i = 0;
+            for (; i + LANES <= wide; i += LANES)
+                store(out + t * c + i, channels(i, [](const float* from) { return load<vec>(from); }));
+            if (const i64 some = wide - i)
+                store_some(out + t * c + i, channels(i, [=](const float* from) { return load_some(from, some); }), some);
         }
         const i64 n = real ? real[s] : l;
-        for (i64 j = 0; j < k - 1; j++) {
+        for (i64 j = 0; end == l && j < k - 1; j++) {
             const float* from = row(n - k + 1 + j);
             if (from != kept + j * c) memcpy(kept + j * c, from, wide * sizeof(float));
         }
@@ -98,10 +103,8 @@ void choose(const float* logits, const float* bias, i64 rows, i64 count, i64 k, 
         const float out = -INFINITY;
         // the first of the largest
         auto first = [](const std::vector<float>& of) { return std::max_element(of.begin(), of.end()) - of.begin(); };
-        for (i64 e = 0; e < count; e++) {
-            score[e] = 1 / (1 + expf(-logits[r * count + e]));
-            c[e] = score[e] + bias[e];
-        }
+        each_vector(logits + r * count, score.data(), count, [](vec x) { return sigmoid(x); });
+        for (i64 e = 0; e < count; e++) c[e] = score[e] + bias[e];
         if (groups > 1) {
             const i64 size = count / groups;
             for (i64 g = 0; g < groups; g++) {

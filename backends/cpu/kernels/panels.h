@@ -8,6 +8,7 @@
 
 #include "numbers.h"
 #include "pool.h"
+#include "transpose.h"
 
 constexpr i64 PANEL = 2 * LANES;                     // rows of a panel
 constexpr i64 PANEL_SHARE = 256;                     // rows of a piece of work, a multiple of PANEL
@@ -20,25 +21,13 @@ static inline float* aligned(std::vector<float>& kept, i64 count) {
     return (float*)(((uintptr_t)kept.data() + 63) & ~(uintptr_t)63);
 }
 
-static inline i64 panels_of(i64 rows) { return (rows + PANEL - 1) / PANEL; }
-
-// to[c][r] = from[r][c] for `rows` rows of `columns`, four by four where they are whole.
-static inline void transpose(const float* const* from, i64 rows, i64 columns, float* const* to) {
-    const i64 r4 = rows / 4 * 4, c4 = columns / 4 * 4;
-    for (i64 c = 0; c < c4; c += 4)
-        for (i64 r = 0; r < r4; r += 4) {
-            const four a = load<four>(from[r] + c), b = load<four>(from[r + 1] + c);
-            const four d = load<four>(from[r + 2] + c), e = load<four>(from[r + 3] + c);
-            const four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), AB = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-            const four de = __builtin_shufflevector(d, e, 0, 4, 1, 5), DE = __builtin_shufflevector(d, e, 2, 6, 3, 7);
-            store(to[c] + r, __builtin_shufflevector(ab, de, 0, 1, 4, 5));
-            store(to[c + 1] + r, __builtin_shufflevector(ab, de, 2, 3, 6, 7));
-            store(to[c + 2] + r, __builtin_shufflevector(AB, DE, 0, 1, 4, 5));
-            store(to[c + 3] + r, __builtin_shufflevector(AB, DE, 2, 3, 6, 7));
-        }
-    for (i64 c = 0; c < columns; c++)
-        for (i64 r = c < c4 ? r4 : 0; r < rows; r++) to[c][r] = from[r][c];
+// Room for the sums of a piece of work. Not on the stack: that of a thread may be small.
+static inline float* room_for_sums() {
+    static thread_local std::vector<float> kept;
+    return aligned(kept, PANEL_SHARE * WIDE_STRIP);
 }
+
+static inline i64 panels_of(i64 rows) { return (rows + PANEL - 1) / PANEL; }
 
 constexpr i64 COLUMNS = 16;  // that are transposed at a time
 
@@ -121,7 +110,8 @@ struct Plain {
 template <class Weights>
 __attribute__((noinline)) static void panel_products(const Weights& w, i64 n, const float* x, i64 rows, i64 outs,
                                                      float* sums) {
-    alignas(64) float wide[WIDE_STRIP * DEEP];
+    static thread_local std::vector<float> kept;
+    float* wide = aligned(kept, WIDE_STRIP * DEEP);
     std::fill(sums, sums + panels_of(rows) * outs * PANEL, 0.f);
     for (i64 from = 0; from < n; from += Weights::deep) {
         const i64 depth = std::min(Weights::deep, n - from);

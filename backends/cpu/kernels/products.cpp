@@ -255,7 +255,7 @@ static void all_products(const Matrix& w, i64 outs, const Layout& layout, const 
     parallel(run, (outs + wide - 1) / wide * shares, wide * n * each, [&](i64 job) {
         const i64 first = job / shares * wide, at = job % shares * SHARE;
         const i64 width = std::min(wide, outs - first), here = std::min(SHARE, rows - at);
-        float sums[SHARE * WIDE_STRIP];
+        float* sums = room_for_sums();
         loops.few(w, n, first, row.data() + at, here, width, run.steady, layout.integers, sums);
         for (i64 r = 0; r < here; r++)
             for (i64 o = 0; o < width; o++) put(at + r, first + o, sums[r * width + o]);
@@ -272,7 +272,7 @@ static void all_panels(const Matrix& w, i64 outs, i64 n, const float* panels, i6
         const i64 first = job % strips * WIDE_STRIP, at = job / strips * each;
         const i64 width = std::min(WIDE_STRIP, outs - first), here = std::min(each, rows - at);
         if (here <= 0) return;
-        alignas(64) float sums[PANEL_SHARE * WIDE_STRIP];
+        float* sums = room_for_sums();
         loops.many(w, n, first, panels + at * n, here, width, sums);
         put(at, here, first, width, sums);
     });
@@ -377,7 +377,7 @@ void experts(const Matrix* up, const Matrix* down, i64 base, i64 count, const i6
             const Part& p = parts[job / strips];
             const i64 first = job % strips * wide, width = std::min(wide, outs - first);
             const Matrix& matrix = matrices[p.expert];
-            alignas(64) float sums[SHARE * WIDE_STRIP];
+            float* sums = room_for_sums();
             if (p.many) return many(loops, p, matrix, first, width, sums);
             loops.few(matrix, ins, first, row.data() + p.first, p.rows, width, run.steady, layout.integers, sums);
             for (i64 r = 0; r < p.rows; r++)

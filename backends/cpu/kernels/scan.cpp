@@ -8,10 +8,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "pool.h"
+#include "transpose.h"
 #include "vectors.h"
 #include "verbs.h"
 
@@ -61,10 +61,8 @@ struct Shared {
         std::fill(Ct, Ct + n * SPAN, 0.f);
         std::fill(B, B + size * row, 0.f);
         std::fill(BC, BC + size * SPAN, 0.f);
-        for (i64 i = 0; i < size; i++) {
-            for (i64 j = 0; j < n; j++) Ct[j * SPAN + i] = c[i * c_step + j];
-            memcpy(B + i * row, b + i * b_step, n * sizeof(float));
-        }
+        transpose(c, c_step, size, n, Ct, SPAN);
+        for (i64 i = 0; i < size; i++) memcpy(B + i * row, b + i * b_step, n * sizeof(float));
         product(B, row, 1, size, Ct, SPAN, n, BC, Next{(const char*)B, 0});
     }
 };
@@ -79,9 +77,10 @@ static void span(float* S, const float* x, i64 x_step, const float* dt, float A,
     double a[SPAN] = {};  // in octaves
     for (i64 i = 0; i < size; i++) a[i] = (i ? a[i - 1] : 0) + (double)dt[i] * A * 1.4426950408889634;
     for (i64 i = size; i < SPAN; i++) a[i] = a[size - 1];
-    auto decays = [&](double from, float scale, float* to) {  // to[i] = 2^(a[i] - from) scale
-        for (i64 i = 0; i < SPAN; i++) to[i] = (float)(a[i] - from);
-        for (i64 i = 0; i < SPAN; i += LANES) {
+    // to[i] = 2^(sign (a[i] - from)) scale, for i from `first` on, where that exponent is at most 0
+    auto decays = [&](double from, float sign, float scale, float* to, i64 first) {
+        for (i64 i = first; i < SPAN; i++) to[i] = sign * (float)(a[i] - from);
+        for (i64 i = first; i < SPAN; i += LANES) {
             vec v = load<vec>(to + i);
             store(to + i, exp2_of<1>(v < 0.f ? v : vec{}) * scale);
         }
@@ -91,25 +90,26 @@ static void span(float* S, const float* x, i64 x_step, const float* dt, float A,
     const Next nothing{(const char*)S, 0};
     product(S, row, 1, p, shared.Ct, SPAN, n, yt, nothing);
     float decay[SPAN];
-    decays(0, 1, decay);
+    decays(0, 1, 1, decay, 0);
     for (i64 i = 0; i < p; i++)
         for (i64 j = 0; j < SPAN; j += LANES)
             store(yt + i * SPAN + j, load<vec>(yt + i * SPAN + j) * load<vec>(decay + j));
     // WITHIN
     for (i64 j = 0; j < size; j++) {
         float* m = M + j * SPAN;
-        decays(a[j], dt[j], m);
+        const i64 first = j / LANES * LANES;
+        decays(a[j], 1, dt[j], m, first);
         for (i64 i = 0; i < j; i++) m[i] = 0;
-        for (i64 i = 0; i < SPAN; i += LANES) store(m + i, load<vec>(m + i) * load<vec>(shared.BC + j * SPAN + i));
+        for (i64 i = first; i < SPAN; i += LANES) store(m + i, load<vec>(m + i) * load<vec>(shared.BC + j * SPAN + i));
     }
     product(x, 1, x_step, p, M, SPAN, size, yt, nothing);
+    transpose(yt, SPAN, p, size, y, y_step);
     for (i64 i = 0; i < size; i++)
-        for (i64 j = 0; j < p; j++) y[i * y_step + j] = yt[j * SPAN + i] + D * x[i * x_step + j];
+        for (i64 j = 0; j < p; j++) y[i * y_step + j] += D * x[i * x_step + j];
     // ONWARDS
-    for (i64 i = 0; i < size; i++) {
-        const float share = dt[i] * (float)std::exp2(std::max(a[size - 1] - a[i], -126.));
-        for (i64 j = 0; j < p; j++) u[i * p + j] = share * x[i * x_step + j];
-    }
+    decays(a[size - 1], -1, 1, decay, 0);
+    for (i64 i = 0; i < size; i++)
+        for (i64 j = 0; j < p; j++) u[i * p + j] = dt[i] * decay[i] * x[i * x_step + j];
     const float all = (float)std::exp2(std::max(a[size - 1], -126.));
     for (i64 i = 0; i < p * row; i += LANES) store(S + i, all * load<vec>(S + i));
     product(u, 1, p, p, shared.B, row, size, S, nothing);
@@ -141,13 +141,15 @@ extern "C" void scan(const float* S, float* next, const float* x, i64 x_step, co
         at += size;
     }
     const i64 count = spans.size(), floats = Shared::floats(n, row);
-    std::unique_ptr<float[]> room(new float[b * count * g * floats]);
+    static thread_local std::vector<float> kept;
+    if ((i64)kept.size() < b * count * g * floats) kept.resize(b * count * g * floats);
+    float* const room = kept.data();
     // Real positions of a span. Those beyond a row's end must not choose how the ones before them are computed.
     auto real_of = [&](i64 s, i64 at) {
         return real ? std::clamp<i64>(real[s] - spans[at].start, 0, spans[at].size) : spans[at].size;
     };
     auto shared = [&](i64 s, i64 at, i64 group) {
-        return Shared(room.get() + ((s * count + at) * g + group) * floats, n, row);
+        return Shared(room + ((s * count + at) * g + group) * floats, n, row);
     };
     parallel(run, b * count * g, SPAN * SPAN * n * 2, [&](i64 job) {
         const i64 s = job / (count * g), at = job / g % count, group = job % g, first = s * l + spans[at].start;

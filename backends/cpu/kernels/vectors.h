@@ -61,19 +61,33 @@ static inline vec exp2_of(vec x) {
     return load<vec>(&bits);
 }
 
-// x / (1 + exp(-x))
-static inline vec silu(vec x) {
+// exp(-x), at most 2^126
+static inline vec exp_of_minus(vec x) {
     vec octaves = x * -1.442695041f;
-    return x / (1.f + exp2_of<126>(octaves < 126.f ? octaves : vec{} + 126.f));
+    return exp2_of<126>(octaves < 126.f ? octaves : vec{} + 126.f);
 }
 
-// to[i] = silu(from[i])
-static inline void silu(const float* from, float* to, i64 count) {
-    for (; count >= LANES; count -= LANES, from += LANES, to += LANES) store(to, silu(load<vec>(from)));
-    vec last = {};
-    memcpy(&last, from, count * sizeof(float));
-    last = silu(last);
-    memcpy(to, &last, count * sizeof(float));
+// 0 where exp(-x) is beyond 2^126
+static inline vec sigmoid(vec x) {
+    const vec y = x * -1.442695041f < 126.f ? 1.f / (1.f + exp_of_minus(x)) : vec{};
+    return x == x ? y : x;
+}
+
+static inline vec silu(vec x) { return x / (1.f + exp_of_minus(x)); }
+
+// The vector at `from`, of which `count` numbers are there, then zeros; and the same numbers put back.
+static inline vec load_some(const float* from, i64 count) {
+    vec v = {};
+    memcpy(&v, from, count * sizeof(float));
+    return v;
+}
+static inline void store_some(float* to, vec v, i64 count) { memcpy(to, &v, count * sizeof(float)); }
+
+// to[i] = f(from[i]), a vector at a time
+template <class F>
+static inline void each_vector(const float* from, float* to, i64 count, F f) {
+    for (; count >= LANES; count -= LANES, from += LANES, to += LANES) store(to, f(load<vec>(from)));
+    if (count) store_some(to, f(load_some(from, count)), count);
 }
 
 // What is read after this, asked for meanwhile: `bytes` for each product of a number and its heads.

@@ -1,6 +1,8 @@
 """Results do not depend on the threads: how many there are, who else computes, or what was forked."""
 
 import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -41,6 +43,22 @@ def test_two_engines_in_two_threads_do_not_disturb_each_other():
     for thread in threads:
         thread.join()
     assert len(found) == 3 and all(np.array_equal(one, expected) for one in found)
+
+
+SMALL_STACK = """
+import threading
+from tests.backends.cpu.test_threads import told
+threading.stack_size(128 * 1024)  # musl's default
+thread = threading.Thread(target=told, args=(2,))
+thread.start()
+thread.join()
+print("done")
+"""
+
+
+def test_a_thread_with_a_small_stack_computes_too():
+    done = subprocess.run([sys.executable, "-c", SMALL_STACK], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
