@@ -2,7 +2,7 @@
 
 Each file gets its name when it is whole, and config.json comes last, so a directory never holds half a model.
 After a kill at any moment the same command goes on: files that are whole are kept, with their errors, which
-lie in STATE until the end.
+lie in STATE until the end. One process at a time writes into a directory.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from math import prod
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -30,10 +31,15 @@ from refengine.spec.config import InputError
 from refengine.spec.quant import E4M3, E4M3_MAX, Packed, nvfp4, to_e4m3
 from refengine.spec.tensors import Tensor, groups, table
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 STATE = ".quantize.json"
 STRIP = 2**21  # elements that are packed at once; some 20 arrays of float32 of that size are in use
 SHARD = 5 * 10**9  # bytes of a file, about
-TEXTS = (".json", ".jinja", ".model", ".txt", ".md")
+TEXTS = (".json", ".jinja", ".model", ".txt", ".md", ".py")  # .py: config.json may name classes in them
 ON_QKV = "qkv_proj"  # q, k and v are one matrix to modelopt: they share scale_2, but not the scale of FP8
 
 
@@ -104,21 +110,22 @@ def quantize(
         _check_calibration(jobs, recipe)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        state = _state(source, out, recipe, texts)
-        if texts is not None:
-            if "largest" not in state:
-                state["largest"] = calibrate(source, texts)
-                _text(out / STATE, json.dumps(state))
-            jobs = [calibrated(job, recipe, state["largest"]) for job in jobs]
-        files = _shards(source, jobs, shard)
-        for name, members in files.items():
-            if name not in state["errors"] or not (out / name).exists():
-                errors = _write(source, out / name, members, strip, advance)
-                state["errors"][name] = errors
-                _text(out / STATE, json.dumps(state))
-            else:
-                advance(sum(job.row.size for job in members))
-        _finish(source, out, jobs, files)
+        with _alone(out):
+            state = _state(source, out, recipe, texts, shard)
+            if texts is not None:
+                if "largest" not in state:
+                    state["largest"] = calibrate(source, texts)
+                    _text(out / STATE, json.dumps(state))
+                jobs = [calibrated(job, recipe, state["largest"]) for job in jobs]
+            files = _shards(source, jobs, shard)
+            for name, members in files.items():
+                if name not in state["errors"] or not (out / name).exists():
+                    errors = _write(source, out / name, members, strip, advance)
+                    state["errors"][name] = errors
+                    _text(out / STATE, json.dumps(state))
+                else:
+                    advance(sum(job.row.size for job in members))
+            _finish(source, out, jobs, files)
     except OSError as error:
         goes_on = "; the same command goes on from here" if (out / STATE).exists() else ""
         raise InputError(f"cannot write {out}: {error.strerror}{goes_on}") from None
@@ -183,12 +190,35 @@ def _check_target(source: Checkpoint, out: Path) -> None:
         raise InputError(f"{out} is the model itself: give another directory")
     if not out.exists() or (out / STATE).exists():
         return
-    if there := sorted(os.listdir(out)):
+    if there := sorted({*os.listdir(out)} - {_partial(out / STATE).name}):
         raise InputError(f"{out} holds {there[0]} already: give a new directory")
 
 
-def _state(source: Checkpoint, out: Path, recipe: Recipe, texts: Sequence[str] | None) -> dict[str, Any]:
-    """Return the state of an earlier run, or a new one; InputError if that was of another model or recipe."""
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Lock a directory; InputError if another process writes there. Without locks on this system, nothing."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another process is writing {out}") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _state(
+    source: Checkpoint, out: Path, recipe: Recipe, texts: Sequence[str] | None, shard: int
+) -> dict[str, Any]:
+    """Return the state of an earlier run, or a new one; InputError if that was of another model or recipe.
+
+    A run that was stopped before anything was found or written leaves nothing to go on with.
+    """
     digest = None if texts is None else sha256(json.dumps(list(texts)).encode()).hexdigest()
     wanted: dict[str, Any] = {
         "source": source.fingerprint(),
@@ -196,23 +226,46 @@ def _state(source: Checkpoint, out: Path, recipe: Recipe, texts: Sequence[str] |
         "names": dict(recipe.names),
     }
     wanted |= {"name": recipe.name, "before_attention": recipe.before_attention, "texts": digest}
+    wanted |= {"shard": shard}
     try:
         found = json.loads((out / STATE).read_text())
     except FileNotFoundError:
-        _text(out / STATE, json.dumps(wanted | {"errors": {}}))
-        return wanted | {"errors": {}}
+        found = {}
     except ValueError:
-        raise InputError(f"{out / STATE} is damaged: remove {out} and begin again") from None
-    if not isinstance(found, dict) or {key: found.get(key) for key in wanted} != wanted:
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"{out / STATE} is damaged: remove {out} and begin again")
+    if not found.get("errors") and "largest" not in found:
+        found = wanted | {"errors": {}}
+        _text(out / STATE, json.dumps(found))
+    if {key: found.get(key) for key in wanted} != wanted:
         raise InputError(f"{out} holds a part of another model or recipe: give a new directory")
     return found
 
 
+def _partial(path: Path) -> Path:
+    """Return the name of a file until it is whole."""
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that gets its name when it is whole, and is removed on an error."""
+    partial = _partial(path)
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+    with _whole(path) as file:
+        file.write(text.encode())
 
 
 def _bytes_of(source: Checkpoint, job: Job) -> int:
@@ -248,24 +301,19 @@ def _write(source: Checkpoint, path: Path, jobs: list[Job], strip: int, advance)
         at[name] = begin
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-(8 + len(raw)) % ALIGN)
-    partial = path.with_name(f".{path.name}.partial")
     errors = []
-    try:
-        with open(partial, "wb") as file:
-            file.write(len(raw).to_bytes(8, "little") + raw)
-            file.truncate(8 + len(raw) + end)
+    with _whole(path) as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + end)
 
-            def put(name: str, offset: int, values: np.ndarray) -> None:
+        def put(name: str, offset: int, values: np.ndarray) -> None:
+            raw_values = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+            if raw_values.any():  # zeros stay a hole
                 file.seek(8 + len(raw) + at[name] + offset)
-                file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+                file.write(raw_values.data)
 
-            for job in jobs:
-                errors += _put(source, job, strip, put, advance)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        for job in jobs:
+            errors += _put(source, job, strip, put, advance)
     return errors
 
 
@@ -307,7 +355,6 @@ def _put(source: Checkpoint, job: Job, strip: int, put, advance) -> list[list]:
         put(f"{base}.weight_scale", 0, packed.scale)
     if packed.scale_2 is not None:
         put(f"{base}.weight_scale_2", 0, np.array(packed.scale_2))
-    source.release([row.name])
     nbytes = _bytes_of(source, job)
     relative = [each / squares if squares else 0.0 for each in (lost, plainly)]
     return [[row.role, row.size, nbytes, *relative]]
@@ -336,14 +383,19 @@ def _squares(x: np.ndarray) -> float:
 
 
 def _strips(source: Checkpoint, row: Tensor, strip: int) -> Iterator[tuple[int, Any]]:
-    """Yield (first row, rows) of a tensor, of at most `strip` elements where a row has no more."""
+    """Yield (first row, rows) of a tensor, of at most `strip` elements where a row has no more.
+
+    The memory that reading a strip filled is given back after it.
+    """
     whole: Any = source.read(row.name)
     if whole.ndim == 0:
         yield 0, whole.reshape(1)
         return
+    at = source.stored[row.name]
     step = max(1, strip // max(1, prod(whole.shape[1:])))
     for begin in range(0, len(whole), step):
         yield begin, whole[begin : begin + step]
+        at.release()
 
 
 def _finish(source: Checkpoint, out: Path, jobs: list[Job], files: dict[str, list[Job]]) -> None:
