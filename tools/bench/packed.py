@@ -1,12 +1,14 @@
 """Measure what quantizing costs the embedded model, and what large packed files cost.
 
     python -m tools.bench.packed [STORIES]     loss, KL and top-1 against BF16, for each recipe
-    python -m tools.bench.packed memory        peak memory of a mixed model of about 2 GB (Linux)
+    python -m tools.bench.packed memory NAME   peak memory of a mixed model of about 2 GB on a backend (Linux)
     python -m tools.bench.packed opening       processor time to open the tensor lists of Nano and Super
+    python -m tools.bench.packed nano          peak memory of quantizing a sparse Nano (Linux)
+    python -m tools.bench.packed embedding     peak memory of quantizing Ultra's embedding, by four over six
 
 Stories are told by the generator with a seed that training does not use. KL is of the distribution after each
 token, in nats; top-1 is how often the most likely token is the same. The first writes a Markdown table to
-stdout. The other two write sparse files, which have true sizes and hold nothing.
+stdout. The next three write sparse files, which have true sizes and hold nothing; the last writes 2.1 GB.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,12 +27,13 @@ import numpy as np
 
 import refengine
 from refengine.checkpoint import Checkpoint
-from refengine.checkpoint.write import Piece, write_pieces
-from refengine.quantize import FORMATS, quantize, recipe_of
+from refengine.checkpoint.write import Piece, pieces, write_pieces
+from refengine.quantize import FORMATS, Recipe, quantize, recipe_of
 from refengine.quantize.write import Job
+from refengine.spec.arrays import DTYPES
 from refengine.spec.config import Config
 from refengine.spec.sample import log_probs
-from refengine.spec.tensors import table
+from refengine.spec.tensors import Tensor, table
 from tools import releases
 from tools.tiny.stories import tell
 
@@ -105,7 +110,7 @@ def memory(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def measure_memory() -> None:
+def measure_memory(backend: str) -> None:
     """Print the peak of memory while a model of Nano's sizes, with fewer layers, reads and generates.
 
     All pages of the files are read first, so that they count in full.
@@ -113,27 +118,62 @@ def measure_memory() -> None:
     with tempfile.TemporaryDirectory() as folder:
         sparse(Path(folder), replace(releases.CONFIGS["nano"], layers="MEM*"), "super")
         begin = memory("VmRSS")
-        with refengine.load(folder, backend="numpy") as engine:
+        with refengine.load(folder, backend=backend, dtype="auto") as engine:
             files = engine.checkpoint.files
             for file in files:
                 np.frombuffer(file.map, np.uint8)[::4096].max()
-            size, peak, done = sum(file.size for file in files), 0, threading.Event()
-
-            def watch() -> None:
-                nonlocal peak
-                while not done.wait(0.002):
-                    peak = max(peak, memory("RssAnon"))
-
-            watcher = threading.Thread(target=watch)
-            watcher.start()
-            engine.logits(list(range(64)))
-            for _ in range(3):
-                engine.logits([5])
-            done.set()
-            watcher.join()
+            size = sum(file.size for file in files)
+            with watched() as peak:
+                engine.logits(list(range(64)))
+                for _ in range(3):
+                    engine.logits([5])
         high = memory("VmHWM")
     print(f"files {size / 1e6:,.0f} MB; peak of the process {high / 1e6:,.0f} MB ({high / size - 1:+.1%}),")
-    print(f"of which not in the files {peak / 1e6:,.0f} MB; before the model {begin / 1e6:,.0f} MB")
+    print(f"of which not in the files {peak[0] / 1e6:,.0f} MB; before the model {begin / 1e6:,.0f} MB")
+
+
+@contextmanager
+def watched() -> Iterator[list[int]]:
+    """Give a list of one number: the most memory of this process, files left out, while the block runs."""
+    peak, done = [memory("RssAnon")], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], memory("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+
+
+def measure_quantizing(what: str) -> None:
+    """Print the peak of memory while a model is quantized: a sparse Nano, or Ultra's embedding and head."""
+    if what == "nano":
+        cfg, recipe, values = releases.CONFIGS["nano"], recipe_of("nano"), None
+    else:
+        cfg = replace(releases.CONFIGS["ultra"], layers="M", mtp_layers="", tie_word_embeddings=True)
+        recipe, values = Recipe("embedding", {"embedding": "four_over_six"}), repeated
+    with tempfile.TemporaryDirectory() as folder:
+        source, out = Path(folder) / "source", Path(folder) / "out"
+        write_pieces(source, cfg.to_hf(), pieces(cfg, values))
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        begin, started = memory("VmRSS"), time.perf_counter()
+        with watched() as peak:
+            quantize(source, out, recipe)
+        size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    seconds = time.perf_counter() - started
+    print(f"{size / 1e9:.1f} GB in {seconds:.0f} s; peak of the process {memory('VmHWM') / 1e6:,.0f} MB,")
+    print(f"of which not in the files {peak[0] / 1e6:,.0f} MB; before the model {begin / 1e6:,.0f} MB")
+
+
+def repeated(row: Tensor) -> np.ndarray:
+    """Return normal numbers, of which a large matrix has the same few over and over."""
+    some = np.random.default_rng(0).standard_normal(2**16, np.float32).astype(DTYPES[row.dtype])
+    return np.resize(some, row.shape)
 
 
 def measure_opening() -> None:
@@ -149,8 +189,10 @@ def measure_opening() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["memory"]:
-        measure_memory()
+    if sys.argv[1:2] == ["memory"]:
+        measure_memory(sys.argv[2] if len(sys.argv) > 2 else "numpy")
+    elif sys.argv[1:] in (["nano"], ["embedding"]):
+        measure_quantizing(sys.argv[1])
     elif sys.argv[1:] == ["opening"]:
         measure_opening()
     else:
