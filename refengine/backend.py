@@ -37,7 +37,8 @@ def make(
     device: None is the first CUDA device for the cuda backend, and the processor for the others.
     threads: None is the processors that this process may use.
     share: how much of the weights this machine is to hold, of all there are.
-    packed: whether the checkpoint has packed weights: numpy then keeps all weights as they are in the files.
+    packed: whether the checkpoint has packed weights: all weights then stay as they are in the files (numpy,
+        torch).
     batch_invariant: the same bits of a row's logits in any batch; the cpu backend alone has this mode.
     """
     if threads is not None and not 1 <= threads <= MOST_THREADS:
@@ -76,7 +77,9 @@ def make(
             gc.collect()
         if threads is None and processors() < (os.cpu_count() or 1):  # PyTorch knows no quota
             threads = processors()
-        return torch_backend(dtype, device, threads, deterministic, resident=fits(cfg, dtype, share))
+        resident = not packed and fits(cfg, dtype, share)
+        compute = "float32" if packed and device == "cpu" else None  # by the loops of backends/cpu
+        return torch_backend(dtype, device, threads, deterministic, resident, compute)
     raise InputError(f"there is no backend {name!r}; there is {', '.join(NAMES)}")
 
 

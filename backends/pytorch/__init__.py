@@ -10,7 +10,8 @@ Where each verb is:
     loops      on a CPU with float32 activations all of them, by the compiled loops of backends/cpu
     steps      a whole step of decoding in these
 
-Weights stay in `dtype`: where the file has it already they are used from the memory map, without a copy. What
+Weights stay in `dtype`: where the file has it already they are used from the memory map, without a copy.
+Packed weights stay packed (packed.py). What
 an activation is made of depends on what the machine multiplies fast (`products.activations`): a processor
 without bfloat16 matrix units takes the weights as bfloat16 and computes in float32, which is faster there,
 and nearer.
@@ -70,6 +71,7 @@ def torch_backend(
     verbs = Verbs(loops, torch.get_num_threads()) if loops else None
     products = Products(active)
     host = Host(where)
+    by_loops = verbs is not None and active == torch.float32
     ops = Ops(
         embed=products.embed,
         linear=products.linear,
@@ -87,11 +89,12 @@ def torch_backend(
     )
     backend = Backend(
         name="torch",
-        ops=with_loops(ops, verbs) if verbs and active == torch.float32 else ops,
-        place=partial(place, dtype=weights, device=where, resident=resident),
+        ops=with_loops(ops, verbs) if verbs and by_loops else ops,
+        place=partial(place, dtype=weights, device=where, resident=resident, loops=by_loops),
         new_state=partial(new_state, dtype=active, device=where),
         array=host.array,
         fetch=host.fetch,
+        packed=True,
     )
     if not verbs:
         return backend

@@ -2,7 +2,8 @@
 
 On a CPU that is a loop over the experts that were hit, here or in the loops of the CPU backend. On CUDA
 nothing may wait for the host, so all of them are one grouped product over the stacked matrices, with the
-borders of the groups computed on the device.
+borders of the groups computed on the device. Packed experts take the loop on CUDA too: the host waits for the
+numbers of those that were hit, and one at a time is dequantized.
 """
 
 from __future__ import annotations
@@ -50,6 +51,12 @@ class Stacked(NamedTuple):
     down: torch.Tensor  # E x i
 
 
+class Apart(NamedTuple):
+    """Experts as matrices, some of them packed."""
+
+    matrices: list  # (up, down) of each
+
+
 class Experts:
     """(u [b l x], placed experts, routing) -> sum over the chosen of  weight relu(u up')^2 down'
 
@@ -69,12 +76,12 @@ class Experts:
             y = self.listed(tokens, experts, here(expert, first, len(experts.matrices)), weight, k)
         return y.to(u.dtype).view(u.shape)
 
-    def listed(self, tokens, experts: Listed, expert, weight, k):
+    def listed(self, tokens, experts: Listed | Apart, expert, weight, k):
         """Return the weighted sum [tokens x] float32, by a loop over the experts that were hit."""
         matrices, count = experts.matrices, len(experts.matrices)
         order = expert.argsort(stable=True)
         token, weight, start = order // k, weight[order], 0
-        y = torch.zeros(tokens.shape)  # float32
+        y = torch.zeros(tokens.shape, device=tokens.device)  # float32
         for i, hits in enumerate(expert.bincount(minlength=count)[:count].tolist()):
             if hits:
                 rows = token[start : start + hits]

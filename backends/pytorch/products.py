@@ -1,8 +1,9 @@
 """Matrix products: an activation meets a weight, which may be in a narrower dtype.
 
 A product of equal dtypes is the library's. Where activations are wider than the weight, a piece of the
-weight that stays in cache is widened, multiplied, and forgotten, so no activation is rounded. On a CPU with
-float32 activations the loops of the CPU backend do this instead (loops.py), where they can be had.
+weight that stays in cache is widened, multiplied, and forgotten, so no activation is rounded. Of a packed
+weight a piece is dequantized in the same way. On a CPU with float32 activations the loops of the CPU backend
+do this instead (loops.py), where they can be had.
 
 docs/torch.md has the measurements behind `activations`.
 """
@@ -14,7 +15,10 @@ import threading
 import torch
 import torch.nn.functional as F
 
+from refengine.backends.pytorch.packed import PACKED
+
 PIECE = 1 << 20  # values of a weight that are widened at a time: 4 MB
+LARGE_PIECE = 1 << 25  # of a packed one on another device than a CPU, where a small product costs a launch
 
 
 def activations(weights: torch.dtype, device: torch.device) -> torch.dtype:
@@ -49,6 +53,8 @@ class Products:
 
     def embed(self, ids, table):
         """Return rows of the table, [.. d], in the activations' dtype."""
+        if isinstance(table, PACKED):
+            return table[ids].dequantize(self.dtype)
         return F.embedding(ids, table).to(self.dtype)
 
     def linear(self, x, weight):
@@ -57,6 +63,8 @@ class Products:
         if isinstance(weight, tuple):
             return torch.cat([self.linear(x, part) for part in weight], dim=-1)
         rows = x.numel() // x.shape[-1]
+        if isinstance(weight, PACKED):
+            return self.dequantized(x.reshape(rows, -1), weight).view(*x.shape[:-1], -1)
         if weight.dtype == x.dtype:
             return self.few(x, weight) if x.dtype == torch.float32 and 1 < rows <= 8 else F.linear(x, weight)
         return self.widened(x.reshape(rows, -1), weight).view(*x.shape[:-1], -1)
@@ -73,6 +81,15 @@ class Products:
             part = weight[start : start + step]
             piece = wide[: part.numel()].view(part.shape).copy_(part)
             torch.mm(x, piece.t(), out=y[:, start : start + step])
+        return y
+
+    def dequantized(self, x, weight):
+        """Return x [r i] times a packed weight [o i], a piece of it at a time."""
+        step = max(1, (PIECE if x.device.type == "cpu" else LARGE_PIECE) // weight.shape[1])
+        y = x.new_empty(len(x), len(weight))
+        for start in range(0, len(weight), step):
+            piece = weight[start : start + step].dequantize(x.dtype)
+            y[:, start : start + step] = F.linear(x, piece)
         return y
 
     def buffer(self, like, row: int):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import warnings
 
-import ml_dtypes
 import numpy as np
 import torch
 
 from refengine.backends.cpu.experts import Listed
-from refengine.backends.pytorch.experts import Stacked
+from refengine.backends.cpu.weights import place as for_loops
+from refengine.backends.pytorch.experts import Apart, Stacked
+from refengine.backends.pytorch.packed import PACKED, OnDevice, OnHost
+from refengine.spec.arrays import DTYPES, Weight, widen
+from refengine.spec.quant import Packed
 
-BF16 = np.dtype(ml_dtypes.bfloat16)
+BF16 = DTYPES["BF16"]
 
 
 def tensor(a: np.ndarray) -> torch.Tensor:
@@ -23,11 +26,23 @@ def tensor(a: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(a)
 
 
-def place(group, values, *, dtype, device, resident: bool):
-    """Return a matrix; a tuple (q, k, v) or the matrix of all three; the experts, listed or stacked."""
+def place(group, values, *, dtype, device, resident: bool, loops: bool = False):
+    """Return a matrix; a tuple (q, k, v) or the matrix of all three; the experts, listed or stacked.
+
+    Packed weights stay packed, and lie as the compiled loops read them if `loops` (of backends/cpu) multiply
+    by weights; if not, q, k and v, or the experts of a layer, lie apart.
+    """
     small = group.rows[0].precision == "small"
-    kept = None if not (resident or small) else torch.float32 if small else dtype
-    placed = [tensor(np.ascontiguousarray(v)).to(device=device, dtype=kept) for v in values]
+    if small:
+        values = [widen(value, np.dtype(np.float32)) for value in values]
+    if loops and not all(isinstance(value, np.ndarray) for value in values):
+        return for_loops(group, values, dtype="float32")
+    kept = dtype if resident and not small else None
+    placed: list = [on_device(value, device, kept) for value in values]
+    if any(isinstance(weight, PACKED) for weight in placed):
+        if group.name == "experts":
+            return Apart(list(zip(placed[::2], placed[1::2], strict=True)))
+        return placed[0] if len(placed) == 1 else tuple(placed)
     if group.name == "conv1d.weight":
         return by_tap(placed[0])
     if group.name == "experts":
@@ -39,6 +54,25 @@ def place(group, values, *, dtype, device, resident: bool):
         return placed[0]
     copied = device.type == "cuda" or placed[0].data_ptr() != values[0].ctypes.data
     return torch.cat(placed) if copied else tuple(placed)
+
+
+def on_device(value: Weight, device, dtype) -> torch.Tensor | OnHost | OnDevice:
+    """Return a weight of the host on a device: packed as it is, else in `dtype` (None: in its own)."""
+    if not isinstance(value, np.ndarray):
+        if device.type == "cpu":
+            return OnHost(value)
+        if isinstance(value, Packed):
+            return packed_on(value, device)
+        value = value.dequantize(BF16)
+    return tensor(np.ascontiguousarray(value)).to(device=device, dtype=dtype)
+
+
+def packed_on(weight: Packed, device) -> OnDevice:
+    """Return a packed weight of the host as tensors on a device."""
+    codes, scale = (tensor(np.ascontiguousarray(a)).to(device) for a in (weight.codes, weight.scale))
+    if weight.kind == "FP8":
+        return OnDevice("FP8", codes, None, float(weight.scale))
+    return OnDevice(weight.kind, codes, scale, 1.0 if weight.scale_2 is None else float(weight.scale_2))
 
 
 def by_tap(weight):
