@@ -35,7 +35,8 @@ from refengine.spec.config import Config, InputError
 from refengine.spec.model import Model
 from refengine.spec.ops import Backend
 from refengine.spec.tensors import table
-from refengine.states.prefixes import Prefixes
+from refengine.states.disk import Disk
+from refengine.states.prefixes import Prefixes, keys
 from refengine.states.state import Start, State
 from refengine.text.ids_only import tokenizer_of
 from refengine.text.tokenizer import Tokenizer
@@ -54,6 +55,7 @@ def load(
     batch: int = SLOTS,
     batch_invariant: bool = False,
     cache: int = 0,
+    cache_dir: str | Path | None = None,
 ) -> Engine:
     """Open a checkpoint and return an Engine; for several ranks see refengine.ranks.load.
 
@@ -70,6 +72,7 @@ def load(
         batch_invariant: ask for logits that have the same bits whatever the batch, the other sequences in it,
             and the cuts of a prompt at whole chunks; slower, and on the cpu backend alone.
         cache: bytes of snapshots to keep, from which prompts start that share a prefix; 0: none.
+        cache_dir: a directory in which the last point of each prompt is kept too, up to as many bytes.
 
     Raises:
         InputError: one sentence about what is wrong with the files or with the choice.
@@ -108,7 +111,7 @@ def load(
         built = Model.build(cfg, read, chosen)
     checkpoint.release()  # what was widened is not needed in the file's form too
     seconds = time.perf_counter() - began
-    return Engine(checkpoint, LocalRunner(built), seconds, batch, cache, batch_invariant)
+    return Engine(checkpoint, LocalRunner(built), seconds, batch, cache, batch_invariant, cache_dir)
 
 
 def limit_threads(threads: int | None) -> None:
@@ -125,8 +128,8 @@ def limit_threads(threads: int | None) -> None:
 class Engine:
     """Holds a loaded model. Several threads may call one engine: their sequences share its slots.
 
-    batch: sequences side by side, at most. cache: bytes of snapshots of prefixes. batch_invariant: whether a
-    prefix must have the same bits, reused or read.
+    batch: sequences side by side, at most. cache: bytes of snapshots of prefixes, in memory and in the
+    directory `cache_dir`. batch_invariant: whether a prefix must have the same bits, reused or read.
     """
 
     checkpoint: Checkpoint
@@ -135,6 +138,15 @@ class Engine:
     batch: int = SLOTS
     cache: int = 0
     batch_invariant: bool = False
+    cache_dir: str | Path | None = None
+
+    def __post_init__(self):
+        self.disk = None
+        if self.cache_dir is not None:
+            if not self.cache:
+                raise InputError("cache_dir needs a number of bytes to keep: cache = 2**31")
+            where, cfg = Path(self.cache_dir), self.checkpoint.config
+            self.disk = Disk(where, self.cache, cfg, self._fingerprint, keys)
 
     @property
     def config(self) -> Config:
@@ -169,7 +181,8 @@ class Engine:
         """Return the loop in which all sequences of this engine run."""
         tokenizer, title = self._tokenizer, self.checkpoint.directory.name
         ends, exactly = lambda: tokenizer().stop_ids, self.batch_invariant
-        prefixes = Prefixes(self.runner, self.cache, ends, exactly, self._fingerprint, title)
+        how = ends, exactly, self._fingerprint, title, self.disk
+        prefixes = Prefixes(self.runner, self.cache, *how)
         return Loop(self.runner, tokenizer, self.load_seconds, self.batch, prefixes=prefixes)
 
     @property

@@ -100,6 +100,7 @@ class OnOff(click.ParamType):
     metavar="BYTES",
     help="Keep states of earlier turns.  [default: 1GiB]",
 )
+@options.cache_dir
 @options.sampling
 @options.as_json
 @options.engine
@@ -161,6 +162,7 @@ def chat(
                 talk.line(line)
     if stats:
         options.say_ranks(engine)
+    options.say_trouble(engine)
     engine.close()
 
 

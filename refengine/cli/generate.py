@@ -90,6 +90,7 @@ def generate(
     if stats:
         say_statistics(statistics, time.perf_counter() - began, options.backend_text(engine))
         options.say_ranks(engine)
+    options.say_trouble(engine)
     engine.close()
     if refused:
         raise click.exceptions.Exit(1)

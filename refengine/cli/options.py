@@ -178,11 +178,12 @@ RANGE = re.compile(r"\s+\[[\d.<=>]*x[\d.<=>]*\]|; [\d.<=>]*x[\d.<=>]*(?=\])")
 TOGETHER = {  # options that share a line of help
     "tp": ("--tp N, --ep N, --pp N", "Ranks for layers, experts, list of layers."),
     "quiet": ("-q, --quiet; -v, --verbose", "Print no notes; print what is loaded."),
+    "cache": ("--cache BYTES, --cache-dir D", "Keep states of prefixes, as in 2GiB."),
     "save_state": ("--save-state, --load-state F", "Save where a text ends; go on from there."),
     "show_thinking": ("--show-thinking", "Print thoughts; a terminal shows them anyway."),
     "timeout": ("--timeout SECONDS", "Longest wait for a rank's heartbeat.  [20]"),
 }
-SHARED = {"ep", "pp", "verbose", "load_state"}
+SHARED = {"ep", "pp", "verbose", "load_state", "cache_dir"}
 
 
 class Command(click.Command):
@@ -324,9 +325,16 @@ def load(tp: int, ep: int, pp: int, timeout: float, **how):
 
 LOADING: tuple[str, ...] = ("model", "backend", "dtype", "device", "threads", "deterministic")
 LOADING += ("tp", "ep", "pp", "timeout", "batch", "batch_invariant", "cache")
+LOADING += ("cache_dir",)
 
-cache = click.option(
-    "--cache", type=Bytes(), default=0, metavar="BYTES", help="Keep states of prefixes, as in 2GiB."
+cache_dir = click.option(
+    "--cache-dir", type=FileName(), metavar="D", help="Keep states of prefixes in a directory too."
+)
+cache = together(
+    click.option(
+        "--cache", type=Bytes(), default=0, metavar="BYTES", help="Keep states of prefixes, as in 2GiB."
+    ),
+    cache_dir,
 )
 batch = click.option("--batch", type=click.IntRange(1), metavar="N", help="Sequences side by side, at most.")
 
@@ -357,6 +365,12 @@ def say_ranks(engine) -> None:
         kept, touched = (bytes_text(sum(read[what].values())) for what in ("kept", "touched"))
         roles = ", ".join(f"{role} {bytes_text(size)}" for role, size in read["kept"].items())
         click.echo(f"rank {rank}: keeps {kept} of the checkpoint, reads {touched} for it; {roles}", err=True)
+
+
+def say_trouble(engine) -> None:
+    """Print a note where a directory of prefixes could not be written to."""
+    if engine.disk is not None and engine.disk.trouble:
+        note(f"{engine.disk.trouble}; nothing more is kept there")
 
 
 def follows() -> bool:

@@ -46,6 +46,7 @@ def load(
     batch: int = SLOTS,
     batch_invariant: bool = False,
     cache: int = 0,
+    cache_dir: str | None = None,
 ) -> Engine:
     """Return the engine of this rank, with its part of the model; every rank of the job makes the same call.
 
@@ -90,7 +91,7 @@ def load(
         built = ranks.part(cfg, read, chosen, shard, comm)
     checkpoint.release()
     runner = RankRunner(built, cfg, comm, shard, chosen)
-    return Engine(checkpoint, runner, time.perf_counter() - began, batch, cache, batch_invariant)
+    return Engine(checkpoint, runner, time.perf_counter() - began, batch, cache, batch_invariant, cache_dir)
 
 
 def with_heartbeats(backend: Backend, comm: Ranks) -> Backend:

@@ -16,12 +16,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from refengine.states.disk import Disk
 from refengine.states.state import State, of_generator, of_sampling
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Prefixes:
     exactly: bool = False
     model: Callable[[], str] = str
     title: str = ""
+    disk: Disk | None = None  # where points of prompts are kept for other processes
     nodes: dict[bytes, Node] = field(default_factory=dict)
     points: dict[bytes, Node] = field(default_factory=dict)  # those used longest ago first
     lengths: Counter[int] = field(default_factory=Counter)  # how many points end after so many tokens
@@ -85,6 +87,9 @@ class Prefixes:
         before = sequence.turn if sequence.start.keep == "turn" else 0  # the state is to be taken there
         ids = sequence.ids[: before + 1] if before else sequence.ids
         found = self.longest(ids) if self.budget else None
+        if self.disk:
+            known = max(found.end if found else 0, state.position if state else 0)
+            state = self.disk.longest(ids, known) or state
         if state is not None and (found is None or found.end <= state.position):
             self.resume(sequence, state, how)
         elif found is not None:
@@ -116,6 +121,14 @@ class Prefixes:
             self.capture(sequence)
             if read % length == 0 or (at_turn and not self.exactly):
                 self.keep(sequence, ids[:read])
+            last = 0 if self.exactly else sequence.turn
+            if (
+                self.disk
+                and read == (last or len(ids) // length * length)
+                and not self.disk.holds(ids[:read])
+            ):
+                state = self.state(sequence, ids[:read], read)
+                self.disk.keep(replace(state, sampling={}, generator=None))
 
     def capture(self, sequence: Running) -> None:
         """Take the state of a sequence if this is the point in its prompt where it is to be returned."""
