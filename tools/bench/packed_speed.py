@@ -1,12 +1,13 @@
 """Measure the speed of packed weights, in paired, alternating runs, medians, and ratios.
 
     python -m tools.bench.packed_speed MID NAME=MODEL[,FILE.gguf] ... [--llama LLAMA_BENCH] [--rounds 5]
-    python -m tools.bench.packed_speed --products [--rounds 5]
+    python -m tools.bench.packed_speed --products [--threads 1] [--kinds NVFP4,q4_k] [--rounds 5]
 
 The first prints tokens/s of decoding (one sequence and eight) and of a prompt of 512 tokens: of MID, which is
 in bfloat16, of each MODEL (a directory or a GGUF file), and of llama.cpp on FILE.gguf (by default MODEL where
 that is one) through its program llama-bench. The second prints how many G weights a second products of one
-row and more take of matrices of random codes that are larger than the caches, by kind.
+row and more take of matrices of random codes, by kind, of the best of the runs; with one thread by its
+own time, which other processes disturb less.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tools.bench.cpu import CONTEXT, Worker, paired
 
 SHAPE = (1344, 4096)  # outputs, inputs
 ROWS = (1, 2, 4, 8, 512)
-LARGE = 2**26  # bytes of the matrices that a measurement goes through
+LARGE = 2**25  # bytes of the matrices that a measurement goes through
 
 
 def random_weights(kind: str):
@@ -50,13 +51,14 @@ def random_weights(kind: str):
     return blocks.Blocks(form, codes(outs, n // form.columns * form.nbytes))
 
 
-def products(threads: int, rounds: int) -> None:
+def products(threads: int, rounds: int, kinds: list[str]) -> None:
     """Print G weights/s, and GB/s for one row, of the best of alternating runs."""
+    clock = time.thread_time if threads == 1 else time.perf_counter
     from refengine.backends.cpu import cpu_backend
     from refengine.backends.cpu.arrays import BLOCKS, PACKED
 
     linear, rng = cpu_backend("float32", threads).ops.linear, np.random.default_rng(1)
-    kinds = ("bfloat16", *PACKED, *BLOCKS)
+    kinds = ["bfloat16", *(kinds or [*PACKED, *BLOCKS])]
     made = {kind: random_weights(kind) for kind in kinds}
     copies: dict[str, list] = {}
     for kind, w in made.items():
@@ -67,10 +69,10 @@ def products(threads: int, rounds: int) -> None:
             x = rng.standard_normal((rows, SHAPE[1])).astype(np.float32)
             for kind in kinds:
                 some = copies[kind][: 1 if rows > 64 else None]
-                began = time.perf_counter()
+                began = clock()
                 for w in some:
                     linear(x, w)
-                taken = (time.perf_counter() - began) / len(some)
+                taken = (clock() - began) / len(some)
                 least[kind, rows] = min(taken, least.get((kind, rows), taken))
     print(f"| kind | bits | GB/s | {' | '.join(f'{rows} rows' for rows in ROWS)} |")
     print("|---" * (3 + len(ROWS)) + "|")
@@ -114,6 +116,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="the model in bfloat16")
     parser.add_argument("others", nargs="*", help="NAME=MODEL or NAME=MODEL,FILE.gguf")
     parser.add_argument("--products", action="store_true")
+    parser.add_argument("--kinds", default="", help="of --products, with commas between them")
     parser.add_argument("--llama", help="the program llama-bench")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
@@ -122,7 +125,7 @@ def main() -> None:
     arguments = parser.parse_args()
     threads, rounds = arguments.threads, arguments.rounds
     if arguments.products:
-        return products(threads, rounds)
+        return products(threads, rounds, [kind for kind in arguments.kinds.split(",") if kind])
     if not arguments.model:
         parser.error("name the model in bfloat16, or --products")
     names = {"bfloat16": arguments.model} | dict(other.split("=", 1) for other in arguments.others)

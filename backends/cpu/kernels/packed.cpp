@@ -14,6 +14,8 @@
 
 namespace {
 
+#define INLINE inline __attribute__((always_inline))  // a loop's constants and sums stay in registers
+
 typedef uint8_t bytes __attribute__((vector_size(32)));
 typedef uint8_t bytes16 __attribute__((vector_size(16)));
 typedef int32_t eight_ints __attribute__((vector_size(32)));
@@ -22,7 +24,7 @@ typedef float eight __attribute__((vector_size(32)));
 // 32 columns: weight = (code - offset of the kind) scale + least; a scale for the first 16 and one for the others.
 struct Columns { bytes code; float scale[2], least; };
 
-float half(uint16_t bits) {
+INLINE float half(uint16_t bits) {
 #ifdef INTEGERS
     return _cvtsh_ss(bits);
 #else
@@ -30,12 +32,12 @@ float half(uint16_t bits) {
     return widened_half(all)[0];
 #endif
 }
-float half_at(const uint8_t* at) { return half(load<uint16_t>(at)); }
+INLINE float half_at(const uint8_t* at) { return half(load<uint16_t>(at)); }
 
 // E4M3 by way of float16, which has the same subnormals, 2^8 times as small. Its NaN is 480.
-float e4m3_of(uint8_t code) { return half((code & 0x80) << 8 | (code & 0x7f) << 7) * 256; }
+INLINE float e4m3_of(uint8_t code) { return half((code & 0x80) << 8 | (code & 0x7f) << 7) * 256; }
 
-bytes looked_up(bytes table, bytes index) {
+INLINE bytes looked_up(bytes table, bytes index) {
 #ifdef INTEGERS
     return (bytes)_mm256_shuffle_epi8((__m256i)table, (__m256i)index);
 #else
@@ -44,21 +46,21 @@ bytes looked_up(bytes table, bytes index) {
 #endif
 }
 
-inline bytes twice(const uint8_t (&t)[16]) {
+INLINE bytes twice(const uint8_t (&t)[16]) {
     return bytes{t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10], t[11], t[12], t[13], t[14], t[15],
                  t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10], t[11], t[12], t[13], t[14], t[15]};
 }
 constexpr uint8_t E2M1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // twice the value, and 12
-constexpr uint8_t IQ4[16] = {0, 23, 44, 62, 78, 92, 105, 117, 128, 140, 152, 165, 180, 196, 216, 240};  // and 127
+constexpr uint8_t IQ4[16] = {129, 152, 173, 191, 207, 221, 234, 246, 1, 13, 25, 38, 53, 69, 89, 113};  // signed
 
 // The low halves of 16 bytes, then the high ones.
-bytes nibbles(bytes16 q) {
+INLINE bytes nibbles(bytes16 q) {
     return __builtin_shufflevector(q & 15, q >> 4, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19,
                                    20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
 }
 
 // 16 in each byte whose bit is set.
-bytes sixteens(uint32_t bits) {
+INLINE bytes sixteens(uint32_t bits) {
 #ifdef INTEGERS
     const __m256i each = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
     const __m256i bit = _mm256_set1_epi64x(0x8040201008040201);
@@ -74,12 +76,13 @@ bytes sixteens(uint32_t bits) {
 namespace blocks {
 
 // A kind: the columns and bytes of a block, the offset of its codes, and `read`, columns 32 part .. of a block.
-// LEAST: whether there is a least value; MIXED: whether 16 columns have a scale.
+// LEAST: whether there is a least value; MIXED: whether 16 columns have a scale; SUMS: whether codes are below 64, so
+// that products with bytes can be added up in 16 bits; others are signed, without an offset.
 struct Q4_0 {
     static constexpr i64 COLUMNS = 32, BYTES = 18;
     static constexpr int OFFSET = 8;
     static constexpr bool LEAST = false, MIXED = false, SUMS = true;
-    static Columns read(const uint8_t* b, i64) {
+    static INLINE Columns read(const uint8_t* b, i64) {
         const float d = half_at(b);
         return {nibbles(load<bytes16>(b + 2)), {d, d}, 0};
     }
@@ -88,7 +91,7 @@ struct Q4_1 {
     static constexpr i64 COLUMNS = 32, BYTES = 20;
     static constexpr int OFFSET = 0;
     static constexpr bool LEAST = true, MIXED = false, SUMS = true;
-    static Columns read(const uint8_t* b, i64) {
+    static INLINE Columns read(const uint8_t* b, i64) {
         const float d = half_at(b);
         return {nibbles(load<bytes16>(b + 4)), {d, d}, half_at(b + 2)};
     }
@@ -97,7 +100,7 @@ struct Q5_0 {
     static constexpr i64 COLUMNS = 32, BYTES = 22;
     static constexpr int OFFSET = 16;
     static constexpr bool LEAST = false, MIXED = false, SUMS = true;
-    static Columns read(const uint8_t* b, i64) {
+    static INLINE Columns read(const uint8_t* b, i64) {
         const float d = half_at(b);
         return {nibbles(load<bytes16>(b + 6)) | sixteens(load<uint32_t>(b + 2)), {d, d}, 0};
     }
@@ -106,22 +109,22 @@ struct Q5_1 {
     static constexpr i64 COLUMNS = 32, BYTES = 24;
     static constexpr int OFFSET = 0;
     static constexpr bool LEAST = true, MIXED = false, SUMS = true;
-    static Columns read(const uint8_t* b, i64) {
+    static INLINE Columns read(const uint8_t* b, i64) {
         const float d = half_at(b);
         return {nibbles(load<bytes16>(b + 8)) | sixteens(load<uint32_t>(b + 4)), {d, d}, half_at(b + 2)};
     }
 };
 struct Q8_0 {
     static constexpr i64 COLUMNS = 32, BYTES = 34;
-    static constexpr int OFFSET = 128;
+    static constexpr int OFFSET = 0;
     static constexpr bool LEAST = false, MIXED = false, SUMS = false;
-    static Columns read(const uint8_t* b, i64) {
+    static INLINE Columns read(const uint8_t* b, i64) {
         const float d = half_at(b);
-        return {load<bytes>(b + 2) ^ 0x80, {d, d}, 0};
+        return {load<bytes>(b + 2), {d, d}, 0};
     }
 };
 // The scale and the least value of a part of q4_k and q5_k: 6 bits each, of 12 bytes.
-void six(const uint8_t* b, i64 part, Columns& to) {
+INLINE void six(const uint8_t* b, i64 part, Columns& to) {
     const uint8_t* s = b + 4;
     const int high = s[part % 4 + 8];
     const int scale = part < 4 ? s[part] & 63 : (high & 15) | s[part - 4] >> 6 << 4;
@@ -133,7 +136,7 @@ struct Q4_K {
     static constexpr i64 COLUMNS = 256, BYTES = 144;
     static constexpr int OFFSET = 0;
     static constexpr bool LEAST = true, MIXED = false, SUMS = true;
-    static Columns read(const uint8_t* b, i64 part) {
+    static INLINE Columns read(const uint8_t* b, i64 part) {
         const bytes q = load<bytes>(b + 16 + part / 2 * 32);
         Columns found = {part % 2 ? q >> 4 : q & 15, {}, 0};
         six(b, part, found);
@@ -144,7 +147,7 @@ struct Q5_K {
     static constexpr i64 COLUMNS = 256, BYTES = 176;
     static constexpr int OFFSET = 0;
     static constexpr bool LEAST = true, MIXED = false, SUMS = true;
-    static Columns read(const uint8_t* b, i64 part) {
+    static INLINE Columns read(const uint8_t* b, i64 part) {
         const bytes q = load<bytes>(b + 48 + part / 2 * 32), high = load<bytes>(b + 16);
         const bytes bit = high & (bytes{} + (uint8_t)(1 << part));
         Columns found = {(part % 2 ? q >> 4 : q & 15) | ((bytes)(bit != 0) & 16), {}, 0};
@@ -156,7 +159,7 @@ struct Q6_K {
     static constexpr i64 COLUMNS = 256, BYTES = 210;
     static constexpr int OFFSET = 32;
     static constexpr bool LEAST = false, MIXED = true, SUMS = true;
-    static Columns read(const uint8_t* b, i64 part) {
+    static INLINE Columns read(const uint8_t* b, i64 part) {
         const bytes q = load<bytes>(b + part / 4 * 64 + part % 2 * 32), low = part % 4 < 2 ? q & 15 : q >> 4;
         const bytes high = load<bytes>(b + 128 + part / 4 * 32);
         bytes two;
@@ -173,9 +176,9 @@ struct Q6_K {
 };
 struct IQ4_NL {
     static constexpr i64 COLUMNS = 32, BYTES = 18;
-    static constexpr int OFFSET = 127;
+    static constexpr int OFFSET = 0;
     static constexpr bool LEAST = false, MIXED = false, SUMS = false;
-    static Columns read(const uint8_t* b, i64) {
+    static INLINE Columns read(const uint8_t* b, i64) {
         const float d = half_at(b);
         return {looked_up(twice(IQ4), nibbles(load<bytes16>(b + 2))), {d, d}, 0};
     }
@@ -184,18 +187,18 @@ struct MXFP4 {
     static constexpr i64 COLUMNS = 32, BYTES = 17;
     static constexpr int OFFSET = 12;
     static constexpr bool LEAST = false, MIXED = false, SUMS = true;
-    static Columns read(const uint8_t* b, i64) {
+    static INLINE Columns read(const uint8_t* b, i64) {
         const uint32_t e = b[0], bits = e < 2 ? 0x200000u << e : (e - 1) << 23;  // 2^(e - 128)
         const float d = same<float>(bits);
         return {looked_up(twice(E2M1), nibbles(load<bytes16>(b + 1))), {d, d}, 0};
     }
 };
-float half_e4m3(uint8_t code) { return (code & 0x7f) == 0x7f ? 0 : e4m3_of(code & 0x7f) / 2; }
+INLINE float half_e4m3(uint8_t code) { return (code & 0x7f) == 0x7f ? 0 : e4m3_of(code & 0x7f) / 2; }
 struct GGUF_NVFP4 {  // 4 scales, then 8 bytes for 16 columns, of which the low halves are the first 8
     static constexpr i64 COLUMNS = 64, BYTES = 36;
     static constexpr int OFFSET = 12;
     static constexpr bool LEAST = false, MIXED = true, SUMS = true;
-    static Columns read(const uint8_t* b, i64 part) {
+    static INLINE Columns read(const uint8_t* b, i64 part) {
         const bytes q = nibbles(load<bytes16>(b + 4 + 16 * part));
         const bytes order =
             __builtin_shufflevector(q, q, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23, 8, 9, 10, 11, 12, 13,
@@ -207,7 +210,7 @@ struct GGUF_NVFP4 {  // 4 scales, then 8 bytes for 16 columns, of which the low 
 struct NVFP4 {
     static constexpr int OFFSET = 12;
     static constexpr bool LEAST = false, MIXED = true, SUMS = true;
-    static Columns read(const uint8_t* codes, const uint8_t* scales, i64 columns) {
+    static INLINE Columns read(const uint8_t* codes, const uint8_t* scales, i64 columns) {
         uint8_t q[16] = {}, s[2] = {};
         memcpy(q, codes, columns / 2), memcpy(s, scales, columns / 16);
         const bytes h = nibbles(load<bytes16>(q));
@@ -240,55 +243,70 @@ void of_packed(i64 kind, F f) {
 }
 
 template <class K>
-const uint8_t* block_of(const Matrix& w, i64 n, i64 row, i64 piece) {
+INLINE const uint8_t* block_of(const Matrix& w, i64 n, i64 row, i64 piece) {
     return (const uint8_t*)w.at + (row * (n / K::COLUMNS) + piece / (K::COLUMNS / 32)) * K::BYTES;
 }
 
 // Columns 32 piece .. of a row.
 template <class K>
-Columns columns(const Matrix& w, i64 n, i64 row, i64 piece) {
+INLINE Columns columns(const Matrix& w, i64 n, i64 row, i64 piece) {
     return K::read(block_of<K>(w, n, row, piece), piece % (K::COLUMNS / 32));
 }
 template <>
-Columns columns<blocks::NVFP4>(const Matrix& w, i64 n, i64 row, i64 piece) {
+INLINE Columns columns<blocks::NVFP4>(const Matrix& w, i64 n, i64 row, i64 piece) {
     const uint8_t* codes = (const uint8_t*)w.at + row * (n / 2) + 16 * piece;
     const uint8_t* scales = w.scale + row * (n / 16) + 2 * piece;
     return 32 * piece + 32 <= n ? blocks::NVFP4::read(codes, scales, 32) : blocks::NVFP4::read(codes, scales, 16);
 }
 
-// Bytes 8 i .. 8 i + 7 as integers.
-template <int i>
-eight_ints eight_of(bytes code) {
-#ifdef INTEGERS
-    const __m128i half = _mm256_extracti128_si256((__m256i)code, i / 2);
-    return (eight_ints)_mm256_cvtepu8_epi32(i % 2 ? _mm_srli_si128(half, 8) : half);
-#else
+// Codes 8 i .. 8 i + 7, less the offset.
+template <class K, int i>
+INLINE eight eight_of(bytes code) {
     eight_ints found;
-    for (int j = 0; j < 8; j++) found[j] = code[8 * i + j];
-    return found;
+#ifdef INTEGERS
+    __m128i part = _mm256_extracti128_si256((__m256i)code, i / 2);
+    if (i % 2) part = _mm_srli_si128(part, 8);
+    found = (eight_ints)(K::SUMS ? _mm256_cvtepu8_epi32(part) : _mm256_cvtepi8_epi32(part));
+#else
+    for (int j = 0; j < 8; j++) found[j] = K::SUMS ? code[8 * i + j] : (int8_t)code[8 * i + j];
 #endif
+    return __builtin_convertvector(found - K::OFFSET, eight);
 }
 
 template <class K>
-void write_out(const Columns& w, float factor, float* to) {
+INLINE void write_out(const Columns& w, float factor, float* to) {
     const float least = w.least * factor;
-    auto part = [&](eight_ints code, int i) {
-        eight value = __builtin_convertvector(code - K::OFFSET, eight) * (w.scale[i / 2] * factor);
+    auto part = [&](eight value, int i) __attribute__((always_inline)) {
+        value *= w.scale[i / 2] * factor;
         if (K::LEAST) value += least;
         memcpy(to + 8 * i, &value, sizeof value);
     };
-    part(eight_of<0>(w.code), 0), part(eight_of<1>(w.code), 1);
-    part(eight_of<2>(w.code), 2), part(eight_of<3>(w.code), 3);
+    part(eight_of<K, 0>(w.code), 0), part(eight_of<K, 1>(w.code), 1);
+    part(eight_of<K, 2>(w.code), 2), part(eight_of<K, 3>(w.code), 3);
 }
 
+// 16 columns of MXFP8, whose scale is a power of two.
+INLINE float power_of(uint32_t e) { return same<float>(e ? e << 23 : 0x400000u); }  // 2^(e - 127)
+INLINE void codes_of_mxfp8(const e4m3* codes, eight& first, eight& second) {
+#ifdef INTEGERS
+    __m256i h = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)codes)), 7);
+    h = _mm256_add_epi16(h, _mm256_and_si256(h, _mm256_set1_epi16(0x4000)));  // the sign, from bit 14 to 15
+    first = (eight)_mm256_cvtph_ps(_mm256_castsi256_si128(h));
+    second = (eight)_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1));
+#else
+    float wide[16];
+    widen_to(codes, 16, wide);
+    first = load<eight>(wide), second = load<eight>(wide + 8);
+#endif
+}
 void dequantize_mxfp8(const Matrix& w, i64 n, i64 row, i64 from, i64 count, float* to) {
     const e4m3* codes = (const e4m3*)w.at + row * n + from;
     const uint8_t* scales = w.scale + (row * n + from) / 16;
     for (i64 j = 0; j < count; j += 16) {
-        const uint32_t e = scales[j / 16];
-        const float scale = same<float>(e ? e << 23 : 0x400000u);  // 2^(e - 127)
-        widen_to(codes + j, 16, to + j);
-        for (i64 i = j; i < j + 16; i++) to[i] = to[i] * 256 * scale;
+        eight a, b;
+        codes_of_mxfp8(codes + j, a, b);
+        const float scale = power_of(scales[j / 16]);
+        store(to + j, a * 256 * scale), store(to + j + 8, b * 256 * scale);
     }
 }
 
@@ -324,6 +342,7 @@ void dequantize(const Matrix& w, i64 n, i64 row, i64 from, i64 count, float* to)
 i64 integers_room(i64, i64) { return 0; }
 void to_integers(i64, const float*, i64, float*) {}
 void integer_products(const Matrix&, i64, i64, i64, const float* const*, i64, float*) {}
+bool float_products(const Matrix&, i64, i64, i64, const float* const*, i64, float*) { return false; }
 
 #else
 
@@ -338,12 +357,12 @@ struct Integers {
 };
 constexpr float LARGEST = 8355000;  // what three planes hold, and a little less
 
-__m256i load8(const void* at) { return _mm256_loadu_si256((const __m256i*)at); }
+INLINE __m256i load8(const void* at) { return _mm256_loadu_si256((const __m256i*)at); }
 
 // The eight sums of four columns, in order, of 32 numbers.
-__m256i in_order(__m256i v) { return _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)); }
+INLINE __m256i in_order(__m256i v) { return _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)); }
 
-float added(__m256 v) {
+INLINE float added(__m256 v) {
     __m128 all = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     all = _mm_add_ps(all, _mm_movehl_ps(all, all));
     return _mm_cvtss_f32(_mm_add_ss(all, _mm_movehdup_ps(all)));
@@ -351,9 +370,16 @@ float added(__m256 v) {
 
 // The scale of numbers of which this is the largest; NaN if one of them is not finite.
 float scale_of(const float* x, i64 count) {
-    float largest = 0, bad = 0;
-    for (i64 j = 0; j < count; j++) largest = std::max(largest, std::fabs(x[j])), bad += x[j] - x[j];
-    return largest < 1e-30f ? bad : largest / LARGEST + bad;
+    __m256 largest = _mm256_setzero_ps(), bad = largest;
+    for (i64 j = 0; j < count; j += 8) {
+        const __m256 v = _mm256_loadu_ps(x + j);
+        largest = _mm256_max_ps(largest, _mm256_andnot_ps(_mm256_set1_ps(-0.f), v));
+        bad = _mm256_add_ps(bad, _mm256_sub_ps(v, v));
+    }
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(largest), _mm256_extractf128_ps(largest, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    const float most = std::max(four[0], four[1]), wrong = added(bad);
+    return most < 1e-30f ? wrong : most / LARGEST + wrong;
 }
 
 void piece_of(const float* x, float scale, int offset, Integers& to) {
@@ -362,10 +388,9 @@ void piece_of(const float* x, float scale, int offset, Integers& to) {
     __m256i v[4];
     for (int i = 0; i < 4; i++) v[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), up));
     const __m256i sums = in_order(_mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3])));
-    memcpy(to.bias, &sums, sizeof sums);
-    double sum = 0;
-    for (int i = 0; i < 8; i++) sum += to.bias[i], to.bias[i] = (uint32_t)to.bias[i] * offset;
-    to.scale = scale, to.sum = (float)(sum * scale);
+    const __m256i bias = _mm256_mullo_epi32(sums, _mm256_set1_epi32(offset));
+    memcpy(to.bias, &bias, sizeof bias);
+    to.scale = scale, to.sum = added(_mm256_cvtepi32_ps(sums)) * scale;
     for (int plane = 2; plane >= 0; plane--) {
         __m256i digit[4];
         for (int i = 0; i < 4; i++) {
@@ -380,7 +405,7 @@ void piece_of(const float* x, float scale, int offset, Integers& to) {
 }
 
 // acc += scale (the sums of products of codes with x), exact but for the last step.
-__m256 multiplied(__m256i high, __m256i middle, __m256i low, const Integers& x, __m256 scale, __m256 acc) {
+INLINE __m256 multiplied(__m256i high, __m256i middle, __m256i low, const Integers& x, __m256 scale, __m256 acc) {
     const __m256i ones = _mm256_set1_epi16(1), up = _mm256_set1_epi16(256);
     const __m256i upper = _mm256_add_epi32(_mm256_madd_epi16(high, up), _mm256_madd_epi16(middle, ones));
     const __m256i lower = _mm256_sub_epi32(_mm256_madd_epi16(low, ones), load8(x.bias));
@@ -427,7 +452,7 @@ void dots_of_nvfp4(const Matrix& w, i64 n, i64 row, const Integers* const* x, fl
     const __m256i table = (__m256i)twice(E2M1), low = _mm256_set1_epi8(15);
     const __m128i spread = _mm_setr_epi8(-1, 0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3);
     __m256 acc[R] = {};
-    auto group = [&](const uint8_t* code, const uint8_t* scale, i64 p) {
+    auto group = [&](const uint8_t* code, const uint8_t* scale, i64 p) __attribute__((always_inline)) {
         const __m256i q = load8(code);
         const __m256i first = _mm256_shuffle_epi8(table, _mm256_and_si256(q, low));
         const __m256i second = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(q, 4), low));
@@ -457,6 +482,49 @@ void dots_of_nvfp4(const Matrix& w, i64 n, i64 row, const Integers* const* x, fl
         group(code, scale, p);
     }
     for (int r = 0; r < R; r++) out[r] = added(acc[r]) * (w.factor * 128);  // 2^8 of the scales, 1/2 of the codes
+}
+
+// out[r] = x[r] . w[row], of kinds with signed codes and of MXFP8, by floats
+template <class K, int R>
+void float_dots(const Matrix& w, i64 n, i64 row, const float* const* x, float* out) {
+    eight acc[R] = {};
+    const uint8_t* block = block_of<K>(w, n, row, 0);
+    for (i64 j = 0; j < n; j += 32, block += K::BYTES) {
+        _mm_prefetch((const char*)block + 1024, _MM_HINT_T0);
+        const Columns c = K::read(block, 0);
+        const eight w0 = eight_of<K, 0>(c.code), w1 = eight_of<K, 1>(c.code), w2 = eight_of<K, 2>(c.code);
+        const eight w3 = eight_of<K, 3>(c.code);
+        for (int r = 0; r < R; r++) {
+            const float* at = x[r] + j;
+            const eight a = load<eight>(at) * w0 + load<eight>(at + 8) * w1;
+            const eight b = load<eight>(at + 16) * w2 + load<eight>(at + 24) * w3;
+            acc[r] += (a + b) * c.scale[0];
+        }
+    }
+    for (int r = 0; r < R; r++) out[r] = added((__m256)acc[r]) * w.factor;
+}
+template <int R>
+void float_dots_of_mxfp8(const Matrix& w, i64 n, i64 row, const float* const* x, float* out) {
+    eight acc[R] = {};
+    const e4m3* codes = (const e4m3*)w.at + row * n;
+    const uint8_t* scales = w.scale + row * (n / 16);
+    for (i64 j = 0; j < n; j += 16) {
+        _mm_prefetch((const char*)(codes + j) + 1024, _MM_HINT_T0);
+        eight a, b;
+        codes_of_mxfp8(codes + j, a, b);
+        const float scale = power_of(scales[j / 16]);
+        for (int r = 0; r < R; r++) {
+            const float* at = x[r] + j;
+            acc[r] += (load<eight>(at) * a + load<eight>(at + 8) * b) * scale;
+        }
+    }
+    for (int r = 0; r < R; r++) out[r] = added((__m256)acc[r]) * 256;
+}
+template <int R>
+void float_dots(const Matrix& w, i64 n, i64 row, const float* const* x, float* out) {
+    if (w.kind == MXFP8) return float_dots_of_mxfp8<R>(w, n, row, x, out);
+    if (w.kind == Q8_0) return float_dots<blocks::Q8_0, R>(w, n, row, x, out);
+    return float_dots<blocks::IQ4_NL, R>(w, n, row, x, out);
 }
 
 template <int R>
@@ -503,18 +571,47 @@ void to_integers(i64 kind, const float* x, i64 n, float* to) {
     for (i64 from = 0; from < n; from += 32, piece++) piece_of(x + from, scale_of(x + from, 32), offset, *piece);
 }
 
-void integer_products(const Matrix& w, i64 n, i64 first, i64 outs, const float* const* x, i64 rows, float* sums) {
-    const Integers* const* turned = (const Integers* const*)x;
-    for (i64 o = 0; o < outs; o++) {
-        float out[MOST_INTEGERS];
-        switch (rows) {
-            case 1: dots<1>(w, n, first + o, turned, out); break;
-            case 2: dots<2>(w, n, first + o, turned, out); break;
-            case 3: dots<3>(w, n, first + o, turned, out); break;
-            default: dots<4>(w, n, first + o, turned, out);
+namespace {
+
+constexpr i64 TOGETHER = 4;  // rows that share what is read of the weights
+
+// sums[r][o], by calls dot(rows, row of w, x, out)
+template <class X, class Dot>
+void each_product(i64 first, i64 outs, const X* const* x, i64 rows, float* sums, Dot dot) {
+    for (i64 o = 0; o < outs; o++)
+        for (i64 at = 0; at < rows; at += TOGETHER) {
+            float out[TOGETHER];
+            const i64 here = std::min(TOGETHER, rows - at);
+            dot(here, first + o, x + at, out);
+            for (i64 r = 0; r < here; r++) sums[(at + r) * outs + o] = out[r];
         }
-        for (i64 r = 0; r < rows; r++) sums[r * outs + o] = out[r];
-    }
+}
+
+}  // namespace
+
+void integer_products(const Matrix& w, i64 n, i64 first, i64 outs, const float* const* x, i64 rows, float* sums) {
+    each_product(first, outs, (const Integers* const*)x, rows, sums,
+                 [&](i64 here, i64 row, const Integers* const* at, float* out) {
+                     switch (here) {
+                         case 1: return dots<1>(w, n, row, at, out);
+                         case 2: return dots<2>(w, n, row, at, out);
+                         case 3: return dots<3>(w, n, row, at, out);
+                         default: return dots<4>(w, n, row, at, out);
+                     }
+                 });
+}
+
+bool float_products(const Matrix& w, i64 n, i64 first, i64 outs, const float* const* x, i64 rows, float* sums) {
+    if (w.kind != MXFP8 && w.kind != Q8_0 && w.kind != IQ4_NL) return false;
+    each_product(first, outs, x, rows, sums, [&](i64 here, i64 row, const float* const* at, float* out) {
+        switch (here) {
+            case 1: return float_dots<1>(w, n, row, at, out);
+            case 2: return float_dots<2>(w, n, row, at, out);
+            case 3: return float_dots<3>(w, n, row, at, out);
+            default: return float_dots<4>(w, n, row, at, out);
+        }
+    });
+    return true;
 }
 
 #endif

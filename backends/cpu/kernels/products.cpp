@@ -184,6 +184,7 @@ static void many_plain(const Matrix& w, i64 n, i64 first, const float* panels, i
 }
 static void few_packed(const Matrix& w, i64 n, i64 first, const float* const* x, i64 rows, i64 outs, bool steady,
                        bool integers, float* sums) {
+    if (!steady && rows <= MOST_FLOATS && float_products(w, n, first, outs, x, rows, sums)) return;
     if (!integers || rows > MOST_INTEGERS) return tiled_products(w, n, first, x, rows, outs, steady, sums);
     const float* whole[MOST_INTEGERS];
     for (i64 r = 0; r < rows; r++) whole[r] = x[r] + padded(n);
@@ -345,8 +346,7 @@ void experts(const Matrix* up, const Matrix* down, i64 base, i64 count, const i6
     for (i64 j = 0; j < tokens * k; j++) place_of[j] = next[here(expert[j])]++, token[place_of[j]] = j / k;
     const i64 hits = begin[count];
     if (!hits) return std::fill(y, y + tokens * n, 0.f);
-    const bool integers = tokens <= BLOCK && !run.steady;  // then an expert has few rows
-    const Layout outer(up->kind, n, integers), between(down->kind, width, integers);
+    const Layout outer(up->kind, n, !run.steady), between(down->kind, width, !run.steady);
     const i64 step = between.step();
     static thread_local std::vector<float> kept;
     if ((i64)kept.size() < hits * (step + n)) kept.resize(hits * (step + n));
