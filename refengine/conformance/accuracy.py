@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from refengine.conformance import witness
+from refengine.conformance import peers, witness
 from refengine.conformance.cases import Case
 from refengine.conformance.truth import truth
 from refengine.conformance.vectors import CLOSE, Vector, eps, kept, spread
@@ -41,12 +41,13 @@ class Column:
     """An engine in one dtype.
 
     compute(vector) returns its outputs by name, or None where it has no such operation. logits(case) returns
-    those of a whole model for the first sequence of a case, l v, and the experts that each router chose, l k.
+    those of a whole model for the first sequence of a case, l v, and the experts that each router chose, l k;
+    of other engines without the experts, and None where an engine cannot compute the model.
     """
 
     name: str
     compute: Callable[[Vector], dict[str, np.ndarray] | None]
-    logits: Callable[[Case], tuple[np.ndarray, list[np.ndarray]]]
+    logits: Callable[[Case], tuple[np.ndarray | None, list[np.ndarray]]]
 
 
 def columns() -> list[Column]:
@@ -74,6 +75,8 @@ def columns() -> list[Column]:
             Column(f"transformers {dtype}", partial(recorded, dtype=dtype), partial(witnessed, dtype=dtype))
             for dtype in ("float32", "bfloat16")
         ]
+    for name, logits in peers.engines():  # whole models only
+        found.append(Column(name, lambda vector: None, lambda case, logits=logits: (logits(case), [])))
     return found
 
 
@@ -125,13 +128,14 @@ def models(layers: str) -> list[Case]:
 
 
 def model_error(case: Case, column: Column) -> float | None:
-    """Return the relative rms error of the logits before the first near-tie; None without any."""
+    """Return the relative rms error of the logits before the first near-tie; None without any logits."""
     true = truth(case, 0)
     close = np.flatnonzero(true.margin <= CLOSE * eps("bfloat16"))
     sure = int(close[0]) if len(close) else len(true.margin)
     if not sure:
         return None
-    return rms(column.logits(case)[0][:sure] - true.logits[:sure]) / rms(true.logits[:sure])
+    logits = column.logits(case)[0]
+    return None if logits is None else rms(logits[:sure] - true.logits[:sure]) / rms(true.logits[:sure])
 
 
 def made(operation: str, case: Case) -> Vector:

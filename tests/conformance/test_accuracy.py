@@ -66,7 +66,8 @@ def test_the_page_has_every_operation_and_engine():
     head = tables()[0]
     assert head[2:] == [
         "numpy float32", "cpu float32", "torch float32", "torch bfloat16 weights", "torch bfloat16",
-        "transformers float32", "transformers bfloat16",
+        "transformers float32", "transformers bfloat16", "llama.cpp float32", "llama.cpp bfloat16",
+        "mlx-lm float32", "mlx-lm bfloat16",
     ]  # fmt: skip
 
 

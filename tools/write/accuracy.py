@@ -69,7 +69,7 @@ def by_case() -> str:
 def where() -> str:
     """Return the versions of the engines and the machine, in a sentence."""
     found = []
-    for package in ("numpy", "torch", "transformers", "llama-cpp-python", "mlx-lm"):
+    for package in ("numpy", "torch", "transformers", "llama-cpp-python", "mlx", "mlx-lm"):
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
