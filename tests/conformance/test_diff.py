@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -22,6 +24,11 @@ from tests.support.checkpoints import random_checkpoint
 from tests.support.traces import clean, outside
 
 CLAMP = "dt is held up at 0.001 in calls of several tokens"
+CHUNKS = "a chunk's state is scaled and not carried on"
+CLAMPED_CHUNKS = f"{CHUNKS}, and dt is held up at 0.001, as in transformers 5.14"
+TRANSFORMERS = version("transformers") if find_spec("transformers") else ""
+OLD = TRANSFORMERS.startswith("5.14.")  # carries states over chunks by a wrong sum, and has no dense layers
+needs_transformers = pytest.mark.skipif(not TRANSFORMERS, reason="needs torch and transformers")
 IDS = " ".join(str(i) for i in range(3, 26))
 
 
@@ -39,7 +46,8 @@ def cli(capsys):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A random model of all kinds of layers, with a head, on disk; some of its steps dt are below 0.001."""
-    cfg, where = Case(layers="M*EM-", mtp_layers="*E").cfg, tmp_path_factory.mktemp("model")
+    where = tmp_path_factory.mktemp("model")
+    cfg = Case(layers="M*EM" if OLD else "M*EM-", mtp_layers="*E").cfg
 
     def values(row):
         value = random_values(cfg, seed=2)(row)
@@ -54,8 +62,10 @@ def wrong(trace, case) -> list:
 
 
 @pytest.mark.slow
+@needs_transformers
 def test_transformers_as_shipped_is_diagnosed_by_its_clamp(cli, model, tmp_path):
-    pytest.importorskip("transformers")
+    """Run with 5.14.0, 5.23.0 and 5.24.0."""
+    cause = CLAMPED_CHUNKS if OLD else CLAMP
     common = ["trace", model, "--ids", IDS, "--cut", 9, "--steps", 2, "-o", tmp_path / "t"]
     assert cli(*common, "--from", "transformers")[0] == 0
     code, out, _ = cli("diff", tmp_path / "t", "--against", model, "--json")
@@ -63,19 +73,22 @@ def test_transformers_as_shipped_is_diagnosed_by_its_clamp(cli, model, tmp_path)
     assert code == 1 and found["first_wrong"] == "layers.0" and not found["agrees"]
     departs = {layer["name"]: layer for layer in found["layers"] if layer["departs"]}
     assert set(departs) == {"layers.0", "layers.3"}  # the Mamba layers, and nothing else
-    assert all(layer["causes"] == [{"name": CLAMP, "trap": 1}] for layer in departs.values())
+    assert all(layer["causes"] == [{"name": cause, "trap": 1}] for layer in departs.values())
     code, out, _ = cli("diff", tmp_path / "t", "--against", model)
     assert code == 1 and "reproduces 2 layers, all that depart" in out
-    assert f"cause         {CLAMP} (trap 1)\n" in out and "layers.0.scan is off by" in out
+    assert f"cause         {cause} (trap 1)\n" in out and "layers.0.scan is off by" in out
 
 
 @pytest.mark.slow
+@needs_transformers
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_transformers_without_its_clamp_agrees(cli, model, tmp_path, dtype):
-    pytest.importorskip("transformers")
     common = ["trace", model, "--ids", IDS, "--cut", 9, "--steps", 2, "-o", tmp_path / "t", "--dtype", dtype]
     assert cli(*common, "--from", "transformers-unclamped")[0] == 0
     code, out, _ = cli("diff", tmp_path / "t", "--against", model)
+    if OLD and dtype == "float32":  # its other fault is named alone; bfloat16 hides it
+        assert code == 1 and f"cause         {CHUNKS}\n" in out
+        return
     assert code == 0, out
     assert "agrees        every layer is within 8 roundings" in out and dtype in out
 

@@ -48,7 +48,11 @@ def trace_of_transformers(
     if not clamp:
         release(model)
     said = {"engine": f"transformers {version}{'' if clamp else ', dt not clamped'}", "dtype": dtype}
-    return trace_of(model, cfg, prompts, cut, steps, **(said | header))
+    try:
+        return trace_of(model, cfg, prompts, cut, steps, **(said | header))
+    except Exception as error:  # of any kind: 5.14 has no dense layers, say
+        first = " ".join(str(error).split())[:200]
+        raise InputError(f"transformers {version} fails: {type(error).__name__}: {first}") from error
 
 
 def load(directory: str | Path, dtype: str):
@@ -68,7 +72,10 @@ def load(directory: str | Path, dtype: str):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        config = transformers.NemotronHConfig.from_pretrained(directory, local_files_only=True)
+        said, _ = transformers.NemotronHConfig.get_config_dict(directory, local_files_only=True)
+        if "hybrid_override_pattern" in said:  # beside which 5.14 does not read the older names of the list
+            said.pop("layers_block_type", None)
+        config = transformers.NemotronHConfig.from_dict(said)
         config._attn_implementation = config._experts_implementation = "eager"
         model = transformers.NemotronHForCausalLM.from_pretrained(
             directory, config=config, dtype=getattr(torch, dtype), local_files_only=True
