@@ -28,4 +28,5 @@ CHAPTERS = (
     "shard",      # what each of them holds
     "ranks",      # what they say to each other
     "quant",      # weights in 8 or 4 bits
+    "blocks",     # weights of GGUF files
 )  # fmt: skip

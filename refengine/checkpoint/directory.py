@@ -1,4 +1,4 @@
-"""A checkpoint: a directory in the Hugging Face layout, checked against the tensor table.
+"""A checkpoint: a directory in the Hugging Face layout or a GGUF file, checked against the tensor table.
 
     directory -> config.json -> Config -> table -> where each of its tensors lies in the memory-mapped files
 
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from refengine.checkpoint.generation_config import generation_config
+from refengine.checkpoint.gguf import open_parts
 from refengine.checkpoint.locate import locate
 from refengine.checkpoint.match import (
     by_name,
@@ -28,26 +29,28 @@ from refengine.checkpoint.match import (
     without_other_parts,
 )
 from refengine.checkpoint.packed import KINDS, AnyStored, contradictions, with_packed
-from refengine.checkpoint.safetensors_file import SafetensorsFile
-from refengine.spec.arrays import Weight
+from refengine.checkpoint.safetensors_file import MappedFile, SafetensorsFile
+from refengine.spec.arrays import DTYPES, Weight
 from refengine.spec.config import Config, InputError
 from refengine.spec.keys import text_model
 from refengine.spec.tensors import Tensor
 from refengine.untrusted import read_json, shown
 
 INDEX = "model.safetensors.index.json"
-AUTO = {"BF16": "bfloat16", "F16": "float16"}  # the dtype in which such weights stay as they are,
-AUTO |= dict.fromkeys(KINDS, "bfloat16")  # and the one that packed weights are dequantized to
+AUTO = {"BF16": "bfloat16", "F16": "float16"}  # the dtype in which such weights stay as they are
 EDGE = 64 * 2**10  # bytes at either end of a file's data that the fingerprint covers
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """Holds an open checkpoint: `stored` says where each tensor lies, `notes` what a user should know."""
+    """Holds an open checkpoint: `stored` says where each tensor lies, `notes` what a user should know.
+
+    directory  its directory, or its GGUF file
+    """
 
     directory: Path
     config: Config
-    files: tuple[SafetensorsFile, ...] = field(repr=False)
+    files: tuple[MappedFile, ...] = field(repr=False)
     stored: dict[str, AnyStored] = field(repr=False)
     notes: tuple[str, ...]
 
@@ -55,6 +58,8 @@ class Checkpoint:
     def open(cls, model: str | Path) -> Checkpoint:
         """Return a model opened by its directory or its embedded name; InputError says what is wrong."""
         directory = locate(model)
+        if directory.is_file():
+            return cls._of_gguf(directory)
         notes: list[str] = []
         outer = _json(directory)
         hf = text_model(outer, notes)
@@ -69,6 +74,19 @@ class Checkpoint:
         notes += generation_config(directory)[1]
         return cls(directory, cfg, files, stored, tuple(notes))
 
+    @classmethod
+    def _of_gguf(cls, path: Path) -> Checkpoint:
+        """Return the model in a GGUF file; sentences speak of its metadata in place of config.json."""
+        notes: list[str] = []
+        try:
+            hf, files, found = open_parts(path)
+            cfg = settled(_config(path, hf, notes), found, notes)
+            stored = match(cfg, found, path, sum(file.size for file in files), notes)
+        except InputError as error:
+            raise InputError(str(error).replace("config.json", "its metadata")) from None
+        notes = [note.replace("config.json", "its metadata") for note in notes]
+        return cls(path, cfg, files, stored, tuple(notes))
+
     def read(self, name: str) -> Weight:
         """Return a tensor by its name in the table, in the file's dtype or packed: a view, not a copy."""
         return self.stored[name].array()
@@ -76,7 +94,7 @@ class Checkpoint:
     @property
     def packed(self) -> bool:
         """Return whether any weight is packed."""
-        return any(at.dtype in KINDS for at in self.stored.values())
+        return any(at.dtype not in DTYPES for at in self.stored.values())
 
     def placed_on(self, backend: str, packed: bool) -> Checkpoint:
         """Return the same checkpoint, with a note if a backend cannot keep packed weights packed."""
@@ -109,8 +127,10 @@ class Checkpoint:
         sizes: dict[str, int] = {}
         for at in self.stored.values():
             sizes[at.dtype] = sizes.get(at.dtype, 0) + at.nbytes
-        most = max(sizes, key=lambda dtype: sizes[dtype], default="")
-        return "float32" if backend == "numpy" else AUTO.get(most, "float32")
+        most = max(sizes, key=lambda dtype: sizes[dtype], default="F32")
+        if backend == "numpy":
+            return "float32"
+        return AUTO.get(most, "float32") if most in DTYPES else "bfloat16"
 
     def fingerprint(self) -> str:
         """Return a digest of the configuration, of all headers, and of both ends of all data."""

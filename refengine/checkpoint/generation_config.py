@@ -1,9 +1,14 @@
-"""The advice of a checkpoint on generating text: generation_config.json, which a model can do without."""
+"""The advice of a checkpoint on generating text: generation_config.json, or the metadata of a GGUF file.
+
+A model can do without it.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from refengine.checkpoint.gguf import metadata
+from refengine.checkpoint.gguf.texts import generation_json
 from refengine.spec.config import InputError
 from refengine.untrusted import read_json
 
@@ -12,6 +17,8 @@ NAME = "generation_config.json"
 
 def generation_config(directory: Path) -> tuple[dict, list[str]]:
     """Return what generation_config.json holds, and notes; one that is absent or not JSON holds nothing."""
+    if directory.is_file():
+        return generation_json(metadata(directory)), []
     path = directory / NAME
     if not path.exists():
         return {}, []

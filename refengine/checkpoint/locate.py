@@ -1,10 +1,12 @@
-"""Finding the directory of a model, by its path or by its name inside this package."""
+"""Finding the directory or the GGUF file of a model, by its path or by its name inside this package."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from refengine.checkpoint.gguf.file import MAGIC
+from refengine.checkpoint.gguf.parts import candidates
 from refengine.checkpoint.hub import NAME, cache_directory, cached, revisions, snapshot
 from refengine.spec.config import InputError
 from refengine.untrusted import unreadable
@@ -19,7 +21,7 @@ def embedded() -> list[str]:
 
 
 def locate(model: str | Path) -> Path:
-    """Return the directory of `model`; InputError says why there is none.
+    """Return the directory of `model`, or its GGUF file; InputError says why there is none.
 
     An embedded model goes before a directory of its name, which is `./tiny`; a directory goes before a model
     of its name in the local Hugging Face cache.
@@ -36,22 +38,37 @@ def locate(model: str | Path) -> Path:
         if "snapshots" in names and "config.json" not in names and (inner := snapshot(path)):
             path, names = inner, sorted(os.listdir(inner))  # a folder of the Hugging Face cache
     except NotADirectoryError:
+        if is_gguf(path):
+            return path
         raise _not_a_directory(path) from None
     except FileNotFoundError:
         raise _absent(name) from None
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
-    if not any(name.endswith(".safetensors") for name in names):
-        raise _no_weights(path, names)
-    return path
+    if any(name.endswith(".safetensors") for name in names):
+        return path
+    models = candidates(names)
+    if len(models) == 1:
+        return path / models[0]
+    raise _no_weights(path, names, models)
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a file is called as GGUF files are, or begins as they do (blobs of Ollama)."""
+    if path.suffix == ".gguf":
+        return True
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == MAGIC
+    except OSError:
+        return False
 
 
 def _not_a_directory(path: Path) -> InputError:
-    if path.suffix == ".gguf":
-        return InputError(f"{path} is a GGUF file: not supported yet")
     if path.suffix in PICKLES:
         return _pickle(path)
-    return InputError(f"{path} is not a directory: give the one with config.json and *.safetensors files")
+    how = "give the one with config.json and *.safetensors files, or a GGUF file"
+    return InputError(f"{path} is not a directory: {how}")
 
 
 def _absent(name: str) -> InputError:
@@ -69,10 +86,11 @@ def _absent(name: str) -> InputError:
     return InputError(f"there is no model {name!r}: give a directory or an embedded model ({known})")
 
 
-def _no_weights(path: Path, names: list[str]) -> InputError:
+def _no_weights(path: Path, names: list[str], models: list[str]) -> InputError:
+    if models:
+        some = ", ".join(models[:8]) + (f" and {len(models) - 8} more" if len(models) > 8 else "")
+        return InputError(f"{path} holds several models in GGUF files ({some}): give one of them")
     for name in names:
-        if name.endswith(".gguf"):
-            return InputError(f"{path} holds a model in GGUF files: not supported yet")
         if name.endswith(PICKLES):
             return _pickle(path / name)
     if "config.json" in names:

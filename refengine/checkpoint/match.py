@@ -221,8 +221,9 @@ def match(
     cfg: Config, found: dict[str, AnyStored], directory: Path, size: int, notes: list[str]
 ) -> dict[str, AnyStored]:
     """Return where each tensor of the table lies; `size` is that of all files in bytes."""
-    packed = any(at.dtype in KINDS for at in found.values())
-    if _expert_bytes(cfg, packed) > size:  # before the table, which a false config.json can make enormous
+    packed = {at.dtype for at in found.values()} - set(DTYPES)
+    bits = 16 if not packed else 4 if packed <= set(KINDS) else 1  # GGUF has types below 2
+    if _expert_bytes(cfg, bits) > size:  # before the table, which a false config.json can make enormous
         each = f"{cfg.n_routed_experts} in each of {(cfg.layers + cfg.mtp_layers).count('E')} layers"
         what = f"config.json calls for more experts than the {size} bytes of its files can hold ({each})"
         raise InputError(f"{directory}: {what}: is it that of this model, and is the download complete?")
@@ -271,7 +272,7 @@ def _place(row: Tensor, found: dict[str, AnyStored], cfg: Config) -> tuple[str, 
 
 def _checked(at: AnyStored, shape: tuple[int, ...]) -> AnyStored:
     """Return the tensor in this shape, which may differ from the file's in axes of size one."""
-    if at.dtype not in DTYPES and at.dtype not in KINDS:
+    if isinstance(at, Stored) and at.dtype not in DTYPES:
         what = f"{at.dtype}, which is none of {', '.join(DTYPES)}"
         raise InputError(f"{shown(at.name)} in {at.file.path} has the dtype {what}")
     if at.shape == shape:
@@ -303,10 +304,10 @@ def _check_tied(head: AnyStored, embedding: AnyStored) -> None:
         raise InputError(f"config.json says that the embedding serves as lm_head, but {what}")
 
 
-def _expert_bytes(cfg: Config, packed: bool) -> int:
-    """Return the least that all routed experts take on disk: two matrices each, of 16 bits or 4."""
+def _expert_bytes(cfg: Config, bits: int) -> int:
+    """Return the least that all routed experts take on disk: two matrices each, of `bits` an element."""
     experts = (cfg.layers + cfg.mtp_layers).count("E") * cfg.n_routed_experts
-    return experts * 2 * cfg.moe_intermediate_size * cfg.expert_width * (4 if packed else 16) // 8
+    return experts * 2 * cfg.moe_intermediate_size * cfg.expert_width * bits // 8
 
 
 def _twice(a: AnyStored, b: AnyStored) -> InputError:

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from refengine.checkpoint.gguf.stored import Altered, StoredBlocks
 from refengine.checkpoint.names import canonical
-from refengine.checkpoint.safetensors_file import SafetensorsFile, Stored, without_collection
+from refengine.checkpoint.safetensors_file import MappedFile, Stored, without_collection
 from refengine.spec.arrays import DTYPES
 from refengine.spec.config import InputError
 from refengine.spec.quant import Packed
@@ -67,7 +68,7 @@ class StoredPacked(NamedTuple):
         return self.codes.name
 
     @property
-    def file(self) -> SafetensorsFile:
+    def file(self) -> MappedFile:
         """Return the file that holds the codes."""
         return self.codes.file
 
@@ -120,7 +121,7 @@ class StoredPacked(NamedTuple):
             at.release()
 
 
-AnyStored = Stored | StoredPacked
+AnyStored = Stored | StoredPacked | StoredBlocks | Altered
 
 
 def _bytes(at: Stored) -> Any:

@@ -59,7 +59,7 @@ BITS = {
 class Stored(NamedTuple):
     """Holds where one tensor lies: its file, its name there, its dtype and shape, its first byte."""
 
-    file: SafetensorsFile
+    file: MappedFile
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -91,27 +91,14 @@ class Stored(NamedTuple):
             self.file.map.madvise(mmap.MADV_DONTNEED, page, self.offset + self.nbytes - page)
 
 
-class SafetensorsFile:
-    """Holds an open file: its `path` and `size`, the raw `header`, the `map`, and its `tensors` by name."""
+class MappedFile:
+    """Holds an open file: its `path` and `size`, the `map`, the raw `header`, and the `start` of the data."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.size = size_of(path)
-        try:
-            with open(path, "rb") as file:
-                self.header = _header(path, self.size, file)
-                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except InputError:
-            raise
-        except (OSError, ValueError) as error:
-            raise unreadable(path, error) from None
-        with without_collection():
-            self.tensors = {at.name: at for at in _tensors(self)}
-
-    @property
-    def start(self) -> int:
-        """Return the offset of the first byte of the data."""
-        return 8 + len(self.header)
+    path: Path
+    size: int
+    map: mmap.mmap
+    header: bytes
+    start: int
 
     def in_large_pages(self) -> None:
         """Ask the system to keep data that is still to be read in large pages, which are cheaper to address.
@@ -127,6 +114,25 @@ class SafetensorsFile:
             self.map.close()
         except BufferError:
             del self.map
+
+
+class SafetensorsFile(MappedFile):
+    """Holds an open safetensors file and its `tensors` by name."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.size = size_of(path)
+        try:
+            with open(path, "rb") as file:
+                self.header = _header(path, self.size, file)
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except InputError:
+            raise
+        except (OSError, ValueError) as error:
+            raise unreadable(path, error) from None
+        self.start = 8 + len(self.header)
+        with without_collection():
+            self.tensors = {at.name: at for at in _tensors(self)}
 
 
 @contextmanager

@@ -137,6 +137,8 @@ def quantize(
 def plan(source: Checkpoint, recipe: Recipe) -> list[Job]:
     """Return what becomes of each tensor; InputError names one that does not fit its format."""
     cfg = source.config
+    if source.directory.is_file():
+        raise InputError(f"{source.directory} is a GGUF file: quantize the directory that it was made from")
     if packed := [name for name, at in source.stored.items() if at.dtype in KINDS]:
         what = f"{source.directory} is packed already ({packed[0]} is {source.stored[packed[0]].dtype})"
         raise InputError(f"{what}: quantize the original")

@@ -14,6 +14,8 @@ from threading import Lock
 
 import jinja2
 
+from refengine.checkpoint.gguf import metadata
+from refengine.checkpoint.gguf.texts import templates
 from refengine.spec.chat import chat, split_reasoning
 from refengine.spec.config import InputError
 from refengine.spec.tools import read_calls
@@ -43,11 +45,13 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, directory: Path | str) -> ChatTemplate:
-        """Read the templates of a checkpoint directory; InputError where one cannot be read.
+        """Read the templates of a checkpoint directory or a GGUF file; InputError where one cannot be read.
 
         The default is chat_template.jinja, or else what tokenizer_config.json has under "chat_template";
         named ones are in additional_chat_templates/NAME.jinja.
         """
+        if Path(directory).is_file():
+            return cls(*templates(Path(directory), metadata(Path(directory))))
         path = Path(directory) / "tokenizer_config.json"
         settings = read_json(path) if path.exists() else {}
         if not isinstance(settings, dict):

@@ -16,6 +16,8 @@ from pathlib import Path
 import tokenizers
 
 from refengine.checkpoint.generation_config import generation_config
+from refengine.checkpoint.gguf import metadata
+from refengine.checkpoint.gguf.texts import tokenizer_json
 from refengine.spec.config import Config, InputError
 from refengine.spec.sample import Sampling
 from refengine.spec.tokenizer import BYTE_OF
@@ -39,9 +41,13 @@ class Tokenizer:
         name tokens that the model was never given.
         """
         directory = Path(directory)
-        hf = open_tokenizer(directory / "tokenizer.json")
         advice, _ = generation_config(directory)
-        stop_ids = eos_ids(advice, directory) | eos_tokens(directory, hf)
+        if directory.is_file():
+            hf = rebuilt_tokenizer(directory)
+            stop_ids = eos_ids(advice, directory)
+        else:
+            hf = open_tokenizer(directory / "tokenizer.json")
+            stop_ids = eos_ids(advice, directory) | eos_tokens(directory, hf)
         stop_ids |= set(config.eos_token_id) if config else set()
         vocab_size = config.vocab_size if config else None
         return cls(hf, frozenset(stop_ids), recommended(advice, directory), vocab_size)
@@ -125,6 +131,16 @@ def open_tokenizer(path: Path) -> tokenizers.Tokenizer:
     hf.no_truncation()  # a file may ask for either; here a prompt is what it is
     hf.no_padding()
     return hf
+
+
+def rebuilt_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """Return the tokenizer in a GGUF file; InputError if it has none or it cannot be rebuilt."""
+    if (text := tokenizer_json(path, metadata(path))) is None:
+        raise InputError(f"{path} has no tokenizer")
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing more precise
+        raise InputError(f"the tokenizer in {path} cannot be rebuilt: {shown(str(error))}") from None
 
 
 def decoder_kinds(decoder: dict) -> list[str]:

@@ -192,7 +192,7 @@ INPUTS = [
     ("generate x -m missing", 1, "there is no model 'missing'"),
     ("generate x -m nvidia/no-such", 1, "'hf download nvidia/no-such'"),
     ("generate x -m nvidia/no-such@refs/pr/1", 1, "'hf download nvidia/no-such --revision refs/pr/1'"),
-    ("generate x -m model.gguf", 1, "model.gguf is a GGUF file"),
+    ("generate x -m model.gguf", 1, "model.gguf is too short for a GGUF file"),
     ("generate x -m pickle", 1, "may be a pickle, which could run any code"),
     ("generate x -m nothing", 1, "nothing is not a model"),
     ("inspect latin", 1, "latin is not a directory"),
