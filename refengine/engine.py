@@ -309,6 +309,10 @@ class Engine:
             if own:
                 seed = {"seed": chosen.seed} if own.get("seed") is None else {}
                 chosen = Options.of({**shared, **own, **seed}, advice)
+            if chosen.speculate and not self.config.mtp_layers:
+                raise InputError(
+                    "there is no prediction head in this checkpoint, so nothing to speculate with"
+                )
             if start.resumed and (i or own.get("seed") is not None):
                 start = replace(start, resumed=False)
             return self.ids(prompt, start.state, **(chat or {})), chosen, start

@@ -16,6 +16,7 @@ import numpy as np
 
 from refengine.spec.config import InputError
 from refengine.spec.sample import Sampling, alternatives, log_probs, sample
+from refengine.speculation import MOST_DRAFTS
 from refengine.text.stop_strings import StopStrings
 from refengine.text.tokenizer import Tokenizer
 
@@ -74,6 +75,7 @@ class Options:
     stop: Sequence[str] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    speculate: int | str | None = None  # drafts of the prediction head in a call; "auto": as many as pay
 
     @classmethod
     def of(cls, given: dict, advice: dict) -> Options:
@@ -91,6 +93,11 @@ class Options:
             value = getattr(options, name)
             if value is not None and (type(value) is not int or value < 0):
                 raise InputError(f"{name} = {value!r} is not a whole number from 0 on")
+        drafts = options.speculate
+        if drafts not in (None, "auto") and not (type(drafts) is int and 1 <= drafts <= MOST_DRAFTS):
+            raise InputError(
+                f"speculate = {drafts!r} is neither 'auto' nor a number of drafts from 1 to {MOST_DRAFTS}"
+            )
         for name in names:
             if type(getattr(options, name)) not in (int, float, type(None)):
                 raise InputError(f"{name} = {getattr(options, name)!r} is not a number")
@@ -124,6 +131,10 @@ class Drawing:
         """Return the next token by logits [v]; raises InputError if they are not numbers."""
         token = sample(logits, self.sampling, self.ids, self.generator)
         self.ids.append(token)
+        return self.draw_of(token, logits)
+
+    def draw_of(self, token: int, logits: np.ndarray) -> Draw:
+        """Return the Draw of a token that was drawn by logits [v]."""
         if self.logprobs is None:
             return Draw(token)
         row = log_probs(logits)

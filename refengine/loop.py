@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,8 @@ from refengine.machine import peak_memory
 from refengine.progress import progress
 from refengine.runner import PREFILL, How, Part, Runner, chunk_length
 from refengine.spec.config import InputError
+from refengine.speculation.acceptance import Run
+from refengine.speculation.pace import Acceptance, Pace, Tally
 from refengine.states.prefixes import Node, Prefixes
 from refengine.states.state import Start, State
 from refengine.text.tokenizer import Tokenizer
@@ -47,6 +49,8 @@ class Sequence:
     began: float = 0.0
     first: float = 0.0  # when the prompt had been read
     cancelled: bool = False
+    acceptance: Acceptance = field(default_factory=Acceptance)  # of its drafts
+    tally: Tally = field(default_factory=Tally)
     start: Start = field(default_factory=Start)
     reused: int = 0  # positions of the prompt that a state or a snapshot had read
     turn: int = 0  # the position after the last end token within the prompt
@@ -58,6 +62,16 @@ class Sequence:
     def left(self) -> int:
         """Return how many tokens of the prompt have not been read."""
         return len(self.ids) - self.read
+
+    @property
+    def drafts(self) -> int | str | None:
+        """Return how many drafts a call may have: a number, "auto" or None."""
+        return self.options.speculate
+
+    @property
+    def rest(self) -> int:
+        """Return how many tokens may still be drawn."""
+        return min(self.options.max_tokens, self.text.room) - self.text.drawn
 
 
 @dataclass
@@ -77,6 +91,7 @@ class Loop:
     active: dict[int, Sequence] = field(default_factory=dict)  # by slot
     passed_over: int = 0
     bar: Any = None  # shows how far the prompts have been read
+    pace: Pace = field(default_factory=Pace)  # of calls with drafts
     prefixes: Prefixes = None  # type: ignore[assignment]
 
     def __post_init__(self):
@@ -95,6 +110,7 @@ class Loop:
         new = Sequence(index, ids, options, text, inbox, start=start or Start())
         if new.start.state:
             text.follow(ids)
+        new.acceptance.others = self.pace.acceptance
         self.queue.append(new)
         return new
 
@@ -159,13 +175,27 @@ class Loop:
                 self.show(sum(len(part.ids) for part in parts))
             ready = [sequence for sequence in self.active.values() if not sequence.left]
             if ready:
-                slots, ids = [s.slot for s in ready], [s.latest for s in ready]
-                self.deliver(ready, self.runner.step(slots, ids))
+                self.step(ready)
         except BaseException as failed:
             self.fail(failed)
             raise
         if self.trace:
             self.trace(dict(self.active))
+
+    def step(self, ready: list[Sequence]) -> None:
+        """Step sequences once, or let them draw several tokens of drafts."""
+        slots, ids = [s.slot for s in ready], [s.latest for s in ready]
+        if not any(s.drafts for s in ready):
+            self.deliver(ready, self.runner.step(slots, ids))
+            return
+        counts = self.pace.counts(ready)
+        if not any(counts):
+            self.deliver(ready, self.pace.step(self.runner, slots, ids))
+            return
+        runs, took = self.pace.speculate(self.runner, slots, ids, counts)
+        ended, taken = self.taken(ready, runs)
+        self.pace.keep(self.runner, slots, runs, taken, took)
+        self.finish(ended)
 
     def show(self, read: int) -> None:
         """Move the bar on by tokens that were read; it ends when no prompt in a slot has any left."""
@@ -243,30 +273,55 @@ class Loop:
         """Return how a sequence draws."""
         options, state = sequence.options, sequence.start.state
         likeliest = options.logprobs and min(options.logprobs, self.runner.config.vocab_size)
+        drafts = bool(options.speculate)
+        whole = options.speculate != "auto"
         generator = state.generator if state and sequence.start.resumed else None
-        return How(options.sampling, options.seed or 0, likeliest, generator)
+        return How(options.sampling, options.seed or 0, likeliest, drafts, whole, generator)
 
-    def deliver(self, sequences: list[Sequence], draws: list[Draw | InputError | None]) -> None:
+    def deliver(self, sequences: list[Sequence], draws: Iterable[Run | Draw | InputError | None]) -> None:
         """Turn draws into events, and free the slots of the sequences that end."""
-        ended = []
-        for sequence, draw in zip(sequences, draws, strict=True):
-            if isinstance(draw, Exception):
-                sequence.inbox.append((sequence.index, draw))
+        self.finish(self.taken(sequences, draws)[0])
+
+    def taken(
+        self, sequences: list[Sequence], draws: Iterable[Run | Draw | InputError | None]
+    ) -> tuple[list[Sequence], list[int]]:
+        """Turn draws into events; return the sequences that end, and how many draws of each were used.
+
+        Of a run, the draws after the end of its sequence are not used.
+        """
+        ended, counts = [], []
+        for sequence, drawn in zip(sequences, draws, strict=True):
+            if isinstance(drawn, Exception):
+                sequence.inbox.append((sequence.index, drawn))
                 ended.append(sequence)
+                counts.append(0)
                 continue
-            if sequence.left:
-                continue
-            text = sequence.text
-            if not sequence.first:
-                sequence.first = time.perf_counter()
-            tokens, reason = text.take(draw) if draw else ([], text.full)
-            for token in tokens:
-                sequence.latest = token.id
-                sequence.inbox.append((sequence.index, token))
-            if reason:
-                sequence.end = End(reason, text.rest(), self.statistics(sequence))
+            if isinstance(drawn, Run):
+                sequence.tally.note(drawn)
+                sequence.acceptance.note(drawn)
+            run = drawn.draws if isinstance(drawn, Run) else [drawn]
+            used = 0
+            while used < len(run) and not sequence.text.ended:
+                self.event(sequence, run[used])
+                used += 1
+            counts.append(used)
+            if sequence.text.ended:
                 ended.append(sequence)
-        self.finish(ended)
+        return ended, counts
+
+    def event(self, sequence: Sequence, draw: Draw | None) -> None:
+        """Turn a draw into events."""
+        if sequence.left:
+            return
+        text = sequence.text
+        if not sequence.first:
+            sequence.first = time.perf_counter()
+        tokens, reason = text.take(draw) if draw else ([], text.full)
+        for token in tokens:
+            sequence.latest = token.id
+            sequence.inbox.append((sequence.index, token))
+        if reason:
+            sequence.end = End(reason, text.rest(), self.statistics(sequence))
 
     def finish(self, sequences: list[Sequence]) -> None:
         """Turn the Ends of sequences into events, with their states if asked for, and free their slots."""
@@ -291,7 +346,7 @@ class Loop:
             "prefill_tokens_per_second": (len(sequence.ids) - sequence.reused) / prefill,
             "decode_tokens_per_second": steps / decode if steps else None,
             "peak_memory_bytes": peak_memory(),
-        }
+        } | ({"speculation": sequence.tally.statistics()} if sequence.drafts else {})
 
 
 class Batch(Iterator[tuple[int, Event]]):

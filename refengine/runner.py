@@ -22,6 +22,8 @@ from refengine.spec.config import Config, InputError
 from refengine.spec.model import Model
 from refengine.spec.ops import Backend
 from refengine.spec.sample import Sampling, checked, log_probs
+from refengine.speculation.acceptance import Run
+from refengine.speculation.drafting import Drafter
 from refengine.states.arrays import Arrays, of_row, to_states
 from refengine.states.shelf import Shelf
 from refengine.states.state import set_generator
@@ -39,6 +41,8 @@ class How:
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     logprobs: int | None = None
+    drafts: bool = False  # whether the prediction head may draft
+    whole: bool = True  # whether it then reads the whole prompt, or the last of it when it first drafts
     generator: dict | None = None
 
     def drawing(self) -> Drawing:
@@ -102,6 +106,20 @@ class Runner(Protocol):
 
     def commit(self, slots: list[int], counts: list[int]) -> None:
         """Keep the first counts[i] of the tokens that `verify`, the call before, fed to slots[i]."""
+        ...
+
+    def speculate(self, slots: list[int], ids: list[int], counts: list[int]) -> list[Run | InputError]:
+        """Feed one token to each of some slots, and up to counts[i] drafts of it; return what each draws.
+
+        A run has one token more than drafts were accepted. The slots stay where they were until `keep`.
+        """
+        ...
+
+    def keep(self, slots: list[int], counts: list[int]) -> None:
+        """Keep the first counts[i] of the tokens that `speculate`, the call before, drew for slots[i].
+
+        Then slots[i] has read the token that was fed and the first counts[i] - 1 of those drawn.
+        """
         ...
 
     def fork(self, slot: int, into: list[int]) -> None:
@@ -247,6 +265,8 @@ class LocalRunner:
         self.model = model
         self.closed = False
         self.slots = Slots()
+        self.drafter = Drafter(self, Slots())
+        self.latest: Any = None  # hidden states of the latest call; None after a step without verbs
         self.drawings: dict[int, Drawing] = {}
         self.recorded: tuple[list[int], list[int], Any] | None = None  # slots, tokens of each, records
         self.shelf = Shelf()
@@ -256,15 +276,27 @@ class LocalRunner:
         """Return the configuration of the model."""
         return self.model.cfg
 
+    @property
+    def is_last(self) -> bool:
+        """Return whether the last layer is here."""
+        return True
+
+    @property
+    def draws(self) -> bool:
+        """Return whether tokens of the latest call are drawn here."""
+        return True
+
     def read(self, parts: list[Part]) -> list[Draw | InputError | None]:
         """Read parts of prompts side by side; return a draw for each prompt that ends here, else None."""
         fresh = [part.slot for part in parts if part.how]
         for part in parts:
             if part.how:
                 self.drawings[part.slot] = part.how.drawing()
+                if part.how.drafts:
+                    self.drafter.join(part.slot, part.how.seed, part.how.whole)
             self.drawings[part.slot].ids.extend(part.ids)
         slots, rows = [part.slot for part in parts], [part.ids for part in parts]
-        return self.call(slots, rows, fresh, [part.last for part in parts])
+        return self.call(slots, rows, fresh, [part.last for part in parts], True)
 
     def step(self, slots: list[int], ids: list[int], draw: bool = True) -> list[Draw | InputError | None]:
         """Feed one token to each of some sequences; return what each draws next.
@@ -277,6 +309,7 @@ class LocalRunner:
         """Free these slots; unknown ones are left out."""
         for slot in slots:
             self.drawings.pop(slot, None)
+        self.drafter.drop(slots)
         self.slots.drop(slots)
         if self.recorded and set(slots) & set(self.recorded[0]):
             self.recorded = None
@@ -287,19 +320,23 @@ class LocalRunner:
         The sequences stay where they were, and nothing is drawn. `commit` keeps some of the tokens, before
         the next call that reads or steps.
         """
-        logits, records = self.record(slots, ids, [], max(map(len, ids)))
-        self.recorded = list(slots), [len(row) for row in ids], records
+        logits = self.head(self.feed(slots, ids))
         return [found[: len(row)] for found, row in zip(logits, ids, strict=True)]
 
+    def feed(self, slots: list[int], rows: list[list[int]]) -> Any:
+        """Return the hidden states [b width d] of rows of tokens; the states stay until `commit`."""
+        h, records = self.record(slots, rows, [], max(map(len, rows)))
+        self.recorded = list(slots), [len(row) for row in rows], records
+        return h
+
     def record(self, slots: list[int], rows: list[list[int]], fresh: list[int], width: int) -> tuple:
-        """Return logits [b width v] of rows of tokens, and records; the states stay as they were."""
+        """Return hidden states [b width d] of rows of tokens, and records; the states stay as they were."""
         if fresh:
             self.slots.keep(fresh, self.new_states(len(fresh)))
         ids, lengths = side_by_side(rows, width)
         states = self.slots.gather(slots)
         self.slots.keep(slots, states)
-        h, records = self.blocks(ids, states, lengths, record=True)
-        return self.head(h), records
+        return self.blocks(ids, states, lengths, record=True)
 
     def commit(self, slots: list[int], counts: list[int]) -> None:
         """Keep the first counts[i] of the tokens that `verify` fed to slots[i]: all slots of that call."""
@@ -319,10 +356,19 @@ class LocalRunner:
         """Store the states of slots after the first counts[i] tokens of a recorded call of `layers`."""
         self.slots.keep(slots, self.model.commit(self.slots.gather(slots), records, counts, *layers))
 
+    def speculate(self, slots: list[int], ids: list[int], counts: list[int]) -> list[Run | InputError]:
+        """Feed one token to each of some sequences, and up to counts[i] drafts of it; see Runner."""
+        return self.drafter.speculate(slots, ids, counts)
+
+    def keep(self, slots: list[int], counts: list[int]) -> None:
+        """Keep the first of the tokens that `speculate` drew; see Runner."""
+        self.drafter.keep(slots, counts)
+
     def fork(self, slot: int, into: list[int]) -> None:
         """Copy the sequence of a slot, and how it draws, into other slots, which are free."""
         self.forkable(slot, into)
         self.copy(slot, into)
+        self.drafter.fork(slot, into, self.has(slot))
         self.drawings |= {other: self.drawings[slot].fork() for other in into}
 
     def forkable(self, slot: int, into: list[int]) -> None:
@@ -350,6 +396,8 @@ class LocalRunner:
         self.drawings[slot].ids.extend(ids)
         kept, here = self.shelf.chain(names), self.model.backend
         self.slots.keep([slot], to_states(self.new_states(1), kept, here, self.first_layer, len(ids)))
+        if how.drafts:
+            self.drafter.join(slot, how.seed, how.whole)
 
     def forget(self, names: list[int], points: list[int]) -> None:
         """Forget snapshots, and of those named in `points` all but keys and values."""
@@ -369,16 +417,48 @@ class LocalRunner:
         need = size["ssm_bytes"] + size["conv_bytes"] + 1.5 * size["kv_bytes_per_token"] * tokens
         return need < available_memory() / 2
 
+    def has(self, slot: int) -> bool:
+        """Return whether the states of a slot are here."""
+        return True
+
+    def seat(self, slots: list[int], fresh: list[int]) -> list[int]:
+        """Return the numbers of the sequences of a call that are computed here."""
+        return list(range(len(slots)))
+
+    def exchanged(self, tokens: list[int], count: int) -> list[int]:
+        """Return the tokens that were chosen for all `count` sequences of a call, of those chosen here."""
+        return tokens
+
+    def shared(self, found: dict[int, tuple[list[Draw], int] | InputError], slots: list[int], most: int):
+        """Return what all sequences of a call drew, `most` tokens at most, of what was drawn here by number.
+
+        Beside the draws stands how many random numbers they took.
+        """
+        made = (found[i] for i in range(len(slots)))
+        return [each if isinstance(each, InputError) else each[0] for each in made]
+
     def call(
-        self, slots: list[int], rows: list[list[int]], fresh: list[int], wanted: list[bool]
+        self,
+        slots: list[int],
+        rows: list[list[int]],
+        fresh: list[int],
+        wanted: list[bool],
+        prompts: bool = False,
     ) -> list[Draw | InputError | None]:
         """Feed rows of tokens to slots, of which `fresh` have read nothing; draw where it is `wanted`."""
         width = max(map(len, rows))
-        logits = self.forward(slots, rows, fresh, any(wanted) or width == 1, width)
+        logits = self.forward(
+            slots, rows, fresh, any(wanted) or width == 1, width, self.drafts(slots, prompts)
+        )
+        self.drafter.follow(slots, rows, self.seat(slots, fresh), self.latest, prompts)
         return [
             self.drawn(slot, logits[i]) if want else None
             for i, (slot, want) in enumerate(zip(slots, wanted, strict=True))
         ]
+
+    def drafts(self, slots: list[int], prompts: bool) -> bool:
+        """Return whether hidden states of a call are needed: of prompts, if one may have drafts."""
+        return prompts and any(slot in self.drafter.waiting for slot in slots)
 
     def drawn(self, slot: int, logits: np.ndarray) -> Draw | InputError:
         """Return what the sequence of a slot draws from logits [v], or the error of drawing."""
@@ -388,23 +468,31 @@ class LocalRunner:
             return error
 
     def forward(
-        self, slots: list[int], rows: list[list[int]], fresh: list[int], logits: bool, width: int
+        self,
+        slots: list[int],
+        rows: list[list[int]],
+        fresh: list[int],
+        logits: bool,
+        width: int,
+        hidden: bool = False,
     ) -> np.ndarray:
         """Return logits [b v] after the last token of each row, or [] if they are not wanted.
 
-        The rows are padded to `width`; the states are stored by their slots.
+        The rows are padded to `width`; the states are stored by their slots. `self.latest` is then the hidden
+        states [b width d], or None after a step of one call if `hidden` are not needed.
         """
-        self.recorded = None
+        self.recorded = self.latest = None
         if fresh:
             self.slots.keep(fresh, self.new_states(len(fresh)))
         states, here = self.slots.gather(slots), self.model.backend
-        if here.step and width == 1:
+        if here.step and width == 1 and not hidden:
             result, states = here.step(self.model, [row[0] for row in rows], states)
         else:
             ids, lengths = side_by_side(rows, width)
             h, states = self.blocks(ids, states, lengths)
             last = np.array([len(row) - 1 for row in rows])
             result = self.head(h, last) if logits else np.empty((0, 0))
+            self.latest = h
         self.slots.keep(slots, states)
         return result
 

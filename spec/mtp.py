@@ -6,11 +6,20 @@ For position i, with the trunk's hidden state h[i] (after its final norm) and th
     v <- v + attention(norm(v));   v <- v + experts(norm(v));   o = final_layernorm(v)
 
 and o, through the trunk's own `lm_head`, predicts t[i+2]. The head has the layers of
-`mtp_hybrid_override_pattern` ("*E") with a key/value cache of its own. To look further ahead, run it again
-with h := o and the token it guessed. docs/model.md, "Multi-token prediction".
+`mtp_hybrid_override_pattern` ("*E") with a key/value cache of its own.
+docs/model.md, "Multi-token prediction".
+
+To look further ahead, it runs again with h := o and the token it guessed (`draft`). The rows of its cache
+that such a run adds are provisional: they come from the head's own output, not from the trunk. They are
+dropped after the last guess, and once the trunk has read the tokens that were right, their rows are computed
+again from its hidden states, in the call with which the next draft begins.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
 
 from refengine.spec.model import Model, replayed, run_layers
 
@@ -20,10 +29,11 @@ def new_states(model: Model, batch: int) -> list:
     return [model.backend.new_state(kind, model.cfg, batch) for kind in model.cfg.mtp_layers]
 
 
-def predict(model: Model, h, next_ids, states: list, lengths=None, record=False):
+def predict(model: Model, h, next_ids, states: list, lengths=None, record=False, centred=False):
     """Return o [b l d] and next states, of h [b l d] and next_ids [b l]; `model.head(o)` predicts t[i+2].
 
-    With `record` the states stay as they were, and records take their place.
+    With `record` the states stay as they were, and records take their place. With `centred` the final norm is
+    a LayerNorm without a bias, as llama.cpp reads it; all others read an RMSNorm.
     """
     cfg, ops, layers = model.cfg, model.backend.ops, head_layers(model)
     blocks = [w for _, w in layers]
@@ -31,7 +41,36 @@ def predict(model: Model, h, next_ids, states: list, lengths=None, record=False)
     g, _ = ops.rms_norm(h, None, blocks[0]["hnorm.weight"], cfg.layer_norm_epsilon)
     v = ops.linear_pair(e, g, blocks[0]["eh_proj.weight"])
     final = blocks[-1]["final_layernorm.weight"]
-    return run_layers(v, layers, final, states, lengths, cfg, ops, record=record)
+    if not centred:
+        return run_layers(v, layers, final, states, lengths, cfg, ops, record=record)
+    v, states = run_layers(v, layers, None, states, lengths, cfg, ops, record=record)
+    v = model.backend.fetch(v)
+    v = model.backend.array((v - v.mean(axis=-1, keepdims=True, dtype=np.float64)).astype(v.dtype))
+    return ops.rms_norm(v, None, final, cfg.layer_norm_epsilon)[0], states
+
+
+def draft(
+    model: Model, h, next_ids, states: list, count: int, choose: Callable, lengths=None, centred=False
+) -> list:
+    """Return the head's states after h [b l d] and next_ids [b l], and guess `count` tokens after them.
+
+    choose(logits [b v]) -> ids [b], on the host, is called for each guess. lengths [b], on the host: how many
+    of the positions of each row are real.
+    """
+    here, b = model.backend, len(next_ids)
+    last = np.full(b, h.shape[1] - 1) if lengths is None else np.maximum(lengths, 1) - 1
+    real = None if lengths is None else here.array(lengths)
+    o, states = predict(model, h, here.array(next_ids), states, real, centred=centred)
+    if not count:
+        return states
+    o = o[np.arange(b), last].reshape(b, 1, o.shape[-1])
+    provisional = [state and state.tentative() for state in states]
+    for ahead in range(1, count + 1):
+        guess = np.asarray(choose(here.fetch(model.head(o))[:, 0]), np.int64)
+        if ahead < count:
+            ids = here.array(guess[:, None])
+            o, provisional = predict(model, o, ids, provisional, centred=centred)
+    return states
 
 
 def commit(model: Model, states: list, records: list, counts) -> list:

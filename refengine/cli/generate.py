@@ -328,5 +328,19 @@ def summary(s: dict) -> str:
         + (f"{s['reused_tokens']} of them reused, " if s["reused_tokens"] else "")
         + f"{s['prefill_tokens_per_second']:.0f} tokens/s; new {s['new_tokens']} tokens, "
         f"{f'{speed:.0f} tokens/s' if speed else 'no speed'}; "
-        f"peak memory {bytes_text(s['peak_memory_bytes'])}; seed {s['seed']}"
+        f"peak memory {bytes_text(s['peak_memory_bytes'])}; seed {s['seed']}" + drafts(s.get("speculation"))
     )
+
+
+def drafts(s: dict | None) -> str:
+    """Return how many drafts were accepted, for the line of statistics; empty without any speculation."""
+    if s is None:
+        return ""
+    if not sum(s["drafted_by_position"]):
+        return "; no drafts"
+    shares = (
+        f"{right / made:.0%}"
+        for right, made in zip(s["accepted_by_position"], s["drafted_by_position"], strict=True)
+        if made
+    )
+    return f"; {s['tokens_per_call']:.2f} tokens a call with drafts, accepted by position {' '.join(shares)}"

@@ -18,6 +18,7 @@ from refengine.ranks.comm import TIMEOUT
 from refengine.ranks.launcher import launched
 from refengine.spec.arrays import ITEMSIZE
 from refengine.spec.config import InputError
+from refengine.speculation import MOST_DRAFTS
 
 
 def together(*decorators):
@@ -91,6 +92,21 @@ class Bytes(click.ParamType):
         number, unit, binary = found.groups()
         base = 1024 if binary else 1000
         return int(float(number) * base ** " KMGT".index((unit or " ").upper()))
+
+
+class Drafts(click.ParamType):
+    """Reads a number of drafts, or auto."""
+
+    name = "K|auto"
+
+    def convert(self, value, param, ctx):
+        """Return the number or "auto"; a usage error for anything else."""
+        if value == "auto":
+            return value
+        try:
+            return click.IntRange(1, MOST_DRAFTS).convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"{value!r} is neither auto nor a number from 1 to {MOST_DRAFTS}.", param, ctx)
 
 
 class StopText(click.types.StringParamType):
@@ -424,6 +440,12 @@ sampling = together(
         help="Stop before this text (repeatable).",
     ),
     click.option("--ignore-eos", is_flag=True, help="Continue after an end token."),
+    click.option(
+        "--speculate",
+        type=Drafts(),
+        metavar="K|auto",
+        help="Check up to K drafts of the prediction head at once.",
+    ),
     click.option("--stats", is_flag=True, help="Print speed and memory on stderr."),
 )
 

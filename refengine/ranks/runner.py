@@ -42,6 +42,7 @@ class RankRunner(LocalRunner):
         self.spreading: Arrays = {}  # on rank 0, while they are sent
         self.homes: dict[int, int | None] = {}  # the rank of ep that has a slot's states; None: all of them
         self.seats = Seats(((),))
+        self.mine: list[int] = []  # numbers of the sequences of the latest call that this rank has
         self.dropped: list[int] = []
         self.broken = False  # whether the last call did not come to its end: nothing more can be asked
 
@@ -63,6 +64,15 @@ class RankRunner(LocalRunner):
         """Keep the first of the tokens that were verified, on all ranks; see Runner."""
         self.verified(slots, counts)
         self.together("commit", slots=slots, counts=counts)
+
+    def speculate(self, slots, ids, counts):
+        """Feed one token to each of some sequences, and drafts of it, on all ranks; see Runner."""
+        return self.together("speculate", slots=slots, ids=ids, counts=counts)
+
+    def keep(self, slots, counts):
+        """Keep the first of the tokens that `speculate` drew, on all ranks; see Runner."""
+        self.verified(slots, counts)
+        self.together("keep", slots=slots, counts=counts)
 
     def fork(self, slot, into):
         """Copy the sequence of a slot into others, on all ranks; see Runner."""
@@ -150,6 +160,10 @@ class RankRunner(LocalRunner):
                 return self.part_of_verify(**arguments)
             case "commit":
                 return super().commit(**arguments)
+            case "speculate":
+                return super().speculate(**arguments)
+            case "keep":
+                return super().keep(**arguments)
             case "fork":
                 return super().fork(**arguments)
             case "snapshot":
@@ -180,6 +194,21 @@ class RankRunner(LocalRunner):
         """Return whether this rank belongs to the last stage, which has the logits."""
         return self.shard.at[2] == self.shard.layout.pp - 1
 
+    @property
+    def leaders(self) -> dict[int, int]:
+        """Return the ranks that draw for the sequences of the latest call, and how many each has."""
+        sizes = self.seats.sizes[:1] if self.seats.repeated else self.seats.sizes
+        return {self.leader(e): size for e, size in enumerate(sizes)}
+
+    @property
+    def draws(self) -> bool:
+        """Return whether this rank draws tokens of the latest call."""
+        return self.comm.rank in self.leaders
+
+    def has(self, slot: int) -> bool:
+        """Return whether the states of a slot are on this rank."""
+        return self.homes[slot] in (None, self.shard.at[1])
+
     def leader(self, e: int) -> int:
         """Return the rank that draws for the sequences of rank e of ep."""
         tp, ep, pp = self.shard.layout.tp, self.shard.layout.ep, self.shard.layout.pp
@@ -199,12 +228,13 @@ class RankRunner(LocalRunner):
             self.homes.pop(slot, None)
         LocalRunner.drop(self, slots)
 
-    def call(self, slots, rows, fresh, wanted):
+    def call(self, slots, rows, fresh, wanted, prompts=False):
         """Feed this rank's rows of a call; return the draws of all rows."""
         mine = self.seat(slots, fresh)
-        width = max(map(len, rows))
-        logits = self.forward(*_padded(slots, rows, fresh, mine), any(wanted) or width == 1, width)
+        width, hidden = max(map(len, rows)), self.drafts(slots, prompts)
+        logits = self.forward(*_padded(slots, rows, fresh, mine), any(wanted) or width == 1, width, hidden)
         self.slots.drop([-1])
+        self.drafter.follow(slots, rows, mine, self.latest, prompts)
         if width > 1 and not any(wanted):
             return [None] * len(slots)
         return self.share([slots[i] for i in mine], slots, wanted, logits)
@@ -214,9 +244,12 @@ class RankRunner(LocalRunner):
         e = self.shard.at[1]
         seats, homes = Seats.of_slots(slots, fresh, self.homes, self.shard.layout.ep)
         self.sit(seats)
-        self.slots.drop([slot for slot in slots if homes[slot] not in (None, e)])
+        elsewhere = [slot for slot in slots if homes[slot] not in (None, e)]
+        self.slots.drop(elsewhere)
+        self.drafter.slots.drop(elsewhere)
         self.homes |= homes
-        return [i for i in seats.of[e] if i is not None]
+        self.mine = [i for i in seats.of[e] if i is not None]
+        return self.mine
 
     def share(self, mine: list[int], slots: list[int], wanted: list[bool], logits: np.ndarray) -> list:
         """Draw where the logits are, and return what all sequences of the call drew."""
@@ -254,25 +287,61 @@ class RankRunner(LocalRunner):
 
     def part_of_verify(self, slots: list[int], ids: list[list[int]]) -> list[np.ndarray]:
         """Return the logits [tokens v] of each sequence; this rank records those it has."""
-        mine, width = self.seat(slots, []), max(map(len, ids))
-        own_slots, own_rows, new = _padded(slots, ids, [], mine)
-        logits, records = self.record(own_slots, own_rows, new, width)
+        self.seat(slots, [])
+        found = self.exchange(self.head(self.feed(slots, ids)), len(slots))
+        return [logits[: len(row)] for logits, row in zip(found, ids, strict=True)]
+
+    def feed(self, slots, rows):
+        """Return the hidden states of this rank's rows, which it records."""
+        own_slots, own_rows, new = _padded(slots, rows, [], self.mine)
+        h, records = self.record(own_slots, own_rows, new, max(map(len, rows)))
         self.slots.drop([-1])
-        self.recorded = list(slots), [len(row) for row in ids], (mine, records)
-        sizes = self.seats.sizes[:1] if self.seats.repeated else self.seats.sizes
-        heard = {
-            self.leader(e): np.empty((size, width, self.whole.vocab_size)) for e, size in enumerate(sizes)
-        }
-        own = heard.get(self.comm.rank)
-        if own is not None:
-            own[:] = logits
-        self.comm.share(own, heard)
+        self.recorded = list(slots), [len(row) for row in rows], (self.mine, records)
+        return h
+
+    def exchange(self, own: np.ndarray, count: int) -> list[np.ndarray]:
+        """Return an array for each of the `count` sequences of a call, of those of the ranks that draw.
+
+        own: this rank's, one after the other; not read on other ranks, but of the right shape.
+        """
+        heard = {rank: np.empty((size, *own.shape[1:])) for rank, size in self.leaders.items()}
+        mine = heard.get(self.comm.rank)
+        if mine is not None:
+            mine[:] = own
+        self.comm.share(mine, heard)
         found = {
             i: rows[at]
             for of, rows in zip(self.seats.of, heard.values(), strict=False)
             for at, i in enumerate(of)
         }
-        return [found[i][: len(row)] for i, row in enumerate(ids)]
+        return [found[i] for i in range(count)]
+
+    def exchanged(self, tokens, count):
+        """Return the tokens of all sequences of a call."""
+        own = np.full((len(self.seats.of[self.shard.at[1]]), 1), -1.0)
+        own[: len(tokens), 0] = tokens
+        return [int(row[0]) for row in self.exchange(own, count)]
+
+    def shared(self, found, slots, most):
+        """Return what all sequences of a call drew; the generators of those drawn elsewhere move on."""
+        drawings = [self.drawings[slot] for slot in slots]
+        wide = 2 + 2 * max(drawing.logprobs or 0 for drawing in drawings)
+        own = np.full((len(self.seats.of[self.shard.at[1]]), 2 + most * wide), -1.0)
+        for line, i in zip(own, self.mine, strict=False):
+            if i in found:
+                if isinstance(found[i], InputError):
+                    raise RankError(str(found[i]))
+                draws, used = found[i]
+                line[:2] = len(draws), used
+                for part, draw in zip(line[2:].reshape(most, wide), draws, strict=False):
+                    _write(part, draw)
+        runs = []
+        for i, (line, drawing) in enumerate(zip(self.exchange(own, len(slots)), drawings, strict=True)):
+            count, used = map(int, line[:2])
+            if i not in found:
+                drawing.generator.random(used)
+            runs.append([_read(part, drawing.logprobs) for part in line[2:].reshape(most, wide)[:count]])
+        return runs
 
     def replay(self, slots, records, counts, *layers):
         """Store the states of this rank's slots after the tokens that are kept."""
