@@ -85,9 +85,23 @@ def test_the_tensors_count_as_those_of_the_released_files(model, recipe, matrice
     assert len(rows) + matrices["NVFP4"] * with_inputs + matrices.get("FP8", 0) * 2 + cache == total
 
 
-def test_supers_published_counts():
-    """Its recipe was searched for layer by layer; only the sums are known."""
-    assert len(table(CONFIGS["super"])) + 3 * 40_961 + 2 * 139 + 2 * 8 == 165_860
+def test_supers_recipe_is_a_file_of_names(tmp_path):
+    """It was searched for layer by layer; the sums are published, and some of the layers."""
+    cfg, path = CONFIGS["super"], tmp_path / "super.toml"
+    kinds = {kind: [i for i, each in enumerate(cfg.layers) if each == kind] for kind in "M*E"}
+    layers = {
+        "in_proj": kinds["M"][:28], "out_proj": kinds["M"][:29], "shared_experts.up_proj": kinds["E"][:39],
+        "shared_experts.down_proj": kinds["E"][1:38], "fc1_latent_proj": (1, 3, 5), "fc2_latent_proj": (3,),
+        "o_proj": (69, 78),
+    }  # fmt: skip
+    names = [f"backbone.layers.{i}.mixer.{key}.weight" for key, at in layers.items() for i in at]
+    lines = [f'"{name}" = "fp8"' for name in names]
+    lines += ['"backbone.layers.1.mixer.shared_experts.down_proj.weight" = "nvfp4"']
+    path.write_text('[roles]\nrouted_expert = "nvfp4"\n[names]\n' + "\n".join(lines))
+    chosen, rows = recipe_of(str(path)), table(cfg)
+    formats = [chosen.format_of(row, cfg) for row in rows]
+    assert formats.count("fp8") == 139 and formats.count("nvfp4") == 40_961
+    assert len(rows) + 3 * 40_961 + 2 * 139 + 2 * cfg.layers.count("*") == 165_860
 
 
 def test_four_over_six_gains_on_the_embedded_model(tmp_path):
