@@ -29,7 +29,7 @@ from refengine.checkpoint.match import (
     without_other_parts,
 )
 from refengine.checkpoint.packed import KINDS, AnyStored, contradictions, with_packed
-from refengine.checkpoint.safetensors_file import MappedFile, SafetensorsFile
+from refengine.checkpoint.safetensors_file import MappedFile, SafetensorsFile, without_collection
 from refengine.spec.arrays import DTYPES, Weight
 from refengine.spec.config import Config, InputError
 from refengine.spec.keys import text_model
@@ -55,6 +55,7 @@ class Checkpoint:
     notes: tuple[str, ...]
 
     @classmethod
+    @without_collection()
     def open(cls, model: str | Path) -> Checkpoint:
         """Return a model opened by its directory or its embedded name; InputError says what is wrong."""
         directory = locate(model)
@@ -67,7 +68,7 @@ class Checkpoint:
         found = by_name(files, index, notes)
         if hf is not outer or has_wrapper(at.name for at in found.values()):
             found = without_other_parts(found, notes)
-        weights = with_packed(found, directory)
+        weights = with_packed(found, directory, (outer | hf).get("quantization_config"))
         notes += _quantization(directory, outer | hf, weights)
         cfg = settled(_config(directory, with_heads(hf, weights, notes), notes), weights, notes)
         stored = match(cfg, weights, directory, sum(file.size for file in files), notes)

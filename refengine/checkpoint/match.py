@@ -49,7 +49,7 @@ def needed(name: str, wrapper: bool) -> bool:
 
 def has_wrapper(names: Iterable[str]) -> bool:
     """Return whether some of the names say that their model is one part of a wrapper."""
-    return any("language_model." in name for name in names)
+    return "language_model." in "\n".join(names)
 
 
 def without_other_parts(found: dict[str, Stored], notes: list[str]) -> dict[str, Stored]:
@@ -201,7 +201,7 @@ def _settled_latent(cfg: Config, found: dict[str, AnyStored], notes: list[str]) 
     widths: set[int] = set()
     projections = False
     for name, at in found.items():
-        part = LATENT.search(name) or EXPERT.search(name)
+        part = (EXPERT if ".experts." in name else LATENT).search(name)
         if part is None or not name.startswith("backbone.") or len(at.shape) < 2:
             continue
         projections |= part[1] in ("fc1", "fc2")

@@ -27,17 +27,26 @@ ENDINGS |= {
     for end in tuple(ENDINGS)[:2]
     for more in ("", "_2")
 }
+SPELLED = tuple(ENDINGS)
 TRUNK = ("layers.", "embeddings.weight", "norm_f.weight")
 OUTSIDE = ("lm_head.", "mtp.")
+OURS = (*(f"backbone.{name}" for name in TRUNK), *OUTSIDE)
 
 
 def canonical(name: str) -> str | None:
     """Return the table's name of a tensor that a file calls `name`; None if it is no part of a text model."""
-    name = PREFIX.sub("", name)
-    if name.endswith(tuple(ENDINGS)):
+    known = is_ours(name)
+    if not known:
+        name = PREFIX.sub("", name)
+    if name.endswith(SPELLED):
         for ending, ours in ENDINGS.items():
             if name == ending or name.endswith("." + ending):
                 name = name.removesuffix(ending) + ours
-    if name.startswith(TRUNK):
+    if not known and name.startswith(TRUNK):
         return "backbone." + name
-    return name if name.startswith(OUTSIDE) else None
+    return name if known or name.startswith(OUTSIDE) else None
+
+
+def is_ours(name: str) -> bool:
+    """Return whether a name of `canonical` is that of a tensor of the text model."""
+    return name.startswith(OURS)

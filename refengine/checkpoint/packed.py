@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refengine.checkpoint.gguf.stored import Altered, StoredBlocks
-from refengine.checkpoint.names import canonical
-from refengine.checkpoint.safetensors_file import MappedFile, Stored, without_collection
+from refengine.checkpoint.names import canonical, is_ours
+from refengine.checkpoint.safetensors_file import MappedFile, Stored
 from refengine.spec.arrays import DTYPES
 from refengine.spec.config import InputError
 from refengine.spec.quant import Packed
@@ -26,11 +26,11 @@ from refengine.untrusted import shown
 
 KINDS = ("NVFP4", "FP8", "MXFP8")
 SCALES = (".weight_scale", ".weight_scale_2", ".weight_scale_inv", ".input_scale", ".pre_quant_scale")
-# Other tools, by the endings of their tensors' names; `.qweight` without `.g_idx` is of AWQ.
+# Other tools, by the endings of their tensors' names.
 TOOLS = {
     ".weight_packed": "compressed-tensors",
     ".g_idx": "GPTQ",
-    ".qweight": "AWQ",
+    ".qweight": "AWQ or GPTQ",
     ".weight.absmax": "bitsandbytes",
     ".SCB": "bitsandbytes",
     ".weight_scale_inv": "a tool that scales FP8 in square blocks",
@@ -146,17 +146,25 @@ def _wrong(at: Stored, what: str) -> InputError:
     return InputError(f"{at.file.path} is damaged: the scale {shown(at.name)} {what}; download it again")
 
 
-def with_packed(found: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """Return the tensors of the files by name, those of each packed weight as one."""
-    _refuse_tools(found, directory)
-    with without_collection():
+def with_packed(found: dict[str, Any], directory: Path, said: Any = None) -> dict[str, Any]:
+    """Return the tensors of the files by name, those of each packed weight as one.
+
+    said: the quantization_config of config.json, of which only the name of the tool counts, in an InputError.
+    """
+    try:
+        _refuse_tools(found, directory)
         return _with_packed(found, directory)
+    except InputError as error:
+        tool = said.get("quant_method") if isinstance(said, dict) else None
+        if tool in (None, "modelopt"):
+            raise
+        raise InputError(f"{error}; config.json names the tool {shown(tool)}") from None
 
 
 def _with_packed(found: dict[str, Any], directory: Path) -> dict[str, Any]:
     out = dict(found)
     for name, at in found.items():
-        if at.dtype in DTYPES or name.endswith(SCALES) or canonical(name) is None:
+        if at.dtype in DTYPES or name.endswith(SCALES) or not is_ours(name):
             continue
         if name.endswith(".weight") and at.dtype in ("U8", "F8_E4M3"):
             base = name.removesuffix("weight")
@@ -167,7 +175,7 @@ def _with_packed(found: dict[str, Any], directory: Path) -> dict[str, Any]:
         elif at.dtype in ("U8", "F8_E4M3") and name.endswith(EXPERTS):
             raise _unsupported(directory, f"{shown(at.name)} is a stack of packed experts")
     for name, at in out.items():
-        if name.endswith(SCALES) and canonical(name):
+        if name.endswith(SCALES) and is_ours(name):
             ours = f"{name.rpartition('.')[0]}.weight"
             none = "no weight is packed" if len(out) == len(found) else f"{shown(ours)} is not packed"
             what = f"{at.file.path} holds {shown(at.name)}, a scale for packed weights"
@@ -177,7 +185,7 @@ def _with_packed(found: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 def _refuse_tools(found: dict[str, Any], directory: Path) -> None:
     """Raise InputError that names the tool which has packed the weights, if it is not one that is read."""
-    suspects = {name: at for name, at in found.items() if name.endswith(tuple(TOOLS)) and canonical(name)}
+    suspects = {name: at for name, at in found.items() if name.endswith(tuple(TOOLS)) and is_ours(name)}
     ends = {end: at for name, at in suspects.items() for end in TOOLS if name.endswith(end)}
     for end, tool in TOOLS.items():
         if end in ends and not (end == ".weight_scale_inv" and ends[end].dtype not in ("F32", "BF16")):

@@ -137,7 +137,10 @@ class SafetensorsFile(MappedFile):
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Suspend the collector of cycles while many objects are made that form none: a third of the time."""
+    """Suspend the collector of cycles while many objects are made that form none: a third of the time.
+
+    Also as a decorator.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -5,7 +5,7 @@ import pytest
 
 import refengine
 from refengine.spec.config import InputError
-from tests.support.checkpoints import add, alter, parts, refusal, rename
+from tests.support.checkpoints import add, alter, alter_json, parts, refusal, rename
 from tests.support.packed import all_in, mixed, packed_checkpoint
 
 BASE = "backbone.layers.0.mixer.in_proj"
@@ -156,6 +156,18 @@ def test_other_tools_are_named(end, tool, tmp_path):
     add(path, f"{BASE}.{end}", np.ones((2, 2), np.float32), "F32")
     said = refusal(tmp_path)
     assert f"'{BASE}.{end}' is of " in said and tool in said and "those of modelopt" in said
+
+
+def test_the_tool_that_config_json_names_is_in_the_sentence(tmp_path):
+    """Its tensors may have the names that modelopt's have, as in FP8 of compressed-tensors."""
+    path = packed_checkpoint(tmp_path, all_in("FP8")) / "model.safetensors"
+    replace(path, f"{BASE}.weight_scale", np.ones((5, 1), np.uint16), "BF16")
+    alter_json(tmp_path / "config.json", quantization_config={"quant_method": "compressed-tensors"})
+    said = refusal(tmp_path)
+    assert f"{BASE}.weight_scale' in" in said and "has the dtype BF16" in said
+    assert said.endswith("; config.json names the tool 'compressed-tensors'")
+    alter_json(tmp_path / "config.json", quantization_config={"quant_method": "modelopt"})
+    assert "names the tool" not in refusal(tmp_path)
 
 
 def test_a_stack_of_packed_experts_is_refused(tmp_path):
