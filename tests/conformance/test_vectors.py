@@ -224,6 +224,8 @@ def test_a_program_in_another_language_agrees(sets, tmp_path, language, dtype):
     assert done.returncode == 0 and all(line.startswith("pass") for line in lines), done.stdout + done.stderr
     assert {line.split()[1] for line in lines if "logits" not in line} == set(SCANS_AND_ROUTES)
     assert sum(" logits: " in line for line in lines) == 5
+    page = (ROOT / "docs" / "vectors.md").read_text()
+    assert all(f"{line.partition(':')[0]}: " in page for line in lines)
     text, code = run(
         "check", sets[0], "--outputs", outputs, "--dtype", dtype, "--op", "ssd_scan", "--op", "route"
     )
