@@ -49,7 +49,7 @@ def of_row(states: list, row: int, backend: Backend, first: int = 0, start: int 
             for name in KEYS:
                 found[f"layers.{i}.{name}"] = a = _positions(state, name, row, slice(start, stop), backend)
                 if a.dtype == FP8:
-                    found[f"layers.{i}.{name}_scale"] = _copied(np.float32(_scale(state, name)))
+                    found[f"layers.{i}.{name}_scale"] = _copied(np.array(_scale(state, name), np.float32))
     return found
 
 

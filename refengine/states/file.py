@@ -52,7 +52,7 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[str, str]
     """
     ordered = sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize)  # so that each is aligned
     start = _header({name: (a.dtype, a.shape) for name, a in ordered}, notes)
-    data = [memoryview(np.ascontiguousarray(a).reshape(-1).view(np.uint8)) for _, a in ordered]
+    data = [np.ascontiguousarray(a).reshape(-1).view(np.uint8).data for _, a in ordered]
     digest = hashlib.sha256(start)
     for part in data:
         digest.update(part)
