@@ -25,6 +25,13 @@ def test_the_book_is_woven_from_the_spec_as_it_is():
     assert run.returncode == 0, run.stderr
 
 
+def test_the_figures_are_drawn_from_the_configurations_as_they_are():
+    """After an edit of tools/write/figures.py: python -m tools.write.figures"""
+    command = [sys.executable, "-m", "tools.write.figures", "--check"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_a_chapter_opens_with_its_number_and_title(name):
     number, opening = CHAPTERS.index(name) + 1, ast.get_docstring(module(name))

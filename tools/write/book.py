@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "docs" / "book"
 CHAPTERS = runpy.run_path(str(ROOT / "spec" / "__init__.py"))["CHAPTERS"]
 PAGES = [f"{number:02}-{name}.md" for number, name in enumerate(CHAPTERS, 1)]
+FIRST = Path(__file__).with_name("first_page.md").read_text()
 
 
 def pages() -> dict[str, str]:
@@ -32,7 +33,9 @@ def pages() -> dict[str, str]:
     note = (
         "This is `spec/`, rendered by `python -m tools.write.book`; the code shown is the code that runs.\n"
     )
-    return book | {"index.md": "\n\n".join(["# The book", linked(opening), "\n".join(contents), note])}
+    first = FIRST.format_map({name: f"[{name}]({page})" for name, page in zip(CHAPTERS, PAGES, strict=True)})
+    index = ["# The book", linked(opening), first + "\n" + "\n".join(contents), note]
+    return book | {"index.md": "\n\n".join(index)}
 
 
 def heading(text: str) -> tuple[str, str, str]:
