@@ -14,7 +14,8 @@ from threadpoolctl import threadpool_limits
 from refengine.machine import available_memory, processors
 from refengine.spec.arrays import ITEMSIZE
 from refengine.spec.config import Config, InputError
-from refengine.spec.ops import Backend, numpy_backend
+from refengine.spec.ops import REFERENCE, Backend, numpy_backend
+from refengine.spec.quant import with_packed_inputs
 from refengine.spec.tensors import parameters, table
 
 NAMES = ("numpy", "torch", "cuda", "cpu", "auto")
@@ -31,6 +32,7 @@ def make(
     share: float = 1.0,
     packed: bool = False,
     batch_invariant: bool = False,
+    packed_inputs: bool = False,
 ) -> Backend:
     """Return the backend called `name`, computing in `dtype` on `device`; InputError names what there is.
 
@@ -40,12 +42,16 @@ def make(
     packed: whether the checkpoint has packed weights: all weights then stay as they are in the files (numpy,
         torch).
     batch_invariant: the same bits of a row's logits in any batch; the cpu backend alone has this mode.
+    packed_inputs: inputs of packed weights are packed too, as in W4A4; the numpy backend alone has this mode.
     """
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise InputError(f"threads = {threads} is not a number from 1 to {MOST_THREADS}")
-    name = automatic(device, dtype, batch_invariant=batch_invariant)[0] if name == "auto" else name
+    if name == "auto":
+        name = automatic(device, dtype, batch_invariant=batch_invariant, packed_inputs=packed_inputs)[0]
     if batch_invariant and name in NAMES and name != "cpu":
         raise InputError(f"the {name} backend has no batch-invariant mode; --backend cpu has one")
+    if packed_inputs and name in NAMES and name != "numpy":
+        raise InputError(f"the {name} backend does not pack inputs; --backend numpy does")
     if name == "cuda":
         from refengine.backends.cuda import cuda_backend
 
@@ -58,7 +64,8 @@ def make(
         if device not in ("cpu", "auto"):
             raise InputError(f"the numpy backend runs on the cpu, not on {device!r}")
         threadpool_limits(threads or processors())
-        return numpy_backend(np.dtype(dtype), resident=not packed and fits(cfg, dtype, share))
+        ops = with_packed_inputs(REFERENCE) if packed_inputs else REFERENCE
+        return numpy_backend(np.dtype(dtype), not packed and fits(cfg, dtype, share), ops)
     if name == "cpu":
         if device not in ("cpu", "auto"):
             raise InputError(f"the cpu backend runs on the cpu, not on {device!r}")
@@ -84,9 +91,15 @@ def make(
 
 
 def automatic(
-    device: str | None = None, dtype: str = "float32", ranks: int = 1, batch_invariant: bool = False
+    device: str | None = None,
+    dtype: str = "float32",
+    ranks: int = 1,
+    batch_invariant: bool = False,
+    packed_inputs: bool = False,
 ) -> tuple[str, str]:
     """Return the backend that "auto" means here for so many ranks, and the reason in a few words."""
+    if packed_inputs:
+        return "numpy", "the only one that packs inputs"
     if batch_invariant:
         return "cpu", "the only one with a batch-invariant mode"
     if dtype == "float64":

@@ -56,6 +56,7 @@ def load(
     batch_invariant: bool = False,
     cache: int = 0,
     cache_dir: str | Path | None = None,
+    packed_inputs: bool = False,
 ) -> Engine:
     """Open a checkpoint and return an Engine; for several ranks see refengine.ranks.load.
 
@@ -73,6 +74,8 @@ def load(
             and the cuts of a prompt at whole chunks; slower, and on the cpu backend alone.
         cache: bytes of snapshots to keep, from which prompts start that share a prefix; 0: none.
         cache_dir: a directory in which the last point of each prompt is kept too, up to as many bytes.
+        packed_inputs: pack the inputs of packed weights too, by the scales in the files, as hardware with
+            W4A4 and W8A8 does; on the numpy backend alone.
 
     Raises:
         InputError: one sentence about what is wrong with the files or with the choice.
@@ -87,19 +90,21 @@ def load(
         raise InputError(f"cache = {cache!r} is not a number of bytes from 0 on")
     checkpoint = Checkpoint.open(model).in_large_pages()
     cfg = checkpoint.config
+    if packed_inputs:
+        checkpoint.check_packed_inputs()
     if isinstance(backend, Backend):
-        if batch_invariant:
-            raise InputError(
-                "batch_invariant needs the name of a backend: a Backend of your own has its mode"
-            )
+        if batch_invariant or packed_inputs:
+            mode = "batch_invariant" if batch_invariant else "packed_inputs"
+            raise InputError(f"{mode} needs the name of a backend: a Backend of your own has its mode")
         chosen = backend
     else:
         if backend == "auto":
-            backend = backends.automatic(device, dtype, batch_invariant=batch_invariant)[0]
+            mode = dict(batch_invariant=batch_invariant, packed_inputs=packed_inputs)
+            backend = backends.automatic(device, dtype, **mode)[0]
         dtype = checkpoint.auto_dtype(backend) if dtype == "auto" else dtype
         chosen = backends.make(
             backend, cfg, dtype, device, threads, deterministic,
-            packed=checkpoint.packed, batch_invariant=batch_invariant,
+            packed=checkpoint.packed, batch_invariant=batch_invariant, packed_inputs=packed_inputs,
         )  # fmt: skip
     checkpoint = checkpoint.placed_on(chosen.name, chosen.packed)
     with progress("loading", len(table(cfg)), "tensor") as bar:

@@ -10,13 +10,18 @@ byte, the even column in its low half. Trap 8: scales lie row by row, not swizzl
 A matrix whose scale_2, or whose scale in FP8, is 0 means zeros, whatever its codes are: modelopt writes NaN.
 
 W4A16 and W4A8 are NVFP4 weights whose inputs stay in 16 bits or are rounded to FP8; W4A8 has blocks of 32 and
-a larger scale_2. The size of a block follows from the shapes. `rounded_inputs` is the arithmetic of hardware
-that packs the inputs of a layer as well. docs/packed.md.
+a larger scale_2. The size of a block follows from the shapes. `with_packed_inputs` is the arithmetic of
+hardware that packs the inputs of a layer as well:
+
+    W4A4    x = e2m1(code) (e4m3(scale) input_scale)      W8A8, W4A8    x = e4m3(code) input_scale
+
+where a block of 16 inputs has the scale e4m3(largest / (6 input_scale)). docs/packed.md.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from math import gcd, prod
 
 import ml_dtypes
@@ -24,6 +29,8 @@ import numpy as np
 
 from refengine.spec.arrays import Array
 from refengine.spec.config import InputError
+from refengine.spec.numerics import relu2
+from refengine.spec.ops import Ops, linear_pair, logits
 
 E2M1_MAX, E4M3_MAX = 6, 448
 TOP, TOP_4_OVER_6, TOP_W4A8 = 6 * 448, 6 * 256, 448  # the largest element, in units of scale_2
@@ -57,6 +64,7 @@ class Packed:
     scale        uint8 [.. o i/block], codes of E4M3 (NVFP4) or exponents (MXFP8); float32 [] (FP8)
     scale_2      float32 [], of NVFP4 alone
     input_scale  float32 [], for `rounded_inputs`; None where inputs are not packed
+    whole_block  the block before a cut of columns made it smaller, by which inputs are packed; 0: as `block`
     """
 
     kind: str
@@ -64,6 +72,7 @@ class Packed:
     scale: Array
     scale_2: np.float32 | None = None
     input_scale: np.float32 | None = None
+    whole_block: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,11 +118,12 @@ class Packed:
             return part
         whole = self.in_blocks(gcd(self.block, start, stop))
         scale = whole.scale[(*rows, slice(start // whole.block, stop // whole.block))]
-        return replace(part, scale=scale)
+        return replace(part, scale=scale, whole_block=whole.whole_block)
 
     def in_blocks(self, block: int) -> Packed:
         """Return the same matrix with blocks of a divisor of their size: scales are repeated."""
-        return replace(self, scale=np.repeat(self.scale, self.block // (block or 1), axis=-1))
+        scale = np.repeat(self.scale, self.block // (block or 1), axis=-1)
+        return replace(self, scale=scale, whole_block=self.whole_block or self.block)
 
     def joined(self, others: list[Packed], axis: int) -> Packed:
         """Return this and other slices of one matrix, end to end along an axis."""
@@ -236,10 +246,37 @@ def rounded_fp8(x: Array, scale) -> Array:
 
 def rounded_inputs(x: Array, weight: Packed) -> Array:
     """Return inputs x [.. i] of a packed weight as hardware that packs them reads them."""
+    block = weight.whole_block or weight.block
     if weight.input_scale is None:
         return x
-    if weight.kind == "FP8" or weight.block != 16:  # W4A8
+    if weight.kind == "FP8" or block != 16:  # W4A8
         return rounded_fp8(x, weight.input_scale)
-    blocks = x.astype(np.float32).reshape(*x.shape[:-1], -1, weight.block)
+    if x.shape[-1] % block:
+        raise InputError(f"{x.shape[-1]} inputs are not whole blocks of {block}: they cannot be packed so")
+    blocks = x.astype(np.float32).reshape(*x.shape[:-1], -1, block)
     wanted = np.abs(blocks).max(axis=-1) / (np.float32(E2M1_MAX) * weight.input_scale)
     return _coded(blocks, wanted, weight.input_scale).dequantize(x.dtype)
+
+
+def with_packed_inputs(ops: Ops) -> Ops:
+    """Return NumPy operations that also pack the inputs of packed weights which have an input_scale."""
+
+    def linear(x, weight):
+        if isinstance(weight, tuple):
+            return np.concatenate([linear(x, part) for part in weight], axis=-1)
+        return ops.linear(rounded_inputs(x, weight) if isinstance(weight, Packed) else x, weight)
+
+    def mlp(h, up, down):
+        return linear(relu2(linear(h, up)), down)
+
+    def experts(u, matrices, routing, first=0):
+        y = np.zeros_like(u)
+        for i in np.unique(routing.expert):
+            if 0 <= i - first < len(matrices):
+                chosen = routing.expert == i  # *b k
+                hit, weight = chosen.any(axis=-1), (routing.weight * chosen).sum(axis=-1)
+                y[hit] += (weight[hit][:, None] * mlp(u[hit], *matrices[i - first])).astype(u.dtype)
+        return y
+
+    pair, head = (partial(verb, product=linear) for verb in (linear_pair, logits))
+    return replace(ops, linear=linear, linear_pair=pair, mlp=mlp, experts=experts, logits=head)

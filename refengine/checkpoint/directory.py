@@ -28,7 +28,7 @@ from refengine.checkpoint.match import (
     with_heads,
     without_other_parts,
 )
-from refengine.checkpoint.packed import KINDS, AnyStored, contradictions, with_packed
+from refengine.checkpoint.packed import KINDS, AnyStored, StoredPacked, contradictions, with_packed
 from refengine.checkpoint.safetensors_file import MappedFile, SafetensorsFile, without_collection
 from refengine.spec.arrays import DTYPES, Weight
 from refengine.spec.config import Config, InputError
@@ -96,6 +96,12 @@ class Checkpoint:
     def packed(self) -> bool:
         """Return whether any weight is packed."""
         return any(at.dtype not in DTYPES for at in self.stored.values())
+
+    def check_packed_inputs(self) -> None:
+        """Raise InputError where no weight has a scale by which its inputs can be packed."""
+        if not any(isinstance(at, StoredPacked) and at.input_scale for at in self.stored.values()):
+            what = "no weight has an input_scale (quantize --calibrate writes them)"
+            raise InputError(f"inputs of {self.directory} cannot be packed: {what}")
 
     def placed_on(self, backend: str, packed: bool) -> Checkpoint:
         """Return the same checkpoint, with a note if a backend cannot keep packed weights packed."""

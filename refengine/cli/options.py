@@ -180,7 +180,7 @@ def with_dtype(command):
     def call(*args, **how):
         if how["backend"] == "auto":
             how["backend"], reason = automatic(
-                how["device"], how["dtype"], launched().count, how["batch_invariant"]
+                how["device"], how["dtype"], launched().count, how["batch_invariant"], how["packed_inputs"]
             )
             click.get_current_context().meta["refengine.reason"] = reason
         if how["dtype"] == "auto":
@@ -272,6 +272,7 @@ engine = together(
     ),
     click.option("--deterministic", is_flag=True, help="Compute the same bits in every run."),
     click.option("--batch-invariant", is_flag=True, help="The same bits in every batch (cpu backend)."),
+    click.option("--packed-inputs", is_flag=True, help="Pack inputs as W4A4 and W8A8 do (numpy backend)."),
     loudness,
     with_dtype,
 )
@@ -341,7 +342,7 @@ def load(tp: int, ep: int, pp: int, timeout: float, **how):
 
 LOADING: tuple[str, ...] = ("model", "backend", "dtype", "device", "threads", "deterministic")
 LOADING += ("tp", "ep", "pp", "timeout", "batch", "batch_invariant", "cache")
-LOADING += ("cache_dir",)
+LOADING += ("cache_dir", "packed_inputs")
 
 cache_dir = click.option(
     "--cache-dir", type=FileName(), metavar="D", help="Keep states of prefixes in a directory too."

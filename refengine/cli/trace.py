@@ -54,6 +54,8 @@ def trace(output, prompts, ids, cut, steps, source, **how):
     if not prompts and not ids:
         raise click.UsageError("give a --prompt or --ids.")
     check_output(output)
+    if how["packed_inputs"]:
+        raise InputError("a trace shows inputs as they are before they are packed: leave out --packed-inputs")
     if source != "refengine":
         made = of_transformers(prompts, ids, cut, steps, source == SOURCES[1], **how)
     else:

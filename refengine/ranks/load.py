@@ -47,6 +47,7 @@ def load(
     batch_invariant: bool = False,
     cache: int = 0,
     cache_dir: str | None = None,
+    packed_inputs: bool = False,
 ) -> Engine:
     """Return the engine of this rank, with its part of the model; every rank of the job makes the same call.
 
@@ -64,21 +65,25 @@ def load(
         )
     device = own_device(device or "cpu", here)
     if backend == "auto":
-        backend = backends.automatic(device, dtype, here.count, batch_invariant)[0]
+        backend = backends.automatic(device, dtype, here.count, batch_invariant, packed_inputs)[0]
     comm = connect(timeout, device, deterministic)
     threads = threads or max(1, processors() // here.local_count)
     limit_threads(threads)
     checkpoint = Checkpoint.open(model)
+    if packed_inputs:
+        checkpoint.check_packed_inputs()
     cfg = checkpoint.config
     dtype = checkpoint.auto_dtype(backend) if dtype == "auto" else dtype
     shard = Shard(plan(cfg, tp, ep, pp), comm.rank)
     how = f"{backend} in {dtype}" + (", batch-invariant" if batch_invariant else "")
+    how += ", with packed inputs" if packed_inputs else ""
     comm.compare(identity(checkpoint, shard.layout, how))
     mine = held_tensors(cfg, shard)
     share = here.local_count * sum(sizes(row, cfg, shard)[0] for row in mine) / parameters(table(cfg))
     made = backends.make(
-        backend, cfg, dtype, device, threads, deterministic, share, checkpoint.packed, batch_invariant
-    )
+        backend, cfg, dtype, device, threads, deterministic, share, checkpoint.packed, batch_invariant,
+        packed_inputs=packed_inputs,
+    )  # fmt: skip
     chosen = with_heartbeats(made, comm)
     checkpoint = checkpoint.placed_on(chosen.name, chosen.packed)
     with progress("loading", len(mine), "tensor", silent=comm.rank > 0) as bar:
