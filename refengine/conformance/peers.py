@@ -15,27 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from refengine.checkpoint.gguf.names import theirs
 from refengine.conformance.cases import Case
 from refengine.spec.arrays import Array, widen
 from refengine.spec.config import Config
 from refengine.spec.tensors import table
 
 Logits = Callable[[Case], np.ndarray | None]  # of the first sequence of a case, l v; None where it has none
-WHOLE = {
-    "embeddings.weight": "token_embd.weight", "norm_f.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}  # fmt: skip
-LAYER = {  # of a layer's tensors, without their last part where it stays: the name in GGUF, after blk.N.
-    "norm": "attn_norm", "mixer.in_proj": "ssm_in", "mixer.conv1d": "ssm_conv1d", "mixer.A_log": "ssm_a",
-    "mixer.D": "ssm_d", "mixer.dt_bias": "ssm_dt.bias", "mixer.norm": "ssm_norm", "mixer.out_proj": "ssm_out",
-    "mixer.q_proj": "attn_q", "mixer.k_proj": "attn_k", "mixer.v_proj": "attn_v",
-    "mixer.o_proj": "attn_output", "mixer.gate": "ffn_gate_inp",
-    "mixer.gate.e_score_correction_bias": "exp_probs_b.bias",
-    "mixer.fc1_latent_proj": "ffn_latent_down", "mixer.fc2_latent_proj": "ffn_latent_up",
-    "mixer.experts.up_proj": "ffn_up_exps", "mixer.experts.down_proj": "ffn_down_exps",
-    "mixer.shared_experts.up_proj": "ffn_up_shexp", "mixer.shared_experts.down_proj": "ffn_down_shexp",
-    "mixer.up_proj": "ffn_up", "mixer.down_proj": "ffn_down",
-}  # fmt: skip
 
 
 def engines() -> Iterator[tuple[str, Logits]]:
@@ -120,25 +106,16 @@ def describe(writer: Any, cfg: Config) -> None:
 def gguf_tensors(cfg: Config, read: Callable[[str], Array]) -> Iterator[tuple[str, np.ndarray, bool]]:
     """Return each tensor by its name in GGUF, in float32, and whether it stays in float32 in every file."""
     stacks: dict[str, list[np.ndarray]] = {}
+    trunk = len(cfg.layers)
     for row in table(cfg):
-        if row.block.startswith("mtp."):
-            continue
         value = widen(read(row.name), np.float32)
-        if not row.block:
-            yield WHOLE[row.key], value, row.precision == "small"
-            continue
-        prefix = f"blk.{row.layer}."
-        if row.role == "routed_expert":
-            _, _, number, matrix, _ = row.key.split(".")
-            name = f"{prefix}{LAYER[f'mixer.experts.{matrix}']}.weight"
-            stacks.setdefault(name, []).append(value)
-            if int(number) == cfg.n_routed_experts - 1:
-                yield name, np.stack(stacks.pop(name)), False
-            continue
-        whole = LAYER.get(row.key)
-        stem, _, last = row.key.rpartition(".")
-        name = prefix + (whole or f"{LAYER[stem]}.{last}")
-        yield name, shaped(row.key, value, cfg), row.precision == "small"
+        if row.role == "routed_expert" and row.block.startswith("layers."):
+            experts, _, matrix, _ = row.name.rsplit(".", 3)
+            stacks.setdefault(stack := f"{experts}.{matrix}", []).append(value)
+            if len(stacks[stack]) == cfg.n_routed_experts:
+                yield theirs(stack, trunk), np.stack(stacks.pop(stack)), False
+        elif not row.block.startswith("mtp."):
+            yield theirs(row.name, trunk), shaped(row.key, value, cfg), row.precision == "small"
 
 
 def shaped(key: str, value: np.ndarray, cfg: Config) -> np.ndarray:
