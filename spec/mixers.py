@@ -9,8 +9,6 @@ call (chapter 9), from which `replay` computes the state after any number of its
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from refengine.spec.arrays import heads, merge, split
 
 
@@ -34,9 +32,19 @@ def recur(xBC, dt, w, cfg, state, lengths, ops):  # b l c, b l h -> b l h p
     x, B, C = split(xBC, cfg.conv_widths)
     x, B, C = heads(x, cfg.mamba_num_heads), heads(B, cfg.n_groups), heads(C, cfg.n_groups)
     y, S = ops.ssd_scan(  # x, y b l h p   B, C b l g n   S b h p n
-        x, dt, w["A_log"], B, C, w["D"], w["dt_bias"], state.S, lengths, cfg.time_step_limit, cfg.chunk_size
+        x,
+        dt,
+        w["A_log"],
+        B,
+        C,
+        w["D"],
+        w["dt_bias"],
+        state.read(),
+        lengths,
+        cfg.time_step_limit,
+        cfg.chunk_size,
     )
-    return y, replace(state, tail=tail, S=S)
+    return y, state.after(tail, S, dt.shape[1] if lengths is None else lengths)
 
 
 def attention(hidden, w, cfg, state, lengths, ops, record=False):  # b l d -> b l d

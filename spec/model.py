@@ -11,7 +11,7 @@ hold it to this one: tests/backends/torch/test_steps.py, tests/backends/cuda/tes
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,11 +24,15 @@ from refengine.spec.tensors import Group, placed, table
 
 @dataclass(frozen=True)
 class Model:
-    """A configuration, its placed weights (weights[block][group]), and the backend whose verbs read them."""
+    """A configuration, its placed weights (weights[block][group]), and the backend whose verbs read them.
+
+    scales: those of keys and values stored in FP8, by block; 1 where there are none.
+    """
 
     cfg: Config
     weights: dict
     backend: Backend
+    scales: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
     def build(cls, cfg: Config, read: Callable[[str], Weight], backend: Backend) -> Model:
@@ -39,9 +43,11 @@ class Model:
 
         return cls(cfg, placed(table(cfg), place), backend)
 
-    def new_states(self, batch: int) -> list:
-        """Return what each layer remembers before the first token."""
-        return [self.backend.new_state(kind, self.cfg, batch) for kind in self.cfg.layers]
+    def new_states(self, batch: int, first: int = 0, last: int | None = None) -> list:
+        """Return what layers first..last-1 remember before the first token."""
+        states = [self.backend.new_state(kind, self.cfg, batch) for kind in self.cfg.layers[first:last]]
+        pairs = [(state, self.scales.get(f"layers.{i}")) for i, state in enumerate(states, first)]
+        return [state.scaled(*scales) if scales else state for state, scales in pairs]
 
     def embed(self, ids):
         """Return the embeddings of ids: b l -> b l d."""

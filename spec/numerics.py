@@ -10,15 +10,18 @@ Everything is computed in the dtype it is given, but these are kept in float32 o
     softmax of the attention          a sum over the whole context                              attention
     logits                            sampling compares them                                    model
 
-docs/numerics.md has the measured consequences.
+A sequence's memory may be stored in fewer bits than it is computed in: keys and values in bfloat16 or FP8
+(`Stored`), S in float16 with stochastic rounding (`to_half`). docs/numerics.md has the measured consequences.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import ml_dtypes
 import numpy as np
 
-from refengine.spec.arrays import Array, Float
+from refengine.spec.arrays import DTYPES, Array, Float, widen
 
 
 def wide(dtype) -> np.dtype:
@@ -57,3 +60,69 @@ def relu2(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """Return max(x, 0)^2: the only activation of the experts and of the MLP. (Trap 5: there is no gate.)"""
     x = np.maximum(x, 0)
     return x * x
+
+
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+KV_DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "fp8": FP8}  # of a cache, by option
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a cache stores keys and values: in a dtype; FP8 holds them divided by their scales."""
+
+    dtype: np.dtype
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+
+    def scaled(self, k_scale: float, v_scale: float) -> Stored:
+        """Return the same with other scales; only FP8 has any."""
+        return replace(self, k_scale=k_scale, v_scale=v_scale) if self.dtype == FP8 else self
+
+    def narrow(self, x: Array, scale: float) -> Array:
+        """Return x as it is stored, to nearest even; FP8 ends at 448 scale. FP8 numbers stay as they are."""
+        if self.dtype == FP8 != x.dtype:
+            x = (x.astype(np.float32, copy=False) / np.float32(scale)).clip(-448, 448)
+        return x.astype(self.dtype, copy=False)
+
+    def wide(self, x: Array, scale: float, dtype) -> Array:
+        """Return stored numbers as they are read."""
+        x = widen(x, dtype)
+        return x * x.dtype.type(scale) if self.dtype == FP8 else x
+
+
+def mix(x: Array) -> Array:
+    """Return uint32 numbers mixed: every bit of the result depends on every bit of x."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
+
+
+def rounding_key(seeds, layer: int) -> Array:
+    """Return keys [b] uint32 of the random numbers that round S of one layer, by the seeds of sequences."""
+    seeds = np.asarray(seeds, np.uint64)
+    key = np.zeros(seeds.shape, np.uint32)
+    for word in (seeds, seeds >> np.uint64(32), np.full(seeds.shape, layer)):
+        key = mix((word.astype(np.uint32) ^ key) + np.uint32(0x9E3779B9))
+    return key
+
+
+def random_bits(key: Array, position: Array, count: int) -> Array:
+    """Return [b count] uint32 below 2^13, functions of key, position and element alone."""
+    step = mix((np.asarray(position).astype(np.uint32) ^ key) + np.uint32(0x9E3779B9))[:, None]
+    return mix(mix(np.arange(count, dtype=np.uint32) ^ step) + step) >> np.uint32(19)
+
+
+def to_half(x: Array, bits: Array) -> Array:
+    """Return x in float16, rounded up with the probability of its distance from the number below.
+
+    `bits`: a random number below 2^13 for each, as many bits as float16 drops. The mean over them is x, where
+    rounding to nearest loses every addition below half a unit. Magnitudes end at 65504.
+    """
+    x = x.astype(np.float32, copy=False)
+    size = np.abs(x)
+    normal = ((size.view(np.uint32) + bits) & np.uint32(0xFFFFE000)).view(np.float32)
+    small = np.floor(size * np.float32(2**24) + bits.astype(np.float32) / np.float32(2**13)) / np.float32(
+        2**24
+    )
+    size = np.where(size < 2.0**-14, small, np.where(np.isnan(x), x, normal))
+    return np.copysign(np.minimum(size, np.float32(65504)), x).astype(np.float16)

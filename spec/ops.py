@@ -159,13 +159,19 @@ def place(group: Group, values: list, dtype, resident: bool) -> Any:
     return values[0] if len(values) == 1 else np.concatenate(values) if resident else tuple(values)
 
 
-def numpy_backend(dtype=np.float32, resident: bool = True, ops: Ops = REFERENCE) -> Backend:
-    """Return the spec as a backend, computing in float32 or float64."""
+def numpy_backend(
+    dtype=np.float32,
+    resident: bool = True,
+    ops: Ops = REFERENCE,
+    kv: str | None = None,
+    ssm: str | None = None,
+) -> Backend:
+    """Return the spec as a backend, computing in float32 or float64; kv, ssm: see state.new_state."""
     return Backend(
         name="numpy",
         ops=replace(ops, embed=partial(embed, dtype=np.dtype(dtype))),
         place=partial(place, dtype=np.dtype(dtype), resident=resident),
-        new_state=partial(new_state, dtype=np.dtype(dtype)),
+        new_state=partial(new_state, dtype=np.dtype(dtype), kv=kv, ssm=ssm),
         array=np.asarray,
         fetch=np.asarray,
         packed=True,

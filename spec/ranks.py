@@ -124,8 +124,7 @@ def sizes(width: int, parts: int) -> list[int]:
 
 def new_states(model: Model, shard: Shard, batch: int) -> list:
     """Return the initial states of the layers of this rank's stage, for `batch` sequences."""
-    first, last = shard.layers(model.cfg)
-    return [model.backend.new_state(kind, model.cfg, batch) for kind in model.cfg.layers[first:last]]
+    return model.new_states(batch, *shard.layers(model.cfg))
 
 
 def stage(model: Model, shard: Shard, comm: Comm, ids, states: list, lengths=None, record=False):

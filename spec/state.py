@@ -19,6 +19,10 @@ the verbs that change its state have read.
 `commit` applies these verbs again to the first counts[b] positions of each row (chapter 13), for any counts:
 speculative decoding reads several guessed tokens in one call and keeps those that were right, without a copy
 of S to return to. The call itself reads a `tentative` state.
+
+A state may be stored in fewer bits than it is computed in (chapter 5): keys and values as `Stored` rounds
+them, when they are appended; S in float16, rounded at random at the end of each call, by a key of the
+sequence and the layer, and by the position. Scores, softmax and the scan stay in float32 or wider.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ import numpy as np
 
 from refengine.spec.arrays import Array
 from refengine.spec.config import Config
-from refengine.spec.numerics import wide
+from refengine.spec.numerics import KV_DTYPES, Stored, random_bits, rounding_key, to_half, wide
 
 
 @dataclass(frozen=True)
@@ -37,15 +41,36 @@ class Recurrent:
     """The state of a Mamba layer."""
 
     tail: Array  # b t c: the last conv_kernel - 1 rows of x|B|C before the activation
-    S: Array  # b h p n, float32 or wider
+    S: Array  # b h p n, float32 or wider; or float16, then with the next two
+    key: Array | None = None  # b uint32, of the random numbers
+    position: Array | None = None  # b, positions read
+
+    def keyed(self, seeds, layer: int) -> Recurrent:
+        """Return this state with the keys of sequences with these seeds, in this layer."""
+        return self if self.key is None else replace(self, key=rounding_key(seeds, layer))
+
+    def read(self) -> Array:
+        """Return S as the scan reads it."""
+        return self.S if self.key is None else self.S.astype(wide(self.tail.dtype))
+
+    def after(self, tail: Array, S: Array, count) -> Recurrent:
+        """Return the state after `count` more positions, an int or [b], at whose end the scan left S."""
+        if self.key is None:
+            return Recurrent(tail, S)
+        position = self.position + count
+        bits = random_bits(self.key, position, S[0].size).reshape(S.shape) if len(S) else np.uint32(0)
+        return Recurrent(
+            tail, to_half(S, bits), self.key, position
+        )  # what is a float16 already stays as it is
 
     def take(self, rows) -> Recurrent:
         """Return the states of these rows."""
-        return Recurrent(self.tail[rows], self.S[rows])
+        return Recurrent(*(a if a is None else a[rows] for a in vars(self).values()))
 
     def put(self, rows, other: Recurrent) -> Recurrent:
         """Return a state in which these rows are those of `other`."""
-        return Recurrent(_set(self.tail, rows, other.tail), _set(self.S, rows, other.S))
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Recurrent(*(a if a is None else _set(a, rows, b) for a, b in pairs))
 
     def fork(self) -> Recurrent:
         """Return this state: S and the tail are never written in place."""
@@ -68,6 +93,12 @@ class Cache:
     v: Array
     length: Array  # b
     written: Array  # b, the same array in all forks
+    stored: Stored | None = None  # None: as computed
+    wide: type | np.dtype = np.float32  # in which stored numbers are read
+
+    def scaled(self, k_scale: float, v_scale: float) -> Cache:
+        """Return this empty cache with the scales of FP8; itself in any other dtype."""
+        return self if self.stored is None else replace(self, stored=self.stored.scaled(k_scale, v_scale))
 
     def append(self, k: Array, v: Array, lengths=None) -> Cache:
         """Return the cache with k and v, b l kv e, appended; lengths[b] of the positions are real."""
@@ -76,6 +107,8 @@ class Cache:
         room = int(self.length.max(initial=0)) + added
         if room > self.k.shape[1] or not np.array_equal(self.written, self.length):
             cache = self._copied(room)
+        if form := self.stored:
+            k, v = form.narrow(k, form.k_scale), form.narrow(v, form.v_scale)
         slot = np.arange(len(k))[:, None], cache.length[:, None] + np.arange(added)
         cache.k[slot], cache.v[slot] = k, v
         length = cache.length + (added if lengths is None else np.asarray(lengths))
@@ -84,7 +117,10 @@ class Cache:
 
     def upto(self, t: int) -> tuple[Array, Array]:
         """Return the first t positions, b t kv e; rows that are shorter hold anything beyond their length."""
-        return self.k[:, :t], self.v[:, :t]
+        k, v = self.k[:, :t], self.v[:, :t]
+        if form := self.stored:
+            return form.wide(k, form.k_scale, self.wide), form.wide(v, form.v_scale, self.wide)
+        return k, v
 
     def take(self, rows) -> Cache:
         """Return the caches of these rows."""
@@ -98,7 +134,7 @@ class Cache:
         mine, theirs = self._copied(room, exactly=True), other._copied(room, exactly=True)
         length = _set(self.length, rows, other.length)
         k, v = _set(mine.k, rows, theirs.k), _set(mine.v, rows, theirs.v)
-        return Cache(k, v, length, length.copy())
+        return replace(self, k=k, v=v, length=length, written=length.copy())
 
     def fork(self) -> Cache:
         """Return a second state of this point, which shares the buffer."""
@@ -114,18 +150,28 @@ class Cache:
         shape = (self.k.shape[0], room if exactly else max(64, room + room // 2), *self.k.shape[2:])
         k, v = np.zeros(shape, self.k.dtype), np.zeros(shape, self.v.dtype)
         k[:, :known], v[:, :known] = self.k[:, :known], self.v[:, :known]
-        return Cache(k, v, self.length, self.length.copy())
+        return replace(self, k=k, v=v, written=self.length.copy())
 
 
-def new_state(kind: str, cfg: Config, batch: int, dtype=np.float32) -> Recurrent | Cache | None:
-    """Return the state of a layer that has read nothing; None for a layer without one."""
+def new_state(
+    kind: str, cfg: Config, batch: int, dtype=np.float32, kv: str | None = None, ssm: str | None = None
+) -> Recurrent | Cache | None:
+    """Return the state of a layer that has read nothing; None for a layer without one.
+
+    kv, ssm: the dtypes that keys and values, and S, are stored in; None: that of the computation.
+    """
+    none = np.zeros(batch, np.int64)
     if kind == "M":
+        half = ssm == "float16"
         tail = np.zeros((batch, cfg.conv_kernel - 1, cfg.conv_dim), dtype)
-        S = np.zeros((batch, cfg.mamba_num_heads, cfg.mamba_head_dim, cfg.ssm_state_size), wide(dtype))
-        return Recurrent(tail, S)
+        shape = batch, cfg.mamba_num_heads, cfg.mamba_head_dim, cfg.ssm_state_size
+        state = Recurrent(tail, np.zeros(shape, np.float16 if half else wide(dtype)))
+        return replace(state, key=rounding_key(none, 0), position=none) if half else state
     if kind == "*":
-        k, v = (np.zeros((batch, 0, cfg.num_key_value_heads, cfg.head_dim), dtype) for _ in range(2))
-        return Cache(k, v, np.zeros(batch, np.int64), np.zeros(batch, np.int64))
+        form = Stored(KV_DTYPES[kv]) if kv in KV_DTYPES and KV_DTYPES[kv] != dtype else None
+        shape = batch, 0, cfg.num_key_value_heads, cfg.head_dim
+        k, v = (np.zeros(shape, form.dtype if form else dtype) for _ in "kv")
+        return Cache(k, v, none, none.copy(), form, np.dtype(dtype))
     return None
 
 
@@ -142,6 +188,11 @@ def put(states: list, rows, others: list) -> list:
 def fork(states: list) -> list:
     """Return a second set of states of this point, for all layers."""
     return [s and s.fork() for s in states]
+
+
+def keyed(states: list, seeds, first: int = 0) -> list:
+    """Return states of layers first, first + 1, ... whose random rounding goes by the seeds of their rows."""
+    return [s.keyed(seeds, i) if hasattr(s, "keyed") else s for i, s in enumerate(states, first)]
 
 
 def _set(a: Array, rows, values: Array) -> Array:

@@ -23,30 +23,40 @@ from refengine.backends.cpu.steps import Steps
 from refengine.backends.cpu.verbs import Verbs
 from refengine.backends.cpu.weights import place
 from refengine.spec.config import InputError
+from refengine.spec.numerics import KV_DTYPES, Stored
 from refengine.spec.ops import Backend
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def cpu_backend(dtype: str = "float32", threads: int = 1, steady: bool = False) -> Backend:
+def cpu_backend(
+    dtype: str = "float32",
+    threads: int = 1,
+    steady: bool = False,
+    kv: str | None = None,
+    ssm: str | None = None,
+) -> Backend:
     """Return a backend with weights in `dtype` at most; InputError where the loops cannot be had.
 
     threads  that a call may use
     steady   no logit depends on how many rows are computed beside it, nor on where a prompt is cut, if that
     is
              at multiples of the chunk: sums go in one order
+    kv       dtype of keys and values in the cache: float32, bfloat16 or fp8; None: bfloat16 where `dtype` is
+    ssm      dtype of S: float32, or float16, which is rounded at random; None: float32
     """
     if dtype not in DTYPES:
         raise InputError(f"the cpu backend computes in {', '.join(DTYPES)}, not in {dtype}")
     built = native.load()
     if built is None:
         raise InputError("the cpu backend needs a C++ compiler; use --backend numpy")
+    stored = Stored(KV_DTYPES[kv or ("bfloat16" if dtype == "bfloat16" else "float32")])
     verbs = Verbs(built, threads, steady)
     return Backend(
         name="cpu",
         ops=verbs.ops(),
         place=partial(place, dtype=dtype),
-        new_state=new_state,
+        new_state=partial(new_state, stored=stored, half=ssm == "float16"),
         array=np.asarray,
         fetch=np.asarray,
         step=Steps(built, verbs.run),

@@ -24,8 +24,8 @@ SIGNATURES = {
     "gated_rms_norm": "ppipfpiiip",
     "conv": "pippppppiiiip",
     "choose": "ppiiiiinfppp",
-    "scan": "pppipippipipppffpiiiiiiip",
-    "attend": "pippnpfpiiiiiip",
+    "scan": "pppppipippipipppffpiiiiiiip",
+    "attend": "pippfpiiiiip",
     "step": "pipppppppp",
 }
 FIELDS = {
@@ -41,7 +41,9 @@ FIELDS = {
     "Dense": "norm:Norm up:Matrix down:Matrix width:i",
     "Layer": "kind:i weights:p",
     "Model": "norm:Norm head:Matrix vocabulary:i count:i layers:p",
-    "State": "first:p second:p room:i narrow:i",
+    "Page": "k:p v:p step:i",
+    "Cache": "pages:p count:i each:i kind:i k_scale:f v_scale:f",
+    "State": "first:p second:p key:p read:p",
 }
 
 

@@ -1,14 +1,28 @@
 """The state of a layer, as NumPy arrays that the compiled loops may write in place.
 
-Keys and values lie as b kv t e with room to grow, so that a head's are contiguous and appending copies
-nothing but the new ones.
+Keys and values of a sequence lie in pages of PAGE positions, so a cache grows without a copy, and takes
+no more memory than its positions. Sequences join and leave a batch by their lists of pages, which forks
+share. A page is appended to in place by the cache that ends where the page was last written; any other
+copies it first. The first page of a sequence is shorter, and grows by copies.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
+
+from refengine.backends.cpu.arrays import address
+from refengine.backends.cpu.interface import filled
+from refengine.spec.numerics import FP8, KV_DTYPES, Stored, rounding_key
+
+PAGE = 1920  # positions
+FIRST = 64  # of the first page of a sequence; it grows by GROWTH
+GROWTH = 4
+FULL = Stored(np.dtype(np.float32))
+KINDS = {np.dtype(np.float32): 0, KV_DTYPES["bfloat16"]: 2, FP8: 8}  # as structures.h numbers them
 
 
 def with_rows(a: np.ndarray, rows, values: np.ndarray) -> np.ndarray:
@@ -20,30 +34,57 @@ def with_rows(a: np.ndarray, rows, values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Recurrent:
-    """The state of a Mamba layer: tail b t c and S b h p n, float32.
+    """The state of a Mamba layer: tail b t c and S b h p n, float32; or S in float16, with keys of rounding.
 
     `forked` is shared with every fork: once it holds anything, a write in place copies first.
     """
 
     tail: np.ndarray
     S: np.ndarray
+    key: np.ndarray | None = None  # b uint32
+    position: np.ndarray | None = None  # b, positions read
     forked: list = field(default_factory=list)
 
     @classmethod
-    def empty(cls, cfg, batch: int) -> Recurrent:
+    def empty(cls, cfg, batch: int, half: bool = False) -> Recurrent:
         """Return the state of a layer that has read nothing."""
         tail = np.zeros((batch, cfg.conv_kernel - 1, cfg.conv_dim), np.float32)
-        S = np.zeros((batch, cfg.mamba_num_heads, cfg.mamba_head_dim, cfg.ssm_state_size), np.float32)
-        return cls(tail, S)
+        shape = batch, cfg.mamba_num_heads, cfg.mamba_head_dim, cfg.ssm_state_size
+        if not half:
+            return cls(tail, np.zeros(shape, np.float32))
+        none = np.zeros(batch, np.int64)
+        return cls(tail, np.zeros(shape, np.float16), rounding_key(none, 0), none)
+
+    def keyed(self, seeds, layer: int) -> Recurrent:
+        """Return this state with the keys of sequences with these seeds, in this layer."""
+        return self if self.key is None else replace(self, key=rounding_key(seeds, layer))
 
     def take(self, rows) -> Recurrent:
         """Return the states of these rows."""
         rows = np.arange(len(self.S))[rows]  # a slice would give views, and share what is not shared
-        return Recurrent(self.tail[rows], self.S[rows])
+        return Recurrent(*(a if a is None else a[rows] for a in self.arrays))
 
     def put(self, rows, other: Recurrent) -> Recurrent:
         """Return a state in which these rows are those of `other`."""
-        return Recurrent(with_rows(self.tail, rows, other.tail), with_rows(self.S, rows, other.S))
+        pairs = zip(self.arrays, other.arrays, strict=True)
+        return Recurrent(*(a if a is None else with_rows(a, rows, b) for a, b in pairs))
+
+    @property
+    def arrays(self) -> tuple:
+        """Return what it holds."""
+        return self.tail, self.S, self.key, self.position
+
+    def read(self) -> np.ndarray | Recurrent:
+        """Return S as the scan reads it: the state itself where S is float16."""
+        return self.S if self.key is None else self
+
+    def after(self, tail: np.ndarray, S: np.ndarray, count=1) -> Recurrent:
+        """Return the state after `count` more positions, an int or [b], at whose end the scan left S."""
+        return Recurrent(tail, S, self.key, None if self.position is None else self.position + count)
+
+    def advanced(self) -> Recurrent:
+        """Return the state after one more position has been read, in place."""
+        return self if self.key is None else replace(self, position=self.position + 1)
 
     def fork(self) -> Recurrent:
         """Return a second state of this point, in the same arrays."""
@@ -56,93 +97,216 @@ class Recurrent:
 
     def own(self) -> Recurrent:
         """Return the same state in arrays that may be written."""
-        return Recurrent(self.tail.copy(), self.S.copy()) if self.forked else self
+        return self.after(self.tail.copy(), self.S.copy(), 0) if self.forked else self
 
 
-class Tip:
-    """The last owner of a buffer. Only the state that owns it may append in place."""
+@dataclass(eq=False)
+class Page:
+    """Keys and values of a run of positions of one sequence: data 2 kv t e, of which `written` are in use."""
 
-    owner: object
+    data: np.ndarray
+    written: int = 0
 
-    def __init__(self):
-        self.owner = self
+    @property
+    def room(self) -> int:
+        """Return the number of positions that it has memory for."""
+        return self.data.shape[2]
+
+    def copied(self, used: int, room: int) -> Page:
+        """Return a page with room for so many positions, and the first `used` of this one."""
+        _, kv, _, e = self.data.shape
+        data = np.empty((2, kv, room, e), self.data.dtype)
+        data[:, :, :used] = self.data[:, :, :used]
+        return Page(data, used)
 
 
 @dataclass(frozen=True)
 class Cache:
-    """The first `length[b]` positions of a buffer that forks share; `most` is the longest of them."""
+    """Keys and values of each row: `length[b]` positions in its pages.
 
-    k: np.ndarray  # b kv t e, room for more positions than are used
-    v: np.ndarray
+    lasting: whether positions that are appended count as written. A cache for which they do not serves a call
+    whose positions are overwritten by the next append.
+    """
+
+    stored: Stored
+    heads: tuple[int, int]  # kv e
+    pages: tuple[tuple[Page, ...], ...]
     length: np.ndarray  # b
-    most: int = 0
-    tip: Tip = field(default_factory=Tip)  # of the buffer, the same in all forks
-    mark: object = None  # what tip.owner is while this state stands at the tip
+    lasting: bool = True
 
     @classmethod
-    def empty(cls, cfg, batch: int) -> Cache:
+    def empty(cls, cfg, batch: int, stored: Stored) -> Cache:
         """Return the cache of a layer that has read nothing."""
-        k, v = (np.zeros((batch, cfg.num_key_value_heads, 0, cfg.head_dim), np.float32) for _ in "kv")
-        return cls(k, v, np.zeros(batch, np.int64))
+        heads = cfg.num_key_value_heads, cfg.head_dim
+        return cls(stored, heads, ((),) * batch, np.zeros(batch, np.int64))
+
+    @property
+    def most(self) -> int:
+        """Return the length of the longest row."""
+        return int(self.length.max(initial=0))
+
+    @property
+    def k(self) -> Gathered:
+        """Return the keys as one array."""
+        return Gathered(self, 0)
+
+    @property
+    def v(self) -> Gathered:
+        """Return the values as one array."""
+        return Gathered(self, 1)
+
+    def scaled(self, k_scale: float, v_scale: float) -> Cache:
+        """Return this empty cache with the scales of FP8; the same in any other dtype."""
+        return replace(self, stored=self.stored.scaled(k_scale, v_scale))
+
+    @cached_property
+    def structure(self):
+        """Return the structure Cache for the loops; it stays as long as the pages do."""
+        count = max(1, *map(len, self.pages)) if self.pages else 1
+        table = np.zeros((len(self.pages), count, 3), np.int64)  # structures Page
+        for row, pages in zip(table, self.pages, strict=True):
+            row[: len(pages)] = [
+                (at := address(page.data), at + page.data.nbytes // 2, page.room * self.heads[1])
+                for page in pages
+            ] or 0
+        made = filled(
+            "Cache",
+            address(table),
+            count,
+            PAGE,
+            KINDS[self.stored.dtype],
+            self.stored.k_scale,
+            self.stored.v_scale,
+        )
+        made.table = table  # kept alive
+        return made
 
     def append(self, k: np.ndarray, v: np.ndarray, lengths=None) -> Cache:
-        """Return the cache with k and v, b l kv e, appended; lengths[b] of the positions are real."""
-        added = k.shape[1]
-        cache = self.reserve(added)
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        if (self.length == self.most).all():
-            at = slice(self.most, self.most + added)
-            cache.k[:, :, at], cache.v[:, :, at] = k, v
-        else:
-            for row, at in enumerate(self.length):
-                cache.k[row, :, at : at + added], cache.v[row, :, at : at + added] = k[row], v[row]
-        length = self.length + (added if lengths is None else np.asarray(lengths))
-        mark = cache.tip.owner = object()
-        return replace(cache, length=length, most=int(length.max(initial=0)), mark=mark)
+        """Return the cache with k and v, b l kv e, appended; lengths[b] of the positions are real.
 
-    def reserve(self, added: int) -> Cache:
-        """Return the same cache, with room for more, in a buffer at whose tip it stands."""
-        free = self.most + added <= self.k.shape[2] and self.tip.owner is self.mark
-        return self if free else self.copied(self.most + added)
+        The others are written too, since the queries beside them read them.
+        """
+        more = k.shape[1]
+        cache = self.reserve(more)
+        for which, (x, scale) in enumerate(((k, self.stored.k_scale), (v, self.stored.v_scale))):
+            x = self.stored.narrow(np.asarray(x), scale).swapaxes(1, 2)  # b kv l e
+            for row, (pages, at) in enumerate(zip(cache.pages, self.length.tolist(), strict=True)):
+                done = 0
+                while done < more:
+                    page, start = pages[(at + done) // PAGE], (at + done) % PAGE
+                    here = min(more - done, PAGE - start)
+                    page.data[which, :, start : start + here] = x[row, :, done : done + here]
+                    done += here
+        return cache.advanced(more if lengths is None else np.asarray(lengths))
 
-    def advanced(self) -> Cache:
-        """Return the cache after one more position of every row has been written."""
-        self.tip.owner = mark = object()
-        return Cache(self.k, self.v, self.length + 1, self.most + 1, self.tip, mark)
+    def reserve(self, more: int) -> Cache:
+        """Return the same cache, with room for so many more positions of each row that no other has."""
+        rows, taken, changed = list(self.pages), set[int](), False
+        for row, (pages, length) in enumerate(zip(self.pages, self.length.tolist(), strict=True)):
+            used = length - (len(pages) - 1) * PAGE  # of the last page
+            if (
+                not pages
+                or pages[-1].written != used
+                or used + more > pages[-1].room
+                or id(pages[-1]) in taken
+            ):
+                rows[row] = pages = self.with_room(pages, length, more, taken)
+                changed = True
+            taken.update(map(id, pages[-1:]))
+        return replace(self, pages=tuple(rows)) if changed else self
 
-    def copied(self, room: int) -> Cache:
-        """Return a copy with `room`, and half as much again so that appending stays cheap."""
-        b, kv, _, e = self.k.shape
-        k, v = (np.zeros((b, kv, max(64, room + room // 2), e), self.k.dtype) for _ in "kv")
-        k[:, :, : self.most], v[:, :, : self.most] = self.k[:, :, : self.most], self.v[:, :, : self.most]
-        return replace(self, k=k, v=v, tip=Tip(), mark=None)
+    def with_room(self, pages: tuple[Page, ...], length: int, more: int, taken: set[int]) -> tuple[Page, ...]:
+        """Return the pages of a row with room for `more`; a last page that another wrote to is copied."""
+        pages = pages[: -(-length // PAGE)]
+        used = length - (len(pages) - 1) * PAGE
+        if pages and used < PAGE:
+            last, needed = pages[-1], min(PAGE, used + more)
+            if last.written != used or needed > last.room or id(last) in taken:
+                pages = (*pages[:-1], last.copied(used, self.room(len(pages) - 1, needed)))
+            taken.add(id(pages[-1]))
+        while len(pages) * PAGE < length + more:
+            size = self.room(len(pages), length + more - len(pages) * PAGE)
+            pages = (*pages, Page(np.empty((2, self.heads[0], size, self.heads[1]), self.stored.dtype)))
+        return pages
+
+    def room(self, index: int, needed: int) -> int:
+        """Return the positions of a new page, the index-th of its row."""
+        if index:
+            return PAGE
+        room = FIRST
+        while room < needed:
+            room *= GROWTH
+        return min(PAGE, room)
+
+    def advanced(self, count=1) -> Cache:
+        """Return the cache after `count` more positions of every row, an int or [b], have been written."""
+        length = self.length + count
+        if self.lasting:
+            for pages, end in zip(self.pages, length.tolist(), strict=True):
+                for index in range(len(pages) - 1, -1, -1):
+                    used = min(PAGE, max(0, end - index * PAGE))
+                    if pages[index].written == used:
+                        break
+                    pages[index].written = used
+        after = replace(self, length=length)
+        if "structure" in vars(self):
+            vars(after)["structure"] = self.structure  # of the same pages
+        return after
 
     def take(self, rows) -> Cache:
         """Return the caches of these rows."""
         rows = np.arange(len(self.length))[rows]
-        length = self.length[rows]
-        most = int(length.max(initial=0))
-        return Cache(self.k[rows], self.v[rows], length, most)
+        return replace(self, pages=tuple(self.pages[row] for row in rows), length=self.length[rows])
 
     def put(self, rows, other: Cache) -> Cache:
         """Return a cache in which these rows are those of `other`."""
-        most = max(self.most, other.most)
-        mine, theirs = self.copied(most), other.copied(most)
-        k, v = with_rows(mine.k, rows, theirs.k), with_rows(mine.v, rows, theirs.v)
-        return Cache(k, v, with_rows(self.length, rows, other.length), most)
+        pages = list(self.pages)
+        for row, theirs in zip(np.arange(len(pages))[rows], other.pages, strict=True):
+            pages[row] = theirs
+        return replace(self, pages=tuple(pages), length=with_rows(self.length, rows, other.length))
 
     def fork(self) -> Cache:
-        """Return a second state of this point; they share the buffer until both go on."""
+        """Return a second state of this point; they share pages until both go on."""
         return replace(self)
 
     def tentative(self) -> Cache:
         """Return a fork whose positions do not count as written: the next append overwrites them."""
-        tip = Tip()
-        return replace(self, tip=tip, mark=tip.owner if self.tip.owner is self.mark else None)
+        return replace(self, lasting=False)
 
 
-def new_state(kind: str, cfg, batch: int) -> Recurrent | Cache | None:
-    """Return the state of a layer that has read nothing; None for a layer without one."""
+class Gathered(Sequence):
+    """Keys or values as an array b kv t e in the dtype of the cache; zeros beyond a row's length."""
+
+    def __init__(self, cache: Cache, which: int):
+        self.cache, self.which, self.dtype = cache, which, cache.stored.dtype
+        self.shape = len(cache.length), cache.heads[0], cache.most, cache.heads[1]
+        self.itemsize = self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, at):
+        row, heads, positions = at if isinstance(at, tuple) else (at, slice(None), slice(None))
+        start, stop, step = positions.indices(self.shape[2])
+        out = np.zeros((self.shape[1], max(0, stop - start), self.shape[3]), self.dtype)
+        end = min(stop, int(self.cache.length[row]))
+        for index in range(start // PAGE, -(-end // PAGE)):
+            first, last = max(start, index * PAGE), min(end, (index + 1) * PAGE)
+            page = self.cache.pages[row][index].data[self.which]
+            out[:, first - start : last - start] = page[:, first - index * PAGE : last - index * PAGE]
+        return out[heads, ::step]
+
+    def __array__(self, dtype=None, copy=None):
+        found = np.zeros(self.shape, self.dtype)
+        for row in range(len(self)):
+            found[row] = self[row]
+        return found if dtype is None else found.astype(dtype)
+
+
+def new_state(
+    kind: str, cfg, batch: int, stored: Stored = FULL, half: bool = False
+) -> Recurrent | Cache | None:
+    """Return the state of a layer that has read nothing; None for a layer without one. half: S in float16."""
     if kind == "M":
-        return Recurrent.empty(cfg, batch)
-    return Cache.empty(cfg, batch) if kind == "*" else None
+        return Recurrent.empty(cfg, batch, half)
+    return Cache.empty(cfg, batch, stored) if kind == "*" else None

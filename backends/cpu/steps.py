@@ -125,18 +125,20 @@ def own(kind: str, state):
 
 def advanced(kind: str, before, state):
     """Return the state after the step."""
-    return state.advanced() if kind == "*" else state
+    return state if kind in "E-" else state.advanced()
 
 
 def remembered(kinds: str, states: list) -> tuple[ctypes.Array, int | None]:
     """Return the addresses of the states, and of the lengths [b], the same in every layer that has them."""
     places, length = (STRUCTURES["State"] * len(states))(), None
+    places.kept = []  # structures that it points to
     for place, kind, state in zip(places, kinds, states, strict=True):
         if kind == "M":
             place.first, place.second = address(state.tail), address(state.S)
+            place.key, place.read = address(state.key), address(state.position)
         elif kind == "*":
-            place.first, place.second = address(state.k), address(state.v)
-            place.room, place.narrow = state.k.shape[2], "bfloat16" in str(state.k.dtype)
+            places.kept.append(state.structure)
+            place.first = ctypes.addressof(places.kept[-1])
             length = address(state.length)
     return places, length
 

@@ -15,6 +15,7 @@ from refengine.backends.cpu.arrays import address, matrix
 from refengine.backends.cpu.interface import filled
 from refengine.backends.cpu.memory import empty
 from refengine.backends.cpu.program import LOG2E, MOST
+from refengine.backends.cpu.state import Recurrent
 from refengine.spec import norm
 from refengine.spec.arrays import widen
 from refengine.spec.config import Config
@@ -148,13 +149,13 @@ class Verbs:
         x, x_step = rows_of(x, h * p)
         dt, dt_step = rows_of(dt, h)
         (B, B_step), (C, C_step) = rows_of(B, g * n), rows_of(C, g * n)
-        S, real = in_order(S), whole(lengths)
+        key, read = (S.key, S.position) if isinstance(S, Recurrent) else (None, None)
+        S, real = in_order(S) if key is None else S.S, whole(lengths)
         y, after = empty((b, l, h, p)), np.empty_like(S)
         self.built.scan(
-            address(S), address(after), address(x), x_step, address(dt), dt_step, address(A_log),
-            address(B), B_step,
-            address(C), C_step, address(D), address(dt_bias), address(real), dt_limit[0], min(dt_limit[1],
-            MOST),
+            address(S), address(after), address(key), address(read), address(x), x_step, address(dt), dt_step,
+            address(A_log), address(B), B_step, address(C), C_step, address(D), address(dt_bias),
+            address(real), dt_limit[0], min(dt_limit[1], MOST),
             address(y), b, l, h, p, n, g, max(1, chunk), self.how,
         )  # fmt: skip
         return y, after
@@ -167,9 +168,8 @@ class Verbs:
         cache = cache.append(np.asarray(k), np.asarray(v), lengths)
         y = empty((b, l, h, e))
         self.built.attend(
-            address(q), step, address(cache.k), address(cache.v), cache.k.dtype.itemsize == 2,
-            address(before),
-            LOG2E / math.sqrt(e), address(y), b, l, h, k.shape[2], cache.k.shape[2], e, self.how,
+            address(q), step, ctypes.addressof(cache.structure), address(before), LOG2E / math.sqrt(e),
+            address(y), b, l, h, k.shape[2], e, self.how,
         )  # fmt: skip
         return y, cache
 

@@ -56,12 +56,14 @@ def cuda_backend(
     cfg=None,
     state: str = "float32",
     share: float = 1.0,
+    kv: str | None = None,
 ) -> CudaBackend:
     """Return a backend with activations and matrices in `dtype`, on a device: "cuda", "cuda:N", or a Device.
 
     cfg    of the model that is going to be placed: refused at once if it does not fit
     state  dtype of S: float32, or float16, which is rounded at random so that small additions are not lost
     share  how much of the model's weights this device is to hold, of all there are
+    kv     dtype of keys and values in the cache: float32, bfloat16 or fp8; None: that of the activations
     """
     if dtype not in BUILDS:
         raise InputError(f"the cuda backend computes in {' or '.join(BUILDS)}, not in {dtype}")
@@ -95,7 +97,7 @@ def cuda_backend(
         name="cuda",
         ops=ops,
         place=partial(place, device=device, dtype=dtype),
-        new_state=partial(new_state, dtype=dtype, wide=state, device=device),
+        new_state=partial(new_state, dtype=dtype, wide=state, device=device, kv=kv),
         array=partial(array, device=device, dtype=dtype),
         fetch=fetch,
         device=device,

@@ -21,6 +21,7 @@ HEAD = 128  # of keys.cuh: the largest head_dim
 MANY = {4: (64, 16), 2: (128, 32)}  # of attention.cu, by bytes of an activation: queries and keys of a block
 FEW = {4: (16, 32), 2: (16, 64)}  # of attention_decode.cu
 FEW_ROWS = 128  # query rows of a key head up to which the context is cut into parts
+KEPT = {"float32": "KEPT_F32", "bfloat16": "KEPT_BF16", "uint8": "KEPT_F8"}  # of kept.cuh
 BLOCKS = 400  # about three for each multiprocessor of an H100 or B200
 
 
@@ -40,18 +41,25 @@ class Cache:
     most: int = 0  # no length is larger
     tip: Tip = field(default_factory=Tip)  # of the buffer, the same in all forks
     mark: object = None  # what tip.owner is while this state stands at the tip
+    real: str = "float32"  # dtype of the activations
+    scales: tuple[float, float] = (1.0, 1.0)  # of k and v in FP8, whose dtype here is uint8
 
     @classmethod
-    def empty(cls, cfg, batch: int, dtype: str, device) -> Cache:
-        """Return the cache of a layer that has read nothing."""
+    def empty(cls, cfg, batch: int, dtype: str, device, kv: str | None = None) -> Cache:
+        """Return the cache of a layer that has read nothing; kv: its dtype, by default the activations'."""
         shape = batch, cfg.num_key_value_heads, 0, cfg.head_dim
-        k, v = (device.empty(shape, dtype) for _ in "kv")
-        return cls(k, v, device.zeros((batch,), "int32"))
+        k, v = (device.empty(shape, "uint8" if kv == "fp8" else kv or dtype) for _ in "kv")
+        return cls(k, v, device.zeros((batch,), "int32"), real=dtype)
+
+    def scaled(self, k_scale: float, v_scale: float) -> Cache:
+        """Return this empty cache with the scales of FP8; itself in any other dtype."""
+        return replace(self, scales=(k_scale, v_scale)) if self.k.dtype == "uint8" else self
 
     @property
     def defines(self) -> tuple[str, ...]:
-        """Return the defines of the kernels for this dtype."""
-        return ("REAL_BF16",) if self.k.dtype == "bfloat16" else ()
+        """Return the defines of the kernels for its dtype and that of the activations."""
+        real = ("REAL_BF16",) if self.real == "bfloat16" else ()
+        return real if self.k.dtype == self.real else (*real, KEPT[self.k.dtype])
 
     def reserve(self, added: int) -> Cache:
         """Return this cache, or a copy, with room for `added` more positions that no fork will write to."""
@@ -84,7 +92,8 @@ class Cache:
         most, device = max(self.most, other.most), self.k.device
         mine, theirs = (cache.copied(most) for cache in (self, other))
         k, v = device.with_rows(mine.k, rows, theirs.k), device.with_rows(mine.v, rows, theirs.v)
-        return Cache(k, v, device.with_rows(self.length, rows, other.length), most)
+        length = device.with_rows(self.length, rows, other.length)
+        return Cache(k, v, length, most, real=self.real, scales=self.scales)
 
     def fork(self) -> Cache:
         """Return a second state of this point; appending to either leaves the other as it is."""
@@ -109,7 +118,15 @@ class Cache:
         k, v = whole_heads(k), whole_heads(v)
         (b, l, kv, e), room = k.shape, self.k.shape[2]
         held = self.k, self.v, self.length, lengths
-        args = k, v, *places(k), *places(v), *held, *map(np.int32, (l, kv, e, room))
+        args = (
+            k,
+            v,
+            *places(k),
+            *places(v),
+            *held,
+            *map(np.int32, (l, kv, e, room)),
+            *map(np.float32, self.scales),
+        )
         threads = min(256, 32 * tiles(kv * e, 32))
         device.launch("attention", "attention_append", (l, b), (threads,), args, 0, self.defines)
 
@@ -130,7 +147,8 @@ class Attention(Verbs):
         q, y = whole_heads(q), self.device.empty(q.shape, self.dtype)
         given = q, *places(q), cache.k, cache.v, cache.length, lengths
         room = np.int32(cache.k.shape[2])
-        sizes = *map(np.int32, (l, kv, h // kv, e)), room, np.float32(math.log2(math.e) / math.sqrt(e))
+        scale = np.float32(math.log2(math.e) / math.sqrt(e) * cache.scales[0])
+        sizes = *map(np.int32, (l, kv, h // kv, e)), room, scale
         attend = self.few if l * (h // kv) <= FEW_ROWS else self.many
         attend(given, sizes, y, cache, lengths)
         return y, cache.advanced(l)
@@ -141,7 +159,8 @@ class Attention(Verbs):
         queries, keys = MANY[self.size]
         grid = tiles(l * (h // kv), queries), kv, b
         shared = self.shared_bytes(queries, keys)
-        self.launch("attention", "attention", grid, 128, *given, y, *sizes, shared_bytes=shared)
+        args = *given, y, *sizes, np.float32(cache.scales[1])
+        self.device.launch("attention", "attention", grid, (128,), args, shared, cache.defines)
         args = cache.length, lengths, np.int32(l), np.int32(b)
         self.launch("attention", "attention_advance", (tiles(b, 128),), 128, *args)
 
@@ -155,8 +174,17 @@ class Attention(Verbs):
         scales = self.device.empty((b * l * h, parts, 2), "float32")
         grid, shared = (side, parts, b * kv), self.shared_bytes(queries, keys)
         args = *given, sums, scales, *sizes
-        self.launch("attention_decode", "attention_decode", grid, 128, *args, shared_bytes=shared)
-        args = sums, scales, y, cache.length, lengths, *sizes[:4], np.int32(parts)
+        self.device.launch("attention_decode", "attention_decode", grid, (128,), args, shared, cache.defines)
+        args = (
+            sums,
+            scales,
+            y,
+            cache.length,
+            lengths,
+            *sizes[:4],
+            np.int32(parts),
+            np.float32(cache.scales[1]),
+        )
         self.launch("attention_decode", "attention_combine", (l * h, b), 256, *args)
 
     def shared_bytes(self, queries: int, keys: int) -> int:

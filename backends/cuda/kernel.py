@@ -92,6 +92,9 @@ def allowed(kind: str, defines: tuple[str, ...]) -> tuple[str, ...]:
     """Return the dtypes of an array that may be passed where the source has `kind*`."""
     if kind == "Real":
         return ("bfloat16",) if "REAL_BF16" in defines else ("float32",)
+    if kind == "Kept":
+        kept = {"KEPT_F32": "float32", "KEPT_BF16": "bfloat16", "KEPT_F8": "uint8"}
+        return tuple(kept[d] for d in defines if d in kept) or allowed("Real", defines)
     if kind == "State":
         return ("float16",) if "STATE_F16" in defines else ("float32",)
     if kind == "Word":

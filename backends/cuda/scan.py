@@ -10,6 +10,7 @@ copy.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,24 +23,20 @@ STEP_ROWS = 16  # rows of a head's state that a block of ssd_step takes
 SCRATCH = 1 << 28  # bytes between kernels, unless a chunk takes more; more chunks than that take turns
 
 
+class Half(NamedTuple):
+    """S in float16, the keys [b] of its random rounding, and the positions read [b], which the scan moves."""
+
+    S: DeviceArray
+    key: DeviceArray
+    position: DeviceArray
+
+
 class Scan(Verbs):
-    """The verb ssd_scan. STATE_F16 among the defines: S is float16."""
+    """The verb ssd_scan. STATE_F16 among the defines: S is float16, and given as a Half."""
 
     def __init__(self, device, defines: tuple[str, ...] = ()):
         super().__init__(device, defines)
         self.activations = tuple(name for name in defines if name == "REAL_BF16")
-        self.counts: dict[
-            int, DeviceArray
-        ] = {}  # how often each block of a grid was called, by the size of the grid
-
-    def calls(self, grid):
-        """Return the counters of random rounding, or None. They stay: captured graphs point to them."""
-        if "STATE_F16" not in self.defines:
-            return None
-        blocks = math.prod(grid)
-        if blocks not in self.counts:
-            self.counts[blocks] = self.device.zeros((blocks,), "int32")
-        return self.counts[blocks]
 
     def run(self, file: str, grid, *args, held: int = 0, stays: bool = False):
         """Launch the kernel of a file that has one; a block holds so many tiles in shared memory.
@@ -60,19 +57,24 @@ class Scan(Verbs):
         `chunk` is that of the definition; here it is always CHUNK, which changes nothing but the rounding.
         """
         y = self.device.empty(x.shape, self.dtype)
+        S, *random = S if isinstance(S, Half) else (S, None, None)
         dt_limit = [np.float32(bound) for bound in dt_limit]
         if S.readonly and not (x.shape[1] <= FEW and S.dtype == "float32" and in_registers(S, B, C)):
             S = S.copy()
         if x.shape[1] <= FEW:
-            self.steps(x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit, y)
+            self.steps(x, dt, A_log, B, C, D, dt_bias, S, random, lengths, dt_limit, y)
         else:
             length, span = x.shape[1], CHUNK * chunks_at_once(x.shape, B.shape, self.size)
             for first in range(0, length, span):
                 last = min(length, first + span)
-                self.chunks(x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit, y, first, last)
+                self.chunks(x, dt, A_log, B, C, D, dt_bias, S, random, lengths, dt_limit, y, first, last)
+        if random[1] is not None and not random[1].readonly:
+            b, length = np.int32(len(S)), np.int32(x.shape[1])
+            args, grid = (random[1], lengths, length, b), (tiles(len(S), 128),)
+            self.device.launch("attention", "attention_advance", grid, (128,), args, 0, self.activations)
         return y, S
 
-    def steps(self, x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit, y):
+    def steps(self, x, dt, A_log, B, C, D, dt_bias, S, random, lengths, dt_limit, y):
         """Fill y and change S by the recurrence, for a few positions of each row."""
         (b, length, h, p), (g, state) = x.shape, B.shape[2:]
         grid = tiles(p, STEP_ROWS), h, b
@@ -90,7 +92,7 @@ class Scan(Verbs):
             S,
             y,
             lengths,
-            self.calls(grid),
+            *random,
             *map(np.int32, (length, h, p, g, state)),
             x_stride,
             dt_stride,
@@ -100,7 +102,7 @@ class Scan(Verbs):
             stays=S.readonly,
         )
 
-    def chunks(self, x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit, y, first: int, last: int):
+    def chunks(self, x, dt, A_log, B, C, D, dt_bias, S, random, lengths, dt_limit, y, first: int, last: int):
         """Fill y and change S for positions first .. last - 1 of each row, all chunks at once."""
         (b, length, h, p), (g, state) = x.shape, B.shape[2:]
         chunks, heads = tiles(last - first, CHUNK), h * tiles(p, TILE)
@@ -133,8 +135,8 @@ class Scan(Verbs):
             held=2 if self.dtype == "float32" else 3,
         )
         grid = tiles(p * state, 4 * THREADS), h, b
-        counts = map(np.int32, (chunks, h, p * state))
-        self.run("ssd_pass", grid, S, decay, added, before, self.calls(grid), *counts)
+        counts = map(np.int32, (last, chunks, h, p * state))
+        self.run("ssd_pass", grid, S, decay, added, before, *random, lengths, *counts)
         self.run(
             "ssd_scores",
             (chunks * PAIRS, g, b),

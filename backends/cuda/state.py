@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from refengine.backends.cuda.array import DeviceArray
 from refengine.backends.cuda.attention import Cache
+from refengine.backends.cuda.scan import Half
+from refengine.spec.numerics import rounding_key
 
 
 @dataclass(frozen=True)
@@ -16,37 +19,62 @@ class Recurrent:
 
     tail: DeviceArray
     S: DeviceArray
+    key: DeviceArray | None = None  # b int32, of the random rounding of float16
+    position: DeviceArray | None = None  # b int32, positions read; the scan moves it
 
     @classmethod
     def empty(cls, cfg, batch: int, dtype: str, wide: str, device) -> Recurrent:
         """Return the state of a layer that has read nothing."""
         tail = device.zeros((batch, cfg.conv_kernel - 1, cfg.conv_dim), dtype)
         S = device.zeros((batch, cfg.mamba_num_heads, cfg.mamba_head_dim, cfg.ssm_state_size), wide)
-        return cls(tail, S)
+        if wide == "float32":
+            return cls(tail, S)
+        none = device.zeros((batch,), "int32")
+        return cls(tail, S, none, none).keyed([0] * batch, 0)
+
+    def keyed(self, seeds, layer: int) -> Recurrent:
+        """Return this state with the keys of sequences with these seeds, in this layer."""
+        if self.key is None:
+            return self
+        return replace(self, key=self.S.device.from_host(rounding_key(seeds, layer).view(np.int32)))
+
+    def each(self, make: Callable) -> Recurrent:
+        """Return a state of make(array) for each of its arrays."""
+        return Recurrent(*(a if a is None else make(a) for a in vars(self).values()))
 
     def take(self, rows) -> Recurrent:
         """Return the states of these rows."""
         rows = np.arange(len(self.S))[rows]
-        return Recurrent(self.tail[rows], self.S[rows])
+        return self.each(lambda a: a[rows])
 
     def put(self, rows, other) -> Recurrent:
         """Return a state in which these rows are those of `other`."""
-        put = self.S.device.with_rows
-        return Recurrent(put(self.tail, rows, other.tail), put(self.S, rows, other.S))
+        put, pairs = self.S.device.with_rows, zip(vars(self).values(), vars(other).values(), strict=True)
+        return Recurrent(*(a if a is None else put(a, rows, b) for a, b in pairs))
+
+    def read(self) -> DeviceArray | Half:
+        """Return S as the scan reads it."""
+        return self.S if self.key is None or self.position is None else Half(self.S, self.key, self.position)
+
+    def after(self, tail: DeviceArray, S: DeviceArray, count) -> Recurrent:
+        """Return the state after `count` more positions, whose end the scan left in S and in `position`."""
+        return replace(self, tail=tail, S=S)
 
     def fork(self) -> Recurrent:
         """Return a copy, since the verbs write in place."""
-        return Recurrent(self.tail.copy(), self.S.copy())
+        return self.each(lambda a: a.copy())
 
     def tentative(self) -> Recurrent:
         """Return this state in arrays that the verbs do not change."""
-        return Recurrent(replace(self.tail, readonly=True), replace(self.S, readonly=True))
+        return self.each(lambda a: replace(a, readonly=True))
 
 
-def new_state(kind: str, cfg, batch: int, *, dtype: str, wide: str, device) -> Recurrent | Cache | None:
+def new_state(
+    kind: str, cfg, batch: int, *, dtype: str, wide: str, device, kv: str | None = None
+) -> Recurrent | Cache | None:
     """Return the state of a layer that has read nothing; None for a layer without one."""
     if kind == "M":
         return Recurrent.empty(cfg, batch, dtype, wide, device)
     if kind == "*":
-        return Cache.empty(cfg, batch, dtype, device)
+        return Cache.empty(cfg, batch, dtype, device, kv)
     return None

@@ -39,6 +39,7 @@ from refengine.spec.config import InputError
 from refengine.spec.ops import Backend, Ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KV = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.uint8}  # uint8: the bytes of E4M3
 
 
 def torch_backend(
@@ -49,6 +50,8 @@ def torch_backend(
     resident: bool = True,
     compute: str | None = None,
     compiled: bool = True,
+    kv: str | None = None,
+    ssm: str | None = None,
 ) -> Backend:
     """Return a backend with weights in `dtype` on `device`: cpu, cuda, cuda:N, auto (cuda if there is one).
 
@@ -57,6 +60,8 @@ def torch_backend(
     resident       False: weights stay in the file's dtype, and a piece at a time is widened when it is used
     compute        dtype of the activations; None: what the machine is fast in
     compiled       use the loops of backends/cpu on a CPU, where they can be had
+    kv             dtype of keys and values in the cache: float32, bfloat16, fp8; None: the activations'
+    ssm            dtype of S: float32, or float16, which is rounded at random; None: float32
     """
     if dtype not in DTYPES:
         raise InputError(f"the torch backend computes in {', '.join(DTYPES)}, not in {dtype}")
@@ -91,7 +96,9 @@ def torch_backend(
         name="torch",
         ops=with_loops(ops, verbs) if verbs and by_loops else ops,
         place=partial(place, dtype=weights, device=where, resident=resident, loops=by_loops),
-        new_state=partial(new_state, dtype=active, device=where),
+        new_state=partial(
+            new_state, dtype=active, device=where, kv=KV[kv] if kv else active, half=ssm == "float16"
+        ),
         array=host.array,
         fetch=host.fetch,
         packed=True,
@@ -101,12 +108,12 @@ def torch_backend(
     return replace(backend, step=steps(verbs, active), step_of_ranks=steps(verbs, active, alone=False))
 
 
-def new_state(kind: str, cfg, batch: int, *, dtype, device) -> Recurrent | Cache | None:
+def new_state(kind: str, cfg, batch: int, *, dtype, device, kv, half: bool) -> Recurrent | Cache | None:
     """Return the state of a layer that has read nothing; None for a layer without one."""
     if kind == "M":
-        return Recurrent.empty(cfg, batch, dtype, device)
+        return Recurrent.empty(cfg, batch, dtype, device, half)
     if kind == "*":
-        return Cache.empty(cfg, batch, dtype, device)
+        return Cache.empty(cfg, batch, kv, device)
     return None
 
 

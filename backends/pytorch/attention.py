@@ -1,18 +1,21 @@
 """Attention and its cache.
 
 Keys and values lie as b kv t e with room to grow, so that a head's are contiguous and appending copies
-nothing but the new ones. Key heads are never repeated in memory: for one position the query heads that share
-a key head become rows of one product (on a CPU in the loops of decode.py, where there are any); for more the
-library's fused attention knows the groups.
+nothing but the new ones. They are in the dtype of the activations or another; FP8 as bytes of E4M3, which
+hold them divided by a scale. Key heads are never repeated in memory: for one position the query heads that
+share a key head become rows of one product (on a CPU in the compiled loops, where there are any); for more
+the library's fused attention knows the groups.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from refengine.backends.cpu.interface import filled
 from refengine.backends.pytorch.state import index, with_rows
 
 
@@ -38,19 +41,54 @@ class Cache:
     even: bool = True
     tip: Tip = field(default_factory=Tip)  # of the buffer, the same in all forks
     mark: object = None  # what tip.owner is while this state stands at the tip
+    scales: tuple[float, float] = (1.0, 1.0)  # of k and v in FP8, whose dtype here is uint8
 
     @classmethod
     def empty(cls, cfg, batch: int, dtype, device) -> Cache:
-        """Return the cache of a layer that has read nothing."""
+        """Return the cache of a layer that has read nothing; a `dtype` of torch.uint8 stands for FP8."""
         k, v = (
             torch.empty(batch, cfg.num_key_value_heads, 0, cfg.head_dim, dtype=dtype, device=device)
             for _ in "kv"
         )
         return cls(k, v, torch.zeros(batch, dtype=torch.long, device=device))
 
+    @property
+    def structure(self):
+        """Return the structure Cache of the loops of the CPU backend: a page a row."""
+        b, kv, room, e = self.k.shape
+        size = kv * room * e * self.k.element_size()
+        table = np.array(
+            [(self.k.data_ptr() + i * size, self.v.data_ptr() + i * size, room * e) for i in range(b)]
+        )
+        kind = {torch.bfloat16: 2, torch.uint8: 8}.get(self.k.dtype, 0)  # as structures.h numbers them
+        made = filled("Cache", table.ctypes.data, 1, max(1, room), kind, *self.scales)
+        made.table = table  # kept alive
+        return made
+
+    def scaled(self, k_scale: float, v_scale: float) -> Cache:
+        """Return this empty cache with the scales of FP8; itself in any other dtype."""
+        return replace(self, scales=(k_scale, v_scale)) if self.k.dtype == torch.uint8 else self
+
+    def narrow(self, x, scale: float):
+        """Return x as it is stored, rounded to nearest even; in FP8 at most 448 scale in magnitude."""
+        if self.k.dtype != torch.uint8:
+            return x.to(self.k.dtype)
+        if x.dtype == torch.uint8:  # it is stored already
+            return x
+        return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+
+    def upto(self, t: int, dtype) -> tuple:
+        """Return keys and values of the first t positions, b kv t e, as they are read."""
+        k, v = self.k[:, :, :t], self.v[:, :, :t]
+        if self.k.dtype != torch.uint8:
+            return k.to(dtype), v.to(dtype)
+        k, v = (a.contiguous().view(torch.float8_e4m3fn).float() for a in (k, v))
+        return (k * self.scales[0]).to(dtype), (v * self.scales[1]).to(dtype)
+
     def append(self, k, v, lengths=None) -> Cache:
         """Return the cache with k and v, b l kv e, appended; lengths[b] of the positions are real."""
         added = k.shape[1]
+        k, v = (self.narrow(x, scale) for x, scale in zip((k, v), self.scales, strict=True))
         cache = self.reserve(added)
         if self.even:
             cache.k[:, :, self.most : self.most + added] = k.transpose(1, 2)
@@ -100,7 +138,7 @@ class Cache:
         k, v = with_rows(mine.k, rows, theirs.k), with_rows(mine.v, rows, theirs.v)
         length = with_rows(self.length, rows, other.length)
         even = self.even and other.even and self.most == other.most
-        return Cache(k, v, length, most, even)
+        return Cache(k, v, length, most, even, scales=self.scales)
 
     def fork(self) -> Cache:
         """Return a second state of this point; they share the buffer until both go on."""
@@ -119,7 +157,7 @@ def attention(q, k, v, cache: Cache, lengths=None):
     before = cache
     cache = cache.append(k, v, lengths)
     t = before.most + l
-    K, V = cache.k[:, :, :t], cache.v[:, :, :t]  # b kv t e
+    K, V = cache.upto(t, q.dtype)  # b kv t e
     if l == 1:
         mask = None if before.even else visible(before, l, t)
         rows = q.view(b, kv, h // kv, e)

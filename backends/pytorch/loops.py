@@ -5,6 +5,7 @@ Tensors and NumPy arrays share their memory, so nothing is copied on the way the
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import replace
 from functools import wraps
@@ -76,11 +77,10 @@ def with_loops(ops: Ops, verbs: Verbs) -> Ops:
         (b, l, h, e), before = q.shape, cache.length
         rows, step = rows_of(array(q), h * e)
         cache = cache.append(k, v, lengths)
-        y = torch.empty(b, l, h, e)
+        y, structure = torch.empty(b, l, h, e), cache.structure
         verbs.built.attend(
-            address(rows), step, address(cache.k), address(cache.v), cache.k.dtype == torch.bfloat16,
-            address(before), LOG2E / math.sqrt(e), address(y), b, l, h, k.shape[2], cache.k.shape[2], e,
-            verbs.how,
+            address(rows), step, ctypes.addressof(structure), address(before), LOG2E / math.sqrt(e),
+            address(y), b, l, h, k.shape[2], e, verbs.how,
         )  # fmt: skip
         return y, cache
 

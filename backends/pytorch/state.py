@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
+
+from refengine.spec.numerics import rounding_key
 
 
 def index(rows, device):
@@ -21,28 +24,59 @@ def with_rows(a, rows, values):
 class Recurrent:
     """The state of a Mamba layer: tail b t c in the dtype of the activations, S b h p n in float32.
 
+    Or S in float16, with the keys of its rounding and the positions read.
+
     `forked` is shared with every fork: once it holds anything, a write in place copies first.
     """
 
     tail: torch.Tensor
     S: torch.Tensor
+    key: torch.Tensor | None = None  # b int64, below 2^32
+    position: torch.Tensor | None = None  # b
     forked: list = field(default_factory=list)
 
     @classmethod
-    def empty(cls, cfg, batch: int, dtype, device) -> Recurrent:
+    def empty(cls, cfg, batch: int, dtype, device, half: bool = False) -> Recurrent:
         """Return the state of a layer that has read nothing."""
         tail = torch.zeros(batch, cfg.conv_kernel - 1, cfg.conv_dim, dtype=dtype, device=device)
         S = torch.zeros(batch, cfg.mamba_num_heads, cfg.mamba_head_dim, cfg.ssm_state_size, device=device)
-        return cls(tail, S)
+        if not half:
+            return cls(tail, S)
+        none = torch.zeros(batch, dtype=torch.long, device=device)
+        return cls(tail, S.half(), none, none).keyed([0] * batch, 0)
+
+    def keyed(self, seeds, layer: int) -> Recurrent:
+        """Return this state with the keys of sequences with these seeds, in this layer."""
+        if self.key is None:
+            return self
+        key = torch.from_numpy(rounding_key(seeds, layer).astype(np.int64))
+        return replace(self, key=key.to(self.S.device))
+
+    @property
+    def arrays(self) -> tuple:
+        """Return what it holds."""
+        return self.tail, self.S, self.key, self.position
 
     def take(self, rows) -> Recurrent:
         """Return the states of these rows."""
         rows = index(rows, self.S.device)
-        return Recurrent(self.tail[rows], self.S[rows])
+        return Recurrent(*(a if a is None else a[rows] for a in self.arrays))
 
     def put(self, rows, other) -> Recurrent:
         """Return a state in which these rows are those of `other`."""
-        return Recurrent(with_rows(self.tail, rows, other.tail), with_rows(self.S, rows, other.S))
+        pairs = zip(self.arrays, other.arrays, strict=True)
+        return Recurrent(*(a if a is None else with_rows(a, rows, b) for a, b in pairs))
+
+    def read(self) -> torch.Tensor:
+        """Return S as the scan reads it."""
+        return self.S.float()
+
+    def after(self, tail: torch.Tensor, S: torch.Tensor, count) -> Recurrent:
+        """Return the state after `count` more positions, an int or [b], at whose end the scan left S."""
+        if self.key is None:
+            return Recurrent(tail, S)
+        position = self.position + count
+        return Recurrent(tail, to_half(S, self.key, position), self.key, position)
 
     def fork(self) -> Recurrent:
         """Return a second state of this point, in the same arrays."""
@@ -55,4 +89,26 @@ class Recurrent:
 
     def own(self) -> Recurrent:
         """Return the same state in arrays that may be written."""
-        return Recurrent(self.tail.clone(), self.S.clone()) if self.forked else self
+        return replace(self, tail=self.tail.clone(), S=self.S.clone(), forked=[]) if self.forked else self
+
+
+WORD = 2**32 - 1
+
+
+def mix(x):
+    """Return whole numbers below 2^32 mixed, as refengine.spec.numerics does; int64: uint32 has no sums."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D & WORD
+    x = (x ^ (x >> 15)) * 0x846CA68B & WORD
+    return x ^ (x >> 16)
+
+
+def to_half(S, key, position):
+    """Return S b h p n in float16, rounded at random by key, position and element."""
+    step = mix((position & WORD ^ key) + 0x9E3779B9 & WORD)[:, None]
+    element = torch.arange(S[0].numel() if len(S) else 0, device=S.device)
+    bits = (mix(mix(element ^ step) + step & WORD) >> 19).view(S.shape)
+    size = S.abs()
+    normal = (size.view(torch.int32) + bits.int() & ~0x1FFF).view(torch.float32)
+    small = torch.floor(size * 2.0**24 + bits.float() / 2.0**13) / 2.0**24
+    size = torch.where(size < 2.0**-14, small, torch.where(size.isnan(), size, normal))
+    return torch.copysign(size.clamp(max=65504), S).half()

@@ -27,12 +27,12 @@ def writable(kind: str, state):
     """Return a state in tensors that may be written, with room for a position."""
     if kind == "M":
         state = state.own()
-        return state if state.tail.dtype == torch.float32 else replace(state, tail=state.tail.float())
+        return replace(state, tail=state.tail.float(), S=state.S.float(), key=None)
     return state.reserve(1) if kind == "*" else state
 
 
 def written(kind: str, before, state):
     """Return the state after the step, in the dtype that it had."""
-    if kind == "M" and state.tail.dtype != before.tail.dtype:
-        return replace(state, tail=state.tail.to(before.tail.dtype))
+    if kind == "M":
+        return before.after(state.tail.to(before.tail.dtype), state.S, 1)
     return state.advanced() if kind == "*" else state

@@ -1,17 +1,17 @@
 // Attention on a CPU: one pass over the keys and values, which all query heads of a key head, and of several
-// positions, read together, by the product of vectors.h: numbers of K times the queries side by side, numbers of V
-// times their weights. The context is cut into pieces, whatever the number of threads and of positions, and what
-// they say is put together in order.
+// positions, read together, as products of numbers of the cache and vectors of queries or weights side by side. The
+// context is cut into pieces, whatever the number of threads and of positions, and their sums are added in order.
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "cached.h"
 #include "pool.h"
-#include "vectors.h"
 #include "verbs.h"
 
-constexpr i64 PIECE = 480, BLOCK = 24576;  // keys; bytes of float32 keys that are scored, then weighed
-constexpr i64 QUERIES = 64;                // side by side, about
+constexpr i64 PIECE = 480, MOST_PIECES = 128;  // keys; pieces of a step, which has longer ones beyond
+constexpr i64 BLOCK = 24576;                   // bytes of keys that are scored, then weighed
+constexpr i64 QUERIES = 64;                    // side by side, about
 constexpr int FAR = 8;  // octaves by which a score may pass the one that weights relate to
 
 // Queries side by side, of the positions from `first` on: column c is of position first + c / heads, and sees the
@@ -61,24 +61,133 @@ static void weigh(float* scores, i64 at, i64 keys, const Queries& of, i64 e, flo
     }
 }
 
-// What one piece says: the `keys` of a key head from `at` on.
+// The keys and values of a key head of one sequence.
+struct Context {
+    const Page* pages;
+    i64 each, head;  // keys of a page
+};
+
+// A pair of bfloat16 lies in 32 bits: the first is the lower half, and each is the upper half of a float32.
+static inline words pair_at(const uint16_t* at) { uint32_t pair; memcpy(&pair, at, sizeof pair); return words{} + pair; }
+static inline vec first_of(words pair) { return same<vec>(pair << 16); }
+static inline vec second_of(words pair) { return same<vec>(pair & 0xffff0000u); }
+
+// As tile of vectors.h, for M keys of `e` bfloat16, e even: c[key][..] += sum over i of K[key][i] b[i][..].
+template <int M, int W>
+static inline void tile_of_keys(const uint16_t* K, i64 e, const float* b, i64 width, float* c, Next& next) {
+    vec sum[M][W] = {};
+    const char* ask = next.from;
+    const i64 asked = M * 2 * next.bytes;
+    for (i64 i = 0; i < e; i += 2, K += 2, b += 2 * width, ask += asked) {
+        __builtin_prefetch(ask);
+        vec even[W], odd[W];
+        for (int w = 0; w < W; w++) even[w] = load<vec>(b + w * LANES), odd[w] = load<vec>(b + width + w * LANES);
+        for (int m = 0; m < M; m++) {
+            const words pair = pair_at(K + m * e);
+            const vec first = first_of(pair), second = second_of(pair);
+            for (int w = 0; w < W; w++) sum[m][w] = fused(second, odd[w], fused(first, even[w], sum[m][w]));
+        }
+    }
+    next.from = ask;
+#pragma GCC unroll 24
+    for (int m = 0; m < M; m++)
+        for (int w = 0; w < W; w++) store(c + m * width + w * LANES, sum[m][w]);
+}
+
+// The same for M elements, M even, of `keys` values: c[i][..] += sum over keys of V[key][i] b[key][..].
+template <int M, int W>
+static inline void tile_of_values(const uint16_t* V, i64 e, const float* b, i64 width, i64 keys, float* c,
+                                  Next& next) {
+    vec sum[M][W];
+    for (int m = 0; m < M; m++)
+        for (int w = 0; w < W; w++) sum[m][w] = load<vec>(c + m * width + w * LANES);
+    const char* ask = next.from;
+    const i64 asked = M * next.bytes;
+    for (i64 j = 0; j < keys; j++, V += e, b += width, ask += asked) {
+        __builtin_prefetch(ask);
+        vec weight[W];
+        for (int w = 0; w < W; w++) weight[w] = load<vec>(b + w * LANES);
+        for (int m = 0; m < M; m += 2) {
+            const words pair = pair_at(V + m);
+            const vec first = first_of(pair), second = second_of(pair);
+            for (int w = 0; w < W; w++) {
+                sum[m][w] = fused(first, weight[w], sum[m][w]);
+                sum[m + 1][w] = fused(second, weight[w], sum[m + 1][w]);
+            }
+        }
+    }
+    next.from = ask;
+#pragma GCC unroll 24
+    for (int m = 0; m < M; m++)
+        for (int w = 0; w < W; w++) store(c + m * width + w * LANES, sum[m][w]);
+}
+
+template <int W, int M = ROWS / W>
+static inline void strip_of_keys(const uint16_t* K, i64 keys, i64 e, const float* b, i64 width, float* c, Next& next) {
+    for (; keys >= M; keys -= M, K += M * e, c += M * width) tile_of_keys<M, W>(K, e, b, width, c, next);
+    if constexpr (M > 1)
+        if (keys) strip_of_keys<W, M - 1>(K, keys, e, b, width, c, next);
+}
+
+template <int W, int M = ROWS / W / 2 * 2>
+static inline void strip_of_values(const uint16_t* V, i64 rows, i64 e, const float* b, i64 width, i64 keys, float* c,
+                                   Next& next) {
+    for (; rows >= M; rows -= M, V += M, c += M * width) tile_of_values<M, W>(V, e, b, width, keys, c, next);
+    if constexpr (M > 2)
+        if (rows) strip_of_values<W, M - 2>(V, rows, e, b, width, keys, c, next);
+}
+
+// scores [keys][width] = K [keys][e] q [e][width], and y [e][width] += V' [e][keys] weights [keys][width]. `after` is
+// what is read next, asked for meanwhile. Where a vector is wide, or e odd, numbers are widened first, into `room`.
 template <class T>
-static void piece(const Queries& of, const T* K, const T* V, i64 at, i64 keys, i64 e, float* known) {
+static void score(const T* K, i64 keys, i64 e, const float* q, i64 width, float* scores, const T* after, float* room) {
+    std::fill(scores, scores + keys * width, 0.f);
+    product(widened(K, keys * e, room), e, 1, keys, q, width, e, scores, Next{(const char*)after, sizeof(T)});
+}
+template <class T>
+static void add_up(const T* V, i64 keys, i64 e, const float* weights, i64 width, float* y, const T* after, float* room) {
+    product(widened(V, keys * e, room), 1, e, e, weights, width, keys, y, Next{(const char*)after, sizeof(T)});
+}
+#if !defined(__AVX512F__) && !defined(WIDE)
+static void score(const uint16_t* K, i64 keys, i64 e, const float* q, i64 width, float* scores, const uint16_t* after,
+                  float* room) {
+    if (e % 2) return score<uint16_t>(K, keys, e, q, width, scores, after, room);
+    Next next{(const char*)after, sizeof(uint16_t)};
+    i64 at = 0;
+    for (; at + 2 * LANES <= width; at += 2 * LANES)
+        strip_of_keys<2>(K, keys, e, q + at, width, scores + at, next);
+    if (at < width) strip_of_keys<1>(K, keys, e, q + at, width, scores + at, next);
+}
+static void add_up(const uint16_t* V, i64 keys, i64 e, const float* weights, i64 width, float* y, const uint16_t* after,
+                   float* room) {
+    if (e % 2) return add_up<uint16_t>(V, keys, e, weights, width, y, after, room);
+    Next next{(const char*)after, sizeof(uint16_t)};
+    i64 at = 0;
+    for (; at + 2 * LANES <= width; at += 2 * LANES)
+        strip_of_values<2>(V, e, e, weights + at, width, keys, y + at, next);
+    if (at < width) strip_of_values<1>(V, e, e, weights + at, width, keys, y + at, next);
+}
+#endif
+
+// The sums of one piece: the `keys` keys from `at` on.
+template <class T>
+static void piece(const Queries& of, const Context& context, i64 at, i64 keys, i64 e, float* known) {
     static thread_local std::vector<float> room, scores;
-    const i64 block = std::max<i64>(1, BLOCK / (4 * e) / ROWS) * ROWS, each = sizeof(T), width = of.width;
+    const i64 size = std::max<i64>(2, sizeof(T)), width = of.width;
+    const i64 block = std::max<i64>(1, BLOCK / (size * e) / ROWS) * ROWS;
     if ((i64)room.size() < block * e) room.resize(block * e);
     if ((i64)scores.size() < block * width) scores.resize(block * width);
     std::fill(known, known + width, -3e38f);
     std::fill(known + width, known + (2 + e) * width, 0.f);
-    for (const i64 end = at + keys; at < end; at += block, K += block * e, V += block * e) {
-        const i64 here = std::min(block, end - at);
-        std::fill(scores.begin(), scores.begin() + here * width, 0.f);
-        Next values{(const char*)V, each}, keys_after{(const char*)(K + here * e), each};
-        const float* k = widened(K, here * e, room.data());
-        product(k, e, 1, here, of.q, width, e, scores.data(), values);
+    for (const i64 end = at + keys; at < end;) {
+        const Page& page = context.pages[at / context.each];
+        const i64 from = at % context.each, here = std::min({block, end - at, context.each - from});
+        const i64 place = context.head * page.step + from * e;
+        const T *K = (const T*)page.k + place, *V = (const T*)page.v + place;
+        score(K, here, e, of.q, width, scores.data(), V, room.data());
         weigh(scores.data(), at, here, of, e, known);
-        const float* v = widened(V, here * e, room.data());
-        product(v, 1, e, e, scores.data(), width, here, known + 2 * width, keys_after);
+        add_up(V, here, e, scores.data(), width, known + 2 * width, K + here * e, room.data());
+        at += here;
     }
 }
 
@@ -101,41 +210,45 @@ static void together(const float* known, i64 pieces, i64 width, i64 e, std::vect
 
 // Scores are in octaves: the scale is log2(e) times the model's.
 template <class T>
-static void attend_to(const float* q, i64 q_step, const T* K, const T* V, const i64* length, float scale, float* y,
-                      i64 b, i64 l, i64 h, i64 kv, i64 t, i64 e, const Run& run) {
+static void attend_to(const float* q, i64 q_step, const Cache& cache, const i64* length, float scale, float* y, i64 b,
+                      i64 l, i64 h, i64 kv, i64 e, const Run& run) {
     const i64 r = h / kv, most = std::min(l, std::max<i64>(1, QUERIES / r)), blocks = (l + most - 1) / most;
     const i64 width = (r * most + LANES - 1) / LANES * LANES, size = (2 + e) * width;
-    struct Block { i64 row, group, first, positions, pieces, at; };  // at: of its first piece among all
+    struct Block { i64 row, group, first, positions, each, pieces, at; };  // keys of a piece; its first among all
     std::vector<Block> listed;
     std::vector<i64> of;  // the block of each piece
+    i64 longest = 0;
     for (i64 s = 0; s < b; s++)
         for (i64 g = 0; g < kv; g++)
             for (i64 i = 0; i < blocks; i++) {
                 const i64 first = i * most, positions = std::min(most, l - first);
-                const i64 pieces = (length[s] + first + positions - 1) / PIECE + 1;
-                listed.push_back({s, g, first, positions, pieces, (i64)of.size()});
+                const i64 keys = length[s] + first + positions, least = (keys - 1) / PIECE + 1;
+                const i64 each = l > 1 ? PIECE : PIECE * ((least - 1) / MOST_PIECES + 1);
+                const i64 pieces = (keys - 1) / each + 1;
+                listed.push_back({s, g, first, positions, each, pieces, (i64)of.size()});
                 of.resize(of.size() + pieces, (i64)listed.size() - 1);
+                longest = std::max(longest, std::min(keys, each));
             }
+    const float by = scale * cache.k_scale;
     auto turned = [&](const Block& block, std::vector<float>& to) {  // its queries, side by side
         to.assign(e * width, 0.f);
         for (i64 c = 0; c < block.positions * r; c++) {
             const float* from =
                 q + (block.row * l + block.first + c / r) * q_step + (block.group * r + c % r) * e;
-            for (i64 i = 0; i < e; i++) to[i * width + c] = from[i] * scale;
+            for (i64 i = 0; i < e; i++) to[i * width + c] = from[i] * by;
         }
         return Queries{to.data(), width, r, length[block.row] + block.first};
     };
     auto read = [&](const Block& block, const Queries& queries, i64 p, float* known) {
-        const i64 at = p * PIECE, keys = std::min(PIECE, queries.first + block.positions - at);
-        const i64 from = ((block.row * kv + block.group) * t + at) * e;
-        piece(queries, K + from, V + from, at, keys, e, known);
+        const i64 at = p * block.each, keys = std::min(block.each, queries.first + block.positions - at);
+        piece<T>(queries, {cache.pages + block.row * cache.count, cache.each, block.group}, at, keys, e, known);
     };
     auto told = [&](const Block& block, const float* known) {
         static thread_local std::vector<float> all;
         together(known, block.pieces, width, e, all);
         for (i64 c = 0; c < block.positions * r; c++) {
             float* to = y + ((block.row * l + block.first + c / r) * h + block.group * r + c % r) * e;
-            for (i64 i = 0; i < e; i++) to[i] = all[(1 + i) * width + c] / all[c];
+            for (i64 i = 0; i < e; i++) to[i] = all[(1 + i) * width + c] / all[c] * cache.v_scale;
         }
     };
     if (l == 1) {  // few blocks of many pieces: the pieces are shared out
@@ -145,7 +258,7 @@ static void attend_to(const float* q, i64 q_step, const T* K, const T* V, const 
         std::vector<std::vector<float>> rows(listed.size());
         std::vector<Queries> queries;
         for (size_t i = 0; i < listed.size(); i++) queries.push_back(turned(listed[i], rows[i]));
-        parallel(run, of.size(), std::min(t, PIECE) * width * e, [&](i64 p) {
+        parallel(run, of.size(), longest * width * e, [&](i64 p) {
             const Block& block = listed[of[p]];
             read(block, queries[of[p]], p - block.at, known + p * size);
         });
@@ -162,12 +275,14 @@ static void attend_to(const float* q, i64 q_step, const T* K, const T* V, const 
     });
 }
 
-// y [b][l][h][e] = softmax(q K' scale) V, where position i of row s sees the first length[s] + i + 1 of the t keys:
-// K, V [b][kv][t][e], bfloat16 if `narrow`. Positions of q are q_step apart.
-extern "C" void attend(const float* q, i64 q_step, const void* K, const void* V, int narrow, const i64* length,
-                       float scale, float* y, i64 b, i64 l, i64 h, i64 kv, i64 t, i64 e, const Run& run) {
-    if (narrow)
-        attend_to(q, q_step, (const uint16_t*)K, (const uint16_t*)V, length, scale, y, b, l, h, kv, t, e, run);
+// y [b][l][h][e] = softmax(q K' scale) V, where position i of row s sees the first length[s] + i + 1 keys of the
+// cache. Positions of q are q_step apart.
+extern "C" void attend(const float* q, i64 q_step, const Cache& cache, const i64* length, float scale, float* y, i64 b,
+                       i64 l, i64 h, i64 kv, i64 e, const Run& run) {
+    if (cache.kind == BFLOAT16)
+        attend_to<uint16_t>(q, q_step, cache, length, scale, y, b, l, h, kv, e, run);
+    else if (cache.kind == E4M3)
+        attend_to<uint8_t>(q, q_step, cache, length, scale, y, b, l, h, kv, e, run);
     else
-        attend_to(q, q_step, (const float*)K, (const float*)V, length, scale, y, b, l, h, kv, t, e, run);
+        attend_to<float>(q, q_step, cache, length, scale, y, b, l, h, kv, e, run);
 }

@@ -9,16 +9,10 @@
 #include <cstring>
 #include <memory>
 
+#include "cached.h"
 #include "verbs.h"
 
 static std::unique_ptr<float[]> fresh(i64 count) { return std::unique_ptr<float[]>(new float[count]); }
-
-static void put(float& to, float x) { to = x; }
-static void put(uint16_t& to, float x) {  // to the nearest bfloat16, of two as near the even one
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    to = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
 
 // rms_norm(x) after x += delta; delta is null before the first layer.
 static std::unique_ptr<float[]> normed(const Norm& norm, i64 b, float* x, const float* delta,
@@ -30,7 +24,7 @@ static std::unique_ptr<float[]> normed(const Norm& norm, i64 b, float* x, const 
 
 static void mamba2(const Mamba& w, i64 b, float* x, const float* before, float* delta, State& state,
                    const Run& run) {
-    float *tail = (float*)state.first, *S = (float*)state.second;
+    float* tail = (float*)state.first;
     const i64 inner = w.heads * w.head_dim, shared = w.groups * w.state, c = inner + 2 * shared;
     const i64 wide = inner + c + w.heads;
     auto h = normed(w.norm, b, x, before, run);
@@ -42,8 +36,8 @@ static void mamba2(const Mamba& w, i64 b, float* x, const float* before, float* 
     conv(in, wide, w.conv, w.conv_bias, tail, nullptr, xBC.get(), tail, b, 1, c, w.kernel, run);
     // SCAN
     float *B = xBC.get() + inner, *C = B + shared;
-    scan(S, S, xBC.get(), c, dt, wide, w.A_log, B, c, C, c, w.D, w.dt_bias, nullptr, w.low, w.high, y.get(), b, 1,
-         w.heads, w.head_dim, w.state, w.groups, 1, run);
+    scan(state.second, state.second, state.key, state.read, xBC.get(), c, dt, wide, w.A_log, B, c, C, c, w.D,
+         w.dt_bias, nullptr, w.low, w.high, y.get(), b, 1, w.heads, w.head_dim, w.state, w.groups, 1, run);
     // GATE
     gated_rms_norm(y.get(), z.get(), wide, w.gate, w.norm.eps, y.get(), b, w.groups, inner / w.groups, run);
     // RETURN
@@ -53,7 +47,7 @@ static void mamba2(const Mamba& w, i64 b, float* x, const float* before, float* 
 // length[b] positions are known
 static void attention(const Attention& w, i64 b, float* x, const float* before, float* delta, State& state,
                       const i64* length, const Run& run) {
-    const i64 room = state.room;
+    const Cache& cache = *(const Cache*)state.first;
     const i64 e = w.head_dim, q_width = w.heads * e, kv_width = w.kv * e, d = w.norm.d;
     auto h = normed(w.norm, b, x, before, run);
     // PROJECT
@@ -62,18 +56,14 @@ static void attention(const Attention& w, i64 b, float* x, const float* before, 
     linear(w.k, kv_width, d, h.get(), b, k.get(), kv_width, run);
     linear(w.v, kv_width, d, h.get(), b, v.get(), kv_width, run);
     // ATTEND
-    auto append = [&](auto* keys, auto* values) {
-        for (i64 r = 0; r < b * w.kv; r++) {
-            const i64 at = (r * room + length[r / w.kv]) * e;
-            for (i64 i = 0; i < e; i++) put(keys[at + i], k[r * e + i]), put(values[at + i], v[r * e + i]);
-        }
-    };
-    if (state.narrow)
-        append((uint16_t*)state.first, (uint16_t*)state.second);
-    else
-        append((float*)state.first, (float*)state.second);
-    attend(q.get(), q_width, state.first, state.second, (int)state.narrow, length, w.scale, y.get(), b, 1, w.heads,
-           w.kv, room, e, run);
+    for (i64 r = 0; r < b * w.kv; r++) {
+        const i64 row = r / w.kv, at = length[row];
+        const Page& page = cache.pages[row * cache.count + at / cache.each];
+        const i64 to = r % w.kv * page.step + at % cache.each * e;
+        keep(cache.kind, cache.k_scale, page.k, to, &k[r * e], e);
+        keep(cache.kind, cache.v_scale, page.v, to, &v[r * e], e);
+    }
+    attend(q.get(), q_width, cache, length, w.scale, y.get(), b, 1, w.heads, w.kv, e, run);
     // RETURN
     linear(w.o, d, q_width, y.get(), b, delta, d, run);
 }

@@ -10,9 +10,9 @@
 #include <cstring>
 #include <vector>
 
+#include "half.h"
 #include "pool.h"
 #include "transpose.h"
-#include "vectors.h"
 #include "verbs.h"
 
 constexpr i64 SPAN = 32, SHORT = 4;  // positions of a span; up to which it is read by the recurrence
@@ -116,21 +116,34 @@ static void span(float* S, const float* x, i64 x_step, const float* dt, float A,
 }
 
 // l positions of b sequences, of which real[b] are real (null: all): y [b][l][h][p] and the state after them;
-// next may be S if l is 1. x, dt, B, C are rows of wider arrays, `*_step` apart.
-extern "C" void scan(const float* S, float* next, const float* x, i64 x_step, const float* dt, i64 dt_step,
-                     const float* A_log, const float* B, i64 B_step, const float* C, i64 C_step, const float* D,
-                     const float* bias, const i64* real, float low, float high, float* y, i64 b, i64 l, i64 h,
-                     i64 p, i64 n, i64 g, i64 chunk, const Run& run) {
+// `to` may be `from` if l is 1. S is float32, or float16 where there is a key [b]: then it is rounded at random at the
+// end of the call, by the key of the row, its position, of which read[b] are before the call, and the element. x, dt,
+// B, C are rows of wider arrays, `*_step` apart.
+extern "C" void scan(const void* from, void* to, const uint32_t* key, const i64* read, const float* x, i64 x_step,
+                     const float* dt, i64 dt_step, const float* A_log, const float* B, i64 B_step, const float* C,
+                     i64 C_step, const float* D, const float* bias, const i64* real, float low, float high, float* y,
+                     i64 b, i64 l, i64 h, i64 p, i64 n, i64 g, i64 chunk, const Run& run) {
     const i64 row = whole(n), r = h / g;
+    const float* S = (const float*)from;
+    float* next = (float*)to;
+    const uint16_t* half = (const uint16_t*)from;
+    uint16_t* next_half = (uint16_t*)to;
+    auto random_of = [=](i64 s) { return Random(key[s], read[s] + (real ? std::min(real[s], l) : l)); };
     auto step_of = [=](i64 s, i64 t, i64 head) {
         return real && t >= real[s] ? 0 : time_step(dt[(s * l + t) * dt_step + head] + bias[head], low, high);
     };
     if (l == 1) {
         parallel(run, b * h, p * n, [=](i64 job) {
-            const i64 s = job / h, head = job % h, group = head / r;
-            position(S + job * p * n, next + job * p * n, x + s * x_step + head * p, step_of(s, 0, head),
-                     -expf(A_log[head]), B + s * B_step + group * n, C + s * C_step + group * n, D[head],
-                     y + job * p, p, n, n);
+            const i64 s = job / h, head = job % h, group = head / r, at = job * p * n;
+            static thread_local std::vector<float> wide;
+            if (key) {
+                if ((i64)wide.size() < p * n) wide.resize(p * n);
+                widened_halves(half + at, p * n, wide.data());
+            }
+            position(key ? wide.data() : S + at, key ? wide.data() : next + at, x + s * x_step + head * p,
+                     step_of(s, 0, head), -expf(A_log[head]), B + s * B_step + group * n, C + s * C_step + group * n,
+                     D[head], y + job * p, p, n, n);
+            if (key) random_of(s).store(wide.data(), head * p * n, p * n, next_half + at);
         });
         return;
     }
@@ -161,11 +174,15 @@ extern "C" void scan(const float* S, float* next, const float* x, i64 x_step, co
     parallel(run, b * h, l * p * n * 3, [&](i64 job) {
         static thread_local std::vector<float> state, steps;
         const i64 s = job / h, head = job % h, group = head / r;
-        const float A = -expf(A_log[head]), *from = S + job * p * n;
+        const float A = -expf(A_log[head]);
         if ((i64)state.size() < p * row) state.resize(p * row);
         if ((i64)steps.size() < l) steps.resize(l);
         std::fill(state.begin(), state.end(), 0.f);
-        for (i64 i = 0; i < p; i++) memcpy(&state[i * row], from + i * n, n * sizeof(float));
+        for (i64 i = 0; i < p; i++) {
+            const i64 at = (job * p + i) * n;
+            if (key) widened_halves(half + at, n, &state[i * row]);
+            else memcpy(&state[i * row], S + at, n * sizeof(float));
+        }
         for (i64 t = 0; t < l; t++) steps[t] = step_of(s, t, head);
         for (i64 at = 0; at < count; at++) {
             const i64 start = spans[at].start, size = real_of(s, at), first = s * l + start;
@@ -181,6 +198,10 @@ extern "C" void scan(const float* S, float* next, const float* x, i64 x_step, co
                              B + (first + i) * B_step + group * n, C + (first + i) * C_step + group * n, D[head],
                              out + i * h * p, p, n, row);
         }
-        for (i64 i = 0; i < p; i++) memcpy(next + job * p * n + i * n, &state[i * row], n * sizeof(float));
+        for (i64 i = 0; i < p; i++) {
+            const i64 at = (job * p + i) * n;
+            if (key) random_of(s).store(&state[i * row], (head * p + i) * n, n, next_half + at);
+            else memcpy(next + at, &state[i * row], n * sizeof(float));
+        }
     });
 }

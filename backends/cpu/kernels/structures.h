@@ -11,6 +11,7 @@ enum Kind : i64 {
     FLOAT32, FLOAT16, BFLOAT16, FLOAT8, MXFP8, NVFP4, GGUF_NVFP4, MXFP4, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K,
     IQ4_NL,
 };
+constexpr i64 E4M3 = 8;                          // of the numbers of a cache alone
 
 // How a call is made. steady: sums in an order that does not depend on how many rows there are.
 #define RUN(FIELD) FIELD(int, threads) FIELD(int, steady)
@@ -49,9 +50,18 @@ enum Kind : i64 {
     FIELD(Norm, norm) FIELD(Matrix, head) FIELD(i64, vocabulary) FIELD(i64, count)                           \
     FIELD(const Layer*, layers)
 
-// What a layer remembers: Mamba the tail [b][k-1][c] and S [b][h][p][n]; attention keys and values
-// [b][kv][room][e], in float32, or in bfloat16 if `narrow`.
-#define STATE(FIELD) FIELD(void*, first) FIELD(void*, second) FIELD(i64, room) FIELD(i64, narrow)
+// Keys and values of some positions of one sequence: [kv][..][e], of which a head begins every `step` numbers.
+#define PAGE(FIELD) FIELD(void*, k) FIELD(void*, v) FIELD(i64, step)
+
+// The cache of an attention layer: pages [b][count], each of `each` positions. Numbers are of one kind, those of E4M3
+// times a scale.
+#define CACHE(FIELD)                                                                                         \
+    FIELD(const Page*, pages) FIELD(i64, count) FIELD(i64, each) FIELD(i64, kind) FIELD(float, k_scale)      \
+    FIELD(float, v_scale)
+
+// What a layer remembers: Mamba the tail [b][k-1][c] and S [b][h][p][n], float32, or float16 with a key [b] of its
+// rounding and the positions read [b]; attention a Cache.
+#define STATE(FIELD) FIELD(void*, first) FIELD(void*, second) FIELD(const uint32_t*, key) FIELD(const i64*, read)
 
 #define MEMBER(type, name) type name;
 struct Run { RUN(MEMBER) };
@@ -63,5 +73,7 @@ struct Experts { EXPERTS(MEMBER) };
 struct Dense { DENSE(MEMBER) };
 struct Layer { LAYER(MEMBER) };
 struct Model { MODEL(MEMBER) };
+struct Page { PAGE(MEMBER) };
+struct Cache { CACHE(MEMBER) };
 struct State { STATE(MEMBER) };
 #undef MEMBER

@@ -23,13 +23,13 @@ void conv(const float* x, i64 x_step, const float* w, const float* bias, const f
 void choose(const float* logits, const float* bias, i64 rows, i64 count, i64 k, i64 groups, i64 kept,
             int normalise, float factor, i64* expert, float* weight, const Run& run);
 // scan.cpp
-void scan(const float* S, float* next, const float* x, i64 x_step, const float* dt, i64 dt_step,
-          const float* A_log, const float* B, i64 B_step, const float* C, i64 C_step, const float* D,
-          const float* bias, const i64* real, float low, float high, float* y, i64 b, i64 l, i64 h, i64 p,
-          i64 n, i64 g, i64 chunk, const Run& run);
+void scan(const void* from, void* to, const uint32_t* key, const i64* read, const float* x, i64 x_step,
+          const float* dt, i64 dt_step, const float* A_log, const float* B, i64 B_step, const float* C, i64 C_step,
+          const float* D, const float* bias, const i64* real, float low, float high, float* y, i64 b, i64 l, i64 h,
+          i64 p, i64 n, i64 g, i64 chunk, const Run& run);
 // attention.cpp
-void attend(const float* q, i64 q_step, const void* K, const void* V, int narrow, const i64* length,
-            float scale, float* y, i64 b, i64 l, i64 h, i64 kv, i64 t, i64 e, const Run& run);
+void attend(const float* q, i64 q_step, const Cache& cache, const i64* length, float scale, float* y, i64 b, i64 l,
+            i64 h, i64 kv, i64 e, const Run& run);
 // mixers.cpp
 void step(const Model& m, i64 b, float* x, float* delta, State* states, const i64* length, int (*reduce)(int),
           float* out, double* taken, const Run& run);

@@ -17,27 +17,28 @@ constexpr int WARPS = 4;
 constexpr int QUERIES = 16 * M * WARPS;
 using Queries = Tile<QUERIES, HEAD>;
 
-// k, v [b, l, kv, e], of which a position begins every `step` and a row every `stride` elements. Grid (l, b).
+// k, v [b, l, kv, e], of which a position begins every `step` and a row every `stride` elements; what is kept is
+// divided by the scales. Grid (l, b).
 extern "C" __global__ void attention_append(const Real* k, const Real* v, long long stride_k,
                                             long long step_k, long long stride_v, long long step_v,
-                                            Real* keys, Real* values, const int* length, const int* n, int l,
-                                            int kv, int e, int room) {
+                                            Kept* keys, Kept* values, const int* length, const int* n, int l,
+                                            int kv, int e, int room, float k_scale, float v_scale) {
     int i = blockIdx.x, b = blockIdx.y, at = length[b] + i;
     if (i >= added(n, b, l) || at >= room) return;
     const Real *from_k = k + b * stride_k + i * step_k, *from_v = v + b * stride_v + i * step_v;
     for (int c = threadIdx.x; c < kv * e; c += blockDim.x) {
         long long to = ((long long)(b * kv + c / e) * room + at) * e + c % e;
-        keys[to] = from_k[c];
-        values[to] = from_v[c];
+        put(keys + to, load(from_k[c]) / k_scale);
+        put(values + to, load(from_v[c]) / v_scale);
     }
 }
 
-// q begins a position every `step` and a row every `stride` elements; y [b, l, kv, r, e].
+// q begins a position every `step` and a row every `stride` elements; y [b, l, kv, r, e]. `scale` has that of keys.
 // Grid (tiles of QUERIES of the l r rows of a key head, kv, b).
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
-    attention(const Real* q, long long stride, long long step, const Real* keys, const Real* values,
+    attention(const Real* q, long long stride, long long step, const Kept* keys, const Kept* values,
               const int* length, const int* n, Real* y, int l, int kv, int r, int e, int room,
-              float scale) {
+              float scale, float v_scale) {
     SHARED(Real, query);
     Real* stages = query + Queries::size;
     int first = (gridDim.x - 1 - blockIdx.x) * QUERIES, head = blockIdx.y, b = blockIdx.z;
@@ -83,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
     for (int m = 0; m < M; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float sum = quad_sum(rows[m].sum[half]), share = sum > 0.0f ? 1.0f / sum : 0.0f;
+            float sum = quad_sum(rows[m].sum[half]), share = sum > 0.0f ? v_scale / sum : 0.0f;
             int row = first + mine + 16 * m + g + 8 * half;
             if (row >= l * r) continue;
             Real* to = y + (((long long)b * l + row / r) * kv * r + head * r + row % r) * e;

@@ -25,7 +25,7 @@ DEVICE float share(float most, float top) { return exp2f(most - base(top)); }
 // q as in attention.cu. For each row of l r kv and part: sums [HEAD]; scales: largest score, sum of weights.
 // Grid (tiles of 16 of the l r rows of a key head, parts, b kv).
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-    attention_decode(const Real* q, long long stride, long long step, const Real* keys, const Real* values,
+    attention_decode(const Real* q, long long stride, long long step, const Kept* keys, const Kept* values,
                      const int* length, const int* n, float* sums, float* scales, int l, int kv,
                      int r, int e, int room, float scale) {
     SHARED(Real, query);
@@ -103,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 constexpr int GROUPS = 8;
 extern "C" __global__ void __launch_bounds__(32 * GROUPS)
     attention_combine(const float* sums, const float* scales, Real* y, int* length, const int* n,
-                      int l, int kv, int r, int e, int parts) {
+                      int l, int kv, int r, int e, int parts, float v_scale) {
     __shared__ float group_sum[GROUPS][HEAD];
     __shared__ float group_weight[GROUPS];
     int position = blockIdx.x / (kv * r), head = blockIdx.x / r % kv, b = blockIdx.y;
@@ -130,6 +130,6 @@ extern "C" __global__ void __launch_bounds__(32 * GROUPS)
     float total = 0.0f, value = 0.0f;
     for (int i = 0; i < GROUPS; i++) total += group_weight[i], value += group_sum[i][threadIdx.x];
     long long to = ((long long)b * gridDim.x + blockIdx.x) * e + threadIdx.x;
-    y[to] = store(total > 0.0f ? value / total : 0.0f);
+    y[to] = store(total > 0.0f ? value / total * v_scale : 0.0f);
     if (blockIdx.x == 0 && threadIdx.x == 0) length[b] += added(n, b, l);
 }

@@ -1,6 +1,6 @@
 // Queries, keys and values of one key head, on their way into shared memory.
 #pragma once
-#include "tiles.cuh"
+#include "kept.cuh"
 
 constexpr int HEAD = 128;  // the largest head_dim
 
@@ -16,7 +16,7 @@ struct Stage {
     static constexpr int size = values + KEYS * VALUE;
 
     // The first `count` of KEYS keys and values, of e elements each.
-    DEVICE static void fetch(Copies& copies, Real* to, const Real* key, const Real* value, int count, int e) {
+    DEVICE static void fetch(Copies& copies, Real* to, const Kept* key, const Kept* value, int count, int e) {
 #pragma unroll 1
         for (int i = threadIdx.x; i < KEYS * (HEAD / PACK); i += blockDim.x) {
             int row = i / (HEAD / PACK), step = i % (HEAD / PACK) * PACK;

@@ -9,7 +9,7 @@ constexpr int AHEAD = 4;
 
 template <int N>
 DEVICE void pass(State* S, const float* decay, const float* added, Real* before, int chunks, long long stride,
-                 unsigned long long element, unsigned call) {
+                 unsigned element, const Random& random) {
     float s[N], next[AHEAD][N];
     read(S, s);
     for (int first = 0; first < chunks; first += AHEAD) {
@@ -25,21 +25,21 @@ DEVICE void pass(State* S, const float* decay, const float* added, Real* before,
             for (int i = 0; i < N; i++) s[i] = factor * s[i] + next[c][i];
         }
     }
-    write_state(S, s, Random(element, call), 0);
+    write_state(S, s, random, element);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    ssd_pass(State* S, const float* decay, const float* added, Real* before, int* calls, int chunks, int h,
-             int size) {
-    unsigned call = count_call(calls);
+    ssd_pass(State* S, const float* decay, const float* added, Real* before, const int* key, const int* read,
+             const int* n, int end, int chunks, int h, int size) {
     long long b = blockIdx.z, head = blockIdx.y, at = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    unsigned long long element = (b * h + head) * size + at;
-    S += element;
+    unsigned element = head * size + at;
+    S += b * h * size + element;
+    Random random = random_of(key, read, b, n ? min(n[b], end) : end);
     decay += (b * h + head) * chunks;
     long long from = (b * chunks * h + head) * size + at, stride = (long long)h * size;
     if (size % 4 == 0 && at < size)
-        pass<4>(S, decay, added + from, before + from, chunks, stride, element, call);
+        pass<4>(S, decay, added + from, before + from, chunks, stride, element, random);
     if (size % 4 != 0)
         for (int i = 0; i < min(4, (int)(size - at)); i++)
-            pass<1>(S + i, decay, added + from + i, before + from + i, chunks, stride, element + i, call);
+            pass<1>(S + i, decay, added + from + i, before + from + i, chunks, stride, element + i, random);
 }

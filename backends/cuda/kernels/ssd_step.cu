@@ -20,7 +20,7 @@ struct Place {
     State* S;
     Real* y;
     long long x_stride, dt_stride, B_stride, C_stride, y_stride;  // from one position to the next
-    unsigned long long element;                                   // of the first value of S
+    unsigned element;                                             // of the first value, within S[b]
     int rows;                                                     // from here to the last of the head
 };
 
@@ -33,7 +33,8 @@ struct Clock {
 };
 
 template <int N>
-DEVICE void steps(Place at, const Clock& clock, float D, int count, int n, unsigned call) {
+DEVICE void steps(Place at, const Clock& clock, float D, int count, int n, const int* key, const int* position,
+                  long long sequence) {
     int lane = threadIdx.x & 31;
     bool kept = n <= 32 * N;
     float s[ROWS][N] = {};
@@ -57,12 +58,10 @@ DEVICE void steps(Place at, const Clock& clock, float D, int count, int n, unsig
                 }
             }
             if ((t < count - 1 || stays) && kept) continue;
+            Random random = random_of(key, position, sequence, t + 1);
 #pragma unroll
-            for (int r = 0; r < ROWS; r += 2) {
-                Random random(at.element + (unsigned)(r * n + i), call, t);
-                if (r < at.rows) write_state(at.S + (long long)r * n + i, s[r], random, 0);
-                if (r + 1 < at.rows) write_state(at.S + (long long)(r + 1) * n + i, s[r + 1], random, N);
-            }
+            for (int r = 0; r < ROWS; r++)
+                if (r < at.rows) write_state(at.S + (long long)r * n + i, s[r], random, at.element + r * n + i);
         }
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
@@ -77,13 +76,12 @@ DEVICE void steps(Place at, const Clock& clock, float D, int count, int n, unsig
 // Grid: tiles of rows (ROWS for each warp), heads, sequences.
 extern "C" __global__ void __launch_bounds__(128)
     ssd_step(const Real* x, const Real* dt, const float* A_log, const Real* B, const Real* C, const float* D,
-             const float* dt_bias, State* S, Real* y, const int* n, int* calls, int l, int h, int p, int g,
+             const float* dt_bias, State* S, Real* y, const int* n, const int* key, const int* read, int l, int h, int p, int g,
              int state, long long x_stride, long long dt_stride, long long B_stride, long long C_stride,
              float least, float most) {
     long long b = blockIdx.z, position = b * l;
     int head = blockIdx.y, group = head / (h / g), warps = blockDim.x >> 5;
     int row = (blockIdx.x * warps + (threadIdx.x >> 5)) * ROWS, count = n ? min(n[b], l) : l;
-    unsigned call = count_call(calls);
     if (row >= p) return;
     Place at;
     at.x_stride = x_stride, at.dt_stride = dt_stride, at.B_stride = B_stride, at.C_stride = C_stride;
@@ -93,12 +91,12 @@ extern "C" __global__ void __launch_bounds__(128)
     at.B = B + position * B_stride + group * state;
     at.C = C + position * C_stride + group * state;
     at.y = y + position * at.y_stride + head * p + row;
-    at.element = ((b * h + head) * p + row) * state;
-    at.S = S + at.element;
+    at.element = (head * p + row) * state;
+    at.S = S + b * h * p * state + at.element;
     at.rows = p - row;
     Clock clock = {-expf(A_log[head]), dt_bias[head], least, most};
     bool packed = state % 4 == 0 && B_stride % 4 == 0 && C_stride % 4 == 0 && aligned(at.S) &&
                   aligned(at.B) && aligned(at.C);
-    if (packed) steps<4>(at, clock, D[head], count, state, call);
-    else steps<1>(at, clock, D[head], count, state, call);
+    if (packed) steps<4>(at, clock, D[head], count, state, key, read, b);
+    else steps<1>(at, clock, D[head], count, state, key, read, b);
 }

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refengine.backends.cuda.scan import FEW, Scan
+from refengine.backends.cuda.scan import FEW, Half, Scan
 from refengine.spec.scan import ssd_scan
 from tests.support.cuda_device import device, needs_compiler, sanitized
 from tests.support.cuda_scans import drawn, scan, uncancelled
@@ -21,15 +21,18 @@ HALF = replace(FLOAT32, defines=("STATE_F16",), half=2.0**-11)
 LENGTH = st.sampled_from((1, 2, 20))  # of a call: a step, a few, a chunk
 
 
-def added(verbs, S, amount, length=1):
-    """S + amount, added by a scan that neither decays nor does anything else."""
+def added(verbs, S, amount, length=1, position=0):
+    """S + amount, added at a position by a scan that neither decays nor does anything else."""
     device, (b, h, p, n) = verbs.device, S.shape
     x, dt = np.zeros((b, length, h, p), np.float32), np.zeros((b, length, h), np.float32)
     x[:, 0] = amount
     B = np.ones((b, length, 1, n), np.float32)
     still, zeros = np.full(h, -1e4, np.float32), np.zeros(h, np.float32)
     here = [device.from_host(a) for a in (x, dt, still, B, B, zeros, zeros)]
-    return verbs.ssd_scan(*here, S, None, (1.0, 1.0))[1]
+    key, read = (device.from_host(np.full(b, a, np.int32)) for a in (1234, position))
+    after = verbs.ssd_scan(*here, Half(S, key, read), None, (1.0, 1.0))[1]
+    assert (device.to_host(read) == position + length).all()
+    return after
 
 
 def state(device, value, shape):
@@ -57,8 +60,8 @@ def test_rounding_goes_up_as_often_as_the_value_is_near(device, share, start, sh
 
 def test_many_steps_too_small_for_float16_add_up(device):
     verbs, S = Scan(device, HALF.defines), state(device, 1.0, (1, 1, 32, 64))
-    for _ in range(50):
-        S = added(verbs, S, 0.2 * 2.0**-10)
+    for position in range(50):
+        S = added(verbs, S, 0.2 * 2.0**-10, position=position)
     steps = (device.to_host(S).astype(np.float64) - 1) * 2**10
     assert abs(steps.mean() - 10) < 4 * (50 * 0.2 * 0.8 / steps.size) ** 0.5
     assert steps.std() > 1, "each call rounds anew"
@@ -100,8 +103,8 @@ def test_random_rounding_is_clean_under_the_sanitizers(sanitized):
 
 FAULTS = {
     "to nearest": ("return f16_bits(copysignf(fminf(size, 65504.0f), x));", "return f16_bits(x);"),
-    "a call like the one before": ("calls[block] = before + 1;", "calls[block] = before;"),
-    "one word for two": ("i & 1 ? 19 : 3", "3"),
+    "a position like the one before": ("mix((position ^ key) + 0x9e3779b9u)", "mix(key + 0x9e3779b9u)"),
+    "one number for two": ("mix(mix(element ^ step) + step)", "mix(mix(element / 2 ^ step) + step)"),
 }
 
 
