@@ -8,8 +8,8 @@ A recipe is data: RECIPES holds those of this package, and a TOML file has the s
 Formats are nvfp4, four_over_six, w4a8, fp8, mxfp8, plain, and fp8_mse: its scale, as that of a block in
 four_over_six, is 1.5 times as large where the squared error is smaller so.
 
-A name, which may be a pattern with `*`, goes before a role. What no line mentions stays as it is, and so does
-the prediction head, unless a name asks for it. Sources: the recipes in the wheel of nvidia-modelopt 0.47
+A name goes before a pattern with `*`, and that before a role. What no line mentions stays as it is, and so
+does the prediction head, unless a name asks for it. Sources: the recipes in the wheel of nvidia-modelopt 0.47
 (Super, Ultra, Lightning), the exclusions of the released Nano.
 """
 
@@ -19,7 +19,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,6 +82,11 @@ class Recipe:
     names: Mapping[str, str] = field(default_factory=dict)
     before_attention: bool = True
 
+    @cached_property
+    def patterns(self) -> dict[str, str]:
+        """Return the names that are patterns, with their formats."""
+        return {name: chosen for name, chosen in self.names.items() if set(name) & set("*?[")}
+
     @property
     def packs_cache(self) -> bool:
         """Return whether keys and values are kept in FP8; calibration writes their scales."""
@@ -93,7 +98,9 @@ class Recipe:
 
     def format_of(self, row: Tensor, cfg: Config) -> str:
         """Return the name of the format of a row of the table, or "plain"."""
-        for pattern, chosen in self.names.items():
+        if row.name in self.names:
+            return self.names[row.name]
+        for pattern, chosen in self.patterns.items():
             if fnmatchcase(row.name, pattern):
                 return chosen
         if row.block.startswith("mtp.") or len(row.shape) != 2:

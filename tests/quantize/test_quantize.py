@@ -247,11 +247,15 @@ def test_the_name_of_the_new_directory_is_not_empty(model):
 
 
 def test_a_part_of_another_recipe_is_not_gone_on_with(model, tmp_path, monkeypatch):
-    def stop(*args):
-        raise KeyboardInterrupt
+    def stop(source, path, *args):
+        if path.name.startswith("model-00002"):
+            raise KeyboardInterrupt
+        return write(source, path, *args)
 
+    write = module._write
     with monkeypatch.context() as patched:
-        patched.setattr(module, "_put", stop)
+        patched.setattr(module, "_write", stop)
+        patched.setattr(module.quantize, "__kwdefaults__", module.quantize.__kwdefaults__ | {"shard": 20_000})
         with pytest.raises(KeyboardInterrupt):
             quantize(model, tmp_path / "out", recipe_of("nvfp4"))
     assert "a part of another model or recipe" in refused(model, tmp_path / "out", "fp8")
