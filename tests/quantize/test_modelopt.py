@@ -1,5 +1,9 @@
-"""Packed weights are those of NVIDIA's modelopt, byte by byte: recorded, and live where it is installed."""
+"""Packed weights are those of NVIDIA's modelopt, byte by byte: recorded, and live where it is installed.
 
+So are, up to rounding, the scales that calibration finds (`python -m tools.write.modelopt_calibration`).
+"""
+
+import json
 from pathlib import Path
 
 import ml_dtypes
@@ -7,6 +11,10 @@ import numpy as np
 import pytest
 
 from refengine.checkpoint import Checkpoint
+from refengine.quantize import recipe_of
+from refengine.quantize.calibrate import calibrate
+from refengine.quantize.texts import TEXTS
+from refengine.quantize.write import calibrated, plan
 from refengine.spec.quant import TOP_W4A8, fp8, mxfp8, nvfp4
 from refengine.spec.tensors import table
 
@@ -37,6 +45,30 @@ def test_recorded_bytes_are_ours(path):
 def test_there_are_vectors_of_every_layout():
     assert {path.stem.partition("-")[0] for path in VECTORS} == set(PACK) and len(VECTORS) == 20
     assert sum(path.stat().st_size for path in VECTORS) < 200_000
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    """What modelopt found, and the largest magnitudes that are found here on the same text."""
+    recorded = json.loads((Path(__file__).parent / "vectors" / "calibration.json").read_text())
+    with Checkpoint.open("tiny") as checkpoint:
+        return recorded["scales"], calibrate(checkpoint, TEXTS[: recorded["stories"]])
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "super"])
+def test_the_scales_of_inputs_and_of_the_cache_are_those_that_modelopt_finds(recipe, calibration):
+    scales, largest = calibration
+    with Checkpoint.open("tiny") as checkpoint:
+        jobs = [calibrated(job, recipe_of(recipe), largest) for job in plan(checkpoint, recipe_of(recipe))]
+    ours = {name: value for job in jobs for name, value in job.scales.items()}
+    experts = {name for name in ours if ".experts." in name}
+    first = {name for name in experts if ".experts.0." in name}
+    assert scales[recipe].keys() == ours.keys() - (experts - first)
+    for name, value in scales[recipe].items():
+        assert ours[name] == pytest.approx(value, rel=1e-4), name
+    for name in experts:  # one scale for all experts of a layer
+        before, _, rest = name.partition(".experts.")
+        assert ours[name] == ours[f"{before}.experts.0.{rest.partition('.')[2]}"], name
 
 
 @pytest.mark.slow

@@ -1,0 +1,95 @@
+"""Record the scales that NVIDIA's modelopt finds on the embedded model, in tests/quantize/vectors.
+
+    python -m tools.write.modelopt_calibration tests/quantize/vectors/calibration.json
+
+with nvidia-modelopt 0.47, transformers 5.23, accelerate and torch in the environment. The model computes in
+float32, without transformers' clamp of dt, and reads STORIES of the texts of `refengine quantize
+--calibrate`, in the same pieces; modelopt calibrates (the largest magnitudes), exports, and the single scales
+are read from its files. The experts of a layer have one scale for `up` and one for `down`, which is checked,
+and recorded under the name of expert 0.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from refengine.checkpoint.locate import locate
+from refengine.conformance.traces.hooks import release
+from refengine.quantize.calibrate import PIECE, pieces
+from refengine.quantize.texts import TEXTS
+
+STORIES = 4
+ENDS = (".input_scale", ".k_scale", ".v_scale")
+SUPER = "models/nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16/ptq/nvfp4-max-calib.yaml"
+RECIPES = ("nvfp4", "super")  # of ours; modelopt has the first as a preset, the other as a file
+
+
+def tokens() -> list[list[int]]:
+    """Return the pieces that both sides read."""
+    import refengine
+
+    with refengine.load("tiny") as engine:
+        return pieces([engine.tokenizer.encode(text) for text in TEXTS[:STORIES]], PIECE)
+
+
+def config(recipe: str) -> dict[str, Any]:
+    """Return modelopt's own form of a recipe."""
+    import modelopt.torch.quantization as mtq
+    from modelopt.recipe import load_recipe
+
+    return mtq.NVFP4_DEFAULT_CFG if recipe == "nvfp4" else load_recipe(SUPER).quantize.model_dump()
+
+
+def scales(recipe: str, cut: list[list[int]], dtype: str) -> dict[str, float]:
+    """Return the single scales that modelopt writes by a recipe, by name."""
+    import modelopt.torch.quantization as mtq
+    import torch
+    from modelopt.torch.export import export_hf_checkpoint
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        locate("tiny"),
+        dtype=getattr(torch, dtype),
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
+    release(model)
+
+    def read(each) -> None:
+        with torch.no_grad():
+            for ids in cut:
+                each(torch.tensor([ids]))
+
+    mtq.quantize(model, config(recipe), read)
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as out:
+        export_hf_checkpoint(model, export_dir=out)
+        for path in Path(out).glob("*.safetensors"):
+            found |= {key: float(each) for key, each in load_file(path).items() if key.endswith(ENDS)}
+    return of_layers(found)
+
+
+def of_layers(found: dict[str, float]) -> dict[str, float]:
+    """Return the scales with those of expert 0 alone, which every other expert of its layer must have."""
+    out = {}
+    for name, value in found.items():
+        before, experts, rest = name.partition(".experts.")
+        first = f"{before}.experts.0.{rest.partition('.')[2]}" if experts else name
+        assert out.setdefault(first, value) == value, name
+    return out
+
+
+def record(out: Path, dtype: str = "float32") -> None:
+    """Write the file."""
+    cut = tokens()
+    found = {recipe: dict(sorted(scales(recipe, cut, dtype).items())) for recipe in RECIPES}
+    out.write_text(json.dumps({"stories": STORIES, "scales": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    record(Path(sys.argv[1]), *sys.argv[2:])
