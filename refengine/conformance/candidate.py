@@ -36,6 +36,7 @@ VERBS = tuple(verb.name for verb in fields(Ops))
 TEXT = {
     "probabilities": "(logits [v], sampling, seen) -> probabilities [v] after all filters",
     "draw": "(probabilities [v], generator) -> id",
+    "accept": "(p [v] of the trunk, q [v] of the head, draft, generator) -> the draft, or an id in its place",
     "encode": "(text) -> ids, by the tokenizer of the model in the package",
     "decode": "(ids) -> text",
     "render": "(messages, tools, **switches) -> the prompt, by the template of the model in the package",

@@ -31,6 +31,7 @@ from refengine.conformance.checks import (  # noqa: F401  (they fill CHECKS)
     models,
     operations,
     packed,
+    speculation,
     texts,
 )
 from refengine.conformance.vectors import Row as Recorded
@@ -45,7 +46,7 @@ LETTERS = {
 }
 MIXERS = {"M": "mamba2-mixer", "*": "attention-mixer", "E": "experts-mixer", "-": "mlp-mixer"}
 LAWS = ("resume", "padding", "batch", "states", "records", "stages")
-MODELS = ("model", "prediction-head", "step", "determinism")
+MODELS = ("model", "prediction-head", "speculation", "step", "determinism")
 TEXTS = ("sampling", "tokenizer", "chat")
 PACKED = ("packed-weights",)
 NAMES = (*VERBS, *MIXERS.values(), *PACKED, *LAWS, *MODELS, *TEXTS)

@@ -16,7 +16,7 @@ such steps, which costs it accuracy and nothing else: no position is encoded.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from weakref import proxy
@@ -111,7 +111,7 @@ class Drafter:
         self.waiting: dict[int, Waiting] = {}
         self.call: Call | None = None
         self.dtype: Any = np.float32  # of hidden states
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def join(self, slot: int, seed: int, whole: bool) -> None:
         """Begin with a sequence that may draft."""

@@ -104,8 +104,12 @@ class Tally:
 class Waits(Protocol):
     """A sequence that waits for its next call."""
 
-    drafts: int | str | None  # the option: a number, "auto" or None
     acceptance: Acceptance
+
+    @property
+    def drafts(self) -> int | str | None:
+        """Return the option: a number, "auto" or None."""
+        ...
 
     @property
     def rest(self) -> int:

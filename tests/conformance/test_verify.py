@@ -219,7 +219,7 @@ def test_a_name_of_no_operation_and_a_case_of_no_check_are_refused():
 
 
 def test_functions_of_text_are_described_and_known():
-    assert set(TEXT) == {"probabilities", "draw", "encode", "decode", "render"}
+    assert set(TEXT) == {"probabilities", "draw", "accept", "encode", "decode", "render"}
     assert with_functions({"draw": np.argmax}).ops.mlp is REFERENCE.mlp
 
 
