@@ -20,6 +20,7 @@ from refengine.spec.config import Config, InputError
 from refengine.spec.layout import span
 from refengine.spec.ops import Backend
 from refengine.spec.shard import Shard
+from refengine.spec.state import Cache
 
 Arrays = dict[str, np.ndarray]
 KEYS = ("k", "v")  # of an attention layer; what a Mamba layer remembers has one size for ever
@@ -56,7 +57,7 @@ def of_row(states: list, row: int, backend: Backend, first: int = 0, start: int 
 def _positions(state, name: str, row: int, at: slice, backend: Backend) -> np.ndarray:
     """Return some positions of the keys or values of a row, t kv e."""
     a = getattr(state, name)
-    if hasattr(state, "upto"):  # the spec's cache is b t kv e, the others' b kv t e
+    if isinstance(state, Cache):  # the spec's cache is b t kv e, the others' b kv t e
         found = _copied(backend.fetch(a[row, at]))
     else:
         found = _copied(backend.fetch(a[row, :, at]).swapaxes(0, 1))

@@ -9,7 +9,7 @@ import refengine
 from refengine import End, InputError, Token
 from refengine.conformance.cases import Case, cases
 from refengine.conformance.truth import model
-from refengine.runner import How, LocalRunner
+from refengine.runner import How, LocalRunner, Part
 from refengine.spec.layout import Layout
 from refengine.states.state import State
 from tests.support.benches import BENCHES
@@ -214,3 +214,60 @@ def test_bad_states_are_refused_in_a_sentence(engine, tmp_path):
         engine.generate("x", state=tmp_path / "nowhere")
     with pytest.raises(InputError, match="the prompt is None"):
         engine.generate()
+
+
+def stored_backends(kv: str, ssm: str) -> dict:
+    """Return backends that store states in these dtypes, by name."""
+    from refengine.spec.ops import numpy_backend
+
+    made = {"numpy": numpy_backend(np.float32, kv=kv, ssm=ssm)}
+    if "cpu-float32" in BENCHES:
+        from refengine.backends.cpu import cpu_backend
+
+        made["cpu"] = cpu_backend("float32", 1, kv=kv, ssm=ssm)
+    if "torch-float32" in BENCHES:
+        from refengine.backends.pytorch import torch_backend
+
+        made["torch"] = torch_backend("float32", kv=kv, ssm=ssm)
+    return made
+
+
+@pytest.mark.parametrize("kv, ssm", [("fp8", "float16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("name", ["numpy", "cpu", "torch"])
+def test_a_state_in_fewer_bits_goes_on_with_the_same_bits(folder, name, kv, ssm):
+    """Codes, scales and the numbers that round S come back; a state of another dtype goes on too."""
+    case = Case(layers="M*M*")
+    made = stored_backends(kv, ssm)
+    if name not in made:
+        pytest.skip(f"there is no {name} backend here")
+    runner = LocalRunner(model(case, made[name]))
+    prompt, how = case.rng(1).integers(0, 61, 20).tolist(), How(seed=5)
+    runner.read([Part(0, prompt, how, True)])
+    runner.snapshot(0, NAME)
+    state = through_a_file(State("", tuple(prompt), 20, runner.collect(NAME)), folder)
+    state.check("", case.cfg)
+    dtypes = {key: a.dtype.name for key, a in state.arrays.items()}
+    assert dtypes["layers.1.k"] == ("float8_e4m3fn" if kv == "fp8" else kv)
+    assert dtypes["layers.0.S"] == ssm and ("layers.1.k_scale" in dtypes) == (kv == "fp8")
+    other = LocalRunner(model(case, made[name]))
+    other.spread(NAME, state.arrays)
+    other.restore(3, [NAME], prompt, how)
+    more = [7, 8, 9]
+    for token in more:
+        runner.step([0], [token], draw=False)
+        other.step([3], [token], draw=False)
+    found, expected = other.verify([3], [more]), runner.verify([0], [more])
+    assert np.array_equal(found, expected)
+    plain = LocalRunner(model(case, BENCHES["numpy-float32"]()))
+    plain.spread(NAME, state.arrays)
+    plain.restore(3, [NAME], [*prompt], how)
+    assert np.isfinite(plain.verify([3], [more])[0]).all()
+
+
+def test_a_text_with_drafts_goes_on_where_it_ended(engine):
+    """The head's own cache begins anew, which costs drafts and changes no token."""
+    how = {"temperature": 0, "ignore_eos": True}
+    whole = ids_of(engine.generate("Once upon a time", max_tokens=20, **how))
+    *first, end = engine.generate("Once upon a time", max_tokens=9, keep="end", speculate=3, **how)
+    rest = ids_of(engine.generate(state=end.state, max_tokens=11, speculate=3, **how))
+    assert ids_of(first) + rest == whole and end.state.position == len(end.state.ids) - 1
