@@ -23,7 +23,7 @@ import numpy as np
 from tools.bench.cpu import CONTEXT, Worker, paired
 
 SHAPE = (1344, 4096)  # outputs, inputs
-ROWS = (1, 2, 4, 8, 512)
+ROWS = (1, 2, 4, 8, 24, 64, 512)
 LARGE = 2**25  # bytes of the matrices that a measurement goes through
 
 

@@ -183,13 +183,17 @@ struct IQ4_NL {
         return {looked_up(twice(IQ4), nibbles(load<bytes16>(b + 2))), {d, d}, 0};
     }
 };
+const struct HalfPowers {  // 2^(e - 128)
+    float of[256];
+    HalfPowers() { for (int e = 0; e < 256; e++) of[e] = std::ldexp(1.f, e - 128); }
+    float operator[](uint8_t e) const { return of[e]; }
+} HALF_POWERS;
 struct MXFP4 {
     static constexpr i64 COLUMNS = 32, BYTES = 17;
     static constexpr int OFFSET = 12;
     static constexpr bool LEAST = false, MIXED = false, SUMS = true;
     static INLINE Columns read(const uint8_t* b, i64) {
-        const uint32_t e = b[0], bits = e < 2 ? 0x200000u << e : (e - 1) << 23;  // 2^(e - 128)
-        const float d = same<float>(bits);
+        const float d = HALF_POWERS[b[0]];
         return {looked_up(twice(E2M1), nibbles(load<bytes16>(b + 1))), {d, d}, 0};
     }
 };

@@ -21,6 +21,6 @@ void to_integers(i64 kind, const float* x, i64 n, float* to);
 
 // sums[r][o] = x[r] . w[first + o] for rows of integers, faster than tiles up to MOST_INTEGERS of them; and for rows
 // as they are, up to MOST_FLOATS, if there is a loop for the kind.
-constexpr i64 MOST_INTEGERS = 16, MOST_FLOATS = 4;
+constexpr i64 MOST_INTEGERS = 12, MOST_FLOATS = 4;
 void integer_products(const Matrix& w, i64 n, i64 first, i64 outs, const float* const* x, i64 rows, float* sums);
 bool float_products(const Matrix& w, i64 n, i64 first, i64 outs, const float* const* x, i64 rows, float* sums);

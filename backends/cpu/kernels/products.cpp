@@ -18,8 +18,11 @@
 constexpr i64 STRIP = 24;                            // outputs of a piece of work, of few rows
 constexpr i64 BLOCK = 64, DEPTH = 512;               // rows; positions of a row, a multiple of PAIR
 constexpr i64 SHARE = 128;                           // rows of a piece of work
-constexpr i64 MANY = 48;                             // rows from which products go by panels
+constexpr i64 MANY = 48, MANY_PACKED = 13;           // rows from which products go by panels
 constexpr i64 FEW = 8;                               // rows that are multiplied over their whole depth at once
+static bool many(const Matrix& w, i64 rows, const Run& run) {
+    return rows >= (w.kind >= MXFP8 ? MANY_PACKED : MANY) && !run.steady;
+}
 static i64 strip_of(i64 rows) { return rows > FEW ? WIDE_STRIP : STRIP; }
 constexpr i64 AHEAD = 1280;                          // bytes: how far ahead of its use a stream is asked for
 
@@ -149,6 +152,14 @@ __attribute__((noinline)) static void tiled_products(const Matrix& w, i64 n, i64
         }
 }
 
+// Ask for rows of packed weights, which lie in one piece, before tiles read them piece by piece.
+static void ask_for(const Matrix& w, i64 n, i64 first, i64 outs) {
+    const i64 row = packed_row(w.kind, n), scales = w.scale ? n / 16 : 0;
+    const char *at = (const char*)w.at + first * row, *scale = (const char*)w.scale + first * scales;
+    for (i64 i = 0; i < outs * row; i += 64) __builtin_prefetch(at + i, 0, 2);
+    for (i64 i = 0; i < outs * scales; i += 64) __builtin_prefetch(scale + i, 0, 2);
+}
+
 // Packed weights from row `first` on, as panels take them.
 struct Tiles {
     static constexpr i64 deep = TILE;
@@ -191,6 +202,7 @@ static void few_packed(const Matrix& w, i64 n, i64 first, const float* const* x,
     integer_products(w, n, first, outs, whole, rows, sums);
 }
 static void many_packed(const Matrix& w, i64 n, i64 first, const float* panels, i64 rows, i64 outs, float* sums) {
+    ask_for(w, n, first, outs);
     panel_products(Tiles{w, n, first}, n, panels, rows, outs, sums);
 }
 
@@ -307,7 +319,7 @@ extern "C" {
 
 // y[r][o] = x[r] . w[o]; rows of y are y_step apart
 void linear(const Matrix& w, i64 outs, i64 n, const float* x, i64 rows, float* y, i64 y_step, const Run& run) {
-    if (rows >= MANY && !run.steady)
+    if (many(w, rows, run))
         return all_panels(w, outs, n, in_panels(x, rows, n, run), rows, run, ToRows{y, y_step});
     const Layout layout(w.kind, n, rows <= MOST_INTEGERS && !run.steady);
     all_products(w, outs, layout, layout.rows(x, rows, run), rows, run,
@@ -317,7 +329,7 @@ void linear(const Matrix& w, i64 outs, i64 n, const float* x, i64 rows, float* y
 // y = relu(h up')^2 down'
 void mlp(const Matrix& up, const Matrix& down, i64 width, i64 d, const float* h, i64 rows, float* y,
          const Run& run) {
-    if (rows >= MANY && !run.steady) return mlp_of_many(up, down, width, d, h, rows, y, run);
+    if (many(up, rows, run) && many(down, rows, run)) return mlp_of_many(up, down, width, d, h, rows, y, run);
     static thread_local std::vector<float> kept;
     const bool integers = rows <= MOST_INTEGERS && !run.steady;
     const Layout outer(up.kind, d, integers), inner(down.kind, width, integers);
@@ -363,7 +375,7 @@ void experts(const Matrix* up, const Matrix* down, i64 base, i64 count, const i6
     for (i64 e : hit)
         for (i64 j = begin[e]; j < begin[e + 1]; j += SHARE) {
             const i64 rows = std::min(SHARE, begin[e + 1] - j);
-            parts.push_back({e, j, rows, rows >= MANY && !run.steady, room});
+            parts.push_back({e, j, rows, many(*up, rows, run) && many(*down, rows, run), room});
             if (parts.back().many) room += panels_of(rows) * PANEL * (n + width);
         }
     static thread_local std::vector<float> kept_panels;

@@ -26,7 +26,7 @@ HALVES = {  # where a block has float16 numbers
 }  # fmt: skip
 UNITS = {"q8_0": 64, "q6_k": 2000, "q4_k": 300, "q5_k": 600, "q2_k": 30, "iq4_nl": 64}  # of large codes
 KINDS = [*FORMATS, *HALVES]
-ROWS = [1, 2, 3, 4, 5, 8, 9, 33, 47, 48, 65, 130]
+ROWS = [1, 2, 3, 4, 5, 9, 12, 13, 33, 48, 65, 130]
 STEP = {kind: 16 if kind == "NVFP4" else 32 for kind in KINDS} | {
     kind: each.columns for kind, each in blocks.FORMATS.items()
 }  # columns of a block
