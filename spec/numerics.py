@@ -64,6 +64,7 @@ def relu2(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 KV_DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "fp8": FP8}  # of a cache, by option
+SSM_DTYPES = ("float32", "float16")  # of S
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ sequence and the layer, and by the position. Scores, softmax and the scan stay i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -58,19 +59,19 @@ class Recurrent:
         if self.key is None:
             return Recurrent(tail, S)
         position = self.position + count
-        bits = random_bits(self.key, position, S[0].size).reshape(S.shape) if len(S) else np.uint32(0)
+        bits = random_bits(self.key, position, math.prod(S.shape[1:])).reshape(S.shape)
         return Recurrent(
             tail, to_half(S, bits), self.key, position
         )  # what is a float16 already stays as it is
 
     def take(self, rows) -> Recurrent:
         """Return the states of these rows."""
-        return Recurrent(*(a if a is None else a[rows] for a in vars(self).values()))
+        return replace(self, **{name: a[rows] for name, a in vars(self).items() if a is not None})
 
     def put(self, rows, other: Recurrent) -> Recurrent:
         """Return a state in which these rows are those of `other`."""
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Recurrent(*(a if a is None else _set(a, rows, b) for a, b in pairs))
+        mine = {name: a for name, a in vars(self).items() if a is not None}
+        return replace(self, **{name: _set(a, rows, getattr(other, name)) for name, a in mine.items()})
 
     def fork(self) -> Recurrent:
         """Return this state: S and the tail are never written in place."""

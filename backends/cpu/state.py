@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -62,17 +63,18 @@ class Recurrent:
     def take(self, rows) -> Recurrent:
         """Return the states of these rows."""
         rows = np.arange(len(self.S))[rows]  # a slice would give views, and share what is not shared
-        return Recurrent(*(a if a is None else a[rows] for a in self.arrays))
+        return Recurrent(**{name: a[rows] for name, a in self.arrays.items()})
 
     def put(self, rows, other: Recurrent) -> Recurrent:
         """Return a state in which these rows are those of `other`."""
-        pairs = zip(self.arrays, other.arrays, strict=True)
-        return Recurrent(*(a if a is None else with_rows(a, rows, b) for a, b in pairs))
+        theirs = other.arrays
+        both: dict[str, Any] = {name: with_rows(a, rows, theirs[name]) for name, a in self.arrays.items()}
+        return Recurrent(**both)
 
     @property
-    def arrays(self) -> tuple:
-        """Return what it holds."""
-        return self.tail, self.S, self.key, self.position
+    def arrays(self) -> dict[str, Any]:
+        """Return the arrays that it holds, by name."""
+        return {name: a for name, a in vars(self).items() if a is not None and name != "forked"}
 
     def read(self) -> np.ndarray | Recurrent:
         """Return S as the scan reads it: the state itself where S is float16."""
@@ -84,7 +86,7 @@ class Recurrent:
 
     def advanced(self) -> Recurrent:
         """Return the state after one more position has been read, in place."""
-        return self if self.key is None else replace(self, position=self.position + 1)
+        return self if self.position is None else replace(self, position=self.position + 1)
 
     def fork(self) -> Recurrent:
         """Return a second state of this point, in the same arrays."""

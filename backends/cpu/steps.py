@@ -67,7 +67,7 @@ class Steps:
             return plain(model, ids, states)
         x = self.host(model.embed(ids))  # b d, a new array, which is changed
         before = [self.writable(kind, state) for kind, state in zip(program.kinds, states, strict=True)]
-        places, length = remembered(program.kinds, before)
+        places, length, _kept = remembered(program.kinds, before)
         whole, delta = program.whole, np.empty_like(x)
         reduce = None if self.alone else Reduce(model.backend.ops.all_reduce, delta, self.here, self.host)
         out = np.empty((len(ids), whole.vocabulary if self.alone else whole.norm.d), np.float32)
@@ -128,19 +128,21 @@ def advanced(kind: str, before, state):
     return state if kind in "E-" else state.advanced()
 
 
-def remembered(kinds: str, states: list) -> tuple[ctypes.Array, int | None]:
-    """Return the addresses of the states, and of the lengths [b], the same in every layer that has them."""
-    places, length = (STRUCTURES["State"] * len(states))(), None
-    places.kept = []  # structures that it points to
+def remembered(kinds: str, states: list) -> tuple[ctypes.Array, int | None, list]:
+    """Return the addresses of the states, and of the lengths [b], the same in every layer that has them.
+
+    And the structures that the first point to, to be kept as long as they.
+    """
+    places, length, kept = (STRUCTURES["State"] * len(states))(), None, []
     for place, kind, state in zip(places, kinds, states, strict=True):
         if kind == "M":
             place.first, place.second = address(state.tail), address(state.S)
             place.key, place.read = address(state.key), address(state.position)
         elif kind == "*":
-            places.kept.append(state.structure)
-            place.first = ctypes.addressof(places.kept[-1])
+            kept.append(state.structure)
+            place.first = ctypes.addressof(kept[-1])
             length = address(state.length)
-    return places, length
+    return places, length, kept
 
 
 def plain(model, ids, states: list):

@@ -40,7 +40,7 @@ class Recurrent:
 
     def each(self, make: Callable) -> Recurrent:
         """Return a state of make(array) for each of its arrays."""
-        return Recurrent(*(a if a is None else make(a) for a in vars(self).values()))
+        return replace(self, **{name: make(a) for name, a in vars(self).items() if a is not None})
 
     def take(self, rows) -> Recurrent:
         """Return the states of these rows."""
@@ -49,8 +49,8 @@ class Recurrent:
 
     def put(self, rows, other) -> Recurrent:
         """Return a state in which these rows are those of `other`."""
-        put, pairs = self.S.device.with_rows, zip(vars(self).values(), vars(other).values(), strict=True)
-        return Recurrent(*(a if a is None else put(a, rows, b) for a, b in pairs))
+        put, mine = self.S.device.with_rows, {name: a for name, a in vars(self).items() if a is not None}
+        return replace(self, **{name: put(a, rows, getattr(other, name)) for name, a in mine.items()})
 
     def read(self) -> DeviceArray | Half:
         """Return S as the scan reads it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,19 +54,19 @@ class Recurrent:
         return replace(self, key=key.to(self.S.device))
 
     @property
-    def arrays(self) -> tuple:
-        """Return what it holds."""
-        return self.tail, self.S, self.key, self.position
+    def arrays(self) -> dict[str, Any]:
+        """Return the tensors that it holds, by name."""
+        return {name: a for name, a in vars(self).items() if a is not None and name != "forked"}
 
     def take(self, rows) -> Recurrent:
         """Return the states of these rows."""
         rows = index(rows, self.S.device)
-        return Recurrent(*(a if a is None else a[rows] for a in self.arrays))
+        return Recurrent(**{name: a[rows] for name, a in self.arrays.items()})
 
     def put(self, rows, other) -> Recurrent:
         """Return a state in which these rows are those of `other`."""
-        pairs = zip(self.arrays, other.arrays, strict=True)
-        return Recurrent(*(a if a is None else with_rows(a, rows, b) for a, b in pairs))
+        theirs = other.arrays
+        return Recurrent(**{name: with_rows(a, rows, theirs[name]) for name, a in self.arrays.items()})
 
     def read(self) -> torch.Tensor:
         """Return S as the scan reads it."""
@@ -73,7 +74,7 @@ class Recurrent:
 
     def after(self, tail: torch.Tensor, S: torch.Tensor, count) -> Recurrent:
         """Return the state after `count` more positions, an int or [b], at whose end the scan left S."""
-        if self.key is None:
+        if self.key is None or self.position is None:
             return Recurrent(tail, S)
         position = self.position + count
         return Recurrent(tail, to_half(S, self.key, position), self.key, position)
