@@ -9,6 +9,7 @@ import signal
 import sys
 from dataclasses import asdict
 from multiprocessing import get_context
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from refengine.backend import NAMES
@@ -18,11 +19,13 @@ from refengine.spec.config import InputError
 LOADING = 120.0  # seconds to import a candidate and its library
 
 
-def compute(connection, how: dict[str, Any]) -> None:
+def compute(connection, how: dict[str, Any], scratch: str) -> None:
     """Resolve a candidate, then answer (operation, plan) with a row until None comes, in the other process.
 
-    What the candidate prints goes to stderr: stdout is the report's.
+    What the candidate prints goes to stderr: stdout is the report's. What Hypothesis stores goes to the
+    directory `scratch`, and not into the current one.
     """
+    os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", scratch)
     with contextlib.suppress(OSError, ValueError):
         os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
@@ -65,6 +68,7 @@ class Watchdog:
     def __init__(self, how: dict[str, Any], limit: float):
         self.how, self.limit = how, limit
         self.process: Any = None
+        self.scratch: Any = None
         self.connection: Any = None
         self.dtype = ""
         self.brought: tuple[str, ...] = ()  # the verbs of the candidate
@@ -75,7 +79,9 @@ class Watchdog:
         """Start the process; InputError where the candidate cannot be resolved."""
         context = get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=compute, args=(theirs, self.how), daemon=True)
+        self.scratch = TemporaryDirectory(prefix="refengine-", ignore_cleanup_errors=True)
+        given = (theirs, self.how, self.scratch.name)
+        self.process = context.Process(target=compute, args=given, daemon=True)
         with hidden_main():
             self.process.start()
         theirs.close()
@@ -124,6 +130,7 @@ class Watchdog:
             self.process.kill()
             self.process.join(5)
             self.connection.close()
+            self.scratch.cleanup()
             self.process = None
 
 

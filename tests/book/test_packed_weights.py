@@ -10,6 +10,7 @@ from refengine.conformance.candidate import bench, with_functions
 from refengine.conformance.checks import packed
 from refengine.conformance.report import Plan, report
 from refengine.spec.ops import REFERENCE, numpy_backend
+from refengine.spec.quant import nvfp4
 from tests.support.benches import BENCHES
 from tests.support.checks import test_of
 
@@ -77,3 +78,11 @@ def test_functions_over_arrays_get_arrays():
 
     first, row = report(with_functions({"linear": linear}), ["linear", "packed"], Plan(examples=4))
     assert first.verdict == row.verdict == "pass"
+
+
+def test_four_over_six_leaves_a_block_at_6_where_4_is_as_close():
+    """The only element that is not 0 is exact either way."""
+    w = np.zeros((1, 32), np.float32)
+    w[0, ::16] = 6
+    packed_weight = nvfp4(w, four_over_six=True)
+    assert (packed_weight.codes[0, ::8] & 15 == 7).all() and np.array_equal(packed_weight.dequantize(), w)

@@ -48,6 +48,7 @@ def test_a_wrong_candidate_ends_with_1_and_with_the_line_that_reproduces_it(tmp_
     assert "not judged (mlp is wrong): mlp-mixer" in out and "logits  " in out
     again = out.rstrip().splitlines()[-1].strip()
     assert again.startswith("refengine verify --backend mine:WRONG --op mlp --seed 0 --case 'an_mlp_squares")
+    assert {path.name for path in tmp_path.iterdir()} <= {"mine.py", "__pycache__"}
     case = again.partition("--case ")[2].strip("'")
     out, _ = run(tmp_path, "--backend", "mine:WRONG", "--case", case, "--json", expected=1)
     row = json.loads(out)
