@@ -20,8 +20,8 @@ import click
 from refengine.cli import hints
 from refengine.ranks.launcher import launched, report_termination
 
-COMMANDS: tuple[str, ...] = ("generate", "chat", "inspect", "score", "tokenize", "quantize", "bench")
-COMMANDS += ("verify", "vectors", "trace", "diff", "state", "completion")
+COMMANDS: tuple[str, ...] = ("generate", "chat", "inspect", "score", "tokenize", "quantize", "convert")
+COMMANDS += ("bench", "verify", "vectors", "trace", "diff", "state", "completion")
 
 
 class Commands(click.Group):

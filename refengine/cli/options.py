@@ -64,17 +64,17 @@ class FileName(click.types.StringParamType):
 
 
 class ModelName(click.types.StringParamType):
-    """Takes a directory or the name of a model; a shell completes both."""
+    """Takes a directory, a GGUF file or the name of a model; a shell completes each."""
 
     def shell_complete(self, ctx, param, incomplete):
-        """Return the known names that begin so, and the item that lets the shell complete directories."""
+        """Return the known names that begin so, and the item that lets the shell complete files."""
         from click.shell_completion import CompletionItem
 
         from refengine.checkpoint.hub import models
         from refengine.checkpoint.locate import embedded
 
         names = [CompletionItem(name) for name in [*embedded(), *models()] if name.startswith(incomplete)]
-        return [CompletionItem(incomplete, type="dir"), *names]
+        return [CompletionItem(incomplete, type="file"), *names]
 
 
 class Bytes(click.ParamType):
@@ -233,7 +233,7 @@ model = click.option(
     default="tiny",
     show_default=True,
     metavar="MODEL",
-    help="Directory, or name in the Hugging Face cache.",
+    help="Directory, GGUF file, or name in the HF cache.",
 )
 
 quiet = click.option("--quiet", "-q", is_flag=True, expose_value=False, callback=kept, help="Print no notes.")

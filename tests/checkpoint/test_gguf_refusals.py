@@ -69,7 +69,7 @@ REFUSALS = {
     "softmax routing": (keys(expert_gating_func=1), "would change what the model computes"),
     "keys and values of two widths": (keys(attention__value_length=8), "is not key_length = 16"),
     "heads that are no parts": (keys(ssm__inner_size=63), "no multiple of ssm.time_step_rank"),
-    "groups without a number": (keys(expert_group_count=2, expert_group_used_count=None), "needs expert_group_used_count"),
+    "groups without a number": (keys(expert_group_count=2, expert_group_used_count=None), "needs expert"),
     "lists within a list": (keys(x=raw_value(ARRAY, struct.pack("<IQ", ARRAY, 1))), "lists within the list"),
     "an unknown type of value": (keys(x=raw_value(77, b"")), "unknown type 77"),
     "a list that is too long": (keys(x=raw_value(ARRAY, struct.pack("<IQ", UINT64, 2**60))), "would have"),

@@ -205,9 +205,9 @@ def test_a_shell_completes_commands_and_options(cli, shell):  # noqa: F811
         ("chat --messages ", {"file"}),
         ("chat --tools ", {"file"}),
         ("chat --template ", {"file"}),
-        ("chat --model ", {"dir", "tiny", "nvidia/a-model"}),
-        ("chat -m n", {"dir", "nvidia/a-model"}),
-        ("inspect ", {"dir", "tiny", "nvidia/a-model"}),
+        ("chat --model ", {"file", "tiny", "nvidia/a-model"}),
+        ("chat -m n", {"file", "nvidia/a-model"}),
+        ("inspect ", {"file", "tiny", "nvidia/a-model"}),
     ],
 )
 def test_a_shell_completes_names_of_files_and_models(words, kinds, tmp_path, monkeypatch, capsys):
