@@ -178,6 +178,21 @@ def test_it_goes_on_after_a_stop(model, tmp_path, monkeypatch):
     assert files(out) == wanted and len(calls) > 22 and found["routed_expert"]["matrices"] == 18
 
 
+def test_a_file_that_was_removed_after_a_stop_is_written_again(model, tmp_path, monkeypatch):
+    quantize(model, tmp_path / "whole", recipe_of("nvfp4"), shard=20_000)
+    out = tmp_path / "out"
+
+    def stopping(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_finish", stopping)
+        quantize(model, out, recipe_of("nvfp4"), shard=20_000)
+    min(out.glob("model-*.safetensors")).unlink()
+    quantize(model, out, recipe_of("nvfp4"), shard=20_000)
+    assert files(out) == files(tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_a_killed_process_leaves_nothing_half(model, tmp_path):
     out = tmp_path / "out"
