@@ -28,10 +28,7 @@ from refengine.untrusted import parse_json
     help="Read the prompt from a file; - is stdin.",
 )
 @click.option(
-    "--prompts",
-    type=options.FileName(),
-    metavar="FILE",
-    help="Read a prompt a line, side by side; .jsonl: with options.",
+    "--prompts", type=options.FileName(), metavar="FILE", help="Prompts, one a line; .jsonl: with options."
 )
 @click.option("--ids", metavar="IDS", help='Token ids as the prompt, as in "10 25 99".')
 @click.option("--echo/--no-echo", default=True, help="Print the prompt too (default), or not.")
