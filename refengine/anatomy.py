@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from refengine.checkpoint import Checkpoint
-from refengine.spec.arrays import DTYPES, ITEMSIZE
+from refengine.spec.arrays import ITEMSIZE
 from refengine.spec.config import NAME_OF, Config
 from refengine.spec.tensors import active_parameters, parameters, table
 
@@ -63,15 +63,22 @@ def bytes_of_a_token(checkpoint: Checkpoint) -> int:
     return round(total)
 
 
-def state_bytes(cfg: Config, dtype: str | None = None) -> dict:
-    """Return the bytes a sequence needs, fixed and per token: S in float32, the rest in `dtype`."""
-    size = ITEMSIZE.get(dtype or cfg.dtype, 2)
+def state_bytes(cfg: Config, dtype: str | None = None, kv: str | None = None, ssm: str | None = None) -> dict:
+    """Return the bytes a sequence needs, fixed and per token.
+
+    dtype: of the convolution's tail, by default the checkpoint's; kv: of keys and values, by default `dtype`;
+    ssm: of S, by default float32.
+    """
+    dtype, ssm = dtype or cfg.dtype, ssm or "float32"
+    kv, size = kv or dtype, ITEMSIZE | {"fp8": 1}
     mamba = cfg.layers.count("M")
-    kv = 2 * cfg.num_key_value_heads * cfg.head_dim * size
+    layer = 2 * cfg.num_key_value_heads * cfg.head_dim * size.get(kv, 2)
     return {
-        "dtype": dtype or cfg.dtype,
-        "ssm_bytes": mamba * cfg.mamba_inner * cfg.ssm_state_size * DTYPES["F32"].itemsize,
-        "conv_bytes": mamba * cfg.conv_dim * max(0, cfg.conv_kernel - 1) * size,
-        "kv_bytes_per_token": cfg.layers.count("*") * kv,
-        "mtp_kv_bytes_per_token": cfg.mtp_layers.count("*") * kv,
+        "dtype": dtype,
+        "kv_dtype": kv,
+        "ssm_dtype": ssm,
+        "ssm_bytes": mamba * cfg.mamba_inner * cfg.ssm_state_size * size[ssm],
+        "conv_bytes": mamba * cfg.conv_dim * max(0, cfg.conv_kernel - 1) * size.get(dtype, 2),
+        "kv_bytes_per_token": cfg.layers.count("*") * layer,
+        "mtp_kv_bytes_per_token": cfg.mtp_layers.count("*") * layer,
     }

@@ -32,6 +32,8 @@ def make(
     share: float = 1.0,
     packed: bool = False,
     batch_invariant: bool = False,
+    kv: str | None = None,
+    ssm: str | None = None,
     packed_inputs: bool = False,
 ) -> Backend:
     """Return the backend called `name`, computing in `dtype` on `device`; InputError names what there is.
@@ -42,6 +44,7 @@ def make(
     packed: whether the checkpoint has packed weights: all weights then stay as they are in the files (numpy,
         torch).
     batch_invariant: the same bits of a row's logits in any batch; the cpu backend alone has this mode.
+    kv, ssm: the dtypes in which keys and values, and S, are stored; None: as the backend computes.
     packed_inputs: inputs of packed weights are packed too, as in W4A4; the numpy backend alone has this mode.
     """
     if threads is not None and not 1 <= threads <= MOST_THREADS:
@@ -55,7 +58,7 @@ def make(
     if name == "cuda":
         from refengine.backends.cuda import cuda_backend
 
-        return cuda_backend(dtype, "cuda" if device is None else device, cfg, share=share)
+        return cuda_backend(dtype, "cuda" if device is None else device, cfg, ssm or "float32", share, kv)
     device = "cpu" if device is None else device
     if name == "numpy":
         if dtype not in ("float32", "float64"):
@@ -65,13 +68,13 @@ def make(
             raise InputError(f"the numpy backend runs on the cpu, not on {device!r}")
         threadpool_limits(threads or processors())
         ops = with_packed_inputs(REFERENCE) if packed_inputs else REFERENCE
-        return numpy_backend(np.dtype(dtype), not packed and fits(cfg, dtype, share), ops)
+        return numpy_backend(np.dtype(dtype), not packed and fits(cfg, dtype, share), ops, kv=kv, ssm=ssm)
     if name == "cpu":
         if device not in ("cpu", "auto"):
             raise InputError(f"the cpu backend runs on the cpu, not on {device!r}")
         from refengine.backends.cpu import cpu_backend
 
-        return cpu_backend(dtype, threads or processors(), batch_invariant)
+        return cpu_backend(dtype, threads or processors(), batch_invariant, kv, ssm)
     if name == "torch":
         first = "torch" not in sys.modules
         try:
@@ -86,7 +89,7 @@ def make(
             threads = processors()
         resident = not packed and fits(cfg, dtype, share)
         compute = "float32" if packed and device == "cpu" else None  # by the loops of backends/cpu
-        return torch_backend(dtype, device, threads, deterministic, resident, compute)
+        return torch_backend(dtype, device, threads, deterministic, resident, compute, kv=kv, ssm=ssm)
     raise InputError(f"there is no backend {name!r}; there is {', '.join(NAMES)}")
 
 

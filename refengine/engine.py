@@ -38,6 +38,7 @@ from refengine.spec.tensors import table
 from refengine.states.disk import Disk
 from refengine.states.prefixes import Prefixes, keys
 from refengine.states.state import Start, State
+from refengine.storage import Storage, storage
 from refengine.text.ids_only import tokenizer_of
 from refengine.text.tokenizer import Tokenizer
 
@@ -56,6 +57,8 @@ def load(
     batch_invariant: bool = False,
     cache: int = 0,
     cache_dir: str | Path | None = None,
+    kv_dtype: str | None = None,
+    ssm_dtype: str | None = None,
     packed_inputs: bool = False,
 ) -> Engine:
     """Open a checkpoint and return an Engine; for several ranks see refengine.ranks.load.
@@ -74,6 +77,10 @@ def load(
             and the cuts of a prompt at whole chunks; slower, and on the cpu backend alone.
         cache: bytes of snapshots to keep, from which prompts start that share a prefix; 0: none.
         cache_dir: a directory in which the last point of each prompt is kept too, up to as many bytes.
+        kv_dtype: in which keys and values are stored: "float32", "bfloat16" or "fp8"; None: as the checkpoint
+            declares, else as the backend computes (bfloat16 in the cpu backend's, for bfloat16 weights).
+        ssm_dtype: in which the states of Mamba layers are stored: "float32" (None), or "float16", rounded at
+            random by the seed of the sequence.
         packed_inputs: pack the inputs of packed weights too, by the scales in the files, as hardware with
             W4A4 and W8A8 does; on the numpy backend alone.
 
@@ -92,7 +99,13 @@ def load(
     cfg = checkpoint.config
     if packed_inputs:
         checkpoint.check_packed_inputs()
+    stored = storage(checkpoint, kv_dtype, ssm_dtype)
     if isinstance(backend, Backend):
+        stored = Storage()
+        if kv_dtype or ssm_dtype:
+            raise InputError(
+                "kv_dtype and ssm_dtype need the name of a backend: a Backend of your own has its own"
+            )
         if batch_invariant or packed_inputs:
             mode = "batch_invariant" if batch_invariant else "packed_inputs"
             raise InputError(f"{mode} needs the name of a backend: a Backend of your own has its mode")
@@ -105,6 +118,7 @@ def load(
         chosen = backends.make(
             backend, cfg, dtype, device, threads, deterministic,
             packed=checkpoint.packed, batch_invariant=batch_invariant, packed_inputs=packed_inputs,
+            kv=stored.kv, ssm=stored.ssm,
         )  # fmt: skip
     checkpoint = checkpoint.placed_on(chosen.name, chosen.packed)
     with progress("loading", len(table(cfg)), "tensor") as bar:
@@ -113,7 +127,7 @@ def load(
             bar.update()
             return checkpoint.read(name)
 
-        built = Model.build(cfg, read, chosen)
+        built = replace(Model.build(cfg, read, chosen), scales=stored.scales)
     checkpoint.release()  # what was widened is not needed in the file's form too
     seconds = time.perf_counter() - began
     return Engine(checkpoint, LocalRunner(built), seconds, batch, cache, batch_invariant, cache_dir)

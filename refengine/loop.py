@@ -233,6 +233,9 @@ class Loop:
             if self.active and not self.runner.fits(tokens):
                 return
             self.queue.popleft()
+            if not self.active and (refused := self.runner.refusal(tokens)):
+                sequence.inbox.append((sequence.index, refused))
+                continue
             sequence.slot = next(slot for slot in range(self.size) if slot not in self.active)
             sequence.began = time.perf_counter()
             self.active[sequence.slot] = sequence

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 
-from refengine.anatomy import state_bytes
 from refengine.generation import Draw, Drawing
 from refengine.machine import available_memory, peak_memory
 from refengine.progress import progress
@@ -27,6 +27,7 @@ from refengine.speculation.drafting import Drafter
 from refengine.states.arrays import Arrays, of_row, to_states
 from refengine.states.shelf import Shelf
 from refengine.states.state import set_generator
+from refengine.storage import Sizes, sizes
 
 PREFILL = 512  # positions of a sequence in one call, at most; cut at whole chunks of the model
 
@@ -155,6 +156,10 @@ class Runner(Protocol):
 
     def fits(self, tokens: int) -> bool:
         """Return whether the memory has room for one more sequence of so many tokens."""
+        ...
+
+    def refusal(self, tokens: int) -> InputError | None:
+        """Return the error for a sequence of so many tokens that the free memory cannot hold, or None."""
         ...
 
     def logits(self, ids: list[int]) -> np.ndarray:
@@ -332,7 +337,7 @@ class LocalRunner:
     def record(self, slots: list[int], rows: list[list[int]], fresh: list[int], width: int) -> tuple:
         """Return hidden states [b width d] of rows of tokens, and records; the states stay as they were."""
         if fresh:
-            self.slots.keep(fresh, self.new_states(len(fresh)))
+            self.slots.keep(fresh, self.begun(fresh))
         ids, lengths = side_by_side(rows, width)
         states = self.slots.gather(slots)
         self.slots.keep(slots, states)
@@ -395,7 +400,7 @@ class LocalRunner:
         self.drawings[slot] = how.drawing()
         self.drawings[slot].ids.extend(ids)
         kept, here = self.shelf.chain(names), self.model.backend
-        self.slots.keep([slot], to_states(self.new_states(1), kept, here, self.first_layer, len(ids)))
+        self.slots.keep([slot], to_states(self.begun([slot]), kept, here, self.first_layer, len(ids)))
         if how.drafts:
             self.drafter.join(slot, how.seed, how.whole)
 
@@ -413,9 +418,16 @@ class LocalRunner:
 
     def fits(self, tokens: int) -> bool:
         """Return whether half of the free memory holds one more sequence of so many tokens."""
-        size = state_bytes(self.config, "float32")
-        need = size["ssm_bytes"] + size["conv_bytes"] + 1.5 * size["kv_bytes_per_token"] * tokens
-        return need < available_memory() / 2
+        return not (self.sizes and self.sizes.refusal(tokens, available_memory() // 2))
+
+    def refusal(self, tokens: int) -> InputError | None:
+        """Return the error for a sequence of so many tokens that the free memory cannot hold, or None."""
+        return self.sizes.refusal(tokens, available_memory()) if self.sizes else None
+
+    @cached_property
+    def sizes(self) -> Sizes | None:
+        """Return the bytes of the states of one sequence; None where they are not on the host."""
+        return sizes(self.new_states(1), self.config)
 
     def has(self, slot: int) -> bool:
         """Return whether the states of a slot are here."""
@@ -483,7 +495,7 @@ class LocalRunner:
         """
         self.recorded = self.latest = None
         if fresh:
-            self.slots.keep(fresh, self.new_states(len(fresh)))
+            self.slots.keep(fresh, self.begun(fresh))
         states, here = self.slots.gather(slots), self.model.backend
         if here.step and width == 1 and not hidden:
             result, states = here.step(self.model, [row[0] for row in rows], states)
@@ -549,6 +561,11 @@ class LocalRunner:
     def new_states(self, batch: int) -> list:
         """Return the states of sequences that have read nothing."""
         return self.model.new_states(batch)
+
+    def begun(self, slots: list[int]) -> list:
+        """Return the states of the sequences of these slots, which have read nothing."""
+        seeds = [self.drawings[slot].seed if slot in self.drawings else 0 for slot in slots]
+        return state.keyed(self.new_states(len(slots)), seeds, self.first_layer)
 
     def blocks(
         self, ids: np.ndarray, states: list, lengths: np.ndarray | None = None, record: bool = False

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import click
 
-from refengine.anatomy import state_bytes
 from refengine.checkpoint import Checkpoint
 from refengine.cli import options
 from refengine.ranks.launcher import launched
-from refengine.spec.config import Config, InputError
+from refengine.spec.config import InputError
+from refengine.storage import bytes_on, storage
 from refengine.units import bytes_text
 
 
@@ -95,13 +95,14 @@ def measured(asked: dict, how: dict, several: bool) -> Iterator[dict]:
     from refengine import machine
     from refengine.bench import bench as rows_of
 
-    cfg = checked(how["model"], asked).config
+    checkpoint = checked(how["model"], asked)
+    cfg = checkpoint.config
     on_host = not several and how["backend"] != "cuda" and how["device"] in (None, "cpu")
     threads = how["threads"] or machine.processors()
     if on_host:
-        check_room(
-            cfg, how["dtype"], max(asked["batches"]), max(asked["contexts"]), machine.available_memory()
-        )
+        kept = storage(checkpoint, how["kv_dtype"], how["ssm_dtype"])
+        size = bytes_on(how["backend"], cfg, how["dtype"], kept.kv, kept.ssm)
+        check_room(size, max(asked["batches"]), max(asked["contexts"]), machine.available_memory())
     with options.load(**how) as engine:
         rows = rows_of(engine.runner, how["dtype"], threads, **asked, host=on_host)
         device = how["device"] or ("cuda" if how["backend"] == "cuda" else "cpu")
@@ -119,10 +120,9 @@ def checked(model: str, asked: dict) -> Checkpoint:
     return checkpoint
 
 
-def check_room(cfg: Config, dtype: str, batch: int, context: int, free: int) -> None:
-    """Raise InputError if so many states cannot fit; a cache takes half as much again to grow."""
-    s = state_bytes(cfg, dtype)
-    need = batch * (s["ssm_bytes"] + s["conv_bytes"] + 1.5 * s["kv_bytes_per_token"] * context)
+def check_room(size: dict, batch: int, context: int, free: int) -> None:
+    """Raise InputError if so many states, of the bytes that state_bytes returned, cannot fit."""
+    need = batch * (size["ssm_bytes"] + size["conv_bytes"] + size["kv_bytes_per_token"] * context)
     if need > free:
         raise InputError(
             f"{batch} sequences of {context} tokens need {bytes_text(need)} beside the weights, "

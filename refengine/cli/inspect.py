@@ -22,18 +22,40 @@ from refengine.units import bytes_text, count_text
     metavar="MODEL",
     help="The same as the argument MODEL.",
 )
+@click.option(
+    "--backend",
+    type=click.Choice(("cpu", "numpy", "torch", "cuda")),
+    metavar="NAME",
+    help="Memory of a sequence on this backend.  [default: cuda with a GPU, else cpu]",
+)
+@click.option("--dtype", type=options.Dtype(), default="auto", help="Dtype of the weights there.")
+@options.storage
+@click.option(
+    "--context", type=click.IntRange(1), metavar="N", help="Tokens.  [default: the model's context]"
+)
 @options.as_json
 @options.quiet
 @options.debug
 @click.pass_context
-def inspect(context, model, named, as_json):
+def inspect(click_context, model, named, backend, dtype, kv_dtype, ssm_dtype, context, as_json):
     """Show the layers and sizes of MODEL, bytes by role, active parameters, and the state of a sequence."""
     from refengine.anatomy import anatomy
+    from refengine.backend import cuda_devices
     from refengine.checkpoint import Checkpoint
+    from refengine.storage import bytes_on, storage
 
-    if model and context.get_parameter_source("named") is ParameterSource.COMMANDLINE:
+    if model and click_context.get_parameter_source("named") is ParameterSource.COMMANDLINE:
         raise click.UsageError("give the model once: as an argument or with -m.")
-    found = anatomy(Checkpoint.open(model or named))
+    checkpoint = Checkpoint.open(model or named)
+    backend = backend or ("cuda" if cuda_devices() else "cpu")
+    dtype = checkpoint.auto_dtype(backend) if dtype == "auto" else dtype
+    kept = storage(checkpoint, kv_dtype, ssm_dtype)
+    tokens = context or checkpoint.config.max_position_embeddings
+    state = bytes_on(backend, checkpoint.config, dtype, kept.kv, kept.ssm)
+    total = state["ssm_bytes"] + state["conv_bytes"] + tokens * state["kv_bytes_per_token"]
+    found = anatomy(checkpoint) | {
+        "state": state | {"backend": backend, "context": tokens, "context_bytes": total}
+    }
     click.echo(json.dumps(found) if as_json else text(found))
 
 
@@ -89,10 +111,12 @@ def text(a: dict) -> str:
     lines += [
         "",
         f"a sequence    {bytes_text(fixed)} of state whatever its length "
-        f"(S {bytes_text(s['ssm_bytes'])} in float32, "
+        f"(S {bytes_text(s['ssm_bytes'])} in {s['ssm_dtype']}, "
         f"convolution {bytes_text(s['conv_bytes'])} in {s['dtype']})",
-        f"a token       {bytes_text(s['kv_bytes_per_token'])} of keys and values in {s['dtype']}"
+        f"a token       {bytes_text(s['kv_bytes_per_token'])} of keys and values in {s['kv_dtype']}"
         + (f", and {bytes_text(s['mtp_kv_bytes_per_token'])} for the prediction head" if head else ""),
+        f"a context     of {s['context']:,} tokens takes {bytes_text(s['context_bytes'])} "
+        f"on the {s['backend']} backend",
     ]
     notes = [] if options.flag("quiet") else [f"note          {note}" for note in a["notes"]]
     return "\n".join(lines + notes)

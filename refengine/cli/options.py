@@ -18,6 +18,7 @@ from refengine.ranks.comm import TIMEOUT
 from refengine.ranks.launcher import launched
 from refengine.spec.arrays import ITEMSIZE
 from refengine.spec.config import InputError
+from refengine.spec.numerics import KV_DTYPES, SSM_DTYPES
 from refengine.speculation import MOST_DRAFTS
 
 
@@ -193,13 +194,14 @@ def with_dtype(command):
 RANGE = re.compile(r"\s+\[[\d.<=>]*x[\d.<=>]*\]|; [\d.<=>]*x[\d.<=>]*(?=\])")
 TOGETHER = {  # options that share a line of help
     "tp": ("--tp N, --ep N, --pp N", "Ranks for layers, experts, list of layers."),
+    "kv_dtype": ("--kv-dtype, --ssm-dtype NAME", "Dtypes of keys and values, and of S."),
     "quiet": ("-q, --quiet; -v, --verbose", "Print no notes; print what is loaded."),
     "cache": ("--cache BYTES, --cache-dir D", "Keep states of prefixes, as in 2GiB."),
     "save_state": ("--save-state, --load-state F", "Save where a text ends; go on from there."),
     "show_thinking": ("--show-thinking", "Print thoughts; a terminal shows them anyway."),
     "timeout": ("--timeout SECONDS", "Longest wait for a rank's heartbeat.  [20]"),
 }
-SHARED = {"ep", "pp", "verbose", "load_state", "cache_dir"}
+SHARED = {"ep", "pp", "ssm_dtype", "verbose", "load_state", "cache_dir"}
 
 
 class Command(click.Command):
@@ -250,6 +252,21 @@ loudness = together(
     ),
 )
 
+storage = together(
+    click.option(
+        "--kv-dtype",
+        type=click.Choice(list(KV_DTYPES)),
+        metavar="NAME",
+        help="Store keys and values in float32, bfloat16 or fp8.  [default: the checkpoint's]",
+    ),
+    click.option(
+        "--ssm-dtype",
+        type=click.Choice(SSM_DTYPES),
+        metavar="NAME",
+        help="Store states of Mamba layers in float32 or float16.",
+    ),
+)
+
 engine = together(
     model,
     click.option(
@@ -270,6 +287,7 @@ engine = together(
         metavar="N",
         help="Default: the processors it may use.",
     ),
+    storage,
     click.option("--deterministic", is_flag=True, help="Compute the same bits in every run."),
     click.option("--batch-invariant", is_flag=True, help="The same bits in every batch (cpu backend)."),
     click.option("--packed-inputs", is_flag=True, help="Pack inputs as W4A4 and W8A8 do (numpy backend)."),
@@ -341,8 +359,8 @@ def load(tp: int, ep: int, pp: int, timeout: float, **how):
 
 
 LOADING: tuple[str, ...] = ("model", "backend", "dtype", "device", "threads", "deterministic")
-LOADING += ("tp", "ep", "pp", "timeout", "batch", "batch_invariant", "cache")
-LOADING += ("cache_dir", "packed_inputs")
+LOADING += ("tp", "ep", "pp", "timeout", "batch", "batch_invariant", "kv_dtype", "ssm_dtype")
+LOADING += ("cache", "cache_dir", "packed_inputs")
 
 cache_dir = click.option(
     "--cache-dir", type=FileName(), metavar="D", help="Keep states of prefixes in a directory too."

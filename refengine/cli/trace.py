@@ -62,6 +62,8 @@ def trace(output, prompts, ids, cut, steps, source, **how):
         from refengine import __version__
         from refengine.conformance.traces.record import record
 
+        if how["backend"] == "cpu" and not how["kv_dtype"]:
+            how["kv_dtype"] = "float32"  # a trace shows what is computed, not how it is stored
         engine = options.load(tp=1, ep=1, pp=1, timeout=20.0, **how)
         rows = [engine.ids(options.checked_text(text)) for text in prompts]
         rows += [engine.ids(ids_of(text)) for text in ids]

@@ -29,6 +29,7 @@ from refengine.spec.layout import Layout, plan
 from refengine.spec.ops import Backend
 from refengine.spec.shard import Shard, held, held_tensors
 from refengine.spec.tensors import parameters, table
+from refengine.storage import storage
 
 
 def load(
@@ -47,6 +48,8 @@ def load(
     batch_invariant: bool = False,
     cache: int = 0,
     cache_dir: str | None = None,
+    kv_dtype: str | None = None,
+    ssm_dtype: str | None = None,
     packed_inputs: bool = False,
 ) -> Engine:
     """Return the engine of this rank, with its part of the model; every rank of the job makes the same call.
@@ -75,14 +78,18 @@ def load(
     cfg = checkpoint.config
     dtype = checkpoint.auto_dtype(backend) if dtype == "auto" else dtype
     shard = Shard(plan(cfg, tp, ep, pp), comm.rank)
+    stored = storage(checkpoint, kv_dtype, ssm_dtype)
     how = f"{backend} in {dtype}" + (", batch-invariant" if batch_invariant else "")
+    how += "".join(
+        f", {name} in {value}" for name, value in (("cache", stored.kv), ("S", stored.ssm)) if value
+    )
     how += ", with packed inputs" if packed_inputs else ""
     comm.compare(identity(checkpoint, shard.layout, how))
     mine = held_tensors(cfg, shard)
     share = here.local_count * sum(sizes(row, cfg, shard)[0] for row in mine) / parameters(table(cfg))
     made = backends.make(
         backend, cfg, dtype, device, threads, deterministic, share, checkpoint.packed, batch_invariant,
-        packed_inputs=packed_inputs,
+        stored.kv, stored.ssm, packed_inputs=packed_inputs,
     )  # fmt: skip
     chosen = with_heartbeats(made, comm)
     checkpoint = checkpoint.placed_on(chosen.name, chosen.packed)
@@ -93,7 +100,7 @@ def load(
             comm.at_work()
             return checkpoint.read(name)
 
-        built = ranks.part(cfg, read, chosen, shard, comm)
+        built = replace(ranks.part(cfg, read, chosen, shard, comm), scales=stored.scales)
     checkpoint.release()
     runner = RankRunner(built, cfg, comm, shard, chosen)
     return Engine(checkpoint, runner, time.perf_counter() - began, batch, cache, batch_invariant, cache_dir)
