@@ -112,6 +112,7 @@ class Drafter:
         self.call: Call | None = None
         self.dtype: Any = np.float32  # of hidden states
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.clock = time.perf_counter
 
     def join(self, slot: int, seed: int, whole: bool) -> None:
         """Begin with a sequence that may draft."""
@@ -227,7 +228,7 @@ class Drafter:
         self, slots: list[int], mine: list[int], logits, found: list[list[Guess]], wanted: list[int]
     ) -> list[int]:
         """Return the next draft of every sequence, and add it to those found; 0 where none is wanted."""
-        began, runner = time.perf_counter(), self.runner
+        began, runner = self.clock(), self.runner
         own: dict[int, Guess] = {}
         if runner.draws:
             for row, i in zip(logits, mine, strict=False):
@@ -243,7 +244,7 @@ class Drafter:
             found[i].append(own.get(i) or Guess(token, *NOTHING))
             if i not in own and self.sampling(slots[i]).temperature != 0:
                 self.waiting[slots[i]].generator.random()
-        self.seconds["sampling"] += (took := time.perf_counter() - began)
+        self.seconds["sampling"] += (took := self.clock() - began)
         self.seconds["draft"] -= took
         return [max(0, token) for token in tokens]
 
@@ -261,7 +262,7 @@ class Drafter:
 
     def speculate(self, slots: list[int], ids: list[int], counts: list[int]) -> list[Run | InputError]:
         """Feed one token to each of some sequences, and up to counts[i] drafts; see Runner."""
-        began, runner = time.perf_counter(), self.runner
+        began, runner = self.clock(), self.runner
         mine = runner.seat(slots, [])
         counts = [
             count if slot in self.waiting and self.waiting[slot].close(token) else 0
@@ -296,7 +297,7 @@ class Drafter:
 
     def keep(self, slots: list[int], counts: list[int]) -> None:
         """Keep the first counts[i] of the tokens that each sequence drew in the latest call."""
-        began, runner, call = time.perf_counter(), self.runner, self.call
+        began, runner, call = self.clock(), self.runner, self.call
         if call is None or call.slots != slots:
             raise ValueError(f"slots {slots} to keep: the call before this one was not of these")
         runner.replay(slots, runner.verified(slots, counts), counts)
@@ -311,7 +312,7 @@ class Drafter:
 
     def took(self, part: str, began: float) -> float:
         """Add the seconds since `began` to a part, and return the time now."""
-        now = time.perf_counter()
+        now = self.clock()
         self.seconds[part] += now - began
         return now
 
