@@ -149,9 +149,13 @@ LIMITS = ((0.01, 0.2), (0.0, 0.05), (0.5, math.inf))
 
 @check("ssd_scan", one_of(drawing(max_length=40), limit=LIMITS), uses=("ssd_scan",))
 def dt_is_clamped_to_the_limit_and_to_nothing_else(backend, case, limit):
-    """Check that small steps count as they are, and that a limit in the config is obeyed (trap 1)."""
+    """Check that small steps count as they are, and that a limit in the config is obeyed (trap 1).
+
+    So it is where softplus(dt) is dt: implementations have a branch for large ones.
+    """
     x, dt, B, C, S = scan_inputs(backend, case)
-    for dt_raw, bounds in ((dt, limit), (backend.exact(dt - 12), NO_LIMIT)):
+    small, large = backend.exact(dt - 12), backend.exact(dt + 30)
+    for dt_raw, bounds in ((dt, limit), (small, NO_LIMIT), (large, limit)):
         y, after = scanned(backend, case, x, dt_raw, B, C, earlier(backend, case, S), limit=bounds)
         scan_agrees(backend, case, y, backend.fetch(after), [x, dt_raw, B, C, S], bounds)
 
