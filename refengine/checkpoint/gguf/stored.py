@@ -97,9 +97,12 @@ class StoredBlocks(NamedTuple):
 
     def part(self, i: int) -> StoredBlocks:
         """Return slice i of the first axis, as a tensor of its own."""
-        at = self._plain.part(i)
         scale = self.scale.part(i) if self.scale is not None and self.scale.nbytes > 4 else self.scale
-        return self._replace(shape=at.shape, offset=at.offset, nbytes=at.nbytes, scale=scale)
+        size, *rest = self.shape
+        step = self.nbytes // size
+        return StoredBlocks(
+            self.file, self.name, self.dtype, tuple(rest), self.offset + i * step, step, scale
+        )
 
     def release(self) -> None:
         """Give back the memory that reading filled; a later read fills it again."""
