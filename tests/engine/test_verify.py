@@ -1,10 +1,15 @@
 """Several tokens at once, of which a part is kept: the same as so many single steps, slot by slot."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from refengine.conformance.cases import Case, cases
+from refengine.runner import How, LocalRunner, Part
+from refengine.spec.model import Model
+from refengine.spec.ops import numpy_backend
+from refengine.spec.sample import Sampling
 from tests.support.sequences import Sequences
 
 
@@ -57,6 +62,23 @@ def test_a_fork_and_its_origin_go_separate_ways(backend, case, turns):
     sequences.leave(4)
     sequences.fork(2, [4])
     sequences.verify([1, 2, 4, 7], [sequences.tokens(2) for _ in range(4)])
+
+
+def test_a_fork_draws_what_its_origin_draws():
+    """Each goes on with a generator and tokens of its own, whatever the other has drawn by then."""
+    case = Case(layers="M*")
+    runner = LocalRunner(Model.build(case.cfg, case.read, numpy_backend(np.float64)))
+    how = How(Sampling(temperature=1.0, repetition_penalty=1.3), seed=5)
+    (first,) = runner.read([Part(0, [3, 4], how, True)])
+    runner.fork(0, [1])
+    texts = []
+    for slot in (0, 1):
+        text = [first.id]
+        for _ in range(8):
+            (draw,) = runner.step([slot], text[-1:])
+            text.append(draw.id)
+        texts.append(text)
+    assert texts[0] == texts[1] and len(set(texts[0])) > 3
 
 
 def test_only_free_slots_are_forked_into(backend):
