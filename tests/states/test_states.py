@@ -81,7 +81,8 @@ def test_a_state_goes_on_with_another_backend(backend, folder, case, turns):
         goes_on(sequences, state)
 
 
-LAYOUTS = [Layout(2), Layout(1, 2), Layout(1, 1, 2), Layout(2, 1, 2), Layout(1, 2, 2)]
+LAYOUTS = [Layout(2), Layout(1, 2), Layout(1, 1, 2)]
+LAYOUTS += [pytest.param(layout, marks=pytest.mark.thorough) for layout in (Layout(2, 1, 2), Layout(1, 2, 2))]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=spelled)
