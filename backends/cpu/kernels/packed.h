@@ -19,8 +19,8 @@ void dequantize(const Matrix& w, i64 n, i64 row, i64 from, i64 count, float* to)
 i64 integers_room(i64 kind, i64 n);
 void to_integers(i64 kind, const float* x, i64 n, float* to);
 
-// sums[r][o] = x[r] . w[first + o] for rows of integers, faster than tiles up to MOST_INTEGERS of them; and for rows
-// as they are, up to MOST_FLOATS, if there is a loop for the kind.
-constexpr i64 MOST_INTEGERS = 12, MOST_FLOATS = 4;
+// sums[r][o] = x[r] . w[first + o] for rows of integers, and for rows as they are if there is a loop for the kind: up to
+// MOST_DIRECT rows, beyond which panels are faster.
+constexpr i64 MOST_DIRECT = 12;
 void integer_products(const Matrix& w, i64 n, i64 first, i64 outs, const float* const* x, i64 rows, float* sums);
 bool float_products(const Matrix& w, i64 n, i64 first, i64 outs, const float* const* x, i64 rows, float* sums);

@@ -18,7 +18,7 @@
 constexpr i64 STRIP = 24;                            // outputs of a piece of work, of few rows
 constexpr i64 BLOCK = 64, DEPTH = 512;               // rows; positions of a row, a multiple of PAIR
 constexpr i64 SHARE = 128;                           // rows of a piece of work
-constexpr i64 MANY = 48, MANY_PACKED = 13;           // rows from which products go by panels
+constexpr i64 MANY = 48, MANY_PACKED = MOST_DIRECT + 1;  // rows from which products go by panels
 constexpr i64 FEW = 8;                               // rows that are multiplied over their whole depth at once
 static bool many(const Matrix& w, i64 rows, const Run& run) {
     return rows >= (w.kind >= MXFP8 ? MANY_PACKED : MANY) && !run.steady;
@@ -119,6 +119,14 @@ __attribute__((noinline)) static void products(const T* w, i64 n, const float* c
     }
 }
 
+// Ask for rows of packed weights, which lie in one piece, before tiles read them piece by piece.
+static void ask_for(const Matrix& w, i64 n, i64 first, i64 outs) {
+    const i64 row = packed_row(w.kind, n), scales = w.scale ? n / 16 : 0;
+    const char *at = (const char*)w.at + first * row, *scale = (const char*)w.scale + first * scales;
+    for (i64 i = 0; i < outs * row; i += 64) __builtin_prefetch(at + i, 0, 2);
+    for (i64 i = 0; i < outs * scales; i += 64) __builtin_prefetch(scale + i, 0, 2);
+}
+
 // The same with packed weights, dequantized tile by tile. In the steady mode each sum has one order.
 template <int R>
 static void tile_strip(const float* tile, i64 deep, i64 depth, const float* const* x, i64 from, i64 outs, float* sums,
@@ -130,6 +138,7 @@ static void tile_strip(const float* tile, i64 deep, i64 depth, const float* cons
 __attribute__((noinline)) static void tiled_products(const Matrix& w, i64 n, i64 first, const float* const* x,
                                                      i64 rows, i64 outs, bool steady, float* sums) {
     alignas(64) float tile[STRIP * TILE];  // stays in the first cache
+    ask_for(w, n, first, outs);
     const i64 deep = steady || rows > FEW ? TILE : 4 * TILE, some = STRIP * TILE / deep;
     std::fill(sums, sums + rows * outs, 0.f);
     for (i64 o = 0; o < outs; o += some)
@@ -150,14 +159,6 @@ __attribute__((noinline)) static void tiled_products(const Matrix& w, i64 n, i64
                 at += take;
             }
         }
-}
-
-// Ask for rows of packed weights, which lie in one piece, before tiles read them piece by piece.
-static void ask_for(const Matrix& w, i64 n, i64 first, i64 outs) {
-    const i64 row = packed_row(w.kind, n), scales = w.scale ? n / 16 : 0;
-    const char *at = (const char*)w.at + first * row, *scale = (const char*)w.scale + first * scales;
-    for (i64 i = 0; i < outs * row; i += 64) __builtin_prefetch(at + i, 0, 2);
-    for (i64 i = 0; i < outs * scales; i += 64) __builtin_prefetch(scale + i, 0, 2);
 }
 
 // Packed weights from row `first` on, as panels take them.
@@ -195,9 +196,10 @@ static void many_plain(const Matrix& w, i64 n, i64 first, const float* panels, i
 }
 static void few_packed(const Matrix& w, i64 n, i64 first, const float* const* x, i64 rows, i64 outs, bool steady,
                        bool integers, float* sums) {
-    if (!steady && rows <= MOST_FLOATS && float_products(w, n, first, outs, x, rows, sums)) return;
-    if (!integers || rows > MOST_INTEGERS) return tiled_products(w, n, first, x, rows, outs, steady, sums);
-    const float* whole[MOST_INTEGERS];
+    const bool direct = !steady && rows <= MOST_DIRECT;
+    if (direct && float_products(w, n, first, outs, x, rows, sums)) return;
+    if (!direct || !integers) return tiled_products(w, n, first, x, rows, outs, steady, sums);
+    const float* whole[MOST_DIRECT];
     for (i64 r = 0; r < rows; r++) whole[r] = x[r] + padded(n);
     integer_products(w, n, first, outs, whole, rows, sums);
 }
@@ -321,7 +323,7 @@ extern "C" {
 void linear(const Matrix& w, i64 outs, i64 n, const float* x, i64 rows, float* y, i64 y_step, const Run& run) {
     if (many(w, rows, run))
         return all_panels(w, outs, n, in_panels(x, rows, n, run), rows, run, ToRows{y, y_step});
-    const Layout layout(w.kind, n, rows <= MOST_INTEGERS && !run.steady);
+    const Layout layout(w.kind, n, rows <= MOST_DIRECT && !run.steady);
     all_products(w, outs, layout, layout.rows(x, rows, run), rows, run,
                  [=](i64 r, i64 o, float v) { y[r * y_step + o] = v; });
 }
@@ -331,7 +333,7 @@ void mlp(const Matrix& up, const Matrix& down, i64 width, i64 d, const float* h,
          const Run& run) {
     if (many(up, rows, run) && many(down, rows, run)) return mlp_of_many(up, down, width, d, h, rows, y, run);
     static thread_local std::vector<float> kept;
-    const bool integers = rows <= MOST_INTEGERS && !run.steady;
+    const bool integers = rows <= MOST_DIRECT && !run.steady;
     const Layout outer(up.kind, d, integers), inner(down.kind, width, integers);
     const i64 step = inner.step();
     if ((i64)kept.size() < rows * step) kept.resize(rows * step);

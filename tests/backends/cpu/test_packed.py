@@ -10,15 +10,17 @@ from refengine.backends.cpu import cpu_backend, native
 from refengine.backends.cpu.experts import Listed
 from refengine.backends.cpu.verbs import Verbs
 from refengine.backends.cpu.weights import matrix
+from refengine.checkpoint import Checkpoint
+from refengine.checkpoint import packed as checkpoint_packed
 from refengine.conformance.cases import Case
+from refengine.spec import blocks
 from refengine.spec.model import Model
 from refengine.spec.moe import Routing
 from refengine.spec.ops import numpy_backend
 from refengine.spec.quant import Packed
 from refengine.spec.tensors import table
-from tests.support.packed import CFG, FORMATS, all_in, mixed, weights
+from tests.support.packed import CFG, FORMATS, all_in, mixed, packed_checkpoint, weights
 
-blocks = pytest.importorskip("refengine.spec.blocks")
 pytestmark = pytest.mark.skipif(native.load() is None, reason="there is no compiler for the loops")
 HALVES = {  # where a block has float16 numbers
     "q8_0": (0,), "q4_0": (0,), "q5_0": (0,), "q4_1": (0, 2), "q5_1": (0, 2), "q4_k": (0, 2), "q5_k": (0, 2),
@@ -169,6 +171,21 @@ CHOICES = {"mixed": mixed} | {name: all_in(name) for name in ("NVFP4", "W4A8", "
 @pytest.mark.parametrize("steady", [False, True])
 def test_a_whole_model(choice, steady):
     compare(CFG, weights(CFG, CHOICES[choice]), steady)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_packed_weights_take_the_memory_of_their_file(choice, tmp_path):
+    """Codes lie in the memory map; only scales of blocks that are not of 16 columns are repeated."""
+    checkpoint = Checkpoint.open(packed_checkpoint(tmp_path, CHOICES[choice]))
+    model = Model.build(CFG, checkpoint.read, cpu_backend("bfloat16"))
+    blocks_of = [block["mixer"] for name, block in model.weights.items() if name]
+    placed = [w for block in blocks_of for w in block.values() if isinstance(w, Packed)]
+    for block in blocks_of:
+        if "experts" in block:
+            placed += [w for pair in block["experts"].matrices for w in pair if isinstance(w, Packed)]
+    in_file = sum(at.nbytes for name, at in checkpoint.stored.items() if at.dtype in checkpoint_packed.KINDS)
+    assert placed and not any(w.codes.flags.owndata for w in placed)
+    assert sum(w.nbytes for w in placed) <= 1.1 * in_file
 
 
 @pytest.mark.parametrize("kinds", [("q4_0", "q5_0"), ("nvfp4", "q8_0"), ("q4_k", "q6_k"), ("q5_1", "iq4_nl")])
