@@ -161,7 +161,7 @@ class Pace:
         drafts = min(known, key=lambda k: self.seconds(size, k) or 0) if known else drafts
         took = self.seconds(size, drafts)
         without = self.times.get((size, -1))  # calls that opened a row and had no drafts
-        loss = took - plain if took else max(2 * plain, median(without) if without else 0.0)
+        loss = took - plain if took else 2 * max(plain, median(without) if without else 0.0)
         future = 0.0 if took else plain * min(rest, 256)
         return drafts if self.lost + loss <= LOST * (self.total + future) else 0
 
