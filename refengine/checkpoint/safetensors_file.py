@@ -174,12 +174,10 @@ def _tensors(file: SafetensorsFile) -> list[Stored]:
     remarks = header.pop("__metadata__", {})
     if not isinstance(remarks, dict) or not all(_is_text(k) and _is_text(v) for k, v in remarks.items()):
         raise InputError(f"the header of {file.path} has a __metadata__ that is not text")
-    start: int = file.start
-    bits: dict[tuple[str, tuple[int, ...]], int] = {}
-    found = [_tensor(file, start, name, entry, bits) for name, entry in header.items()]
+    found = _entries(file, header)
     found.sort(key=itemgetter(Stored._fields.index("offset"), Stored._fields.index("nbytes")))
     again = "download it again"
-    end = start
+    end: int = file.start
     for at in found:
         if at.offset != end:
             what = "overlaps another" if at.offset < end else "leaves a hole before it"
@@ -192,12 +190,28 @@ def _tensors(file: SafetensorsFile) -> list[Stored]:
     return found
 
 
-def _tensor(file: SafetensorsFile, start: int, name: str, entry, bits: dict) -> Stored:
-    """Return what one entry of the header says, checked by itself.
+def _entries(file: SafetensorsFile, header: dict) -> list[Stored]:
+    """Return what the entries of the header say; a dtype with a shape is checked once."""
+    start, found, take = file.start, [], itemgetter("dtype", "shape", "data_offsets")
+    known: dict[tuple[str, str], tuple[tuple[int, ...], int]] = {}  # shape and bytes
+    for name, entry in header.items():
+        try:
+            dtype, shape, (begin, end) = take(entry)
+            shape, nbytes = known[dtype, repr(shape)]
+            whole = type(begin) is type(end) is int and 0 <= begin < LARGE and end - begin == nbytes
+            fits = whole and len(entry) == len(KEYS) and name.isascii()
+        except (KeyError, TypeError, ValueError):
+            fits = False
+        if fits:
+            found.append(Stored(file, name, dtype, shape, start + begin, nbytes))
+        else:
+            found.append(at := _tensor(file, start, name, entry))
+            known[at.dtype, repr(list(at.shape))] = at.shape, at.nbytes
+    return found
 
-    start  the offset of the data
-    bits   of each (dtype, shape) that was checked before, of which a model has few; it grows
-    """
+
+def _tensor(file: SafetensorsFile, start: int, name: str, entry) -> Stored:
+    """Return what one entry of the header says, checked by itself; start: the offset of the data."""
     if not _is_text(name):
         raise _wrong(file, name, "a name that is not text")
     if not isinstance(entry, dict) or entry.keys() != KEYS:
@@ -208,14 +222,12 @@ def _tensor(file: SafetensorsFile, start: int, name: str, entry, bits: dict) -> 
     if not _integers(shape):
         raise _wrong(file, name, f"the impossible shape {shown(shape)}")
     shape = tuple(shape)
-    if (size := bits.get((dtype, shape))) is None:
-        if shape and not (min(shape) >= 0 and max(shape) < LARGE):
-            raise _wrong(file, name, f"the impossible shape {shown(list(shape))}")
-        size = bits[dtype, shape] = prod(shape) * BITS[dtype]
+    if shape and not (min(shape) >= 0 and max(shape) < LARGE):
+        raise _wrong(file, name, f"the impossible shape {shown(list(shape))}")
     if not _integers(offsets) or len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1] < LARGE:
         raise _wrong(file, name, f"the impossible data_offsets {shown(offsets)}")
     begin, end = offsets
-    if 8 * (end - begin) != size:
+    if 8 * (end - begin) != prod(shape) * BITS[dtype]:
         what = f"{end - begin} bytes, which is not what {dtype} {shown(list(shape))} takes"
         raise _wrong(file, name, what)
     return Stored(file, name, dtype, shape, start + begin, end - begin)
