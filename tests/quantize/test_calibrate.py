@@ -10,12 +10,14 @@ from click.testing import CliRunner
 from refengine.checkpoint import Checkpoint
 from refengine.checkpoint.safetensors_file import SafetensorsFile
 from refengine.cli.quantize import quantize as command
+from refengine.conformance.cases import Case
 from refengine.quantize import quantize, recipe_of
 from refengine.quantize import write as module
-from refengine.quantize.calibrate import calibrate
+from refengine.quantize.calibrate import calibrate, recording
 from refengine.quantize.recipes import Recipe
 from refengine.spec.config import InputError
 from refengine.spec.model import Model
+from refengine.spec.moe import Routing
 from refengine.spec.numerics import relu2
 from refengine.spec.ops import DEFINITION, numpy_backend
 from refengine.spec.tensors import table
@@ -209,6 +211,20 @@ def test_an_empty_text_and_a_model_without_a_tokenizer_are_one_sentence(tiny, tm
     model = random_checkpoint(tmp_path / "model", CFG)
     with pytest.raises(InputError):
         quantize(model, tmp_path / "out", recipe_of("nvfp4"), texts=TEXTS)
+
+
+def test_an_expert_is_measured_on_the_tokens_that_chose_it():
+    """The first of two tokens goes to expert 0, and is the smaller one; the second goes to expert 1."""
+    case = Case(layers="E")
+    backend, found = recording(numpy_backend(np.float32))
+    experts = Model.build(case.cfg, case.read, backend).weights["layers.0"]["mixer"]["experts"]
+    up = [case.exact(f"experts.{e}.up_proj.weight") for e in (0, 1)]
+    u = np.stack([0.1 * up[0][0], up[0][1] - up[1][0]])[None].astype(np.float32)
+    backend.ops.experts(u, experts, Routing(np.array([[[0], [1]]]), np.ones((1, 2, 1), np.float32)))
+    inner = np.array([[relu2(token @ matrix.T).max() for matrix in up] for token in u[0]])
+    reached = max(inner[0, 0], inner[1, 1])
+    name = "backbone.layers.0.mixer.experts.5.down_proj.weight"
+    assert found[name] == pytest.approx(reached, rel=1e-5) and reached < 0.9 * inner[1, 0]
 
 
 def test_inputs_that_are_all_zero_have_the_scale_1(tiny):
