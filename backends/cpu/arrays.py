@@ -6,6 +6,8 @@ The loops do not know which library made an array, so the program of a model and
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from refengine.backends.cpu.interface import filled
@@ -30,7 +32,13 @@ def address(a) -> int | None:
 
 def kind_of(a) -> int | None:
     """Return the number of an array's dtype among KINDS, or None if it has none."""
-    return KINDS.get(str(a.dtype).removeprefix("torch."))
+    return kind_of_dtype(a.dtype)
+
+
+@cache
+def kind_of_dtype(dtype) -> int | None:
+    """Return the number of a dtype of NumPy or PyTorch among KINDS, or None."""
+    return KINDS.get(str(dtype).removeprefix("torch."))
 
 
 def in_order(a) -> bool:
@@ -40,18 +48,23 @@ def in_order(a) -> bool:
 
 def matrix(a):
     """Return the structure Matrix of a weight; raises TypeError for one that the loops cannot read."""
+    if not isinstance(a, np.ndarray) and isinstance(a, PackedWeight):  # the second test takes long
+        return packed_matrix(a)
+    kind = kind_of(a)
+    if kind is None or not in_order(a):
+        raise TypeError(f"the compiled loops read no weight of {a.dtype}")
+    return filled("Matrix", address(a), kind, None, 1.0)
+
+
+def packed_matrix(a):
+    """Return the structure Matrix of a packed weight; raises TypeError for one that the loops cannot read."""
     if isinstance(a, Packed) and a.codes.flags.c_contiguous and a.scale.flags.c_contiguous:
         if a.kind == "FP8":  # the loops read 2^-8 of a code's value
             return filled("Matrix", address(a.codes), PACKED[a.kind], None, 256 * float(a.scale))
         if a.block == BLOCK or not a.size:
             factor = 1.0 if a.scale_2 is None else float(a.scale_2)
             return filled("Matrix", address(a.codes), PACKED[a.kind], address(a.scale), factor)
-    elif isinstance(a, PackedWeight) and a.kind in BLOCKS and a.data.flags.c_contiguous:
+    elif not isinstance(a, Packed) and a.kind in BLOCKS and a.data.flags.c_contiguous:
         factor = 1.0 if a.scale is None else float(a.scale)
         return filled("Matrix", address(a.data), BLOCKS[a.kind], None, factor)
-    if isinstance(a, PackedWeight):
-        raise TypeError(f"the compiled loops read no weight in {a.kind} like this")
-    kind = kind_of(a)
-    if kind is None or not in_order(a):
-        raise TypeError(f"the compiled loops read no weight of {a.dtype}")
-    return filled("Matrix", address(a), kind, None, 1.0)
+    raise TypeError(f"the compiled loops read no weight in {a.kind} like this")

@@ -68,8 +68,8 @@ STRUCTURES = structures(FIELDS)
 def filled(name: str, *values) -> ctypes.Structure:
     """Return the structure `name` with these values of its fields, in order; each field needs one."""
     made = STRUCTURES[name]
-    if len(values) != len(fields(FIELDS[name])):
-        raise TypeError(f"structure {name} has {len(fields(FIELDS[name]))} fields, not {len(values)}")
+    if len(values) != len(made._fields_):
+        raise TypeError(f"structure {name} has {len(made._fields_)} fields, not {len(values)}")
     return made(*values)
 
 
