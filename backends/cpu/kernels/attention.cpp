@@ -10,7 +10,7 @@
 #include "verbs.h"
 
 constexpr i64 PIECE = 480, MOST_PIECES = 128;  // keys; pieces of a step, which has longer ones beyond
-constexpr i64 BLOCK = 24576;                   // bytes of keys that are scored, then weighed
+constexpr i64 BLOCK = 24576;                   // bytes of keys, widened, that are scored, then weighed
 constexpr i64 QUERIES = 64;                    // side by side, about
 constexpr int FAR = 8;  // octaves by which a score may pass the one that weights relate to
 
@@ -67,114 +67,11 @@ struct Context {
     i64 each, head;  // keys of a page
 };
 
-// A pair of bfloat16 lies in 32 bits: the first is the lower half, and each is the upper half of a float32.
-static inline words pair_at(const uint16_t* at) { uint32_t pair; memcpy(&pair, at, sizeof pair); return words{} + pair; }
-static inline vec first_of(words pair) { return same<vec>(pair << 16); }
-static inline vec second_of(words pair) { return same<vec>(pair & 0xffff0000u); }
-
-// As tile of vectors.h, for M keys of `e` bfloat16, e even: c[key][..] += sum over i of K[key][i] b[i][..].
-template <int M, int W>
-static inline void tile_of_keys(const uint16_t* K, i64 e, const float* b, i64 width, float* c, Next& next) {
-    vec sum[M][W] = {};
-    const char* ask = next.from;
-    const i64 asked = M * 2 * next.bytes;
-    for (i64 i = 0; i < e; i += 2, K += 2, b += 2 * width, ask += asked) {
-        __builtin_prefetch(ask);
-        vec even[W], odd[W];
-        for (int w = 0; w < W; w++) even[w] = load<vec>(b + w * LANES), odd[w] = load<vec>(b + width + w * LANES);
-        for (int m = 0; m < M; m++) {
-            const words pair = pair_at(K + m * e);
-            const vec first = first_of(pair), second = second_of(pair);
-            for (int w = 0; w < W; w++) sum[m][w] = fused(second, odd[w], fused(first, even[w], sum[m][w]));
-        }
-    }
-    next.from = ask;
-#pragma GCC unroll 24
-    for (int m = 0; m < M; m++)
-        for (int w = 0; w < W; w++) store(c + m * width + w * LANES, sum[m][w]);
-}
-
-// The same for M elements, M even, of `keys` values: c[i][..] += sum over keys of V[key][i] b[key][..].
-template <int M, int W>
-static inline void tile_of_values(const uint16_t* V, i64 e, const float* b, i64 width, i64 keys, float* c,
-                                  Next& next) {
-    vec sum[M][W];
-    for (int m = 0; m < M; m++)
-        for (int w = 0; w < W; w++) sum[m][w] = load<vec>(c + m * width + w * LANES);
-    const char* ask = next.from;
-    const i64 asked = M * next.bytes;
-    for (i64 j = 0; j < keys; j++, V += e, b += width, ask += asked) {
-        __builtin_prefetch(ask);
-        vec weight[W];
-        for (int w = 0; w < W; w++) weight[w] = load<vec>(b + w * LANES);
-        for (int m = 0; m < M; m += 2) {
-            const words pair = pair_at(V + m);
-            const vec first = first_of(pair), second = second_of(pair);
-            for (int w = 0; w < W; w++) {
-                sum[m][w] = fused(first, weight[w], sum[m][w]);
-                sum[m + 1][w] = fused(second, weight[w], sum[m + 1][w]);
-            }
-        }
-    }
-    next.from = ask;
-#pragma GCC unroll 24
-    for (int m = 0; m < M; m++)
-        for (int w = 0; w < W; w++) store(c + m * width + w * LANES, sum[m][w]);
-}
-
-template <int W, int M = ROWS / W>
-static inline void strip_of_keys(const uint16_t* K, i64 keys, i64 e, const float* b, i64 width, float* c, Next& next) {
-    for (; keys >= M; keys -= M, K += M * e, c += M * width) tile_of_keys<M, W>(K, e, b, width, c, next);
-    if constexpr (M > 1)
-        if (keys) strip_of_keys<W, M - 1>(K, keys, e, b, width, c, next);
-}
-
-template <int W, int M = ROWS / W / 2 * 2>
-static inline void strip_of_values(const uint16_t* V, i64 rows, i64 e, const float* b, i64 width, i64 keys, float* c,
-                                   Next& next) {
-    for (; rows >= M; rows -= M, V += M, c += M * width) tile_of_values<M, W>(V, e, b, width, keys, c, next);
-    if constexpr (M > 2)
-        if (rows) strip_of_values<W, M - 2>(V, rows, e, b, width, keys, c, next);
-}
-
-// scores [keys][width] = K [keys][e] q [e][width], and y [e][width] += V' [e][keys] weights [keys][width]. `after` is
-// what is read next, asked for meanwhile. Where a vector is wide, or e odd, numbers are widened first, into `room`.
-template <class T>
-static void score(const T* K, i64 keys, i64 e, const float* q, i64 width, float* scores, const T* after, float* room) {
-    std::fill(scores, scores + keys * width, 0.f);
-    product(widened(K, keys * e, room), e, 1, keys, q, width, e, scores, Next{(const char*)after, sizeof(T)});
-}
-template <class T>
-static void add_up(const T* V, i64 keys, i64 e, const float* weights, i64 width, float* y, const T* after, float* room) {
-    product(widened(V, keys * e, room), 1, e, e, weights, width, keys, y, Next{(const char*)after, sizeof(T)});
-}
-#if !defined(__AVX512F__) && !defined(WIDE)
-static void score(const uint16_t* K, i64 keys, i64 e, const float* q, i64 width, float* scores, const uint16_t* after,
-                  float* room) {
-    if (e % 2) return score<uint16_t>(K, keys, e, q, width, scores, after, room);
-    Next next{(const char*)after, sizeof(uint16_t)};
-    i64 at = 0;
-    for (; at + 2 * LANES <= width; at += 2 * LANES)
-        strip_of_keys<2>(K, keys, e, q + at, width, scores + at, next);
-    if (at < width) strip_of_keys<1>(K, keys, e, q + at, width, scores + at, next);
-}
-static void add_up(const uint16_t* V, i64 keys, i64 e, const float* weights, i64 width, float* y, const uint16_t* after,
-                   float* room) {
-    if (e % 2) return add_up<uint16_t>(V, keys, e, weights, width, y, after, room);
-    Next next{(const char*)after, sizeof(uint16_t)};
-    i64 at = 0;
-    for (; at + 2 * LANES <= width; at += 2 * LANES)
-        strip_of_values<2>(V, e, e, weights + at, width, keys, y + at, next);
-    if (at < width) strip_of_values<1>(V, e, e, weights + at, width, keys, y + at, next);
-}
-#endif
-
 // The sums of one piece: the `keys` keys from `at` on.
 template <class T>
 static void piece(const Queries& of, const Context& context, i64 at, i64 keys, i64 e, float* known) {
     static thread_local std::vector<float> room, scores;
-    const i64 size = std::max<i64>(2, sizeof(T)), width = of.width;
-    const i64 block = std::max<i64>(1, BLOCK / (size * e) / ROWS) * ROWS;
+    const i64 width = of.width, block = std::max<i64>(1, BLOCK / (4 * e) / ROWS) * ROWS;
     if ((i64)room.size() < block * e) room.resize(block * e);
     if ((i64)scores.size() < block * width) scores.resize(block * width);
     std::fill(known, known + width, -3e38f);
@@ -184,9 +81,11 @@ static void piece(const Queries& of, const Context& context, i64 at, i64 keys, i
         const i64 from = at % context.each, here = std::min({block, end - at, context.each - from});
         const i64 place = context.head * page.step + from * e;
         const T *K = (const T*)page.k + place, *V = (const T*)page.v + place;
-        score(K, here, e, of.q, width, scores.data(), V, room.data());
+        const Next values{(const char*)V, sizeof(T)}, keys_after{(const char*)(K + here * e), sizeof(T)};
+        std::fill(scores.begin(), scores.begin() + here * width, 0.f);
+        product(widened(K, here * e, room.data()), e, 1, here, of.q, width, e, scores.data(), values);
         weigh(scores.data(), at, here, of, e, known);
-        add_up(V, here, e, scores.data(), width, known + 2 * width, K + here * e, room.data());
+        product(widened(V, here * e, room.data()), 1, e, e, scores.data(), width, here, known + 2 * width, keys_after);
         at += here;
     }
 }
