@@ -359,11 +359,10 @@ class RankRunner(LocalRunner):
     def part_of_snapshot(self, slot: int, name: int, start: int) -> tuple[int, int]:
         """Keep this rank's part of a slot's states, on every rank of ep; return the most bytes of a rank."""
         home, others = self.homes[slot], self.shard.across
-        mine = home in (None, self.shard.at[1])
-        found = self.remembered(slot, start) if mine else {}
-        if home is not None and mine:
-            self.send_arrays(dict.fromkeys(others, found), [])
-        elif not mine:
+        if home is None or home == self.shard.at[1]:
+            found = self.remembered(slot, start)
+            self.send_arrays({} if home is None else dict.fromkeys(others, found), [])
+        else:
             found = self.send_arrays({}, [others[home]])[others[home]]
         sizes = self.shelf.put(name, found)
         return self.largest(sizes[0]), self.largest(sizes[1])
