@@ -1,7 +1,12 @@
 """The prediction head. Its witness is the fact sheet read literally: transformers leaves the head out."""
 
+import numpy as np
+
 from refengine.conformance.candidate import numpy_bench
+from refengine.conformance.cases import Case
 from refengine.conformance.checks import models, speculation
+from refengine.conformance.truth import model
+from refengine.spec import mtp
 from tests.support.checks import test_of
 
 test_the_head_in_pieces_is_what_the_fact_sheet_says = test_of(
@@ -18,3 +23,17 @@ test_a_call_with_drafts_is_so_many_steps = test_of(speculation.a_call_with_draft
 test_a_draft_is_kept_or_replaced_so_that_the_distribution_stays = test_of(
     speculation.a_draft_is_kept_or_replaced_so_that_the_distribution_stays, numpy_bench("float64")
 )
+
+
+def test_the_final_norm_of_the_head_may_be_a_layer_norm():
+    """The RMSNorm gives its input up to a factor, which a LayerNorm does not see."""
+    bench, case = numpy_bench("float64"), Case(layers="M", mtp_layers="*E", batch=1, length=5)
+    m, next_ids = model(case, bench), np.roll(case.ids, -1, axis=1)
+    h, _ = m.blocks(m.embed(case.ids), m.new_states(1))
+    o, _ = mtp.predict(m, h, next_ids, mtp.new_states(m, 1))
+    centred, _ = mtp.predict(m, h, next_ids, mtp.new_states(m, 1), centred=True)
+    weight = case.read("mtp.layers.1.final_layernorm.weight").astype(np.float64)
+    v = o / weight
+    expected = (v - v.mean(-1, keepdims=True)) / v.std(-1, keepdims=True) * weight
+    np.testing.assert_allclose(centred, expected, atol=1e-3)
+    assert np.abs(centred - o).max() > 0.01
