@@ -3,8 +3,9 @@
     python -m tools.bench.layers [MODEL] [--backend cpu] [--dtype bfloat16] [--threads 2] [--prompt 512]
                                  [--batch 1] [--context 64] [--rounds 20]
 
-Times are medians of rounds, in milliseconds. A step by kind of layer is measured inside the compiled loops,
-so the cpu backend alone has it; what Python does around them is the difference from the whole step.
+Times are medians of rounds, in milliseconds; with one thread, of its own time, of which other processes take
+little. A step by kind of layer is measured inside the compiled loops, by the time of day, so the cpu backend
+alone has it; what Python does around them is the difference from the whole step.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ Times = dict[tuple[str, str], float]  # seconds by (kind of layer, operation)
 class Watch:
     """Measures the operations of a backend; those since the last sum over ranks are of that layer's kind."""
 
-    def __init__(self, ops):
+    def __init__(self, ops, clock):
+        self.clock = clock
         self.times: Times = defaultdict(float)
         self.latest: dict[str, float] = defaultdict(float)
         self.inside = False
@@ -42,12 +44,12 @@ class Watch:
         def call(*args, **how):
             if self.inside:
                 return operation(*args, **how)
-            self.inside, began = True, time.perf_counter()
+            self.inside, began = True, self.clock()
             try:
                 return operation(*args, **how)
             finally:
                 self.inside = False
-                self.latest[name] += time.perf_counter() - began
+                self.latest[name] += self.clock() - began
                 if name == "all_reduce":
                     self.to_layer(args[1])
 
@@ -60,17 +62,17 @@ class Watch:
         self.latest.clear()
 
 
-def prompt(model: Model, length: int, rounds: int) -> tuple[float, Times]:
+def prompt(model: Model, length: int, rounds: int, clock) -> tuple[float, Times]:
     """Return the median seconds of the layers for a prompt, and of each operation by kind of layer."""
-    watch = Watch(model.backend.ops)
+    watch = Watch(model.backend.ops, clock)
     watched = replace(model, backend=replace(model.backend, ops=watch.ops))
     ids = np.random.default_rng(0).integers(0, model.cfg.vocab_size, (1, length))
     whole: list[float] = []
     each: list[Times] = []
     for _ in range(rounds + 1):
-        began = time.perf_counter()
+        began = clock()
         model.blocks(model.embed(ids), model.new_states(1))
-        whole.append(time.perf_counter() - began)
+        whole.append(clock() - began)
         watched.blocks(watched.embed(ids), watched.new_states(1))
         watch.to_layer("")
         each.append(dict(watch.times))
@@ -116,7 +118,8 @@ def main() -> None:
     given = parser.parse_args()
     engine = refengine.load(given.model, given.backend, given.dtype, threads=given.threads)
     model, kinds = engine.model, engine.config.layers
-    whole, times = prompt(model, given.prompt, given.rounds)
+    clock = time.thread_time if given.threads == 1 else time.perf_counter
+    whole, times = prompt(model, given.prompt, given.rounds, clock)
     head = "| | layers | ms | share |\n|---|---|---|---|"
     speed = given.prompt / whole
     print(f"A prompt of {given.prompt} tokens: {1e3 * whole:.2f} ms, {speed:.0f} tokens/s\n\n{head}")
