@@ -112,8 +112,9 @@ def load(
         chosen = backend
     else:
         if backend == "auto":
-            mode = dict(batch_invariant=batch_invariant, packed_inputs=packed_inputs)
-            backend = backends.automatic(device, dtype, **mode)[0]
+            backend = backends.automatic(
+                device, dtype, batch_invariant=batch_invariant, packed_inputs=packed_inputs
+            )[0]
         dtype = checkpoint.auto_dtype(backend) if dtype == "auto" else dtype
         chosen = backends.make(
             backend, cfg, dtype, device, threads, deterministic,
