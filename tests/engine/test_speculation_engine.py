@@ -205,3 +205,18 @@ def test_the_command_line_refuses_other_numbers_of_drafts(cli, wrong):
     code, out, err = cli("generate", "Once", f"--speculate={wrong}")
     assert code == 2 and not out and "is neither auto nor a number from 1 to 64" in err
     assert "Traceback" not in err
+
+
+def test_a_reused_prefix_and_a_saved_state_go_on_with_drafts():
+    """The head has not read what was reused; the text is the same, and so is the state at its end."""
+    with mock.patch("refengine.runner.PREFILL", 32):
+        engine = refengine.load("tiny", backend="auto", cache=10**8)
+        prompt, how = PROMPTS[2] * 4, {"max_tokens": 10, "temperature": 0, "ignore_eos": True}
+        *tokens, end = engine.generate(prompt, keep="end", **how)
+        *drafted, other = engine.generate(prompt, keep="end", speculate=3, **how)
+        assert other.statistics["reused_tokens"] and sum(
+            other.statistics["speculation"]["drafted_by_position"]
+        )
+        assert [t.id for t in drafted] == [t.id for t in tokens] and other.state.ids == end.state.ids
+        after = told(engine.generate(" the box", state=end.state, **how))
+        assert told(engine.generate(" the box", state=other.state, speculate=2, **how)) == after
