@@ -76,8 +76,13 @@ def columns() -> list[Column]:
             for dtype in ("float32", "bfloat16")
         ]
     for name, logits in peers.engines():  # whole models only
-        found.append(Column(name, lambda vector: None, lambda case, logits=logits: (logits(case), [])))
+        found.append(Column(name, lambda vector: None, partial(without_experts, logits)))
     return found
+
+
+def without_experts(logits: peers.Logits, case: Case) -> tuple[np.ndarray | None, list[np.ndarray]]:
+    """Return what another engine says of a case: its logits, and no experts."""
+    return logits(case), []
 
 
 def cpu() -> Backend | None:

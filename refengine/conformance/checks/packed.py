@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,8 @@ class PackedCase:
 
     def __init__(self, backend, case: Case, kind: str):
         self.backend, self.case, self.kind = backend, case, kind
-        widths = dict(moe_intermediate_size=96, moe_shared_expert_intermediate_size=64, intermediate_size=160)
+        widths: dict[str, Any] = dict(moe_intermediate_size=96, intermediate_size=160)
+        widths["moe_shared_expert_intermediate_size"] = 64
         self.cfg: Config = replace(case.cfg, **widths)
 
     def read(self, name: str) -> Weight:
