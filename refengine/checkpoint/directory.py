@@ -190,7 +190,7 @@ def _quantization(directory: Path, hf: dict, found: dict[str, AnyStored]) -> lis
     settings = [value.get("quantization", value) for value in said.values() if isinstance(value, dict)]
     keys = {key for value in settings if isinstance(value, dict) for key in value if value[key]}
     if keys & {"kv_cache_quant_algo", "kv_cache_scheme"} and not keys & {"quant_algo", "config_groups"}:
-        return [f"{where} would quantize only the cache of keys and values, which is not done here"]
+        return [f"{where} quantizes only the cache of keys and values: FP8 unless --kv-dtype names another"]
     return [f"{where} speaks of quantized weights, but no tensor is packed: read as they are"]
 
 

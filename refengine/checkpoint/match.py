@@ -293,7 +293,11 @@ def _ignored(cfg: Config, left: dict[str, AnyStored], stored: dict[str, AnyStore
     if unknown:
         what = f"{shown(unknown[0].name)}{_and_more(unknown)}"
         raise InputError(f"{unknown[0].file.path} holds {what}, which config.json has no use for")
-    return [f"{shown(harmless[0])}{_and_more(harmless)} would change nothing: not read"] if harmless else []
+    if not harmless:
+        return []
+    scales = any(name.endswith("_scale") for name in harmless)
+    unless = " unless keys and values are stored in FP8" if scales else ": not read"
+    return [f"{shown(harmless[0])}{_and_more(harmless)} would change nothing{unless}"]
 
 
 def _check_tied(head: AnyStored, embedding: AnyStored) -> None:
