@@ -76,15 +76,13 @@ convert_hf_to_gguf.main()
 """
 
 
-def config(name: str) -> Config:
-    """Return the configuration of a model."""
-    return Config.from_hf(MODELS[name] | {"model_type": "nemotron_h"})
+def original(directory: Path, name: str, **sizes: int) -> Path:
+    """Write a model in the Hugging Face layout, with a tokenizer of a few tokens; return the directory.
 
-
-def original(directory: Path, name: str, dtype: str | None = None) -> Path:
-    """Write a model in the Hugging Face layout, with a tokenizer of a few tokens; return the directory."""
-    cfg = config(name)
-    write(directory, cfg, random_values(cfg, SEED), dtype=dtype)
+    sizes  of config.json that are to be others than those of the model
+    """
+    cfg = Config.from_hf(MODELS[name] | sizes | {"model_type": "nemotron_h"})
+    write(directory, cfg, random_values(cfg, SEED))
     settings = {"use_bias": False, "mamba_proj_bias": False} | cfg.to_hf()
     if "E" not in cfg.layers:  # llama.cpp takes groups of experts for experts
         settings = {key: value for key, value in settings.items() if key not in OF_EXPERTS}

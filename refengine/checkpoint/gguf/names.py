@@ -155,9 +155,9 @@ def apart(weight: Weight, head_dim: int) -> Weight:
     return weight[rows.reshape(-1)]
 
 
-def in_turn(weight: Array, head_dim: int) -> Array:
+def in_turn(weight: Weight, head_dim: int) -> Weight:
     """Return q or k as files have it: rows of the two halves of each head in turn."""
-    rows = np.arange(len(weight)).reshape(-1, 2, head_dim // 2).swapaxes(1, 2)
+    rows = np.arange(weight.shape[0]).reshape(-1, 2, head_dim // 2).swapaxes(1, 2)
     return weight[rows.reshape(-1)]
 
 
