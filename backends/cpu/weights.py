@@ -9,6 +9,7 @@ import numpy as np
 from refengine.backends.cpu.arrays import BLOCK, BLOCKS, KINDS
 from refengine.backends.cpu.experts import Listed
 from refengine.spec.arrays import DTYPES, Weight, widen
+from refengine.spec.blocks import Blocks
 from refengine.spec.quant import Packed
 
 NARROW = {"bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"]}
@@ -36,7 +37,7 @@ def place(group, values: list[Weight], *, dtype: str):
 
 def matrix(value: Weight, dtype: str) -> Weight:
     """Return a matrix that the loops read: in the file's form, or narrower where `dtype` is."""
-    if getattr(value, "kind", None) in BLOCKS:
+    if isinstance(value, Blocks) and value.kind in BLOCKS:
         return replace(value, data=np.ascontiguousarray(value.data))
     if isinstance(value, Packed):
         if value.kind == "FP8":
