@@ -64,7 +64,7 @@ def test_many_steps_too_small_for_float16_add_up(device):
         S = added(verbs, S, 0.2 * 2.0**-10, position=position)
     steps = (device.to_host(S).astype(np.float64) - 1) * 2**10
     assert abs(steps.mean() - 10) < 4 * (50 * 0.2 * 0.8 / steps.size) ** 0.5
-    assert steps.std() > 1, "each call rounds anew"
+    assert 2 < steps.std() < 4, "each call rounds anew"
 
 
 def test_what_float16_can_hold_stays_and_the_largest_is_the_limit(device):
