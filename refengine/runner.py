@@ -197,7 +197,8 @@ def chunk_length(cfg: Config) -> int:
 class Slots:
     """The states of sequences by slot, in batches: those that step together stay together."""
 
-    batches: list[tuple[list[int], list]] = field(default_factory=list)  # slots of the rows, states of layers
+    # slots of the rows, None for one that was dropped; states of layers
+    batches: list[tuple[list[int | None], list]] = field(default_factory=list)
 
     def keep(self, slots: list[int], states: list) -> None:
         """Store the states of a batch whose rows belong to these slots."""
@@ -205,59 +206,37 @@ class Slots:
             self.batches.append((list(slots), states))
 
     def gather(self, slots: list[int]) -> list:
-        """Return the states of these slots as one batch in this order; they are no longer stored here."""
-        parts: list[tuple[list[int], list]] = []
-        left: list[tuple[list[int], list]] = []
-        for rows, states in self.batches:
-            if rows == slots:
-                parts, left = [(rows, states)], [other for other in self.batches if other[0] is not rows]
-                break
-            inside = [i for i, slot in enumerate(rows) if slot in slots]
-            outside = [i for i, slot in enumerate(rows) if slot not in slots]
-            if not inside:
-                left.append((rows, states))
-                continue
-            parts.append(_taken(rows, states, inside))
-            if outside:
-                left.append(_taken(rows, states, outside))
-        self.batches = left
-        rows, states = _joined(parts)
-        return states if rows == slots else state.take(states, [rows.index(slot) for slot in slots])
+        """Return the states of these slots as one batch in this order; they are no longer stored here.
+
+        A batch of just these slots is not copied; of any others each row is copied once.
+        """
+        where = {slot: (n, row) for n, (rows, _) in enumerate(self.batches) for row, slot in enumerate(rows)}
+        found = [where[slot] for slot in slots]
+        used = {n for n, _ in found}
+        first, states = self.batches[found[0][0]]
+        if first != slots:
+            states = state.join([states for _, states in self.batches], found)
+        self.batches = [batch for n, batch in enumerate(self.batches) if n not in used] + [
+            (rows, states)
+            for n, batch in enumerate(self.batches)
+            if n in used
+            for rows, states in without(*batch, slots)
+        ]
+        return states
 
     def at(self, slot: int) -> tuple[list, int]:
         """Return the states of the batch that has a slot, and the slot's row in it."""
         return next((states, rows.index(slot)) for rows, states in self.batches if slot in rows)
 
     def drop(self, slots: list[int]) -> None:
-        """Free the states of these slots."""
-        kept = []
-        for rows, states in self.batches:
-            staying = [i for i, slot in enumerate(rows) if slot not in slots]
-            if staying:
-                kept.append(_taken(rows, states, staying))
-        self.batches = kept
+        """Free these slots; the memory of a row is free once its batch has no other, or is gathered."""
+        self.batches = [batch for rows, states in self.batches for batch in without(rows, states, slots)]
 
 
-def _taken(rows: list[int], states: list, chosen: list[int]) -> tuple[list[int], list]:
-    """Return the chosen rows of a batch, without a copy if these are all."""
-    if len(chosen) == len(rows):
-        return rows, states
-    return [rows[i] for i in chosen], state.take(states, chosen)
-
-
-def _joined(parts: list[tuple[list[int], list]]) -> tuple[list[int], list]:
-    """Return several batches as one: the largest, made longer, into which the others are put."""
-    first, *others = sorted(parts, key=lambda part: -len(part[0]))
-    rows, states = first
-    if not others:
-        return rows, states
-    added = sum(len(part[0]) for part in others)
-    states = state.take(states, [*range(len(rows)), *[0] * added])
-    rows = list(rows)
-    for slots, theirs in others:
-        states = state.put(states, list(range(len(rows), len(rows) + len(slots))), theirs)
-        rows += slots
-    return rows, states
+def without(rows: list[int | None], states: list, slots: list[int]) -> list[tuple[list[int | None], list]]:
+    """Return the batch in which these slots have no row, as a list: empty if no row is left."""
+    left = [None if slot in slots else slot for slot in rows]
+    return [(left, states)] if any(slot is not None for slot in left) else []
 
 
 class LocalRunner:

@@ -186,6 +186,28 @@ def put(states: list, rows, others: list) -> list:
     return [s and s.put(rows, o) for s, o in zip(states, others, strict=True)]
 
 
+def join(parts: list[list], chosen: list[tuple[int, int]]) -> list:
+    """Return states whose row i is row chosen[i][1] of parts[chosen[i][0]], for all layers.
+
+    A kind of state may have a `joined`, which copies each row once; otherwise parts are put one by one.
+    """
+    return [s and joined([part[layer] for part in parts], chosen) for layer, s in enumerate(parts[0])]
+
+
+def joined(states: list, chosen: list[tuple[int, int]]):
+    """Return the state of one layer whose row i is row chosen[i][1] of states[chosen[i][0]]."""
+    if hasattr(states[0], "joined"):
+        return states[0].joined(states, chosen)
+    rows = [[(i, row) for i, (n, row) in enumerate(chosen) if n == part] for part in range(len(states))]
+    first = max(range(len(states)), key=lambda part: len(rows[part]))
+    at = dict(rows[first])
+    found = states[first].take([at.get(i, rows[first][0][1]) for i in range(len(chosen))])
+    for part, mine in enumerate(rows):
+        if mine and part != first:
+            found = found.put([i for i, _ in mine], states[part].take([row for _, row in mine]))
+    return found
+
+
 def fork(states: list) -> list:
     """Return a second set of states of this point, for all layers."""
     return [s and s.fork() for s in states]

@@ -71,6 +71,16 @@ class Recurrent:
         both: dict[str, Any] = {name: with_rows(a, rows, theirs[name]) for name, a in self.arrays.items()}
         return Recurrent(**both)
 
+    @staticmethod
+    def joined(states: list[Recurrent], chosen: list[tuple[int, int]]) -> Recurrent:
+        """Return a state whose row i is row chosen[i][1] of states[chosen[i][0]]."""
+        both: dict[str, Any] = {}
+        for name, a in states[0].arrays.items():
+            both[name] = np.empty((len(chosen), *a.shape[1:]), a.dtype)
+            for row, (n, at) in enumerate(chosen):
+                both[name][row] = getattr(states[n], name)[at]
+        return Recurrent(**both)
+
     @property
     def arrays(self) -> dict[str, Any]:
         """Return the arrays that it holds, by name."""
@@ -266,6 +276,12 @@ class Cache:
         for row, theirs in zip(np.arange(len(pages))[rows], other.pages, strict=True):
             pages[row] = theirs
         return replace(self, pages=tuple(pages), length=with_rows(self.length, rows, other.length))
+
+    @staticmethod
+    def joined(states: list[Cache], chosen: list[tuple[int, int]]) -> Cache:
+        """Return a cache whose row i is row chosen[i][1] of states[chosen[i][0]]."""
+        pages = tuple(states[n].pages[row] for n, row in chosen)
+        return replace(states[0], pages=pages, length=np.array([states[n].length[row] for n, row in chosen]))
 
     def fork(self) -> Cache:
         """Return a second state of this point; they share pages until both go on."""

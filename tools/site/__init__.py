@@ -1,1 +1,1 @@
-"""The documentation as a site: `python -m tools.site` builds it into build/site; a broken link is an error."""
+"""The documentation as a site: `python -m tools.site` builds it, and a broken link is an error."""
