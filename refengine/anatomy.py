@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 from refengine.checkpoint import Checkpoint
 from refengine.spec.arrays import ITEMSIZE
 from refengine.spec.config import NAME_OF, Config
-from refengine.spec.tensors import active_parameters, parameters, table
+from refengine.spec.tensors import Tensor, active_parameters, parameters, table
 
 
 def anatomy(checkpoint: Checkpoint) -> dict:
     """Return what a checkpoint is made of, ready for JSON: sizes, counts and bytes by role, state, notes."""
     cfg, rows = checkpoint.config, table(checkpoint.config)
-    roles: dict[str, dict] = {}
-    for row in rows:
-        part = roles.setdefault(
-            f"mtp {row.role}" if row.block.startswith("mtp.") else row.role,
-            {"tensors": 0, "parameters": 0, "bytes": 0, "dtypes": Counter()},
-        )
-        part["dtypes"][checkpoint.stored[row.name].dtype] += 1
-        part["tensors"] += 1
-        part["parameters"] += row.size
-        part["bytes"] += checkpoint.bytes_of(row)
+    roles = counted(checkpoint, lambda row: f"mtp {row.role}" if row.block.startswith("mtp.") else row.role)
+    blocks = counted(checkpoint, lambda row: row.block or row.role)
+    kinds = {f"layers.{i}": kind for i, kind in enumerate(cfg.layers)}
+    kinds |= {f"mtp.layers.{i}": kind for i, kind in enumerate(cfg.mtp_layers)}
     head = parameters(row for row in rows if row.block.startswith("mtp."))
     outer = cfg.vocab_size * cfg.hidden_size  # whether or not the embedding serves as lm_head
     return {
@@ -40,9 +35,25 @@ def anatomy(checkpoint: Checkpoint) -> dict:
         "bytes_of_a_token": bytes_of_a_token(checkpoint),
         "dtypes": dict(Counter(checkpoint.stored[row.name].dtype for row in rows)),
         "roles": roles,
+        "blocks": {
+            block: {"kind": NAME_OF.get(kinds.get(block, ""))} | part for block, part in blocks.items()
+        },
         "state": state_bytes(cfg),
         "notes": list(checkpoint.notes),
     }
+
+
+def counted(checkpoint: Checkpoint, key: Callable[[Tensor], str]) -> dict[str, dict]:
+    """Return tensors, parameters, bytes and dtypes in sum by the key of each tensor, in their order."""
+    parts: dict[str, dict] = {}
+    for row in table(checkpoint.config):
+        empty = {"tensors": 0, "parameters": 0, "bytes": 0, "dtypes": Counter()}
+        part = parts.setdefault(key(row), empty)
+        part["dtypes"][checkpoint.stored[row.name].dtype] += 1
+        part["tensors"] += 1
+        part["parameters"] += row.size
+        part["bytes"] += checkpoint.bytes_of(row)
+    return parts
 
 
 def bytes_of_a_token(checkpoint: Checkpoint) -> int:

@@ -33,11 +33,12 @@ from refengine.units import bytes_text, count_text
 @click.option(
     "--context", type=click.IntRange(1), metavar="N", help="Tokens.  [default: the model's context]"
 )
+@click.option("--layers", is_flag=True, help="Bytes and precision by layer too.")
 @options.as_json
 @options.quiet
 @options.debug
 @click.pass_context
-def inspect(click_context, model, named, backend, dtype, kv_dtype, ssm_dtype, context, as_json):
+def inspect(click_context, model, named, backend, dtype, kv_dtype, ssm_dtype, context, layers, as_json):
     """Show the layers and sizes of MODEL, bytes by role, active parameters, and the state of a sequence."""
     from refengine.anatomy import anatomy
     from refengine.backend import cuda_devices
@@ -56,11 +57,22 @@ def inspect(click_context, model, named, backend, dtype, kv_dtype, ssm_dtype, co
     found = anatomy(checkpoint) | {
         "state": state | {"backend": backend, "context": tokens, "context_bytes": total}
     }
-    click.echo(json.dumps(found) if as_json else text(found))
+    click.echo(json.dumps(found) if as_json else text(found, layers))
 
 
-def text(a: dict) -> str:
-    """Return one screen that shows what `anatomy` found."""
+def table(title: str, parts: dict[str, dict], whole: int) -> list[str]:
+    """Return a line for each part: tensors, parameters, bytes, share of them all, bits an element, dtypes."""
+    head = f"{title:22}{'tensors':>9}{'parameters':>18}{'bytes':>12}{'share':>9}{'bits':>7}  dtypes"
+    return [head] + [
+        f"{name:22}{part['tensors']:9,}{part['parameters']:18,}{bytes_text(part['bytes']):>12}"
+        f"{part['bytes'] / whole:9.1%}{8 * part['bytes'] / part['parameters']:7.2f}  "
+        + ", ".join(f"{count} {dtype}" for dtype, count in part["dtypes"].items())
+        for name, part in parts.items()
+    ]
+
+
+def text(a: dict, layers: bool = False) -> str:
+    """Return one screen that shows what `anatomy` found; with `layers` also a line for each layer."""
     c, s, head = a["config"], a["state"], a["mtp_pattern"]
     lines = [
         a["path"],
@@ -99,14 +111,12 @@ def text(a: dict) -> str:
         f"precision     {8 * a['bytes'] / a['parameters']:.2f} bits an element; "
         f"a token reads {bytes_text(a['bytes_of_a_token'])}",
         "",
-        f"{'role':22}{'tensors':>9}{'parameters':>18}{'bytes':>12}{'share':>9}{'bits':>7}  dtypes",
     ]
-    for role, part in sorted(a["roles"].items(), key=lambda item: -item[1]["bytes"]):
-        lines += [
-            f"{role:22}{part['tensors']:9,}{part['parameters']:18,}{bytes_text(part['bytes']):>12}"
-            f"{part['bytes'] / a['bytes']:9.1%}{8 * part['bytes'] / part['parameters']:7.2f}  "
-            + ", ".join(f"{count} {dtype}" for dtype, count in part["dtypes"].items())
-        ]
+    by_size = dict(sorted(a["roles"].items(), key=lambda item: -item[1]["bytes"]))
+    lines += table("role", by_size, a["bytes"])
+    if layers:
+        named = {f"{name}  {part['kind'] or ''}".strip(): part for name, part in a["blocks"].items()}
+        lines += ["", *table("layer", named, a["bytes"])]
     fixed = s["ssm_bytes"] + s["conv_bytes"]
     lines += [
         "",

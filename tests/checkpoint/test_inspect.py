@@ -5,6 +5,7 @@ import json
 from click.testing import CliRunner
 
 from refengine.cli.inspect import inspect
+from refengine.spec.config import NAME_OF
 from refengine.spec.tensors import parameters, table
 from tests.support.checkpoints import CONFIGS, alter_json, random_checkpoint
 from tests.support.packed import CFG, packed_checkpoint
@@ -48,3 +49,17 @@ def test_precision_is_shown_by_role_and_in_sum(tmp_path):
     text = run(inspect, [path]).output
     assert f"{8 * found['bytes'] / parameters(table(CFG)):.2f} bits an element" in text
     assert "   4.51  18 NVFP4" in text and "   8.00  2 FP8" in text
+
+
+def test_precision_is_shown_by_layer_and_adds_up(tmp_path):
+    run, path = CliRunner().invoke, str(packed_checkpoint(tmp_path))
+    found = json.loads(run(inspect, [path, "--json"]).output)
+    assert [part["kind"] for name, part in found["blocks"].items() if name.startswith("layers.")] == [
+        NAME_OF[kind] for kind in CFG.layers
+    ]
+    for total in ("tensors", "parameters", "bytes"):
+        assert sum(part[total] for part in found["blocks"].values()) == found[total]
+    lines = run(inspect, [path, "--layers"]).output.splitlines()
+    assert sum(line.startswith(("layers.", "mtp.layers.")) for line in lines) == len(
+        CFG.layers + CFG.mtp_layers
+    )
