@@ -149,7 +149,8 @@ struct Q5_K {
     static constexpr bool LEAST = true, MIXED = false, SUMS = true;
     static INLINE Columns read(const uint8_t* b, i64 part) {
         const bytes q = load<bytes>(b + 48 + part / 2 * 32), high = load<bytes>(b + 16);
-        const bytes bit = high & (bytes{} + (uint8_t)(1 << part));
+        const uint8_t mask = 1 << part;
+        const bytes bit = high & (bytes{} + mask);
         Columns found = {(part % 2 ? q >> 4 : q & 15) | ((bytes)(bit != 0) & 16), {}, 0};
         six(b, part, found);
         return found;

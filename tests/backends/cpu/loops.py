@@ -60,7 +60,8 @@ def case_of(number: int, wide: bool) -> Case:
 def run(number: int, threads: int) -> None:
     """Read a prompt in two parts, the last two positions of it by steps, and compare with the definition."""
     case = case_of(number, threads > 1)
-    m = Model.build(case.cfg, case.read, cpu_backend(DTYPES[case.disk], threads, steady=number % 3 == 0))
+    here = cpu_backend(DTYPES[case.disk], threads, steady=number % 3 == 0, kv="float32")
+    m = Model.build(case.cfg, case.read, here)
     states, steps = m.new_states(case.batch), max(0, case.length - 2)
     logits = []
     for part in (slice(0, steps // 2), slice(steps // 2, steps)):
