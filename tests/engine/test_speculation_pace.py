@@ -99,7 +99,7 @@ def test_auto_is_within_a_tenth_of_the_best_number_of_drafts(cost, rates, record
     fixed = [seconds(cost, [Waiting(rates, tokens, k)]) for k in range(1, 9)]
     best = min([float(tokens), *fixed])
     auto = seconds(cost, [Waiting(rates, tokens)])
-    record_property("worst time of auto over the best number of drafts (limit 1.1)", auto / best)
+    record_property("worst time of auto over the best number of drafts (limit 1.1)", float(auto / best))
     assert auto <= 1.1 * best
     assert auto <= tokens / 0.97
 

@@ -73,7 +73,7 @@ def surprise(texts: Counter) -> float:
 @pytest.mark.slow
 def test_sampled_text_has_the_distribution_of_text_without_drafts(record_property):
     worst = surprise(drawn(14))
-    record_property("worst surprise of sampled texts (limit 3)", worst)
+    record_property("worst surprise of sampled texts (limit 3)", float(worst))
     assert worst < 3
 
 
