@@ -200,7 +200,7 @@ def test_options_of_a_prompt_go_before_the_shared_ones_and_those_before_the_advi
     """Zero, False and an empty list are values; None is as the checkpoint recommends."""
     engine, asked, shared = tiny(), [], {"seed": 9} | {k: v for k, v in shared.items() if v is not None}
     advice = engine.tokenizer.generation
-    with mock.patch.object(Loop, "add", lambda self, i, ids, options, inbox: asked.append(options)):
+    with mock.patch.object(Loop, "add", lambda self, i, ids, options, *rest: asked.append(options)):
         if pairs:
             batch = engine.generate_batch((([25], each) for each in own), **shared)
         else:
