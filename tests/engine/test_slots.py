@@ -50,7 +50,7 @@ LEFT = [
 @example(moves=LEFT)
 @example(moves=[("read", ORDER, 4), ("step", ORDER[3::-1] + ORDER[4:], 4)])
 def test_whoever_is_asked_for_gets_its_own_states(moves):
-    """A layer with a state and one without; a slot that was dropped begins anew, and a batch goes with its last slot."""
+    """A layer with a state and one without; a dropped slot begins anew; a batch goes with its last slot."""
     slots, known, fresh = Slots(), {}, 0
     for move, order, count in moves:
         if move == "read":  # new sequences, one call
@@ -72,7 +72,7 @@ def test_whoever_is_asked_for_gets_its_own_states(moves):
             slots.drop(order[:count])
             known = {slot: name for slot, name in known.items() if slot not in order[:count]}
         rows = [[slot for slot in rows if slot is not None] for rows, _ in slots.batches]
-        kept = sum(rows, [])
+        kept = [slot for batch in rows for slot in batch]
         assert all(rows)
         assert sorted(kept) == sorted(known) and all(len(r) == len(s[0].rows) for r, s in slots.batches)
     for slot in [slot for slot in ORDER if slot in known]:
