@@ -85,7 +85,7 @@ def test_texts_and_advice_of_the_embedded_model_come_back(files):
 
 @pytest.mark.slow
 def test_the_real_vocabulary_comes_back(tmp_path):
-    cfg = Case(layers="M*", vocab_size=131072, hidden_size=32).cfg
+    cfg = replace(Case(layers="M*").cfg, vocab_size=131072)
     directory = random_checkpoint(tmp_path / "model", cfg)
     (directory / "tokenizer.json").write_text(file("real"), encoding="utf-8")
     convert(directory, tmp_path / "real.gguf", "f32")

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from refengine.checkpoint import Checkpoint
+from refengine.conformance.cases import Case
 from refengine.spec.config import InputError
 from refengine.text.chat_template import ChatTemplate
 from refengine.text.ids_only import tokenizer_of
@@ -58,7 +59,7 @@ def works_or_is_refused(path: Path) -> None:
     """Open a file, read all of it and its texts."""
     for use in (
         everything,
-        lambda: tokenizer_of(path, None).encode("the cat"),
+        lambda: tokenizer_of(path, Case().cfg).encode("the cat"),
         lambda: ChatTemplate.load(path),
     ):
         try:
