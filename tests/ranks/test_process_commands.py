@@ -14,9 +14,9 @@ from tests.support.processes import ended_badly, mpiexec, torchrun
 
 @pytest.fixture
 def scored(tmp_path):
-    """Return arguments that score a text of several calls, by the prediction head too."""
+    """Return arguments that score a text of several calls, by the head too, with a float32 cache."""
     (tmp_path / "text").write_text(LONG + ONCE)
-    return ["score", tmp_path / "text", "--json", "--tokens"]
+    return ["score", tmp_path / "text", "--json", "--tokens", "--dtype", "float32"]
 
 
 def same_scores(out: str, expected: str) -> None:
