@@ -62,7 +62,8 @@ def several(tmp_path_factory):
     """Return arguments for prompts of several lengths, one long, whose texts end at different times."""
     path = tmp_path_factory.mktemp("prompts") / "five"
     path.write_text("\n".join([ONCE, LONG, "One day, Lily", "The big red ball", "Tom"]))
-    return ["generate", "--prompts", path, "-n", 24, "--stop", ".", "-t", 0, "--json", "--logprobs", 2]
+    how = ["-n", 24, "--stop", ".", "-t", 0, "--json", "--logprobs", 2, "--dtype", "float32"]
+    return ["generate", "--prompts", path, *how]
 
 
 LAYOUTS = [
