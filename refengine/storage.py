@@ -1,4 +1,4 @@
-"""How the memory of a sequence is stored: the dtypes of keys and values and of S, and the bytes they take.
+"""Choose the dtypes in which keys, values and S are stored, and count the bytes they take.
 
 keys and values   float32, bfloat16, or FP8 with a scale for each layer    default: FP8 where the checkpoint
                   declares it, else as the backend computes

@@ -69,7 +69,7 @@ SSM_DTYPES = ("float32", "float16")  # of S
 
 @dataclass(frozen=True)
 class Stored:
-    """How a cache stores keys and values: in a dtype; FP8 holds them divided by their scales."""
+    """Converts keys and values to and from the dtype of a cache; FP8 holds them divided by their scales."""
 
     dtype: np.dtype
     k_scale: float = 1.0

@@ -1,4 +1,4 @@
-"""How many drafts to make: by the measured time of calls, and by how many drafts were accepted.
+"""Choose the number of drafts from the measured time of calls and the measured acceptance.
 
 A call with k drafts takes c(k) seconds, c(0) a plain step, and draws 1 + a1 + a1 a2 + ... + a1..ak tokens,
 if a draft that is reached at position i is accepted with probability ai. `auto` chooses the k with most
@@ -32,7 +32,7 @@ FADES = 0.97  # weight of what was counted before the latest draft
 
 @dataclass
 class Acceptance:
-    """How often drafts were accepted, by position.
+    """Counts accepted drafts by position.
 
     others: of all sequences, towards which the estimates of one are drawn.
     """

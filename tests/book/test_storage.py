@@ -1,4 +1,4 @@
-"""What a state is stored in: FP8 and bfloat16 by definition, and float16 rounded at random without a bias."""
+"""Check stored dtypes: FP8 and bfloat16 by definition, float16 rounded at random without a bias."""
 
 from dataclasses import replace
 

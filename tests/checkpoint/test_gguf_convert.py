@@ -1,4 +1,4 @@
-"""What `refengine convert` writes is read again: the same numbers, the same ids, the same texts."""
+"""Check that files of `refengine convert` read back with the same numbers, ids and texts."""
 
 from __future__ import annotations
 

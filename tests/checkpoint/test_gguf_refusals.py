@@ -1,4 +1,4 @@
-"""What is wrong with a GGUF file is said in one sentence that names it."""
+"""Check that a damaged GGUF file is refused in one sentence that names the fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What states are stored in, from the command line and from Python: defaults, refusals, the same text."""
+"""Check the dtypes of stored states from the command line and Python: defaults, refusals, same text."""
 
 import json
 

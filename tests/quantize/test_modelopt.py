@@ -49,7 +49,7 @@ def test_there_are_vectors_of_every_layout():
 
 @pytest.fixture(scope="module")
 def calibration():
-    """What modelopt found, and the largest magnitudes that are found here on the same text."""
+    """Return modelopt's scales, and the largest magnitudes that calibration finds on the same text."""
     recorded = json.loads((Path(__file__).parent / "vectors" / "calibration.json").read_text())
     with Checkpoint.open("tiny") as checkpoint:
         return recorded["scales"], calibrate(checkpoint, TEXTS[: recorded["stories"]])

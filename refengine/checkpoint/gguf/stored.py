@@ -1,4 +1,4 @@
-"""Where a tensor of a GGUF file lies, in which type, and how it becomes a tensor of the table."""
+"""Locate tensors of a GGUF file, and read each as the tensor table has it."""
 
 from __future__ import annotations
 
