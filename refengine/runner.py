@@ -200,6 +200,11 @@ class Slots:
     # slots of the rows, None for one that was dropped; states of layers
     batches: list[tuple[list[int | None], list]] = field(default_factory=list)
 
+    @property
+    def held(self) -> list[int]:
+        """Return the slots that have states, in order of their numbers."""
+        return sorted(slot for rows, _ in self.batches for slot in rows if slot is not None)
+
     def keep(self, slots: list[int], states: list) -> None:
         """Store the states of a batch whose rows belong to these slots."""
         if slots:

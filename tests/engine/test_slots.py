@@ -71,10 +71,8 @@ def test_whoever_is_asked_for_gets_its_own_states(moves):
         else:
             slots.drop(order[:count])
             known = {slot: name for slot, name in known.items() if slot not in order[:count]}
-        rows = [[slot for slot in rows if slot is not None] for rows, _ in slots.batches]
-        kept = [slot for batch in rows for slot in batch]
-        assert all(rows)
-        assert sorted(kept) == sorted(known) and all(len(r) == len(s[0].rows) for r, s in slots.batches)
+        assert slots.held == sorted(known) and all(len(r) == len(s[0].rows) for r, s in slots.batches)
+        assert all(set(rows) != {None} for rows, _ in slots.batches)
     for slot in [slot for slot in ORDER if slot in known]:
         assert slots.gather([slot])[0].rows == (known[slot],)
     assert not slots.batches

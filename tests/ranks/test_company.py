@@ -44,8 +44,9 @@ def tidy(monkeypatch):
 
     def call(self, *args):
         result = right(self, *args)
-        held = sorted(slot for rows, _ in self.slots.batches for slot in rows)
-        assert held == sorted(slot for slot, e in self.homes.items() if e in (None, self.shard.at[1]))
+        assert self.slots.held == sorted(
+            slot for slot, e in self.homes.items() if e in (None, self.shard.at[1])
+        )
         return result
 
     monkeypatch.setattr(RankRunner, "call", call)
