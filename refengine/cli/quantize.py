@@ -55,9 +55,14 @@ def quantize(model, out, recipe, four_over_six, evaluated, calibrate, texts, as_
 
     if not out:
         raise InputError("the name of the new directory is empty")
+    if str(out) == model and not Path(out).exists():
+        raise InputError(
+            f"a directory {out} would be taken for the model {model} afterwards: give another name"
+        )
     chosen = recipe_of(recipe, four_over_six)
     given = TEXTS if texts is None else [text_of(texts)]
     with Checkpoint.open(model) as checkpoint:
+        model = checkpoint.directory  # OUT may not change what a name stands for
         total = parameters(table(checkpoint.config))
         fits = can_evaluate(checkpoint.config)
     with progress("quantizing", total, "element") as bar:

@@ -117,3 +117,15 @@ def test_a_text_that_cannot_be_read_is_refused_before_anything_is_written(tmp_pa
 def test_too_little_text_is_one_sentence(copy):
     with pytest.raises(InputError, match="fewer than two tokens"):
         evaluate("tiny", copy, [""])
+
+
+@pytest.mark.slow
+def test_the_copy_is_compared_with_the_model_that_was_read_wherever_it_lies(tmp_path, monkeypatch):
+    """A directory that is written may have the name by which the model was found."""
+    monkeypatch.chdir(tmp_path)
+    refused = run("tiny", "tiny", "--recipe", "nvfp4")
+    assert refused.exit_code == 1 and "give another name" in str(refused.exception)
+    assert not list(tmp_path.iterdir())  # nothing was written
+    (tmp_path / "text").write_text(SHORT[0])
+    done = run("tiny", "./tiny", "--recipe", "nvfp4", "--json", "--texts", "text")
+    assert json.loads(done.stdout)["evaluation"]["kl"] > 1e-4
