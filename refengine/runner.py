@@ -217,16 +217,10 @@ class Slots:
         """
         where = {slot: (n, row) for n, (rows, _) in enumerate(self.batches) for row, slot in enumerate(rows)}
         found = [where[slot] for slot in slots]
-        used = {n for n, _ in found}
         first, states = self.batches[found[0][0]]
         if first != slots:
             states = state.join([states for _, states in self.batches], found)
-        self.batches = [batch for n, batch in enumerate(self.batches) if n not in used] + [
-            (rows, states)
-            for n, batch in enumerate(self.batches)
-            if n in used
-            for rows, states in without(*batch, slots)
-        ]
+        self.drop(slots)
         return states
 
     def at(self, slot: int) -> tuple[list, int]:

@@ -75,13 +75,13 @@ def slots_in_any_order(patch):
 
 
 def joined_with_the_others_slots(patch):
-    right = runner._joined
+    right = state.join
 
-    def joined(parts):
-        rows, states = right(parts)
-        return (rows[:-2] + rows[:-3:-1] if len(parts) > 1 else rows), states
+    def join(parts, chosen):
+        several = len({part for part, _ in chosen}) > 1
+        return right(parts, chosen[:-2] + chosen[:-3:-1] if several else chosen)
 
-    patch.setattr(runner, "_joined", joined)
+    patch.setattr(state, "join", join)
 
 
 def the_head_forgets_at_each_call(patch):
