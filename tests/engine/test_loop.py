@@ -90,9 +90,9 @@ PLANS = st.lists(
 )
 
 
-def played(runner, case: Case, plans: list[Plan], slots: int, chunk: int) -> list[list]:
+def played(runner, case: Case, plans: list, slots: int, chunk: int, loop: Loop | None = None) -> list[list]:
     """Return the events of each plan, run together in so many slots with prompts cut into chunks."""
-    loop = Loop(runner, Letters, size=slots)
+    loop = loop or Loop(runner, Letters, size=slots)
     inboxes, running, turn = [deque() for _ in plans], {}, 0
     with mock.patch("refengine.runner.PREFILL", chunk):
         while loop.queue or loop.active or any(plan.joins >= turn for plan in plans):

@@ -1,8 +1,6 @@
 """Cached = uncached, whatever shares a prefix, joins, leaves or is evicted; and no more is kept than fits."""
 
-from collections import deque
 from dataclasses import dataclass
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from refengine.runner import LocalRunner
 from refengine.spec.layout import Layout
 from refengine.spec.ops import numpy_backend
 from refengine.states.prefixes import Prefixes
+from tests.engine import test_loop
 from tests.engine.test_loop import Letters, Plan, check
 from tests.support.layouts import cuttable, spelled
 from tests.support.runners import case_over_ranks
@@ -61,21 +60,9 @@ BUDGETS = st.sampled_from((10**9, 10**9, 60_000, 9_000))
 def played(runner, case: Case, plans: list, slots: int, chunk: int, budget: int) -> tuple[list, Loop]:
     """Return the events of each plan, run together over one cache of prefixes, and the loop."""
     loop = Loop(runner, Letters, size=slots, prefixes=Prefixes(runner, budget, lambda: Letters.stop_ids))
-    inboxes, running, turn = [deque() for _ in plans], {}, 0
-    with mock.patch("refengine.runner.PREFILL", chunk):
-        while loop.queue or loop.active or any(plan.joins >= turn for plan in plans):
-            for i, plan in enumerate(plans):
-                if plan.joins == turn:
-                    running[i] = loop.add(i, plan.prompt(case), plan.options, inboxes[i])
-            loop.turn()
-            for i, plan in enumerate(plans):
-                if i in running and len(inboxes[i]) >= plan.leaves and not running[i].cancelled:
-                    loop.cancel(running[i])
-            turn += 1
+    events = test_loop.played(runner, case, plans, slots, chunk, loop)
     consistent(loop.prefixes)
-    return [
-        [event for _, event in inbox][: plan.leaves] for inbox, plan in zip(inboxes, plans, strict=True)
-    ], loop
+    return events, loop
 
 
 def consistent(prefixes: Prefixes) -> None:
