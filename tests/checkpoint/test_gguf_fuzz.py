@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from refengine.checkpoint import Checkpoint
+from refengine.checkpoint.gguf import config
 from refengine.conformance.cases import Case
 from refengine.spec.config import InputError
 from refengine.text.chat_template import ChatTemplate
@@ -103,6 +104,18 @@ def damaged(examples: int):
         works_or_is_refused(path)
 
     return check
+
+
+def test_a_value_of_another_type_is_refused_in_one_line_for_every_key(good):
+    path, _, (metadata, entries, data) = good
+    arch = metadata["general.architecture"]
+    known = (*config.SIZES.values(), *config.OF_LAYERS.values(), *config.NEUTRAL, "attention.value_length")
+    more = [f"{arch}.{key}" for key in known] + [config.OWN_CHUNK, "tokenizer.chat_template"]
+    more += ["general.alignment", "split.count", "split.tensors.count"]
+    for key in metadata | dict.fromkeys(more):
+        for value in ([], [1], [0, 0, 0], [1.5], ["a"], [True], "", "x", True, 0, -1, 2**32 - 1, 1.5, -0.0):
+            path.write_bytes(gguf_bytes(metadata | {key: value}, entries, data))
+            works_or_is_refused(path)
 
 
 def test_damage_is_refused_in_one_line(good):

@@ -61,8 +61,9 @@ class Metadata:
     def __init__(self, path: Path, values: dict[str, Any]):
         self.path, self.values = path, values
         self.arch = values.get("general.architecture")
-        if self.arch not in ARCHITECTURES:
-            what = f"has the architecture {shown(self.arch)}" if self.arch else "names no architecture"
+        if not isinstance(self.arch, str) or self.arch not in ARCHITECTURES:
+            named = isinstance(self.arch, str) and self.arch
+            what = f"has the architecture {shown(self.arch)}" if named else "names no architecture"
             raise InputError(f"{path} {what}; refengine reads {' and '.join(ARCHITECTURES)}")
 
     def get(self, key: str) -> Any:
@@ -129,7 +130,7 @@ def config_of(path: Path, values: dict[str, Any], shapes: dict[str, tuple[int, .
     if hf["head_dim"] is None:
         hf["head_dim"] = _head_dim(shapes, hf["num_attention_heads"])
     hf["mamba_head_dim"] = _mamba_head_dim(meta, hf["mamba_num_heads"])
-    if meta.get("attention.value_length") not in (None, hf["head_dim"]):
+    if meta.whole("attention.value_length", hf["head_dim"]) != hf["head_dim"]:
         raise meta.wrong("attention.value_length", f"is not key_length = {hf['head_dim']}: not supported")
     if "E" in trunk + (HEAD if head else ""):
         hf["routed_scaling_factor"] = meta.real("expert_weights_scale")

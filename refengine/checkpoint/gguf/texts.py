@@ -35,7 +35,7 @@ def tokenizer_json(path: Path, values: dict[str, Any]) -> str | None:
     if not has_tokenizer(values):
         return None
     model, cuts = (values.get(f"{KEY}{name}") for name in ("model", "pre"))
-    if model != "gpt2" or not isinstance(cuts, str) or cuts not in CUTS:
+    if not (isinstance(model, str) and model == "gpt2" and isinstance(cuts, str) and cuts in CUTS):
         what = f"its model is {shown(model)} and its cuts are {shown(cuts)}"
         raise _cannot(path, f"{what}; known is gpt2 with {' or '.join(CUTS)}")
     tokens, merges = _strings(path, values, "tokens"), _strings(path, values, "merges")
@@ -67,7 +67,8 @@ def tokenizer_json(path: Path, values: dict[str, Any]) -> str | None:
 
 def has_tokenizer(values: dict[str, Any]) -> bool:
     """Return whether a file has a tokenizer."""
-    return values.get(f"{KEY}model") not in (None, "none", "no_vocab")
+    model = values.get(f"{KEY}model", "none")
+    return not isinstance(model, str) or model not in ("none", "no_vocab")
 
 
 def _cannot(path: Path, what: str) -> InputError:
