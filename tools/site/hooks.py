@@ -6,11 +6,13 @@ import posixpath
 import re
 from pathlib import Path
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"(?<!`)\]\(((?:\.\./)+[^)#\s]+)((?:#[^)\s]*)?)\)")
+MATH = re.compile(r"^```math\n(.*?)^```$|\$`([^`]+)`\$", re.S | re.M)
 LANGUAGES = {".py": "python", ".c": "c", ".mjs": "javascript", ".cpp": "cpp"}
 
 
@@ -43,7 +45,9 @@ def rewritten(markdown: str, page: str, base: Path) -> str:
 
 
 def on_files(files, config):
-    """Add the pages of linked files."""
+    """Add the style sheet, and the pages of linked files."""
+    style = Path(__file__).with_name("style.css")
+    files.append(File.generated(config, style.name, abs_src_path=str(style)))
     linked: set[Path] = set()
     for file in files.documentation_pages():
         text = Path(file.abs_src_path).read_text()
@@ -77,8 +81,20 @@ def relinked(markdown: str, page: str, base: Path, linked: set[Path]) -> str:
     return re.sub(r"\[([^\]]*)\]\(([^)#\s]+)((?:#[^)\s]*)?)\)", link, markdown)
 
 
+def with_equations(markdown: str) -> str:
+    """Return a page with its equations, in TeX as GitHub shows them, as MathML, which needs no script."""
+
+    def equation(match: re.Match) -> str:
+        if match[1]:
+            return f'<div class="equation">{convert(match[1].strip(), display="block")}</div>'
+        return convert(match[2])
+
+    return MATH.sub(equation, markdown)
+
+
 def on_page_markdown(markdown, page, config, files):
-    """Lead links to files outside docs/ to their pages."""
+    """Lead links to files outside docs/ to their pages, and draw the equations."""
     if page.file.src_path.startswith("source/"):
         return markdown
-    return rewritten(markdown, page.file.src_path, (DOCS / page.file.src_path).parent)
+    base = (DOCS / page.file.src_path).parent
+    return with_equations(rewritten(markdown, page.file.src_path, base))

@@ -1,7 +1,8 @@
 """Render the chapters of spec/ to docs/book/ as Markdown: the docstrings as prose, then the code.
 
 `python -m tools.write.book` writes the book and removes other files from docs/book/; with `--check` it writes
-nothing and exits 1, naming the pages that are stale. The output depends on spec/ alone.
+nothing and exits 1, naming the pages that are stale. The output depends on spec/ and on two files beside this
+one: first_page.md, and equations.md, the equations of chapters in mathematical notation, with their papers.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ BOOK = ROOT / "docs" / "book"
 CHAPTERS = runpy.run_path(str(ROOT / "spec" / "__init__.py"))["CHAPTERS"]
 PAGES = [f"{number:02}-{name}.md" for number, name in enumerate(CHAPTERS, 1)]
 FIRST = Path(__file__).with_name("first_page.md").read_text()
+EQUATIONS = Path(__file__).with_name("equations.md").read_text()
+IN_NOTATION = dict(re.findall(r"^# (\w+)\n\n(.*?)\n(?=\n# |\Z)", EQUATIONS, re.S | re.M))
 
 
 def pages() -> dict[str, str]:
-    """Every file of the book, by name."""
+    """Return every file of the book, by name."""
     sources = [(ROOT / "spec" / f"{name}.py").read_text() for name in ("__init__", *CHAPTERS)]
     book = {page: chapter(i, source) for i, (page, source) in enumerate(zip(PAGES, sources[1:], strict=True))}
     opening, *openings = [ast.get_docstring(ast.parse(source)) for source in sources]
@@ -39,14 +42,14 @@ def pages() -> dict[str, str]:
 
 
 def heading(text: str) -> tuple[str, str, str]:
-    """A chapter's docstring, "Chapter 3. Title: a sentence. The rest", as title, sentence, rest."""
+    """Return title, sentence and rest of a chapter's docstring: "Chapter 3. Title: a sentence. The rest"."""
     title, text = re.sub(r"^Chapter \d+\. ", "", text).split(":", 1)
     lead, stop, rest = re.match(r"(.*?)([.?!]|$)(?:\n+| |$)(.*)", text.strip(), re.S).groups()
     return title, " ".join(lead.split()) + stop, rest
 
 
 def chapter(i: int, source: str) -> str:
-    """One page: where to go, title, prose, and a section for each definition."""
+    """Return a page: navigation, title, prose, and a section for each definition."""
     module, name = ast.parse(source), CHAPTERS[i]
     title, lead, rest = heading(ast.get_docstring(module))
     used = [
@@ -61,6 +64,7 @@ def chapter(i: int, source: str) -> str:
         f"# {i + 1}. {title}",
         linked(lead[:1].upper() + lead[1:]),
         prose(rest),
+        linked(IN_NOTATION.get(name, "")),
         f"Code: [spec/{name}.py](../../spec/{name}.py){uses}.",
     ]
     lines, end = source.splitlines(), module.body[0].end_lineno
@@ -90,7 +94,7 @@ def without_docstring(node, code: list[str], first: int) -> list[str]:
 
 
 def prose(text: str) -> str:
-    """A docstring as Markdown: what is indented or in columns becomes a block, references become links."""
+    """Return a docstring as Markdown: indented lines and columns become blocks, references become links."""
     out: list[str] = []
     for paragraph in re.split(r"\n[ \t]*\n", text):
         block = any(line.startswith("  ") or "   " in line for line in paragraph.splitlines())
@@ -102,12 +106,13 @@ def prose(text: str) -> str:
 
 
 def linked(text: str) -> str:
-    """`docs/model.md, "Norms"` and `chapter 5` lead there."""
+    """Return the text with links to the chapters, pages and papers that it names."""
 
     def section(match) -> str:
         anchor = "#" + re.sub(r"[^\w-]", "", match[2].lower().replace(" ", "-")) if match[2] else ""
         return f"[{' '.join(match[0].split())}](../{match[1]}.md{anchor})"
 
+    text = re.sub(r"\barXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
     text = re.sub(r'docs/([\w-]+)\.md(?:,\s+"([^"]+)")?', section, text)
     return re.sub(r"\b[Cc]hapter\s(\d+)", lambda m: f"[{m[0]}]({PAGES[int(m[1]) - 1]})", text)
 
