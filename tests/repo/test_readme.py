@@ -1,0 +1,35 @@
+"""The README shows what the program prints. (The story: tests/engine/test_cli.py.)"""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+
+
+def printed(command):
+    """Return the standard output of a command."""
+    done = subprocess.run([sys.executable, "-m", *shlex.split(command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_talk_is_what_chat_prints():
+    """(In float64, where no rounding can turn one token into another.)"""
+    command, shown = re.search(r"```sh\n(refengine chat .*)\n```\n\n```text\n(.*?)```", README, re.S).groups()
+    assert printed(f"{command} --dtype float64 --backend numpy") == shown
+
+
+@pytest.mark.slow
+def test_the_verdict_is_what_verify_prints():
+    """The error and the seconds are those of a machine."""
+    command, shown = re.search(r"```console\n\$ (refengine verify.*?)\n(.*?)```", README, re.S).groups()
+
+    def without_measures(text):
+        return re.sub(r" +\d+\.\d+ +\d+\.\d+ |\(\d+ s\)", " ", text)
+
+    assert without_measures(printed(command)) == without_measures(shown)
