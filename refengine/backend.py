@@ -1,4 +1,4 @@
-"""Which backend computes: a name becomes a `Backend` of the spec, imported only when it is chosen."""
+"""Choose a backend: a name becomes a `Backend` of the spec, imported only when it is chosen."""
 
 from __future__ import annotations
 

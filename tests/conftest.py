@@ -68,7 +68,7 @@ def backend(request):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What was measured: the worst of each `record_property("worst ...", ...)`, the sum of all others."""
+    """Print measurements: the worst of each `record_property("worst ...", ...)`, the sum of all others."""
     measured = {}
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:

@@ -152,7 +152,7 @@ def copy(tmp_path_factory):
 
 
 def agrees_with_the_library(path: Path) -> None:
-    """What we accept, `safetensors` accepts; it may accept more."""
+    """`safetensors` accepts every file that we accept; it may accept more."""
     try:
         ours = SafetensorsFile(path)
     except InputError:
