@@ -1,4 +1,4 @@
-"""How fast a model runs here, and what share that is of what the machine can do.
+"""Measure how fast a model runs here, and the share of what the machine can do.
 
     prefill  tokens/s for prompts of several lengths; their products over the measured peak of matrix products
     decode   tokens/s for several batches and contexts; the bytes a step must read over the read bandwidth

@@ -30,7 +30,7 @@ from refengine.spec.keys import shown
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose a token; the defaults filter nothing."""
+    """Options of the choice of a token; the defaults filter nothing."""
 
     temperature: float | int = 1.0
     top_k: int = 0

@@ -74,7 +74,7 @@ CUTS = {
 
 
 def held(row: Tensor, cfg: Config, shard: Shard) -> tuple[int, list[range]]:
-    """The axis, and the ranges along it, that this rank holds of one of `held_tensors`."""
+    """Return the axis, and the ranges along it, that this rank holds of one of `held_tensors`."""
     axis, segments = CUTS[row.cut]
     length, t, tp = row.shape[axis], shard.at[0], shard.layout.tp
     match segments:
@@ -123,7 +123,7 @@ def cut(row: Tensor, value: Weight, cfg: Config, shard: Shard) -> Weight:
 
 
 def held_bytes(cfg: Config, shard: Shard) -> Counter[str]:
-    """How many bytes of the checkpoint this rank holds, by role."""
+    """Return the bytes of the checkpoint that this rank holds, by role."""
     total: Counter[str] = Counter()
     for row in held_tensors(cfg, shard):
         axis, ranges = held(row, cfg, shard)

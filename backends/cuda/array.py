@@ -73,7 +73,7 @@ class DeviceArray:
         raise TypeError("an array on a device is not an array on the host: use to_host()")
 
     def __getitem__(self, key) -> DeviceArray:
-        """A view by integers and slices; a copy by arrays of row numbers, of one axis or of the first two."""
+        """Return a view by integers and slices; a copy by arrays of row numbers, of one or two axes."""
         keys = key if isinstance(key, tuple) else (key,)
         if any(isinstance(k, (list, np.ndarray, DeviceArray)) for k in keys):
             rows = (self.device.to_host(k) if isinstance(k, DeviceArray) else k for k in keys)
@@ -152,7 +152,7 @@ def _outline(shape, strides) -> np.ndarray:
 
 
 def _given(shape, size: int) -> tuple[int, ...]:
-    """The arguments of reshape as a shape; one -1 stands for what is left."""
+    """Return the arguments of reshape as a shape; one -1 stands for the rest."""
     shape = tuple(int(s) for s in (shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape))
     if -1 in shape:
         known = -prod(shape)

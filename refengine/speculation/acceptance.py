@@ -1,4 +1,4 @@
-"""Which drafts are kept: the rule that leaves the distribution of the text as it is without drafts.
+"""Decide which drafts are kept, by the rule that leaves the distribution of the text unchanged.
 
 A draft x was drawn from q, the head's probabilities; p are the trunk's, after the same filters and penalties.
 

@@ -1,4 +1,4 @@
-"""What cannot hold is refused before any array is made, in one sentence that names the key.
+"""Impossible values are refused before any array is made, in one sentence that names the key.
 
 Here the import hook of the shape checks would refuse a wrong type first, which it does not do for a user; so
 the refusals are read in a process without it.

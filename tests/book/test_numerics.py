@@ -1,4 +1,4 @@
-"""Where numbers are widened, they are widened exactly; where functions could overflow, they do not."""
+"""Widening is exact, and no function of numerics overflows."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What each rank holds: every number of a checkpoint, as often as its cut says; which cuts are refused."""
+"""Ranks hold every number of a checkpoint, as often as its cut requires; impossible cuts are refused."""
 
 import re
 from collections import Counter
@@ -45,7 +45,7 @@ def copies(row, cfg, layout: Layout) -> np.ndarray:
         case "z|x|B|C|dt":
             return np.concatenate([conv[0], *conv, np.full(cfg.mamba_num_heads, ep)])
         case "vocab" if row.role == "embedding" and layout.pp > 1:
-            return np.array([2 * ep])  # the prediction head, on the last stage, wants it too
+            return np.array([2 * ep])  # the prediction head, on the last stage, reads it too
     return np.array([ep])  # repeated by the ranks of ep
 
 

@@ -1,4 +1,4 @@
-"""What is no checkpoint is refused in the user's words: directories, links, pipes, names, other formats."""
+"""Other things than checkpoints are refused in a sentence: directories, links, pipes, names, formats."""
 
 import os
 from pathlib import Path

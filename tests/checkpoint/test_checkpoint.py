@@ -1,4 +1,4 @@
-"""What is written is what is read, in every layout that means the same, without copying and in no time."""
+"""A checkpoint that is written is read back unchanged, in every layout, without copies and at once."""
 
 import sys
 import tracemalloc

@@ -260,7 +260,7 @@ def test_an_engine_that_is_deleted_is_freed_at_once(which):
 
 
 def test_a_single_rank_is_the_engine():
-    """refengine.ranks.load, without a launcher, has nobody to talk to."""
+    """refengine.ranks.load, without a launcher, has no other rank."""
     from refengine.ranks.load import load as load_rank
 
     alone, engine = load_rank("tiny"), refengine.load("tiny")

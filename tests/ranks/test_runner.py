@@ -1,4 +1,4 @@
-"""How ranks wait for the next call of rank 0."""
+"""Ranks wait for the next call of rank 0."""
 
 from refengine.checkpoint import Checkpoint
 from refengine.ranks.comm.threads import on_each

@@ -32,7 +32,7 @@ def headings(page):
 
 
 def anchors(page):
-    """What a link to this page may name: its headings as GitHub spells them, and its own anchors."""
+    """Return the anchors of a page: its headings as GitHub spells them, and its own."""
     spelled = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings(page)}
     return spelled | set(re.findall(r'<a id="([^"]+)">', page.read_text()))
 

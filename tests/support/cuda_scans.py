@@ -35,7 +35,7 @@ def scan(device, build, arrays, n=None, limit=NO_LIMIT, around=(0, 0), S=None, c
 
 
 def uncancelled(arrays, n=None, limit=NO_LIMIT):
-    """How large y and S would be if all products in them were positive."""
+    """Return the sizes of y and S if all products in them were positive."""
     positive = (a if i in (1, 2, 6) else abs(a) for i, a in enumerate(exact(*arrays)))
     return ssd_scan(*positive, n, limit)
 

@@ -1,4 +1,4 @@
-"""What the tests of the CUDA kernels share: two builds, values that both can hold, how near is near."""
+"""Helpers of the tests of the CUDA kernels: two builds, values that both can hold, tolerances."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SLACK = 1e-5  # of sums in float32, over the largest value
 
 @dataclass(frozen=True)
 class Build:
-    """How the kernels are compiled. `half`: half a unit in the last place of an activation."""
+    """A way to compile the kernels. `half`: half a unit in the last place of an activation."""
 
     name: str
     defines: tuple[str, ...]

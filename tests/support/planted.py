@@ -29,7 +29,7 @@ MODES = pytest.mark.parametrize("mode", ["fast", "address", "thread"])
 
 
 def launched(kernel, *args, grid=(1,), block=(64,), shared=0, mode="fast", room=(64, "float32")):
-    """What a kernel writes into its first argument."""
+    """Return the values that a kernel writes into its first argument."""
     device = EmulatedDevice(mode=mode, kernels=PLANTED)
     y = device.zeros((room[0],), room[1])
     given = [device.from_host(a) if isinstance(a, np.ndarray) else a for a in args]

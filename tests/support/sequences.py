@@ -10,7 +10,7 @@ from refengine.runner import How, LocalRunner, Part
 
 
 class Sequences:
-    """What each slot of a runner has read, beside the runner."""
+    """A record, beside a runner, of the tokens that each slot has read."""
 
     def __init__(self, backend, case: Case, runner=None):
         self.backend, self.case, self.rng = backend, case, case.rng(13)

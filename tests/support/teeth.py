@@ -1,4 +1,4 @@
-"""How a fault is planted, and how a test is seen to go red."""
+"""Plant a fault, and check that a test goes red."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ TRUTH = bench("definition-float64", numpy_backend(np.float64, ops=DEFINITION), n
 
 @dataclass(frozen=True)
 class Torch:
-    """How to make one: weights in `dtype`, activations in `compute`."""
+    """The dtypes of a bench: weights in `dtype`, activations in `compute`."""
 
     name: str
     dtype: str

@@ -1,4 +1,4 @@
-"""Where the time of the torch backend goes: products by rows, attention by context, a model by its verbs.
+"""Measure the time of the torch backend: products by rows, attention by context, a model by its verbs.
 
     python -m tools.bench.profile_torch [MODEL] [--threads 1] [--dtype bfloat16] [--prompt 512] [--batch 1,8]
 
@@ -62,7 +62,7 @@ def products(clock, o: int = 10304, i: int = 1344, copies: int = 6) -> None:
 
 
 class Sizes(NamedTuple):
-    """What a cache needs of a configuration."""
+    """The sizes of a configuration that a cache needs."""
 
     num_key_value_heads: int = 2
     head_dim: int = 128

@@ -1,4 +1,4 @@
-"""What a layout would cost: rank_model.py, applied to GPUs on paper, and checked against this machine.
+"""Estimate the cost of a layout: rank_model.py, applied to GPUs on paper, and checked on this machine.
 
 python -m tools.bench.rank_costs ultra [--nodes 1,2,4] [--batch 1,64]     a table for GPUs, on paper
 python -m tools.bench.rank_costs MODEL --check scaling.json     against what scaling.py measured here

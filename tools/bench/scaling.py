@@ -1,4 +1,4 @@
-"""How a model's speed grows with ranks, against how it grows with threads; in one run, in turns.
+"""Measure a model's speed with more ranks and with more threads, in turns within one run.
 
     python -m tools.bench.scaling MODEL [--layouts 2x1x1,1x2x1] [--prompt 512] [--rounds 5] [--json FILE]
 

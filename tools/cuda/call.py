@@ -50,7 +50,7 @@ def cache_bytes(cfg: Config) -> int:
 
 
 def chosen(cfg: Config, tokens: int) -> float:
-    """How many different experts that many tokens meet, on average."""
+    """Return the mean number of different experts that so many tokens select."""
     missed = 1 - cfg.num_experts_per_tok / cfg.n_routed_experts
     return cfg.n_routed_experts * (1 - missed**tokens)
 

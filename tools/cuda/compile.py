@@ -33,7 +33,7 @@ BUILDS = {
 
 
 class Use(NamedTuple):
-    """What one kernel takes in one build on one architecture."""
+    """The resources of one kernel in one build on one architecture."""
 
     file: str
     kernel: str

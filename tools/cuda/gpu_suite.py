@@ -33,7 +33,7 @@ class Check(NamedTuple):
 
 
 class Clock:
-    """What is left of the time that all checks have together."""
+    """The time that is left for all checks together."""
 
     def __init__(self, minutes: float):
         self.end = time.monotonic() + 60 * minutes

@@ -39,7 +39,7 @@ IN_PLACE = {
 
 
 class Block(NamedTuple):
-    """What a launch asks of a multiprocessor."""
+    """The resources of a multiprocessor that a launch takes."""
 
     threads: int
     shared: int  # dynamic bytes

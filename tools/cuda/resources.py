@@ -1,4 +1,4 @@
-"""What every CUDA kernel takes of a processor, on every architecture, without a GPU.
+"""List the resources of every CUDA kernel, on every architecture, without a GPU.
 
     python -m tools.cuda.resources            print the page
     python -m tools.cuda.resources --write    write it to docs/cuda_resources.md

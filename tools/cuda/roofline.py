@@ -1,4 +1,4 @@
-"""What the CUDA kernels could reach: bytes and operations of each at a released model's shapes, on paper.
+"""Compute bounds of the CUDA kernels: bytes and operations of each at a released model's shapes.
 
     python -m tools.cuda.roofline            print the tables
     python -m tools.cuda.roofline --write    put them into docs/cuda.md, between its two marks
@@ -162,7 +162,7 @@ def markdown(head: list[str], rows: list[list]) -> str:
 
 
 def time_table(cfg: Config) -> str:
-    """Where the expected time goes: the gaps between kernels, and the working of those that take most."""
+    """Return the table of expected times: gaps between kernels, and the kernels that take most."""
     rows = []
     for title, step in STEPS.items():
         items = work(cfg, *step)

@@ -1,4 +1,4 @@
-"""What one call of the model asks of each CUDA kernel: bytes of device memory, and operations.
+"""Count the work of each CUDA kernel in one call of the model: bytes of device memory, and operations.
 
 `work(cfg, batch, length, context)`: `batch` sequences, `length` new positions of each, `context` before them.
 A byte that a kernel must read or write counts once, however often its blocks ask for it (the second time it

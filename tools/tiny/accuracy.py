@@ -1,4 +1,4 @@
-"""How far the embedded model has come, while it is trained: recall, agreement with itself, drafts."""
+"""Measure the embedded model while it is trained: recall, agreement with itself, drafts."""
 
 import random
 

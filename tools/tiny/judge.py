@@ -1,4 +1,4 @@
-"""When an answer of the embedded model counts as right: one small function for each kind of figure.
+"""Judge answers of the embedded model: one small function for each kind of figure.
 
 Each takes the text or message that the model wrote and what was asked for, and returns whether it is right.
 """

@@ -90,7 +90,7 @@ def narration(text):
 
 
 def _pronouns(text):
-    """Yield pronouns for which nobody of their sex has been mentioned before."""
+    """Yield pronouns without an earlier mention of a person of their sex."""
     known = set()
     for sentence in sentences(text):
         tokens = re.findall(r"[A-Za-z]+", sentence)

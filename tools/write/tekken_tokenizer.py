@@ -5,8 +5,8 @@
 The vocabulary descends from Mistral's tekken, whose tokens `mistral-common` ships as byte strings in order of
 rank. Nemotron 3 keeps ids 0-999 for special tokens and gives the text token of rank `r` the id `1000 + r`.
 
-Hugging Face wants merges (pairs) instead of ranks. A token's merge is found by encoding the token's own bytes
-until two pieces are left: they are the pair that makes it.
+Hugging Face's format has merges (pairs) instead of ranks. A token's merge is found by encoding the token's
+own bytes until two pieces are left: they are the pair that makes it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 //
 // x is [b, l, c] with a row every x_stride values, y [b, l, c], weight [c, k], tail [b, k - 1, c], which
 // becomes the rows before position n[b]. Only rows before it are read. The thread that computes the first
-// positions of some channels reads their tail before it writes it, and nobody else touches it.
+// positions of some channels reads their tail before it writes it, and no other thread touches it.
 #include "common.cuh"
 
 constexpr int TAPS = 4;   // the widest kernel; a narrower one has zeros in front

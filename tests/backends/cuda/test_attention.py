@@ -85,7 +85,7 @@ def test_attention_bears_approximate_mathematics(perturbed, build):  # noqa: F81
 WAIT = "copies.wait<0>();\n        __syncthreads();"
 FAULTS = {
     "a query sees the next key": ("attention.cu", "(first + i) / r + 1, end)", "(first + i) / r + 2, end)"),
-    "nobody waits for a stage": ("attention.cu", WAIT, "__syncthreads();"),
+    "no wait for a stage": ("attention.cu", WAIT, "__syncthreads();"),
     "a stage is fetched before all have done with it": (
         "attention.cu",
         WAIT,

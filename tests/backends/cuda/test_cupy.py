@@ -84,7 +84,7 @@ def test_dtypes_have_the_numbers_that_cuda_gives_them():
 
 
 def compiled(nvrtc, code: str, options) -> tuple[bytes, str]:
-    """What CuPy's NVRTC makes of a source, which needs no device; where it is wrong, a log."""
+    """Return the result of CuPy's NVRTC for a source, without a device; or its log of errors."""
     program = nvrtc.createProgram(code, "source.cu", (), ())
     try:
         nvrtc.compileProgram(program, (*options, "-arch=sm_90", "-ftz=true"))

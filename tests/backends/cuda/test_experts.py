@@ -154,7 +154,7 @@ def test_the_experts_bear_approximate_mathematics(perturbed, build):  # noqa: F8
 
 FAULTS = {
     "peers share a place": ("experts_sort.cu", " + __popc(same & ((1u << threadIdx.x) - 1))", ""),
-    "nobody waits for a stage": ("experts_grouped.cu", "copies.wait<STAGES - 2>();", ""),
+    "no wait for a stage": ("experts_grouped.cu", "copies.wait<STAGES - 2>();", ""),
     "the activation is relu": ("experts_grouped.cu", "v[0] = relu2(v[0])", "v[0] = fmaxf(v[0], 0.0f)"),
     "all slots weigh alike": ("experts_decode.cu", "weight[choice + slot] * part", "weight[choice] * part"),
     "and again": ("experts_sum.cu", "weight[choice + slot] * row[i]", "weight[choice] * row[i]"),

@@ -1,6 +1,6 @@
 """Places that 32 bits do not hold: rows far apart, long stacks and caches.
 
-Memory that nobody touches costs nothing, so arrays of many gigabytes are made of pages that are not there.
+Memory that is never touched costs nothing, so arrays of many gigabytes are made of pages that are not there.
 A verb has to give the same bits for rows that lie far apart as for the same rows side by side.
 """
 

@@ -1,4 +1,4 @@
-"""What the CUDA kernels take of a processor, compiled without a GPU: no spill, no excess, no drift."""
+"""Registers and shared memory of the CUDA kernels, compiled without a GPU: no spill, no excess, no drift."""
 
 import re
 
@@ -38,7 +38,7 @@ def nvrtc():
 
 @pytest.fixture
 def planted(tmp_path, nvrtc):
-    """What the compiler says of a file."""
+    """Return the compiler's report on a file."""
 
     def compiled(source):
         (tmp_path / "planted.cu").write_text(source)

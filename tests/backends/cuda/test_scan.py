@@ -105,7 +105,7 @@ def test_dt_is_clamped_to_the_limit_and_to_nothing_else(device, build, seed, l, 
 @on_both
 @given(seed=SEED, l=st.sampled_from((3, 130, 200)), faster=st.sampled_from((3, 20, 200)))
 def test_a_fast_decay_forgets_and_does_not_overflow(device, build, seed, l, faster):
-    """Where the sum of dt A is -30000 its differences are still right."""
+    """The differences of the sum of dt A are right even where the sum is -30000."""
     x, dt, A_log, B, C, D, bias, S = drawn(build, seed, 1, l, (1, 2), (8, 16))
     bias = np.full_like(bias, faster)
     for slower in (0, np.log(np.float32(faster))):

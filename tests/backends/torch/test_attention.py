@@ -21,7 +21,7 @@ LENGTH = st.sampled_from((0, 1, 47, 48, 479, 480, 481, 1000))  # a block of keys
 
 
 class Sizes(NamedTuple):
-    """What a cache needs of a configuration."""
+    """The sizes of a configuration that a cache needs."""
 
     num_key_value_heads: int
     head_dim: int

@@ -69,7 +69,7 @@ def test_padding_is_invisible(how, case, cuts):
 @on_all
 @given(case=CASES, order=st.permutations(range(3)))
 def test_sequences_join_and_leave_a_batch(how, case, order):
-    """Read in one order, go on in another, the last one alone: nobody notices."""
+    """Read in one order, go on in another, the last one alone: the results stay the same."""
     m, ids, half = model(how, case), case.ids, case.length // 2
     order = [row for row in order if row < case.batch]
     _, states = step(m, ids[:, :half], m.new_states(case.batch)) if half else (None, m.new_states(case.batch))

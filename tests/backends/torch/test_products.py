@@ -1,4 +1,4 @@
-"""What the torch backend multiplies by weights is what the definition multiplies, at odd sizes."""
+"""Products of the torch backend equal those of the definition, at odd sizes."""
 
 from dataclasses import replace
 from types import SimpleNamespace

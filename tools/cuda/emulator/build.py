@@ -83,7 +83,7 @@ def build(kernels: Path, name: str, entries: Entries, defines=(), mode="fast", p
 
 @contextmanager
 def making(place: Path) -> Iterator[Path | None]:
-    """Where to make the file `made` that will be at `place`; None if it is there. Other processes wait."""
+    """Return the path at which to make the file of `place`; None if it is there. Other processes wait."""
     if place.exists():
         yield None
         return
@@ -150,7 +150,7 @@ def own_sources() -> tuple[str, ...]:
 
 
 def cached(name: str, *contents: str) -> Path:
-    """Where the thing called `name` made from `contents` is, or will be."""
+    """Return the path of the file called `name` that is made from `contents`."""
     digest = hashlib.sha256("\0".join((compiler_version(), *contents)).encode()).hexdigest()
     return cache_directory() / f"{name}-{digest[:20]}"
 

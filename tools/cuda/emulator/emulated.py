@@ -32,7 +32,7 @@ POISON = 0xFF  # as float32, bfloat16 and float16: not a number
 
 
 class EmulationError(Exception):
-    """What a kernel did that it may not do, in a sentence; then a sanitizer's report, if there is one."""
+    """A sentence on a kernel's forbidden act, then a sanitizer's report, if there is one."""
 
 
 class Memory:
@@ -76,7 +76,7 @@ class EmulatedDevice(Device):
         self.recorded: list | None = None  # what a capture has seen so far; None: nothing is captured
 
     def do(self, function, *args) -> None:
-        """What a real device would put into its stream, now or, while a graph is captured, at each replay."""
+        """Do what a real device puts into its stream: now or, while a graph is captured, at each replay."""
         if self.recorded is None:
             function(*args)
         else:
@@ -214,7 +214,7 @@ def run_apart(built: Path, kernel_name: str, sizes, shared_bytes: int, seed: int
 
 @cache
 def environment() -> dict[str, str]:
-    """What the sanitizers are told: where the symbolizer is, and to stop at the first finding."""
+    """Return the options of the sanitizers: the symbolizer, and to stop at the first finding."""
     symbolizer = shutil.which("llvm-symbolizer-19") or "/usr/lib/llvm-19/bin/llvm-symbolizer"
     options = f"external_symbolizer_path={symbolizer}:halt_on_error=1:print_stacktrace=1:detect_leaks=0"
     names = ("ASAN_OPTIONS", "UBSAN_OPTIONS", "TSAN_OPTIONS")

@@ -26,7 +26,7 @@ struct Order {
 
 extern Order end_order;  // the end of a kernel comes after all its threads
 
-// While one lives, memory is had or given back, which is nobody's write.
+// While one lives, memory is allocated or freed, which counts as no thread's write.
 struct Unseen {
 #ifdef CHECK_THREAD
     Unseen() { AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
