@@ -1,4 +1,4 @@
-"""Chapter 4. Arrays: the letters every shape is written in, and the few reshapes the model needs.
+"""Chapter 4. Arrays: the letters of every shape, and the few reshapes that the model needs.
 
     b  sequences in the batch     l  positions in this call     d  hidden_size      v  vocab_size
     h  heads                      p  Mamba head_dim             n  ssm_state_size   g  n_groups
@@ -7,9 +7,9 @@
     E  experts                    k  experts of a token         x  width an expert reads
     i o  widths of a matrix product, in and out                 f  inner width of an MLP
 
-An activation is `b l d`. A decode step is `l = 1`; a prompt is any `l`, cut into calls as one likes. Rows
-of a batch may be of different lengths: `lengths[b]` is how many of the `l` positions of each row are real
-(None: all).
+An activation is `b l d`. A decode step has `l = 1`; a prompt may be read in calls of any `l`. Rows
+of a batch may have different lengths: `lengths[b]` is the number of real positions among the `l` of each row
+(None: all). `'` is the transpose of a matrix.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Chapter 10. Attention without positions: what was said is looked up by what it is, not by where it stood.
+"""Chapter 10. Attention without positions: keys and values are found by content alone, not by their place.
 
     y[i] = sum_{j <= i} softmax_j(q[i] . k[j] / sqrt(e)) v[j]
 
 Query head i reads key/value head i // (heads / kv heads). There is no rotary or other position signal
-anywhere (trap 3: `rope_theta` in the file is inert); order comes from the Mamba layers. Scores and
-softmax are in float32 or wider. docs/model.md, "Attention".
+anywhere (trap 3: `rope_theta` in the file is unused); the order of tokens comes from the Mamba layers.
+Scores and softmax are in float32 or wider. docs/model.md, "Attention".
 """
 
 from __future__ import annotations

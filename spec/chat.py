@@ -1,20 +1,20 @@
 """Chapter 19. Chat: write a conversation as text, and read the text of a reply as a message.
 
-A checkpoint brings its own template, and that one is used. What the templates of the family mean is this:
+The engine renders the template of the checkpoint. The templates of this family produce:
 
     <|im_start|>system           always there, though it may be empty; tools are described at its end
     TEXT<|im_end|>
-    <|im_start|>user             also for what tools returned, each in <tool_response>
+    <|im_start|>user             also for results of tools, each in <tool_response>
     TEXT<|im_end|>
     <|im_start|>assistant        a reply begins with its thinking, or with <think></think>
     <think>
     THINKING
     </think>
     TEXT TOOL CALLS<|im_end|>
-    <|im_start|>assistant        the prompt ends inside a reply, so what the model writes first is thinking;
+    <|im_start|>assistant        the prompt ends inside a reply, so the model continues with its thinking;
     <think>                      if the prompt ends with <think></think>, it answers at once
 
-Replies before the user's last message have their thinking taken out. docs/model.md, "Chat".
+The thinking is removed from replies before the user's last message. docs/model.md, "Chat".
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Chapter 2. The configuration: every size in the model has one name, the one it has in `config.json`.
 
-A `Config` is made once, at the door, and is never changed; whatever depends on a size takes it from here.
-What the sizes have to satisfy together is checked before there is one, so that no later chapter has to check.
-Facts and sources: docs/model.md, "Configuration".
+A `Config` is made once, when a checkpoint is opened, and is never changed. The conditions between sizes
+are checked before it is made, so no later chapter checks them. Facts and sources: docs/model.md,
+"Configuration".
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Chapter 7. The causal convolution: each channel mixes its last K values, and then SiLU.
+"""Chapter 7. The causal convolution: a filter over the last K values of each channel, then SiLU.
 
     y[t] = silu(bias + sum_j w[j] x[t - K + 1 + j]),   j = 0 .. K-1;   w[K-1] meets the current token
 
-Before the sequence begins there are zeros. What must be remembered is the last K - 1 rows of x, *before* the
-activation: the `tail`. The channels are x | B | C of the Mamba mixer. docs/model.md, "Mamba-2".
+Before the sequence begins there are zeros. The state is the last K - 1 rows of x, *before* the activation:
+the `tail`. The channels are x | B | C of the Mamba mixer, side by side (chapter 8 explains them; K is 4 in
+every release). docs/model.md, "Mamba-2".
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def causal_conv(
     tail: Float[Array, "b t c"],
     lengths: Int[Array, " b"] | None = None,
 ) -> tuple[Float[Array, "b l c"], Float[Array, "b t c"]]:
-    """Returns (y, the tail after the last real position)."""
+    """Return y and the tail after the last real position."""
     length, remembered = x.shape[1], tail.shape[1]
     window = np.concatenate([tail.astype(x.dtype, copy=False), x], axis=1)  # b t+l c
     y = bias + sum(weight[:, 0, j] * window[:, j : j + length] for j in range(remembered + 1))  # b l c

@@ -1,10 +1,10 @@
-"""Chapter 1. The keys: what `config.json` may say of a model, and what each word of it means.
+"""Chapter 1. The keys: every key of `config.json` that is known, and its effect.
 
     required   by some kind of layer: its absence is an error, because no default describes a release
     optional   its absence has one stated meaning
-    fixed      the family has one value; another would be another model
+    fixed      one value in the whole family; any other is refused
     spellings  of the list of layers: several, with one meaning
-    derived    counted from other keys, even where it stands and is stale
+    derived    computed from other keys; its own value is not read, because it may be stale
     ignored    for training or for another program
     refused    known to change results, and not supported: only a neutral value is accepted
     aliases    other names of the keys above
@@ -44,7 +44,7 @@ def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip(" =")), type(error).__name__)
 
 
-# What each key means to us. REQUIRED: by which layer letters ("M*E-" means always).
+# REQUIRED: the letters of the layers that need a key ("M*E-": every model).
 REQUIRED = {
     "hidden_size": "M*E-", "vocab_size": "M*E-",
     "max_position_embeddings": "M*E-", "layer_norm_epsilon": "M*E-",
@@ -66,7 +66,7 @@ OPTIONAL: dict[str, Any] = {
     "bos_token_id": None, "eos_token_id": (), "pad_token_id": None,
     "dtype": "bfloat16",                 # as the file says it was saved; each tensor's own dtype counts
 }  # fmt: skip
-# FIXED: the family has one value; another would be another model, and is refused.
+# FIXED: one value in the whole family; any other is refused.
 FIXED: dict[str, Any] = {
     "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
     "use_bias": False, "mamba_proj_bias": False, "use_conv_bias": True, "sliding_window": None,
@@ -81,7 +81,7 @@ SPELLINGS = {
     "mtp_layers_block_type",
     "mtp_hybrid_override_pattern",
 }
-# DERIVED from other keys, even where it stands and is stale.
+# DERIVED from other keys; its own value is not read.
 DERIVED = {"num_hidden_layers"}
 # IGNORED: for training, initialisation, or another program; they do not change what the model computes.
 # (A key in no table is ignored too, with a note unless it begins with "_", as private ones of libraries do.)
@@ -233,7 +233,7 @@ def names_of(key: str) -> list[str]:
 
 
 def _renamed(hf: dict) -> dict[str, Any]:
-    """Return the keys under the names of the tables; a null is as good as absent, but for key/value heads."""
+    """Return the keys under the names of the tables; null counts as absent, except for key/value heads."""
     first: dict[str, str] = {}
     for other, key in [(key, key) for key in SYNONYMS.values()] + list(SYNONYMS.items()):
         if hf.get(other) is not None and hf[other] != hf[first.setdefault(key, other)]:
@@ -247,7 +247,7 @@ def _renamed(hf: dict) -> dict[str, Any]:
 
 
 def _is_known(key: str) -> bool:
-    """Return whether a table says what a key means, or it is a private one of a library."""
+    """Return whether a key is in a table, or is a private one of a library."""
     return key.startswith("_") or any(key in table for table in TABLES) or _refusal(key) is not None
 
 

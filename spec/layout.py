@@ -1,11 +1,11 @@
-"""Chapter 20. Layouts: in which ways several ranks can share a model.
+"""Chapter 20. Layouts: the ways to divide a model between ranks (processes).
 
-    tp  cuts every layer: heads, groups, widths, the vocabulary
-    ep  gives away whole routed experts, and the rows of a batch where there are several
-    pp  cuts the list of layers into stages
+    tp  tensor parallel: divides every layer by heads, groups, widths, and the vocabulary
+    ep  expert parallel: divides the routed experts, and the rows of a batch where there are several
+    pp  pipeline parallel: divides the list of layers into stages
 
-Heads are cut evenly, and whole groups of heads stay together, or whole ranks share a group. Other widths are
-cut into parts that need not be equal. What cannot be cut is refused by name. docs/ranks.md.
+Heads are divided evenly, and groups of heads stay whole, or several ranks share a group. Other widths are
+divided into parts that need not be equal. An impossible layout is refused by name. docs/ranks.md.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Chapter 13. Mixers: the four kinds of layer, each a paragraph in the vocabulary of chapter 12.
+"""Chapter 13. Mixers: the four kinds of layer, each composed of operations of chapter 12.
 
-Every mixer has one signature, (hidden, w, cfg, state, lengths, ops) -> (its addition to the residual stream,
-next state): hidden is the normalised stream, b l d (h in the chapters where h is not heads); w the layer's
-weights by name; lengths the number of real positions of each row. Each ends with the one sum over
-tensor-parallel ranks that it needs. With `record`, a mixer returns in place of the next state a record of the
-call (chapter 9), from which `replay` computes the state after any number of its positions.
+Every mixer has one signature, (hidden, w, cfg, state, lengths, ops) -> (its addition to the residual
+stream, next state): hidden is the normalised stream, b l d (h in the chapters where h is not heads); w the
+layer's weights by name; lengths the number of real positions of each row. Each ends with its only sum over
+tensor-parallel ranks (chapter 22; the identity without ranks). With `record`, a mixer returns in place of
+the next state a record of the call (chapter 9), from which `replay` computes the state after any number of
+its positions.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def mamba2(hidden, w, cfg, state, lengths, ops, record=False):  # b l d -> b l d
 
 
 def recur(xBC, dt, w, cfg, state, lengths, ops):  # b l c, b l h -> b l h p
-    """Return what a Mamba layer reads from its state at each position, and its next state."""
+    """Return the output of the scan at each position, and the next state."""
     # CONVOLVE
     xBC, tail = ops.causal_conv(xBC, w["conv1d.weight"], w["conv1d.bias"], state.tail, lengths)  # b l c
     # SCAN

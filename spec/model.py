@@ -1,11 +1,11 @@
-"""Chapter 14. The model: a stream of vectors, one a token, to which every layer adds what it read from it.
+"""Chapter 14. The model: a stream of vectors, one for each token, to which every layer adds its output.
 
     x <- embeddings[ids]      x <- x + mixer(rms_norm(x)), each layer      logits = rms_norm(x) lm_head'
 
-In three calls, because pipeline stages, traces and the prediction head of chapter 15 begin and end between
-them: `embed(ids)`, `blocks(x, states)`, `head(h)`. Prompts, ranks, traces and every feature go
-through this assembly. A backend may add a second one, for a decoding step in one call (`Backend.step`); tests
-hold it to this one: tests/backends/torch/test_steps.py, tests/backends/cuda/test_steps.py.
+These are three calls, because pipeline stages, traces and the prediction head of chapter 15 begin and end
+between them: `embed(ids)`, `blocks(x, states)`, `head(h)`. Prompts, ranks, traces and every feature use
+this assembly. A backend may add a second one, for a decoding step in one call (`Backend.step`); tests hold
+it to this one: tests/backends/torch/test_steps.py, tests/backends/cuda/test_steps.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from refengine.spec.tensors import Group, placed, table
 
 @dataclass(frozen=True)
 class Model:
-    """A configuration, its placed weights (weights[block][group]), and the backend whose verbs read them.
+    """A configuration, its placed weights (weights[block][group]), and the backend that placed them.
 
     scales: those of keys and values stored in FP8, by block; 1 where there are none.
     """
@@ -44,7 +44,7 @@ class Model:
         return cls(cfg, placed(table(cfg), place), backend)
 
     def new_states(self, batch: int, first: int = 0, last: int | None = None) -> list:
-        """Return what layers first..last-1 remember before the first token."""
+        """Return the states of layers first..last-1 before the first token."""
         states = [self.backend.new_state(kind, self.cfg, batch) for kind in self.cfg.layers[first:last]]
         pairs = [(state, self.scales.get(f"layers.{i}")) for i, state in enumerate(states, first)]
         return [state.scaled(*scales) if scales else state for state, scales in pairs]

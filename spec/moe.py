@@ -1,15 +1,19 @@
-"""Chapter 11. Experts: every token is read by the few of many small networks that a router picks for it.
+"""Chapter 11. Experts: a router selects a few of many small MLPs for each token; their outputs are summed.
 
     s = sigmoid(h W_gate')                  one score per expert, in float32 or wider, from the full-width h
-    chosen = the k largest of s + bias      the bias balances load; it chooses, and does not weigh
+    chosen = the k largest of s + bias      the bias balances load: it affects the choice, not w
     w = s[chosen] / sum(s[chosen]) * scale (without the division where norm_topk_prob is false)
 
     u = h fc1'                              the latent of LatentMoE; in a plain MoE u = h and y has no fc2
     r = sum over chosen of  w relu(u up')^2 down'
     y = r fc2'  +  relu(h up_s')^2 down_s'
 
-Trap 6: the router and the shared expert read h at full width; only the routed experts read u. Where there are
-groups of experts (`n_group`), all but the best `topk_group` of them are out of the choice.
+h is the residual stream after the norm of the layer (not a head); `W_gate` is the router's matrix,
+`gate.weight` in a checkpoint, and no gate like z of Mamba. An expert is `up` and `down`; `up_s` and
+`down_s` are the shared expert, which every token uses.
+
+Trap 6: the router and the shared expert read h at full width; only the routed experts read u. With several
+groups of experts (`n_group`), only the best `topk_group` groups are candidates.
 
 This chapter has the router and the experts; the mixer of chapter 13 composes them. docs/model.md,
 "Experts".

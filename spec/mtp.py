@@ -9,10 +9,10 @@ and o, through the trunk's own `lm_head`, predicts t[i+2]. The head has the laye
 `mtp_hybrid_override_pattern` ("*E") with a key/value cache of its own.
 docs/model.md, "Multi-token prediction".
 
-To look further ahead, it runs again with h := o and the token it guessed (`draft`). The rows of its cache
+To guess further tokens, it runs again with h := o and the guessed token (`draft`). The rows of its cache
 that such a run adds are provisional: they come from the head's own output, not from the trunk. They are
-dropped after the last guess, and once the trunk has read the tokens that were right, their rows are computed
-again from its hidden states, in the call with which the next draft begins.
+dropped after the last guess. When the trunk has read the accepted tokens, their rows are computed again from
+its hidden states, in the call that begins the next draft.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from refengine.spec.model import Model, replayed, run_layers
 
 
 def new_states(model: Model, batch: int) -> list:
-    """Return what the head's layers remember before the first token."""
+    """Return the states of the head's layers before the first token."""
     return [model.backend.new_state(kind, model.cfg, batch) for kind in model.cfg.mtp_layers]
 
 

@@ -1,9 +1,10 @@
-"""Chapter 6. Norms: the residual stream is read through one, the Mamba mixer ends with the other.
+"""Chapter 6. Norms: RMSNorm before every layer, and a gated norm inside the Mamba mixer.
 
     rms_norm:        y = x / sqrt(mean(x^2) + eps) * w                      over the d channels
     gated_rms_norm:  u = y silu(z),  then the same, over each of g groups   (trap 2: the gate comes first)
 
-Weights multiply as they are (w, not 1 + w). Statistics are in float32 or wider. docs/model.md, "Norms".
+z is the gate of the Mamba mixer (chapter 13), as wide as its output y. Weights multiply as they are (w, not
+1 + w). Statistics are in float32 or wider. docs/model.md, "Norms".
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from refengine.spec.numerics import silu, wide
 def rms_norm(
     x: Float[Array, "*b d"], delta: Float[Array, "*b d"] | None, weight: Float[Array, " d"], eps: float
 ) -> tuple[Float[Array, "*b d"], Float[Array, "*b d"]]:
-    """Add what the last mixer wrote (`delta`) to the residual stream `x`, and read it normalised.
+    """Add the output of the last mixer (`delta`) to the residual stream `x`, and normalise the sum.
 
-    Returns (normalised, x + delta). The addition belongs to the verb because
+    Returns (normalised, x + delta). The addition belongs to this operation because
     fused kernels do both at once.
     """
     x = x if delta is None else x + delta

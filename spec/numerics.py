@@ -1,12 +1,13 @@
-"""Chapter 5. Numerics: where the model rounds, and how far two right answers may differ.
+"""Chapter 5. Numerics: the precision of each value, and the tolerance between two correct results.
 
-Everything is computed in the dtype it is given, but these are kept in float32 or wider, in every backend:
+Everything is computed in the dtype it is given, but these are kept in float32 or wider, in every backend
+(their names are explained in the chapters of the last column):
 
-    what                              why                                                       chapter
+    value                             reason                                                    chapter
     mean of squares, rsqrt            a sum over thousands of channels                          norm
-    A_log, dt_bias, dt, exp(dt A)     a decay of 0.9999 is not a bfloat16                       scan
-    the state S                       it is added to at every step of the sequence              scan
-    router logits, scores, bias       the order of two experts is decided in the last bits      moe
+    A_log, dt_bias, dt, exp(dt A)     bfloat16 cannot represent a decay of 0.9999               scan
+    the state S                       every position adds to it, so errors accumulate           scan
+    router logits, scores, bias       rounding can change the order of two experts              moe
     softmax of the attention          a sum over the whole context                              attention
     logits                            sampling compares them                                    model
 
@@ -86,13 +87,13 @@ class Stored:
         return x.astype(self.dtype, copy=False)
 
     def wide(self, x: Array, scale: float, dtype) -> Array:
-        """Return stored numbers as they are read."""
+        """Return stored numbers in the dtype of the computation, FP8 times its scale."""
         x = widen(x, dtype)
         return x * x.dtype.type(scale) if self.dtype == FP8 else x
 
 
 def mix(x: Array) -> Array:
-    """Return uint32 numbers mixed: every bit of the result depends on every bit of x."""
+    """Return a hash of uint32 numbers: every bit of the result depends on every bit of x."""
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
     return x ^ (x >> np.uint32(16))

@@ -1,10 +1,11 @@
-"""Chapter 12. Operations: the vocabulary in which the model is written, and what each word means in NumPy.
+"""Chapter 12. Operations: the functions of which the model is composed, and their definitions in NumPy.
 
-`Ops` is a set of verbs, cut where the published fused kernels cut, so that speed never has to cross a
-seam. A backend is a set of its own functions under the same names. `DEFINITION` binds every verb to its
-clearest form; `REFERENCE` replaces the scan, the attention and the experts by the theorems of their chapters,
-and the products by those that widen a large matrix in strips of rows; it is the NumPy backend. Between verbs
-the model uses only +, indexing and .reshape, which every array library has, and reads no value on the host.
+`Ops` is a set of operations ("verbs"), each as large as a published fused kernel, so that a backend can
+use such kernels. A backend is a set of its own functions under the same names. `DEFINITION` binds every
+operation to its clearest form; `REFERENCE` replaces the scan, the attention and the experts by the
+theorems of their chapters, and the products by those that widen a large matrix in strips of rows; it is
+the NumPy backend. Between operations the model uses only +, indexing and .reshape, which every array
+library has, and reads no value on the host.
 
 Arguments come as data, weights, state, constants; results as the value, then the next state. `lengths[b]` is
 the number of real positions of each row of the batch, or None when all are.
@@ -35,7 +36,7 @@ STRIP = 2**22  # elements of a matrix that are widened at once: 16 MiB in float3
 
 @dataclass(frozen=True)
 class Ops:
-    """The vocabulary. Weights, states, routings are made by the backend and read by its verbs alone."""
+    """The operations. The backend makes weights, states and routings, and only its operations read them."""
 
     embed: Callable  # (ids [b l], table) -> x [b l d]
     linear: Callable  # (x [.. i], weight [o i]) -> [.. o]
@@ -58,7 +59,7 @@ class Ops:
 
 @dataclass(frozen=True)
 class Backend:
-    """A vocabulary, and where its values live."""
+    """The operations of one array library, and functions that move values to it and from it."""
 
     name: str
     ops: Ops
@@ -119,7 +120,7 @@ def mlp_in_strips(h: Float[Array, "*b d"], up: Weight, down: Weight) -> Float[Ar
 
 
 def recurrence(x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit, chunk):
-    """Return what ssd_scan returns: the definition of the scan knows no chunks."""
+    """Return what ssd_scan returns: the definition of the scan has no chunks."""
     return ssd_scan(x, dt, A_log, B, C, D, dt_bias, S, lengths, dt_limit)
 
 

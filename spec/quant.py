@@ -7,7 +7,7 @@
 in float32 and in this order of the multiplications, which is that of NVIDIA's modelopt, bit by bit. e2m1 and
 e4m3 are floating point with a sign, 2 or 4 bits of exponent and 1 or 3 of mantissa. Two e2m1 codes share a
 byte, the even column in its low half. Trap 8: scales lie row by row, not swizzled, and scale_2 multiplies.
-A matrix whose scale_2, or whose scale in FP8, is 0 means zeros, whatever its codes are: modelopt writes NaN.
+A matrix whose scale_2 is 0 (in FP8: whose scale is 0) is all zeros, for any codes: modelopt writes NaN.
 
 W4A16 and W4A8 are NVFP4 weights whose inputs stay in 16 bits or are rounded to FP8; W4A8 has blocks of 32 and
 a larger scale_2. The size of a block follows from the shapes. `with_packed_inputs` is the arithmetic of

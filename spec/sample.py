@@ -1,4 +1,4 @@
-"""Chapter 16. Sampling: from the numbers that the model gives every token to one token.
+"""Chapter 16. Sampling: the choice of one token by the logits of all tokens.
 
     v   vocabulary          logits [v]   any numbers; only their differences count
     p   probabilities [v]   seen         ids that stand in the text so far, the prompt included
@@ -11,9 +11,9 @@ Logits pass five filters, in this order; in brackets the value with which a filt
     (1) top_p P                only the fewest likeliest that together reach P of what is left
     (0) min_p m                only those at least m times as likely as the likeliest
 
-Of equal tokens the lower id counts as likelier. Then a uniform number u chooses the first token, in order of
-id, at which the sum of p exceeds u: the same logits and seed give the same token. The log-probabilities shown
-to users are of the logits before any filter.
+Of two equal tokens the one with the lower id counts as likelier. Then a uniform number u chooses the first
+token, in order of id, at which the sum of p exceeds u: the same logits and seed give the same token. The
+log-probabilities shown to users are of the logits before any filter.
 """
 
 from __future__ import annotations

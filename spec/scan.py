@@ -1,13 +1,18 @@
-"""Chapter 8. The state-space scan: a sequence is read through a matrix per head that decays and is added to.
+"""Chapter 8. The state-space scan: each head keeps a matrix, which decays and to which every position adds.
 
     S[t] = exp(dt A) S[t-1] + dt x[t] B[t]'          y[t] = S[t] C[t] + D x[t]
     dt   = softplus(dt_raw + dt_bias)                A = -exp(A_log) < 0
 
-    h heads of p values each, S is p x n; heads share B and C by groups: head i reads group i // (h / g)
+    x    values to store: h heads of p numbers       S    state of a head, p x n
+    B C  directions to write and to read: n numbers   dt   step: how strongly to write and to forget
+
+All of these but S come from the token, through `in_proj`, and x, B and C then through the convolution
+(chapter 13). A, D and dt_bias are learnt, one number for each head. Heads share B and C by groups, as query
+heads share keys: head i reads group i // (h / g). docs/mamba2.md builds the recurrence from an example.
 
 `ssd_scan` is this recurrence: the definition. `ssd_scan_chunked` computes a chunk of positions at once with
-matrix products: the theorem, and a property test is its proof. Both pass over padding: beyond lengths[b],
-dt = 0, so the state neither decays nor grows. The true limit of dt is (0, inf) (trap 1). docs/model.md,
+matrix products: the theorem, and a property test is its proof. Both ignore padding: beyond lengths[b],
+dt = 0, so the state does not change. The true limit of dt is (0, inf) (trap 1). docs/model.md,
 "Mamba-2"; arXiv 2405.21060, section 6.
 """
 
@@ -27,7 +32,7 @@ def time_steps(
     lengths: Int[Array, " b"] | None,
     dt_limit: tuple[float, float],
 ) -> Float[Array, "b l h"]:
-    """Return how far each head steps at each position; 0 where there is no position."""
+    """Return the step dt of each head at each position, 0 at padding."""
     dt = softplus(dt.astype(wide(dt.dtype), copy=False) + dt_bias)
     if dt_limit != (0.0, math.inf):
         dt = np.clip(dt, *dt_limit)

@@ -1,11 +1,11 @@
-"""Chapter 21. Shards: which part of a model each of several ranks holds.
+"""Chapter 21. Shards: the part of a model that each rank holds.
 
     rank = t + tp (e + ep stage),   t = 0 .. tp - 1,   e = 0 .. ep - 1,   stage = 0 .. pp - 1
 
-A segment is cut by itself: a rank's rows of `in_proj` are its part of z, of x, of B, of C and of dt, never
-a run of rows across them. What only few can hold is held by several: a key/value head, or B and C of a
-group, when tp exceeds their number. ep repeats all but the routed experts. What the ranks say to each
-other is the next chapter. docs/ranks.md.
+Each segment is cut by itself: a rank's rows of `in_proj` are its part of z, of x, of B, of C and of dt, never
+a run of rows across them. Where tp exceeds the number of key/value heads, or of groups, several ranks hold
+the same head, or the same B and C. ep repeats all but the routed experts. The messages between ranks are in
+chapter 22. docs/ranks.md.
 """
 
 from __future__ import annotations

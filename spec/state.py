@@ -1,24 +1,24 @@
-"""Chapter 9. State: all that a layer remembers of a sequence.
+"""Chapter 9. State: the memory that each layer keeps of a sequence.
 
-    M    the tail of the convolution  b t c   and  S  b h p n         the same size for ever
-    *    keys and values              b t kv e  and a length [b]      growing with the sequence
+    M    the tail of the convolution  b t c   and  S  b h p n         of constant size
+    *    keys and values              b t kv e  and a length [b]      growing with the sequence (chapter 10)
     E -  nothing
 
-A batch is a set of slots: `take(rows)` gives the states of some sequences, `put(rows, other)` sets them,
-so sequences join and leave. A state is used once: after a call only the state it returned is valid, so
-that a backend may write in place. To go on from one point twice, `fork` it first; a fork costs nothing
-here, because S and the tail are never written in place, and keys and values are only ever written beyond
-the end of every fork.
+A slot is a place in the batch for one sequence. `take(rows)` returns the states of some slots and
+`put(rows, other)` sets them, so sequences join and leave. A state is used once: after a call only the
+state it returned is valid, so that a backend may write in place. To continue twice from one point, `fork`
+it first. A fork costs nothing here, because S and the tail are never written in place, and keys and values
+are only written beyond the end of every fork.
 
-A recorded call of several positions leaves the states as they were, and returns a record for each layer: what
-the verbs that change its state have read.
+A recorded call of several positions leaves the states as they were, and returns a record for each layer: the
+inputs of the operations that change its state.
 
     M    x|B|C before the convolution  b l c   and  dt  b l h         about 1 % of a copy of S, a position
     *    keys and values  b l kv e
 
-`commit` applies these verbs again to the first counts[b] positions of each row (chapter 13), for any counts:
-speculative decoding reads several guessed tokens in one call and keeps those that were right, without a copy
-of S to return to. The call itself reads a `tentative` state.
+`commit` applies these operations again to the first counts[b] positions of each row (chapter 13), for any
+counts: speculative decoding reads several guessed tokens in one call and keeps those that were right,
+without a copy of S to return to. The call itself reads a `tentative` state.
 
 A state may be stored in fewer bits than it is computed in (chapter 5): keys and values as `Stored` rounds
 them, when they are appended; S in float16, rounded at random at the end of each call, by a key of the

@@ -1,7 +1,7 @@
 """Chapter 3. The tensor table: every tensor of a checkpoint, in order, from the configuration alone.
 
-One function, `table`, says of each tensor what it is called, how large it is, where it belongs, how ranks
-cut it and whether a quantization recipe may touch it. The loader validates files against it,
+One function, `table`, lists the name and the shape of each tensor, its layer, how it is divided between ranks
+(chapter 21) and whether a quantization recipe may change it. The loader validates files against this table,
 `inspect` counts with it, and test checkpoints are written from it. Its totals are the published ones
 (docs/model.md, "Parameters").
 """
@@ -130,7 +130,7 @@ def parameters(rows: Iterable[Tensor]) -> int:
 
 
 def active_parameters(cfg: Config) -> int:
-    """Return the parameters of the trunk that one token meets, without the embedding table and the head."""
+    """Return the parameters of the trunk that one token uses, without the embedding table and the head."""
     total = 0.0
     for row in table(cfg):
         if row.block.startswith("layers."):
