@@ -34,7 +34,8 @@ def layouts(cfg: Config, ranks: int, node: int) -> Iterator[Layout]:
 
 def table(cfg: Config, machine: Machine, nodes: list[int], batches: list[int]) -> None:
     """Print for each size of a cluster the three quickest layouts that fit."""
-    print("| nodes | tp x ep x pp | GB a rank | batch | ms | of it words | tokens/s |\n" + "|---" * 7 + "|")
+    header = "| nodes | tp x ep x pp | GB a rank | batch | ms | share of messages | tokens/s |"
+    print(header + "\n" + "|---" * 7 + "|")
     for count in nodes:
         ranks = count * machine.node
         for batch in batches:
@@ -66,7 +67,7 @@ def check(cfg: Config, path: str, link: Link, s: int) -> None:
     }
     read, peak = (ideal[what] / seen[what, "1 thread"] for what in ("decode", "prefill"))
     print(f"from one thread: {read / 1e9:.1f} GB/s, {peak / 1e9:.0f} GFLOP/s\n")
-    print("| | | expected ms | seen ms | seen over expected |\n|---|---|---|---|---|")
+    print("| | | expected ms | measured ms | measured over expected |\n|---|---|---|---|---|")
     for (what, name), took in seen.items():
         if "thread" in name:
             continue
