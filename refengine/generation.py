@@ -1,7 +1,7 @@
 """One sequence: its options, how it draws tokens from logits, and how tokens become text and events.
 
 A `Drawing` is where the logits are (over ranks: on the last stage) and draws tokens. A `Text` is where the
-caller is: it turns tokens into text and knows when the sequence ends. loop.py runs many of them.
+caller is: it turns tokens into text and decides when the sequence ends. loop.py runs many of them.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Drawing:
         return Draw(token, float(row[token]), tuple(alternatives(row, self.logprobs)))
 
     def fork(self) -> Drawing:
-        """Return a second drawing that goes on from here as this one does."""
+        """Return a copy that draws the same tokens from here on."""
         return deepcopy(self)
 
     def follow(self, token: int) -> None:

@@ -357,7 +357,7 @@ class Batch(Iterator[tuple[int, Event]]):
 
     Requests, (token ids, Options) or with a Start, are taken from their iterator as slots fall free. An error
     of one sequence is raised in place of its next event, that of a request when the sequences before it have
-    ended; `next` then goes on with the others. `close` cancels all, `cancel` one of them.
+    ended; `next` then continues with the others. `close` cancels all, `cancel` one of them.
     """
 
     def __init__(self, loop: Loop, requests: Iterator[tuple | PromptError]):

@@ -1,8 +1,8 @@
-"""The runner: what the engine asks of a placed model, for sequences that come and go.
+"""The runner: the interface between the engine and a placed model, for sequences that join and leave.
 
 A sequence has a slot, a number that the caller chooses. Its prompt is read in one call or several, then it
 steps, alone or beside any others, and its slot is dropped when it ends. `LocalRunner` is the form in one
-process; refengine/ranks/runner.py is the form over several. The loop and the engine know only `Runner`.
+process; refengine/ranks/runner.py is the form over several. The loop and the engine use only `Runner`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Reading files that others wrote: what a file is, and how large, is known before any of it is believed.
+"""Read files from unknown sources: the kind and the size of a file are checked before its contents are used.
 
-Whatever is wrong becomes an InputError: one sentence that names the file. `shown` puts a value from a file
-into a sentence, which stays on one line and short whatever the value is.
+Every fault becomes an InputError: one sentence that names the file. `shown` formats a value from a file for a
+sentence: on one line, and short for any value.
 """
 
 from __future__ import annotations

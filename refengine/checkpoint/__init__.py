@@ -1,13 +1,13 @@
 """Checkpoints on disk: finding, opening, matching with the tensor table, and writing.
 
-locate           what a user calls a model -> its directory
+locate           the name that a user gives -> the model's directory
 hub              a model's name -> its directory in the local Hugging Face cache
 safetensors_file one file: its header, its tensors as read-only views of a memory map
-names            what exporters call a tensor -> its name in the tensor table
+names            a tensor's name in a file -> its name in the tensor table
 packed           the tensors that make one packed weight
 match            the tensors in the files <-> the tensor table of the spec
 directory        a Hugging Face directory, opened: `Checkpoint`
-generation_config  its advice on generating text
+generation_config  its recommended options of sampling
 write            a directory, written
 random_values    values for the tensors of a random model
 """

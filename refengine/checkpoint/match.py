@@ -1,8 +1,8 @@
-"""Matching the tensors in the files with the tensor table: all that it lists is there, and nothing else is.
+"""Match the tensors in the files with the tensor table: every tensor of the table, and no other.
 
-Four differences mean nothing: another spelling of a name (`canonical` in names.py); axes of size one;
+Four differences are accepted: another spelling of a name (`canonical` in names.py); axes of size one;
 a layer's experts stacked in one tensor, called `experts.up_proj` [expert, out, in]; no `lm_head.weight`, or
-one equal to the embedding, where they are tied. A tensor that the table does not know is refused: a program
+one equal to the embedding, where they are tied. A tensor that is not in the table is refused: a program
 that ignores a weight computes another model. Exceptions are HARMLESS ones and a prediction head that
 config.json does not declare; they leave a note.
 """

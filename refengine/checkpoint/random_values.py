@@ -1,6 +1,6 @@
-"""Random weights that behave like trained ones: signals keep their size, memories differ, routers choose.
+"""Random weights like trained ones: signals keep their size, decays differ, routers use all experts.
 
-A tensor's values depend on the seed and its name alone, however a checkpoint is cut into files.
+A tensor's values depend on the seed and its name alone, not on the division into files.
 """
 
 from __future__ import annotations

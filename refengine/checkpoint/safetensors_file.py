@@ -2,9 +2,9 @@
 
     8 bytes: n  |  n bytes: {"name": {"dtype", "shape", "data_offsets": [begin, end]}, ...}  |  data
 
-The `safetensors` library copies what it reads and does not tell where a tensor lies, so the map is our own:
-opening costs the header alone, and data that is not used is never read from the disk. The header is checked
-as strictly as by the library (a test holds one against the other), in sentences that say what to do.
+The `safetensors` library copies the data that it reads and does not return offsets, so this module makes its
+own map: opening reads the header alone, and data that is not used is never read from the disk. The header is
+checked as strictly as by the library (a test compares the two), with sentences on what to do.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def _entries(file: SafetensorsFile, header: dict) -> list[Stored]:
 
 
 def _tensor(file: SafetensorsFile, start: int, name: str, entry) -> Stored:
-    """Return what one entry of the header says, checked by itself; start: the offset of the data."""
+    """Return one entry of the header, checked by itself; start: the offset of the data."""
     if not _is_text(name):
         raise _wrong(file, name, "a name that is not text")
     if not isinstance(entry, dict) or entry.keys() != KEYS:

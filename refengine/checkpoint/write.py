@@ -1,7 +1,7 @@
-"""Writing a checkpoint in the Hugging Face layout, one tensor at a time: a model need not fit in memory.
+"""Write a checkpoint in the Hugging Face layout, one tensor at a time: a model need not fit in memory.
 
 `write` takes the values of each row of the tensor table; `write_sparse` writes the same headers over files
-that have their size and hold nothing, to try what depends on sizes alone; both are made of `write_pieces`.
+that have their size and no data, for tests that depend on sizes alone; both use `write_pieces`.
 Files get their names when all of them are whole, config.json last: a directory never holds half a model.
 """
 

@@ -1,4 +1,4 @@
-"""refengine diff: the first wrong layer of a trace, and why."""
+"""refengine diff: find the first wrong layer of a trace, and the likely mistake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options and commands of other engines, and what to give refengine instead."""
+"""Options and commands of other engines, and their equivalents here."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def read_from(param: click.Parameter, context: click.Context) -> str:
 
 
 def naming_variables(work: Callable) -> Callable:
-    """Return a command's function whose InputError names the variable of the value that it speaks of."""
+    """Return a command's function whose InputError names the variable of the wrong value."""
     from refengine.spec.keys import InputError
 
     @functools.wraps(work)

@@ -1,4 +1,4 @@
-"""refengine inspect: show what a checkpoint is made of, and what a sequence costs in memory."""
+"""refengine inspect: show the parts of a checkpoint, and the memory of a sequence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""refengine state: saved states of texts and talks."""
+"""refengine state: saved states of texts and conversations."""
 
 from __future__ import annotations
 

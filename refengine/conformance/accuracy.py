@@ -1,6 +1,6 @@
 """Accuracy: rms errors of engines against the definition in float64, on the same seeded cases.
 
-Inputs and weights of these cases are bfloat16 numbers, so that every engine reads the same whatever its
+Inputs and weights of these cases are bfloat16 numbers, so that every engine reads the same numbers in any
 dtype. An error is rms(a - b) / rms(b), where b is the float64 result.
 """
 
@@ -81,7 +81,7 @@ def columns() -> list[Column]:
 
 
 def without_experts(logits: peers.Logits, case: Case) -> tuple[np.ndarray | None, list[np.ndarray]]:
-    """Return what another engine says of a case: its logits, and no experts."""
+    """Return another engine's result for a case: its logits, and no experts."""
     return logits(case), []
 
 

@@ -58,7 +58,7 @@ class Wrong(AssertionError):
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Bench(Backend):
-    """A backend that knows its dtype, so that a check can give it arrays and weigh its errors.
+    """A backend with its dtype, by which a check makes its arrays and judges its errors.
 
     dtype      of the activations
     functions  those of TEXT that the candidate brings, by name

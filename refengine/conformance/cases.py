@@ -97,11 +97,11 @@ class Case:
         )
 
     def rng(self, *what: int) -> np.random.Generator:
-        """Return a generator of random numbers; `what` tells the streams of one case apart."""
+        """Return a generator of random numbers; `what` names one of several streams of a case."""
         return np.random.default_rng([self.seed, *what])
 
     def normal(self, what: int, *shape: int) -> np.ndarray:
-        """Return activations of size 1, float64 but exact in float32; `what` tells the arrays apart."""
+        """Return activations of size 1, float64 but exact in float32; `what` names one of several arrays."""
         return self.rng(2, what).standard_normal(shape).astype(np.float32).astype(np.float64)
 
     def read(self, name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The known mistakes that a wrong verb may have made: those that give its results from the same arguments."""
+"""Find the known mistakes that give a wrong verb's results from the same arguments."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def numbers(result) -> list[np.ndarray]:
 def apart(some: list[np.ndarray], others: list[np.ndarray]) -> float:
     """Return the largest difference, over the largest value or 1, in roundings of float32.
 
-    It is infinite where a number is not finite: nothing can be told from such results.
+    It is infinite where a number is not finite: such results identify no mistake.
     """
     if [a.shape for a in some] != [b.shape for b in others]:
         return np.inf

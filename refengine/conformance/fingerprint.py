@@ -1,4 +1,4 @@
-"""The fingerprint of a model: which weights a trace was recorded from, whatever engine or file layout."""
+"""The fingerprint of a model: it identifies the weights of a trace, in any engine and file layout."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Compare prefill with decode on a checkpoint: the same tokens, by one call and one at a time.
 
-A text is sampled token by token (decode), then read again in whole (prefill). Those who train with
+A text is sampled token by token (decode), then read again in whole (prefill). Programs that train with
 reinforcement learning compute the ratio of the two probabilities of each token, exp|delta ln p|: it is 1
 where both paths compute the same numbers, and biases the gradient where they do not.
 """

@@ -1,9 +1,9 @@
-"""Quantizing a checkpoint into packed weights, in the layout that NVIDIA releases.
+"""Quantize a checkpoint into packed weights, in the layout of NVIDIA's releases.
 
 recipes   the format of each weight
 calibrate the scales of inputs and of a cache
 write     the new directory, in strips of rows, so that memory does not depend on the size of the model
-evaluate  how far the distributions of a copy are from those of the original
+evaluate  the distance between the distributions of a copy and of the original
 """
 
 from refengine.quantize.evaluate import can_evaluate, evaluate

@@ -1,7 +1,7 @@
 """Calibration: the largest magnitudes that the inputs of matrices, and keys and values, take on a text.
 
-The scales of inputs and of an 8-bit cache are made of them, as by the max calibration of modelopt: one
-number for all experts of a layer, up and down apart, so that experts that no token reached have one too.
+The scales of inputs and of an 8-bit cache follow from them, as in the max calibration of modelopt: one
+number for all experts of a layer, for up and for down, so that experts without a token have one too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Evaluating a quantized copy: how far its distributions are from those of the original.
+"""Evaluate a quantized copy: the distance between its distributions and those of the original.
 
 Both models read the same pieces of text, each from its beginning, on the NumPy backend. The loss is the mean
 negative log-probability of the next token; KL is that of the copy's distribution from the original's; both in

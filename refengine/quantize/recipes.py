@@ -8,8 +8,8 @@ A recipe is data: RECIPES holds those of this package, and a TOML file has the s
 Formats are nvfp4, four_over_six, w4a8, fp8, mxfp8, plain, and fp8_mse: its scale, as that of a block in
 four_over_six, is 1.5 times as large where the squared error is smaller so.
 
-A name goes before a pattern with `*`, and that before a role. What no line mentions stays as it is, and so
-does the prediction head, unless a name asks for it. Sources: the recipes in the wheel of nvidia-modelopt 0.47
+A name overrides a pattern with `*`, and a pattern overrides a role. Weights without a line stay as they are,
+and so does the prediction head, unless a line names it. Sources: the recipes in the wheel of nvidia-modelopt 0.47
 (Super, Ultra, Lightning), the exclusions of the released Nano.
 """
 
@@ -115,7 +115,7 @@ class Recipe:
 
 
 def recipe_of(name: str, four_over_six: bool = False) -> Recipe:
-    """Return a recipe by its name, or from a TOML file; InputError says what is wrong with it.
+    """Return a recipe by its name, or from a TOML file; InputError names the fault.
 
     four_over_six: NVFP4 with blocks of 16 becomes four over six.
     """

@@ -1,8 +1,8 @@
-"""Writing a quantized copy of a checkpoint, strip by strip: the memory does not depend on the model.
+"""Write a quantized copy of a checkpoint, strip by strip: the memory does not depend on the model.
 
 Each file gets its name when it is whole, and config.json comes last, so a directory never holds half a model.
-After a kill at any moment the same command goes on: files that are whole are kept, with their errors, which
-lie in STATE until the end. One process at a time writes into a directory.
+After a kill at any moment the same command continues: complete files are kept, with their errors, which
+are in STATE until the end. One process at a time writes into a directory.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
     layers.i.k_scale, layers.i.v_scale   where keys and values are FP8, as what their codes are multiplied by
 
-The form knows nothing of a backend, of its dtypes or of the layout of ranks: any of them can go on from it.
+The form does not depend on a backend, on its dtypes or on the layout of ranks: all of them can read it.
 """
 
 from __future__ import annotations

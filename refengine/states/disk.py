@@ -1,8 +1,8 @@
-"""Snapshots of prefixes in a directory, for processes that come later: whole states, one a file.
+"""Snapshots of prefixes in a directory, for later processes: whole states, one a file.
 
 A file is named by the model's fingerprint, the layout version, the number of tokens and a digest of them.
 Files of other names are left alone; one of such a name that is damaged is removed. Over the budget, the files
-that were used longest ago go.
+that were used longest ago are removed.
 """
 
 from __future__ import annotations

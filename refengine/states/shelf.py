@@ -1,4 +1,4 @@
-"""The snapshots that one process keeps, by name: what its layers remembered of a sequence at some point."""
+"""The snapshots that one process keeps, by name: the states of its layers at one position of a sequence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sequence between two tokens, as a value: all that its next token depends on, beside the model."""
+"""A sequence between two tokens, as a value: its next token depends on this and on the model alone."""
 
 from __future__ import annotations
 
@@ -173,8 +173,8 @@ def of_sampling(sampling: Sampling, seed: int) -> dict:
 class Start:
     """Holds where a sequence starts, and at which point its state is to be returned with its End.
 
-    state: to go on from, or None. resumed: whether its random generator goes on too. keep: "end", "turn"
-    (after the last end token of the prompt), or "".
+    state: the state to continue, or None. resumed: whether its random generator continues too. keep: "end",
+    "turn" (after the last end token of the prompt), or "".
     """
 
     state: State | None = None

@@ -1,4 +1,4 @@
-"""Messages as clients send them, in the one form that templates are given; and files of messages."""
+"""Convert messages from the forms of clients to the one form of templates; read files of messages."""
 
 from __future__ import annotations
 

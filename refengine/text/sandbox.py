@@ -1,8 +1,8 @@
 """Jinja's sandbox, with a budget: a template is a program from the checkpoint, perhaps a hostile one.
 
-Jinja keeps it from reaching into Python. Here it is also kept from running for ever and from filling memory:
-what it makes is paid for from a budget (`spend`), and an operation that could make far more than it is given
-(`text * number`, `replace`, a column of a billion characters) is looked at before it runs (`fits`).
+Jinja's sandbox gives no access to Python. Here time and memory are limited too: every result is charged to a
+budget (`spend`), and an operation whose result may be far larger than its arguments (`text * number`,
+`replace`, a column of a billion characters) is checked before it runs (`fits`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MULTIPLYING = {"%", "format", "{}", "indent", "replace", "tojson", "translate", 
 
 
 class Refused(jinja2.TemplateError):
-    """Raised where a template asks for more than it may have."""
+    """Raised where a template exceeds its budget."""
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -219,7 +219,7 @@ def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=Fa
 
 
 def fail(message):
-    """Raise the error that a template asks for (`raise_exception`)."""
+    """Raise the error of a template's own call of `raise_exception`."""
     raise jinja2.TemplateError(str(message))
 
 

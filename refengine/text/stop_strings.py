@@ -1,4 +1,4 @@
-"""Stop strings: found in text that arrives in pieces, wherever the cuts fall."""
+"""Find stop strings in text that arrives in pieces, at any cuts."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 file    one file: its metadata and where its tensors lie
 stored  types of tensors; tensors that the converter has altered
-names   what files call a tensor <-> its name in the tensor table
+names   a tensor's name in a file <-> its name in the tensor table
 config  the metadata -> config.json
-texts   the metadata -> tokenizer, chat templates, advice on sampling
+texts   the metadata -> tokenizer, chat templates, recommended sampling
 parts   a model in several files, opened
 write   a model, written as a GGUF file
 """

@@ -1,8 +1,8 @@
 """The metadata of a GGUF file -> config.json, with the keys that a configuration has.
 
 Kinds of layers come from the tensors that each block holds. The chunk size, which decides the order of a sum,
-is CHUNK, but for files that refengine has written. llama.cpp's converter writes a context of 1048576 whatever
-the model's is.
+is CHUNK, except in files that refengine has written. llama.cpp's converter writes a context of 1048576 for
+every model.
 """
 
 from __future__ import annotations

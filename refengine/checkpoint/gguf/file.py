@@ -2,9 +2,9 @@
 
     "GGUF"  version  tensors n  keys k  |  k x (key, type, value)  |  n x (name, dims, type, offset)  |  data
 
-Every count and length is checked against the bytes that are left before anything is made of it, so that a
-damaged file costs no more time or memory than a good one. The package `gguf` reads the same files, in ten
-seconds for a vocabulary of 131,072 tokens: it is the witness of the tests.
+Every count and length is checked against the remaining bytes before it is used, so that a damaged file takes
+no more time or memory than a good one. The package `gguf` reads the same files, in ten
+seconds for a vocabulary of 131,072 tokens: the tests compare with it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Names of tensors in GGUF files <-> in the tensor table, and what llama.cpp's converter does to the values.
+"""Names of tensors in GGUF files <-> in the tensor table, and the changes that llama.cpp's converter makes.
 
-    ssm_a          A = -exp(A_log), of which A_log is given back
-    attn_q attn_k  the halves of each head are interleaved row by row; the rows are put back
+    ssm_a          A = -exp(A_log), from which A_log is computed
+    attn_q attn_k  the halves of each head are interleaved row by row; the order is restored
     ssm_norm       cut in groups; ssm_a, ssm_d, ssm_conv1d have an axis of size one more or less
     nextn.*        with attn_* and ffn_* of the same block: both layers of the prediction head
 
-Small tensors are given in a floating-point dtype even where a file packs them.
+Small tensors are returned in a floating-point dtype even where a file packs them.
 """
 
 from __future__ import annotations

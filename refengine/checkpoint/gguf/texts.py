@@ -1,7 +1,7 @@
-"""The metadata of a GGUF file -> its tokenizer, chat templates, end tokens and advice on sampling.
+"""The metadata of a GGUF file -> its tokenizer, chat templates, end tokens and recommended sampling.
 
 The tokenizer is rebuilt for Hugging Face `tokenizers`: byte-level BPE with the cuts of tekken, which all
-models of the family have. Files name it "tekken" or "pixtral", by whose tokenizer the converter took it for.
+models of the family have. Files name it "tekken" or "pixtral": the converter's guess.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from refengine.untrusted import shown
 KEY = "tokenizer.ggml."
 CUTS = {"tekken": TEKKEN, "pixtral": TEKKEN}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-ENDS = ("<|im_end|>", "</s>")  # special tokens that end a text whatever else does: files name one of them
+ENDS = ("<|im_end|>", "</s>")  # special tokens that always end a text: files name only one of them
 NAMES = ("bos", "eos", "unknown", "padding")  # KEY NAME _token_id
 SAMPLING = {  # of generation_config.json -> general.sampling.
     "temperature": "temp",
@@ -97,7 +97,7 @@ def _kinds(path: Path, values: dict[str, Any], count: int) -> np.ndarray:
 
 
 def _frame(path: Path, values: dict[str, Any], tokens: list[str]) -> dict | None:
-    """Return the post-processor: tokens before and after each text, where the file asks for them."""
+    """Return the post-processor: tokens before and after each text, where the file declares them."""
     parts: list[dict] = [{"Sequence": {"id": "A", "type_id": 0}}]
     special = {}
     for name, at in (("bos", 0), ("eos", 2)):

@@ -4,7 +4,7 @@
     q8_0, q4_0  every matrix; the embedding and lm_head of q4_0 in q8_0
     mxfp4       routed experts; other matrices in q8_0
     nvfp4       matrices whose rows are blocks of 64, each with a factor; latent projections, which llama.cpp
-                takes without one, and the prediction head in bf16; the embedding and lm_head in q8_0
+                reads without a factor, and the prediction head in bf16; the embedding and lm_head in q8_0
 
 Rows that are no whole blocks fall back from nvfp4 to q8_0, and from any to bf16. Small tensors are float32.
 The header is written by the package `gguf`, which packs all but nvfp4.

@@ -40,7 +40,7 @@ def attention_in_pieces_is_what_the_equation_says(backend, case, cuts):
 
 @check("attention", drawing("*", cuts=True), uses=("attention",))
 def rows_of_different_lengths_do_not_see_padding(backend, case, cuts):
-    """Check that beyond n[b] nothing is appended, so that the next piece of a row goes on where it stood."""
+    """Check that beyond n[b] nothing is appended, so that the next piece of a row continues there."""
     arrays, n = attention_inputs(backend, case), case.lengths
     expected = readings.attention(*arrays)
     cache = backend.new_state("*", case.cfg, case.batch)

@@ -1,4 +1,4 @@
-"""Laws of whole models: no answer depends on how a sequence was cut, or on its company in a batch.
+"""Laws of whole models: no result depends on the cuts of a sequence, or on the others in its batch.
 
 Each is checked against the truth of a case, the definition in float64 for one sequence at a time.
 """
@@ -49,7 +49,7 @@ def stopping_and_resuming_changes_nothing(backend, case, cuts):
 
 @check("padding", whole(lambda st: {"garbage": st.sampled_from((0.0, 1e3, -1e12))}, cuts=True), uses=ALL)
 def padding_is_invisible(backend, case, cuts, garbage):
-    """Check rows of different lengths: beyond n[b] nothing enters a state, whatever stands there."""
+    """Check rows of different lengths: values beyond n[b] never enter a state."""
     m, n, states = model(case, backend), case.lengths, model(case, backend).new_states(case.batch)
     for piece in cut(case, cuts):
         x = backend.fetch(m.embed(backend.array(case.ids[:, piece]))).copy()
@@ -178,7 +178,7 @@ def moves(st) -> dict:
        examples=({"case": Case(layers="M*", batch=2),
                   "moves": ["read", "fork", "read", "fork", "swap", "read"]},))  # fmt: skip
 def sequences_that_join_leave_or_fork_read_as_if_alone(backend, case, moves):
-    """Check take, put and fork: each sequence goes on, and again after all others have."""
+    """Check take, put and fork: each sequence continues, and again after all others have."""
     table = Table(backend, case)
     for move in moves:
         getattr(table, move)()

@@ -1,7 +1,7 @@
-"""Checks of packed weights, against float64 with the matrices that they stand for.
+"""Checks of packed weights, against float64 with the dequantized matrices.
 
-A backend that takes no packed weights gets them in bfloat16 (`spec.ops.placed_by`), and is held to that
-matrix. Sizes are multiples of 32, the largest block.
+A backend that takes no packed weights gets them in bfloat16 (`spec.ops.placed_by`), and is compared with
+that matrix. Sizes are multiples of 32, the largest block.
 """
 
 from __future__ import annotations

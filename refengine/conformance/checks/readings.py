@@ -63,7 +63,7 @@ def scan(case: Case, x, dt, B, C, S, limit=NO_LIMIT):
 
 
 def attention(q, k, v):
-    """Return y [b l h e]: each query meets the keys up to its own, of the head that it shares with others."""
+    """Return y [b l h e]: each query attends to the keys up to its own, of its group's key head."""
     y = np.empty_like(q)
     for b, i, h in np.ndindex(q.shape[:3]):
         kv = h // (q.shape[2] // k.shape[2])

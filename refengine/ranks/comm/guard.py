@@ -2,7 +2,7 @@
 
 A rank that is stopped, or that waits in MPI_Init or MPI_Finalize, runs no Python code. The other ranks report
 it and leave, but mpiexec ends a remaining rank only if another one leaves before MPI_Finalize; a rank stopped
-later, or one for which no other rank waits, would keep the job for ever.
+later, or one for which no other rank waits, would keep the job running for ever.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Heartbeats: how a waiting rank tells a dead peer from a slow one.
+"""Heartbeats: they let a waiting rank distinguish a dead peer from a slow one.
 
 Every rank sends a heartbeat four times within the timeout. It holds the number of the heartbeat, the number
 of exchanges that the rank has completed, and the ranks for which it waits (none while it computes). A peer

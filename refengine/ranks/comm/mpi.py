@@ -57,7 +57,7 @@ class MPI(Ranks):
 
     def _start(self, verb: Callable, x, peer: int):
         if not (hasattr(x, "ctypes") or x.device.type == "cpu"):
-            raise InputError("MPI ranks speak from the processor's memory: start ranks on GPUs with torchrun")
+            raise InputError("MPI ranks send from the processor's memory: start ranks on GPUs with torchrun")
         try:
             return verb([memory(x), self.mpi.BYTE], peer, WORD)
         except self.mpi.Exception:
