@@ -8,9 +8,9 @@ A recipe is data: RECIPES holds those of this package, and a TOML file has the s
 Formats are nvfp4, four_over_six, w4a8, fp8, mxfp8, plain, and fp8_mse: its scale, as that of a block in
 four_over_six, is 1.5 times as large where the squared error is smaller so.
 
-A name overrides a pattern with `*`, and a pattern overrides a role. Weights without a line stay as they are,
-and so does the prediction head, unless a line names it. Sources: the recipes in the wheel of nvidia-modelopt 0.47
-(Super, Ultra, Lightning), the exclusions of the released Nano.
+A name overrides a pattern with `*`, and a pattern overrides a role. Weights without a line stay as they
+are, and so does the prediction head, unless a line names it. Sources: the recipes in the wheel of
+nvidia-modelopt 0.47 (Super, Ultra, Lightning), the exclusions of the released Nano.
 """
 
 from __future__ import annotations
