@@ -9,7 +9,6 @@ import sys
 from importlib.util import find_spec
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from refengine.machine import available_memory, processors
 from refengine.spec.arrays import ITEMSIZE
@@ -66,6 +65,8 @@ def make(
             raise InputError(f"the numpy backend computes in float32 or float64, not in {dtype}{other}")
         if device not in ("cpu", "auto"):
             raise InputError(f"the numpy backend runs on the cpu, not on {device!r}")
+        from threadpoolctl import threadpool_limits
+
         threadpool_limits(threads or processors())
         ops = with_packed_inputs(REFERENCE) if packed_inputs else REFERENCE
         return numpy_backend(np.dtype(dtype), not packed and fits(cfg, dtype, share), ops, kv=kv, ssm=ssm)

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from refengine import backend as backends
 from refengine.checkpoint import Checkpoint
@@ -35,7 +34,6 @@ from refengine.spec.config import Config, InputError
 from refengine.spec.model import Model
 from refengine.spec.ops import Backend
 from refengine.spec.tensors import table
-from refengine.states.disk import Disk
 from refengine.states.prefixes import Prefixes, keys
 from refengine.states.state import Start, State
 from refengine.storage import Storage, storage
@@ -47,7 +45,7 @@ if TYPE_CHECKING:
 
 
 def load(
-    model: str | Path = "tiny",
+    model: str | Path | Checkpoint = "tiny",
     backend: str | Backend = "numpy",
     dtype: str = "float32",
     device: str | None = None,
@@ -64,7 +62,8 @@ def load(
     """Open a checkpoint and return an Engine; for several ranks see refengine.ranks.load.
 
     Args:
-        model: a directory in the Hugging Face layout, or "tiny", the model inside this package.
+        model: a directory in the Hugging Face layout, or "tiny", the model inside this package; or an open
+            Checkpoint.
         backend: "numpy", "torch" or "cuda"; or a Backend of your own, which makes `dtype`, `device` and
             `deterministic` its own affair.
         dtype: of the activations: "float32" or "float64" (numpy); "float32", "bfloat16", "float16" or
@@ -89,13 +88,14 @@ def load(
     """
     began = time.perf_counter()
     limit_threads(threads)
-    if not isinstance(model, (str, Path)):
+    if not isinstance(model, (str, Path, Checkpoint)):
         raise InputError(f"the model is {_kind(model)}: give a directory or a name")
     if type(batch) is not int or batch < 1:
         raise InputError(f"batch = {batch!r} is not a whole number from 1 on")
     if type(cache) is not int or cache < 0:
         raise InputError(f"cache = {cache!r} is not a number of bytes from 0 on")
-    checkpoint = Checkpoint.open(model).in_large_pages()
+    opened = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
+    checkpoint = opened.in_large_pages()
     cfg = checkpoint.config
     if packed_inputs:
         checkpoint.check_packed_inputs()
@@ -141,6 +141,8 @@ def limit_threads(threads: int | None) -> None:
             raise InputError(f"threads = {threads!r} is not a whole number")
         if threads < 1:
             raise InputError(f"threads = {threads} is less than 1")
+        from threadpoolctl import threadpool_limits
+
         threadpool_limits(threads)
 
 
@@ -165,6 +167,8 @@ class Engine:
         if self.cache_dir is not None:
             if not self.cache:
                 raise InputError("cache_dir needs a number of bytes to keep: cache = 2**31")
+            from refengine.states.disk import Disk
+
             where, cfg = Path(self.cache_dir), self.checkpoint.config
             self.disk = Disk(where, self.cache, cfg, self._fingerprint, keys)
 
@@ -213,10 +217,15 @@ class Engine:
     @cached_property
     def _fingerprint(self) -> Callable[[], str]:
         """Return a function that computes the fingerprint once, and does not keep the engine alive."""
-        from refengine.conformance.fingerprint import fingerprint
-
         cfg, read = self.checkpoint.config, self.checkpoint.read
-        return cache(lambda: fingerprint(cfg, read))
+
+        @cache
+        def computed() -> str:
+            from refengine.conformance.fingerprint import fingerprint
+
+            return fingerprint(cfg, read)
+
+        return computed
 
     def generate(
         self, prompt=None, *, chat: dict | None = None, state: State | None = None, keep: str = "", **options

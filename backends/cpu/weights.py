@@ -9,7 +9,6 @@ import numpy as np
 from refengine.backends.cpu.arrays import BLOCK, BLOCKS, KINDS
 from refengine.backends.cpu.experts import Listed
 from refengine.spec.arrays import DTYPES, Weight, widen
-from refengine.spec.blocks import Blocks
 from refengine.spec.quant import Packed
 
 NARROW = {"bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"]}
@@ -37,8 +36,6 @@ def place(group, values: list[Weight], *, dtype: str):
 
 def matrix(value: Weight, dtype: str) -> Weight:
     """Return a matrix that the loops read: in the file's form, or narrower where `dtype` is."""
-    if isinstance(value, Blocks) and value.kind in BLOCKS:
-        return replace(value, data=np.ascontiguousarray(value.data))
     if isinstance(value, Packed):
         if value.kind == "FP8":
             return replace(value, codes=np.ascontiguousarray(value.codes))
@@ -46,6 +43,11 @@ def matrix(value: Weight, dtype: str) -> Weight:
             value = value if value.block == BLOCK else value.in_blocks(BLOCK)
             codes, scale = np.ascontiguousarray(value.codes), np.ascontiguousarray(value.scale)
             return replace(value, codes=codes, scale=scale)
+    elif not isinstance(value, np.ndarray):
+        from refengine.spec.blocks import Blocks  # only a GGUF file has them
+
+        if isinstance(value, Blocks) and value.kind in BLOCKS:
+            return replace(value, data=np.ascontiguousarray(value.data))
     if not isinstance(value, np.ndarray):  # a kind without a loop, or a cut within a block
         value = value.dequantize(NARROW.get(dtype, np.dtype(np.float32)))
     if dtype in NARROW and value.dtype != NARROW[dtype]:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from refengine.checkpoint.generation_config import generation_config
-from refengine.checkpoint.gguf import open_parts
 from refengine.checkpoint.locate import locate
 from refengine.checkpoint.match import (
     by_name,
@@ -78,6 +77,8 @@ class Checkpoint:
     @classmethod
     def _of_gguf(cls, path: Path) -> Checkpoint:
         """Return the model in a GGUF file; sentences speak of its metadata in place of config.json."""
+        from refengine.checkpoint.gguf import open_parts
+
         notes: list[str] = []
         try:
             hf, files, found = open_parts(path)

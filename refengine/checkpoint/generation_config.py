@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from refengine.checkpoint.gguf import metadata
-from refengine.checkpoint.gguf.texts import generation_json
 from refengine.spec.config import InputError
 from refengine.untrusted import read_json
 
@@ -18,6 +16,9 @@ NAME = "generation_config.json"
 def generation_config(directory: Path) -> tuple[dict, list[str]]:
     """Return what generation_config.json holds, and notes; one that is absent or not JSON holds nothing."""
     if directory.is_file():
+        from refengine.checkpoint.gguf import metadata
+        from refengine.checkpoint.gguf.texts import generation_json
+
         return generation_json(metadata(directory)), []
     path = directory / NAME
     if not path.exists():

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from refengine.checkpoint.gguf.file import MAGIC
-from refengine.checkpoint.gguf.parts import candidates
 from refengine.checkpoint.hub import NAME, cache_directory, cached, revisions, snapshot
 from refengine.spec.config import InputError
 from refengine.untrusted import unreadable
@@ -47,6 +45,8 @@ def locate(model: str | Path) -> Path:
         raise unreadable(path, error) from None
     if any(name.endswith(".safetensors") for name in names):
         return path
+    from refengine.checkpoint.gguf.parts import candidates
+
     models = candidates(names)
     if len(models) == 1:
         return path / models[0]
@@ -59,7 +59,7 @@ def is_gguf(path: Path) -> bool:
         return True
     try:
         with open(path, "rb") as file:
-            return file.read(4) == MAGIC
+            return file.read(4) == b"GGUF"
     except OSError:
         return False
 

@@ -12,17 +12,19 @@ names a tensor that it describes as another kind.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from refengine.checkpoint.gguf.stored import Altered, StoredBlocks
 from refengine.checkpoint.names import canonical, is_ours
 from refengine.checkpoint.safetensors_file import MappedFile, Stored
 from refengine.spec.arrays import DTYPES
 from refengine.spec.config import InputError
 from refengine.spec.quant import Packed
 from refengine.untrusted import shown
+
+if TYPE_CHECKING:
+    from refengine.checkpoint.gguf.stored import Altered, StoredBlocks
 
 KINDS = ("NVFP4", "FP8", "MXFP8")
 SCALES = (".weight_scale", ".weight_scale_2", ".weight_scale_inv", ".input_scale", ".pre_quant_scale")
@@ -121,7 +123,7 @@ class StoredPacked(NamedTuple):
             at.release()
 
 
-AnyStored = Stored | StoredPacked | StoredBlocks | Altered
+AnyStored: TypeAlias = "Stored | StoredPacked | StoredBlocks | Altered"
 
 
 def _bytes(at: Stored) -> Any:

@@ -7,6 +7,7 @@ wrong, 130 Ctrl-C. A traceback is shown only with --debug.
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import io
 import os
@@ -97,7 +98,9 @@ OFF = ("", "0", "false", "no", "off")  # values of a variable that leave a flag 
 
 def main(args: list[str] | None = None) -> None:
     """Run a command, and leave with its exit code."""
-    args = sys.argv[1:] if args is None else args
+    if args is None:  # a process of its own: its imports make many objects, and next to no garbage
+        args = sys.argv[1:]
+        gc.set_threshold(50_000)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # it may have been closed
             stream.reconfigure(encoding="utf-8", errors="replace")

@@ -168,10 +168,13 @@ class Dtype(click.Choice):
 
 
 def dtype_of(model: str, backend: str) -> str:
-    """Return the dtype that --dtype auto means: that of Checkpoint.auto_dtype."""
+    """Return the dtype that --dtype auto means: that of Checkpoint.auto_dtype; `load` uses the file."""
     from refengine.checkpoint import Checkpoint
 
-    return Checkpoint.open(model).auto_dtype(backend)
+    opened = Checkpoint.open(model)
+    if context := click.get_current_context(silent=True):
+        context.meta["refengine.opened"] = model, opened
+    return opened.auto_dtype(backend)
 
 
 def with_dtype(command):
@@ -341,7 +344,8 @@ def load(tp: int, ep: int, pp: int, timeout: float, **how):
     if tp * ep * pp == launched().count == 1:
         import refengine
 
-        engine = refengine.load(**how)
+        name, opened = click.get_current_context().meta.pop("refengine.opened", (None, None))
+        engine = refengine.load(**how | ({"model": opened} if name == how["model"] else {}))
     else:
         from refengine.ranks.load import load as load_rank
 

@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Protocol
 
 from refengine.spec.config import InputError
@@ -99,6 +98,13 @@ class Tally:
             "drafted_by_position": self.drafted,
             "accepted_by_position": self.accepted,
         }
+
+
+def median(values: Sequence[float]) -> float:
+    """Return the middle value; statistics, with fractions and decimal, is imported when it is needed."""
+    import statistics
+
+    return statistics.median(values)
 
 
 class Waits(Protocol):

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from refengine.states.disk import Disk
 from refengine.states.state import State, of_generator, of_sampling
 
 if TYPE_CHECKING:
     from refengine.loop import Sequence as Running
     from refengine.runner import How, Runner
+    from refengine.states.disk import Disk
 
 
 @dataclass(eq=False)

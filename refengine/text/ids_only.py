@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from refengine.checkpoint.generation_config import generation_config
-from refengine.checkpoint.gguf import metadata
-from refengine.checkpoint.gguf.texts import has_tokenizer
 from refengine.spec.config import Config, InputError
 from refengine.text.tokenizer import Stream, Tokenizer, eos_ids, recommended
 
@@ -53,6 +51,9 @@ class IdsOnly(Tokenizer):
 def tokenizer_of(directory: Path, config: Config) -> Tokenizer:
     """Return the tokenizer of a checkpoint, or IdsOnly where it has no tokenizer.json."""
     if directory.is_file():
+        from refengine.checkpoint.gguf import metadata
+        from refengine.checkpoint.gguf.texts import has_tokenizer
+
         known = has_tokenizer(metadata(directory))
         return Tokenizer.load(directory, config) if known else IdsOnly(directory, config)
     path = directory / "tokenizer.json"

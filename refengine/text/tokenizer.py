@@ -16,8 +16,6 @@ from pathlib import Path
 import tokenizers
 
 from refengine.checkpoint.generation_config import generation_config
-from refengine.checkpoint.gguf import metadata
-from refengine.checkpoint.gguf.texts import tokenizer_json
 from refengine.spec.config import Config, InputError
 from refengine.spec.sample import Sampling
 from refengine.spec.tokenizer import BYTE_OF
@@ -135,6 +133,9 @@ def open_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 def rebuilt_tokenizer(path: Path) -> tokenizers.Tokenizer:
     """Return the tokenizer in a GGUF file; InputError if it has none or it cannot be rebuilt."""
+    from refengine.checkpoint.gguf import metadata
+    from refengine.checkpoint.gguf.texts import tokenizer_json
+
     if (text := tokenizer_json(path, metadata(path))) is None:
         raise InputError(f"{path} has no tokenizer")
     try:
