@@ -5,10 +5,10 @@ The standard library alone, because setup.py runs this file before anything is i
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterable
-from os import cpu_count
 from pathlib import Path
 
 KERNELS = Path(__file__).parent / "kernels"
@@ -22,7 +22,8 @@ LEVELS = {  # of a wheel: what the flags of the processor must have, the best fi
     "x86-64-v3": ("avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"),
     "x86-64": (),
 }
-PATIENCE = 300  # seconds that a compiler may take for a file
+PATIENCE = 300  # seconds that a compiler may take for a file, with a processor to itself
+LOOK = 5  # seconds after which the load of the machine is looked at again
 
 
 def sources() -> list[Path]:
@@ -40,12 +41,35 @@ def compiled(compiler: str, flags: Iterable[str], path: Path) -> None:
             [compiler, *FLAGS, *flags, "-c", str(source), "-o", made]
             for source, made in zip(sources(), objects, strict=True)
         ]
-        with ThreadPoolExecutor(cpu_count()) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(run, each))
         run([compiler, "-shared", "-pthread", *objects, "-o", str(whole)])
         whole.replace(path)
 
 
 def run(command: list[str]) -> None:
-    """Run a compiler; SubprocessError where it fails or takes too long."""
-    subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
+    """Run a compiler; SubprocessError where it fails or takes too long.
+
+    On a busy machine it may take longer, by as much as there is more work than processors.
+    """
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        left = float(PATIENCE)
+        while process.returncode is None:
+            step = min(left, LOOK)
+            try:
+                out, err = process.communicate(timeout=step)
+            except subprocess.TimeoutExpired:
+                left -= step / busy()
+                if left < 1e-3 * PATIENCE:
+                    process.kill()
+                    raise subprocess.TimeoutExpired(command, PATIENCE) from None
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command, out, err)
+
+
+def busy() -> float:
+    """Return how many processes there are to run for each processor, at least 1."""
+    try:
+        return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    except (AttributeError, OSError):  # a system that does not count them
+        return 1.0
