@@ -213,12 +213,11 @@ struct GGUF_NVFP4 {  // 4 scales, then 8 bytes for 16 columns, of which the low 
 };
 // Of modelopt: codes and scales lie apart, the scales of 16 columns each; an even column is the low half of its byte.
 struct NVFP4 {
+    static constexpr i64 COLUMNS = 64;
     static constexpr int OFFSET = 12;
     static constexpr bool LEAST = false, MIXED = true, SUMS = true;
-    static INLINE Columns read(const uint8_t* codes, const uint8_t* scales, i64 columns) {
-        uint8_t q[16] = {}, s[2] = {};
-        memcpy(q, codes, columns / 2), memcpy(s, scales, columns / 16);
-        const bytes h = nibbles(load<bytes16>(q));
+    static INLINE Columns read(const uint8_t* codes, const uint8_t* s) {
+        const bytes h = nibbles(load<bytes16>(codes));
         const bytes order =
             __builtin_shufflevector(h, h, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26,
                                     11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
@@ -247,47 +246,30 @@ void of_packed(i64 kind, F f) {
     }
 }
 
-template <class K>
-INLINE const uint8_t* block_of(const Matrix& w, i64 n, i64 row, i64 piece) {
-    return (const uint8_t*)w.at + (row * (n / K::COLUMNS) + piece / (K::COLUMNS / 32)) * K::BYTES;
-}
-
-// Columns 32 piece .. of a row.
-template <class K>
-INLINE Columns columns(const Matrix& w, i64 n, i64 row, i64 piece) {
-    return K::read(block_of<K>(w, n, row, piece), piece % (K::COLUMNS / 32));
-}
-template <>
-INLINE Columns columns<blocks::NVFP4>(const Matrix& w, i64 n, i64 row, i64 piece) {
-    const uint8_t* codes = (const uint8_t*)w.at + row * (n / 2) + 16 * piece;
-    const uint8_t* scales = w.scale + row * (n / 16) + 2 * piece;
-    return 32 * piece + 32 <= n ? blocks::NVFP4::read(codes, scales, 32) : blocks::NVFP4::read(codes, scales, 16);
-}
-
-// Codes 8 i .. 8 i + 7, less the offset.
-template <class K, int i>
+// Signed bytes 8 i .. 8 i + 7 as floats.
+template <int i>
 INLINE eight eight_of(bytes code) {
     eight_ints found;
 #ifdef INTEGERS
-    __m128i part = _mm256_extracti128_si256((__m256i)code, i / 2);
+    __m128i part = i < 2 ? _mm256_castsi256_si128((__m256i)code) : _mm256_extracti128_si256((__m256i)code, 1);
     if (i % 2) part = _mm_srli_si128(part, 8);
-    found = (eight_ints)(K::SUMS ? _mm256_cvtepu8_epi32(part) : _mm256_cvtepi8_epi32(part));
+    found = (eight_ints)_mm256_cvtepi8_epi32(part);
 #else
-    for (int j = 0; j < 8; j++) found[j] = K::SUMS ? code[8 * i + j] : (int8_t)code[8 * i + j];
+    for (int j = 0; j < 8; j++) found[j] = (int8_t)code[8 * i + j];
 #endif
-    return __builtin_convertvector(found - K::OFFSET, eight);
+    return __builtin_convertvector(found, eight);
 }
 
 template <class K>
 INLINE void write_out(const Columns& w, float factor, float* to) {
-    const float least = w.least * factor;
+    const float scale[2] = {w.scale[0] * factor, w.scale[K::MIXED] * factor}, least = w.least * factor;
+    const bytes code = K::OFFSET ? w.code - (uint8_t)K::OFFSET : w.code;
     auto part = [&](eight value, int i) __attribute__((always_inline)) {
-        value *= w.scale[i / 2] * factor;
+        value *= scale[i / 2];
         if (K::LEAST) value += least;
-        memcpy(to + 8 * i, &value, sizeof value);
+        store(to + 8 * i, value);
     };
-    part(eight_of<K, 0>(w.code), 0), part(eight_of<K, 1>(w.code), 1);
-    part(eight_of<K, 2>(w.code), 2), part(eight_of<K, 3>(w.code), 3);
+    part(eight_of<0>(code), 0), part(eight_of<1>(code), 1), part(eight_of<2>(code), 2), part(eight_of<3>(code), 3);
 }
 
 // 16 columns of MXFP8, whose scale is a power of two.
@@ -332,12 +314,23 @@ void dequantize(const Matrix& w, i64 n, i64 row, i64 from, i64 count, float* to)
     if (w.kind == MXFP8) return dequantize_mxfp8(w, n, row, from, count, to);
     of_packed(w.kind, [&](auto k) {
         typedef decltype(k) K;
-        i64 j = 0;
-        for (; j + 32 <= count; j += 32) write_out<K>(columns<K>(w, n, row, (from + j) / 32), w.factor, to + j);
-        if (j < count) {
-            float last[32];
-            write_out<K>(columns<K>(w, n, row, (from + j) / 32), w.factor, last);
-            memcpy(to + j, last, (count - j) * sizeof(float));
+        if constexpr (std::is_same<K, blocks::NVFP4>::value) {
+            const uint8_t *code = (const uint8_t*)w.at + (row * n + from) / 2, *scale = w.scale + (row * n + from) / 16;
+            for (; count >= 32; count -= 32, code += 16, scale += 2, to += 32)
+                write_out<K>(K::read(code, scale), w.factor, to);
+            if (count) {
+                uint8_t codes[16] = {}, scales[2] = {};
+                float last[32];
+                memcpy(codes, code, count / 2), memcpy(scales, scale, count / 16);
+                write_out<K>(K::read(codes, scales), w.factor, last);
+                memcpy(to, last, count * sizeof(float));
+            }
+        } else {
+            const uint8_t* block = (const uint8_t*)w.at + (row * n + from) / K::COLUMNS * K::BYTES;
+            for (; count > 0; count -= K::COLUMNS, block += K::BYTES)
+#pragma GCC unroll 8
+                for (i64 part = 0; part < K::COLUMNS / 32; part++, to += 32)
+                    write_out<K>(K::read(block, part), w.factor, to);
         }
     });
 }
@@ -353,12 +346,22 @@ bool float_products(const Matrix&, i64, i64, i64, const float* const*, i64, floa
 
 namespace {
 
-// 32 columns of x: x[j] = scale (65536 plane[0][j] + 256 plane[1][j] + plane[2][j]), in the order of the codes.
+// 32 columns of x: x[j] = scale (65536 plane[0][j] + 256 plane[1][j] + plane[2][j]), in the order of the codes. The
+// first of a pair, which share a scale, has in each lane the sum of eight columns of x, as the kind needs it.
 struct Integers {
     int8_t plane[3][32];
-    int32_t bias[8];   // the kind's offset times the sum of four columns
-    float scale, sum;  // sum: of the 32 columns
-    float unused[6];
+    union {
+        int32_t bias[8];   // times the offset of the codes
+        float sum[8];      // of x, for the least values
+    };
+    float scale, unused[7];
+};
+// 256 columns of x that share a scale.
+struct Wide {
+    int8_t plane[3][256];
+    int16_t sums[3][16];  // of 16 columns of each plane
+    float sum[8];         // of 32 columns of x
+    float scale, unused[7];
 };
 constexpr float LARGEST = 8355000;  // what three planes hold, and a little less
 
@@ -387,15 +390,13 @@ float scale_of(const float* x, i64 count) {
     return most < 1e-30f ? wrong : most / LARGEST + wrong;
 }
 
-void piece_of(const float* x, float scale, int offset, Integers& to) {
+// Write 32 columns of x as three planes `step` bytes apart; return the eight sums of four columns.
+INLINE __m256i planes_of(const float* x, float scale, int8_t* to, i64 step) {
     const __m256 up = _mm256_set1_ps(scale > 0 ? 1 / scale : 0);
     const __m256i low = _mm256_set1_epi32(255), round = _mm256_set1_epi32(128);
     __m256i v[4];
     for (int i = 0; i < 4; i++) v[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), up));
     const __m256i sums = in_order(_mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3])));
-    const __m256i bias = _mm256_mullo_epi32(sums, _mm256_set1_epi32(offset));
-    memcpy(to.bias, &bias, sizeof bias);
-    to.scale = scale, to.sum = added(_mm256_cvtepi32_ps(sums)) * scale;
     for (int plane = 2; plane >= 0; plane--) {
         __m256i digit[4];
         for (int i = 0; i < 4; i++) {
@@ -404,47 +405,164 @@ void piece_of(const float* x, float scale, int offset, Integers& to) {
         }
         const __m256i all =
             _mm256_packus_epi16(_mm256_packus_epi32(digit[0], digit[1]), _mm256_packus_epi32(digit[2], digit[3]));
-        const __m256i ordered = in_order(all);
-        memcpy(to.plane[plane], &ordered, sizeof ordered);
+        _mm256_storeu_si256((__m256i*)(to + plane * step), in_order(all));
     }
+    return sums;
+}
+
+// 64 columns whose codes have this offset; sums of x where it is negative.
+void pair_of(const float* first, const float* second, float scale, int offset, Integers* to) {
+    const __m256i sums = _mm256_add_epi32(planes_of(first, scale, to[0].plane[0], 32),
+                                          planes_of(second, scale, to[1].plane[0], 32));
+    const __m256i bias = _mm256_mullo_epi32(sums, _mm256_set1_epi32(offset));
+    const __m256 sum = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), _mm256_set1_ps(scale));
+    if (offset < 0) memcpy(to->sum, &sum, sizeof sum);
+    else memcpy(to->bias, &bias, sizeof bias);
+    to->scale = scale;
+}
+
+void wide_of(const float* x, Wide& to) {
+    to.scale = scale_of(x, 256);
+    for (int i = 0; i < 8; i++) {
+        const __m256i sums = planes_of(x + 32 * i, to.scale, to.plane[0] + 32 * i, 256);
+        to.sum[i] = added(_mm256_cvtepi32_ps(sums)) * to.scale;
+    }
+    for (int plane = 0; plane < 3; plane++)
+        for (int i = 0; i < 16; i++) {
+            int sum = 0;
+            for (int j = 0; j < 16; j++) sum += to.plane[plane][16 * i + j];
+            to.sums[plane][i] = sum;
+        }
 }
 
 // acc += scale (the sums of products of codes with x), exact but for the last step.
+template <bool BIAS>
 INLINE __m256 multiplied(__m256i high, __m256i middle, __m256i low, const Integers& x, __m256 scale, __m256 acc) {
     const __m256i ones = _mm256_set1_epi16(1), up = _mm256_set1_epi16(256);
     const __m256i upper = _mm256_add_epi32(_mm256_madd_epi16(high, up), _mm256_madd_epi16(middle, ones));
-    const __m256i lower = _mm256_sub_epi32(_mm256_madd_epi16(low, ones), load8(x.bias));
+    __m256i lower = _mm256_madd_epi16(low, ones);
+    if (BIAS) lower = _mm256_sub_epi32(lower, load8(x.bias));
     const __m256i sum = _mm256_add_epi32(_mm256_slli_epi32(upper, 8), lower);
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(scale, _mm256_set1_ps(x.scale)), acc);
 }
+template <bool BIAS>
+INLINE __m256 multiplied(__m256i first, __m256i second, const Integers* x, __m256 scale, __m256 acc) {
+    __m256i plane[3];
+    for (int i = 0; i < 3; i++)
+        plane[i] = _mm256_add_epi16(_mm256_maddubs_epi16(first, load8(x[0].plane[i])),
+                                    _mm256_maddubs_epi16(second, load8(x[1].plane[i])));
+    return multiplied<BIAS>(plane[0], plane[1], plane[2], x[0], scale, acc);
+}
 
-// out[r] = x[r] . w[row]
+// Numbers of two blocks, four times each; they are float16 at a and b.
+INLINE __m256 halves_of(const uint8_t* a, const uint8_t* b) {
+    const __m128i both = _mm_insert_epi16(_mm_cvtsi32_si128(load<uint16_t>(a)), load<uint16_t>(b), 1);
+    return _mm256_cvtph_ps(_mm_shuffle_epi8(both, _mm_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3)));
+}
+
+// Two blocks of 32 columns at a and b: in `first` the first 16 codes of both, in `second` the others.
+template <class K>
+INLINE void codes_of_two(const uint8_t* a, const uint8_t* b, __m256i& first, __m256i& second) {
+    constexpr i64 at = K::BYTES - 16;
+    const __m256i q = _mm256_loadu2_m128i((const __m128i*)(b + at), (const __m128i*)(a + at));
+    const __m256i low = _mm256_set1_epi8(15);
+    first = _mm256_and_si256(q, low), second = _mm256_and_si256(_mm256_srli_epi16(q, 4), low);
+    if constexpr (std::is_same<K, blocks::MXFP4>::value)
+        first = _mm256_shuffle_epi8((__m256i)twice(E2M1), first),
+        second = _mm256_shuffle_epi8((__m256i)twice(E2M1), second);
+    if constexpr (K::BYTES >= 22) {  // fifth bits, before the others
+        const uint8_t *of_a = a + at - 4, *of_b = b + at - 4;
+        const __m128i bits = _mm_insert_epi32(_mm_cvtsi32_si128(load<int32_t>(of_a)), load<int32_t>(of_b), 1);
+        const __m256i all = _mm256_permute4x64_epi64(_mm256_castsi128_si256(_mm_shuffle_epi32(bits, 0x50)), 0x50);
+        const __m256i bit = _mm256_set1_epi64x(0x8040201008040201), sixteen = _mm256_set1_epi8(16);
+        const __m256i each = _mm256_setr_epi64x(0, 0x0101010101010101, 0, 0x0101010101010101);
+        auto fifth = [&](__m256i each) __attribute__((always_inline)) {
+            const __m256i found = _mm256_and_si256(_mm256_shuffle_epi8(all, each), bit);
+            return _mm256_and_si256(_mm256_cmpeq_epi8(found, bit), sixteen);
+        };
+        first = _mm256_or_si256(first, fifth(each));
+        second = _mm256_or_si256(second, fifth(_mm256_add_epi8(each, _mm256_set1_epi8(2))));
+    }
+}
+
+// out[r] = x[r] . w[row], of blocks of 32 columns, two at a time
 template <class K, int R>
-void dots(const Matrix& w, i64 n, i64 row, const Integers* const* x, float* out) {
+void dots_of_32(const Matrix& w, i64 n, i64 row, const Integers* const* x, float* out) {
     __m256 acc[R] = {};
-    float least[R] = {};
-    const i64 step = K::COLUMNS / 32;
-    const uint8_t* block = block_of<K>(w, n, row, 0);
-    for (i64 p = 0; p < n / 32; block += K::BYTES) {
-        _mm_prefetch((const char*)block + 1024, _MM_HINT_T0);
-        if (K::BYTES > 64)
-            for (i64 line = 64; line < K::BYTES; line += 64) _mm_prefetch((const char*)block + 1024 + line, _MM_HINT_T0);
+    const uint8_t* a = (const uint8_t*)w.at + row * (n / 32) * K::BYTES;
+    for (i64 p = 0; p < n / 32; p += 2, a += 2 * K::BYTES) {
+        _mm_prefetch((const char*)a + 1024, _MM_HINT_T0);
+        const uint8_t* b = p + 1 < n / 32 ? a + K::BYTES : a;  // of a last block without another, x is 0
+        __m256i first, second;
+        codes_of_two<K>(a, b, first, second);
+        __m256 scale;
+        if constexpr (std::is_same<K, blocks::MXFP4>::value)
+            scale = _mm256_set_m128(_mm_set1_ps(blocks::HALF_POWERS[b[0]]), _mm_set1_ps(blocks::HALF_POWERS[a[0]]));
+        else
+            scale = halves_of(a, b);
+        for (int r = 0; r < R; r++) {
+            acc[r] = multiplied<!K::LEAST>(first, second, x[r] + p, scale, acc[r]);
+            if (K::LEAST) acc[r] = _mm256_fmadd_ps(halves_of(a + 2, b + 2), _mm256_loadu_ps(x[r][p].sum), acc[r]);
+        }
+    }
+    for (int r = 0; r < R; r++) out[r] = added(acc[r]) * w.factor;
+}
+
+// The eight scales and least values of q4_k and q5_k, of 6 bits each, as 16-bit integers.
+INLINE void sixes(const uint8_t* s, __m128i& scale, __m128i& least) {
+    const uint32_t a = load<uint32_t>(s), b = load<uint32_t>(s + 4), c = load<uint32_t>(s + 8);
+    const uint32_t scales = (c & 0x0f0f0f0f) | (a >> 6 & 0x03030303) << 4;
+    const uint32_t leasts = (c >> 4 & 0x0f0f0f0f) | (b >> 6 & 0x03030303) << 4;
+    scale = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((a & 0x3f3f3f3f) | (uint64_t)scales << 32));
+    least = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((b & 0x3f3f3f3f) | (uint64_t)leasts << 32));
+}
+
+// The same of blocks of 256 columns. Their scales are integers too, so that sums are exact within a block.
+template <class K, int R>
+void dots_of_256(const Matrix& w, i64 n, i64 row, const Wide* const* x, float* out) {
+    __m256 acc[R] = {};
+    const uint8_t* b = (const uint8_t*)w.at + row * (n / 256) * K::BYTES;
+    for (i64 p = 0; p < n / 256; p++, b += K::BYTES) {
+        for (i64 line = 0; line < K::BYTES; line += 64) _mm_prefetch((const char*)b + 1024 + line, _MM_HINT_T0);
+        __m256i sum[R][3] = {}, scales;  // scales: of a part in a pair of 16-bit numbers of each lane
+        __m128i scale, least;
+        if (K::MIXED)
+            scales = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(b + 192)));
+        else
+            sixes(b + 4, scale, least), scales = _mm256_broadcastsi128_si256(scale);
+        alignas(32) int16_t kept[16];
+        _mm256_store_si256((__m256i*)kept, scales);
 #pragma GCC unroll 8
-        for (i64 part = 0; part < step; part++, p++) {
-            const Columns c = K::read(block, part);
-            const __m256i code = (__m256i)c.code;
-            __m256 scale = _mm256_set1_ps(c.scale[0]);
-            if (K::MIXED) scale = _mm256_insertf128_ps(scale, _mm_set1_ps(c.scale[1]), 1);
-            for (int r = 0; r < R; r++) {
-                const Integers& here = x[r][p];
-                acc[r] = multiplied(_mm256_maddubs_epi16(code, load8(here.plane[0])),
-                                    _mm256_maddubs_epi16(code, load8(here.plane[1])),
-                                    _mm256_maddubs_epi16(code, load8(here.plane[2])), here, scale, acc[r]);
-                if (K::LEAST) least[r] += c.least * here.sum;
+        for (i64 part = 0; part < 8; part++) {
+            const __m256i code = (__m256i)K::read(b, part).code;
+            __m256i each = _mm256_set1_epi16(kept[K::MIXED ? 2 * part : part]);
+            if (K::MIXED) each = _mm256_inserti128_si256(each, _mm_set1_epi16(kept[2 * part + 1]), 1);
+            for (int r = 0; r < R; r++)
+                for (int i = 0; i < 3; i++)
+                    sum[r][i] = _mm256_add_epi32(
+                        sum[r][i],
+                        _mm256_madd_epi16(_mm256_maddubs_epi16(code, load8(x[r][p].plane[i] + 32 * part)), each));
+        }
+        for (int r = 0; r < R; r++) {
+            const Wide& here = x[r][p];
+            if (K::OFFSET)
+                for (int i = 0; i < 3; i++) {
+                    const __m256i sums = _mm256_madd_epi16(load8(here.sums[i]), scales);
+                    sum[r][i] = _mm256_sub_epi32(sum[r][i], _mm256_mullo_epi32(sums, _mm256_set1_epi32(K::OFFSET)));
+                }
+            __m256 all = _mm256_cvtepi32_ps(sum[r][2]);
+            all = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][1]), _mm256_set1_ps(256), all);
+            all = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][0]), _mm256_set1_ps(65536), all);
+            const float d = half_at(b + (K::MIXED ? 208 : 0));
+            acc[r] = _mm256_fmadd_ps(all, _mm256_set1_ps(d * here.scale), acc[r]);
+            if (K::LEAST) {
+                const __m256 parts = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(least));
+                acc[r] = _mm256_fnmadd_ps(_mm256_mul_ps(parts, _mm256_set1_ps(half_at(b + 2))),
+                                          _mm256_loadu_ps(here.sum), acc[r]);
             }
         }
     }
-    for (int r = 0; r < R; r++) out[r] = (added(acc[r]) + least[r]) * w.factor;
+    for (int r = 0; r < R; r++) out[r] = added(acc[r]) * w.factor;
 }
 
 // The same for both forms of NVFP4: 64 columns at a time, of which the low halves of the bytes are one piece of x and
@@ -467,14 +585,7 @@ void dots_of_nvfp4(const Matrix& w, i64 n, i64 row, const Integers* const* x, fl
             s = _mm_andnot_si128(_mm_cmpeq_epi8(s, _mm_set1_epi8(0x7f)), s);
         }
         const __m256 each = _mm256_cvtph_ps(_mm_srli_epi16(_mm_shuffle_epi8(s, spread), 1));
-        for (int r = 0; r < R; r++) {
-            const Integers *a = x[r] + p, *b = a + 1;
-            __m256i plane[3];
-            for (int i = 0; i < 3; i++)
-                plane[i] = _mm256_add_epi16(_mm256_maddubs_epi16(first, load8(a->plane[i])),
-                                            _mm256_maddubs_epi16(second, load8(b->plane[i])));
-            acc[r] = multiplied(plane[0], plane[1], plane[2], *a, each, acc[r]);
-        }
+        for (int r = 0; r < R; r++) acc[r] = multiplied<true>(first, second, x[r] + p, each, acc[r]);
     };
     i64 p = 0;
     for (; 32 * p + 64 <= n; p += 2, codes += codes_step, scales += scales_step) {
@@ -493,17 +604,17 @@ void dots_of_nvfp4(const Matrix& w, i64 n, i64 row, const Integers* const* x, fl
 template <class K, int R>
 void float_dots(const Matrix& w, i64 n, i64 row, const float* const* x, float* out) {
     eight acc[R] = {};
-    const uint8_t* block = block_of<K>(w, n, row, 0);
+    const uint8_t* block = (const uint8_t*)w.at + row * (n / 32) * K::BYTES;
     for (i64 j = 0; j < n; j += 32, block += K::BYTES) {
         _mm_prefetch((const char*)block + 1024, _MM_HINT_T0);
-        const Columns c = K::read(block, 0);
-        const eight w0 = eight_of<K, 0>(c.code), w1 = eight_of<K, 1>(c.code), w2 = eight_of<K, 2>(c.code);
-        const eight w3 = eight_of<K, 3>(c.code);
+        const bytes code = K::read(block, 0).code;
+        const eight w0 = eight_of<0>(code), w1 = eight_of<1>(code), w2 = eight_of<2>(code), w3 = eight_of<3>(code);
+        const float scale = half_at(block);
         for (int r = 0; r < R; r++) {
             const float* at = x[r] + j;
             const eight a = load<eight>(at) * w0 + load<eight>(at + 8) * w1;
             const eight b = load<eight>(at + 16) * w2 + load<eight>(at + 24) * w3;
-            acc[r] += (a + b) * c.scale[0];
+            acc[r] += (a + b) * scale;
         }
     }
     for (int r = 0; r < R; r++) out[r] = added((__m256)acc[r]) * w.factor;
@@ -533,47 +644,55 @@ void float_dots(const Matrix& w, i64 n, i64 row, const float* const* x, float* o
 }
 
 template <int R>
-void dots(const Matrix& w, i64 n, i64 row, const Integers* const* x, float* out) {
-    if (w.kind == NVFP4) return dots_of_nvfp4<true, R>(w, n, row, x, out);
-    if (w.kind == GGUF_NVFP4) return dots_of_nvfp4<false, R>(w, n, row, x, out);
+void dots(const Matrix& w, i64 n, i64 row, const float* const* x, float* out) {
     of_packed(w.kind, [&](auto k) {
         typedef decltype(k) K;
-        if constexpr (K::SUMS && !std::is_same<K, blocks::NVFP4>::value && !std::is_same<K, blocks::GGUF_NVFP4>::value)
-            dots<K, R>(w, n, row, x, out);
+        if constexpr (std::is_same<K, blocks::NVFP4>::value || std::is_same<K, blocks::GGUF_NVFP4>::value)
+            dots_of_nvfp4<std::is_same<K, blocks::NVFP4>::value, R>(w, n, row, (const Integers* const*)x, out);
+        else if constexpr (K::SUMS && K::COLUMNS == 32)
+            dots_of_32<K, R>(w, n, row, (const Integers* const*)x, out);
+        else if constexpr (K::SUMS)
+            dots_of_256<K, R>(w, n, row, (const Wide* const*)x, out);
     });
 }
 
-bool in_pairs(i64 kind) { return kind == NVFP4 || kind == GGUF_NVFP4; }
+// f(columns of x that share a scale, offset) of a kind whose rows of x become integers; offset -1: sums of x
+template <class F>
+void of_integers(i64 kind, F f) {
+    if (kind != MXFP8)
+        of_packed(kind, [&](auto k) {
+            typedef decltype(k) K;
+            if constexpr (K::SUMS) f(K::COLUMNS == 256 ? 256 : 64, K::LEAST ? -1 : K::OFFSET);
+        });
+}
 
 }  // namespace
 
 i64 integers_room(i64 kind, i64 n) {
-    bool sums = false;
-    if (kind != MXFP8) of_packed(kind, [&](auto k) { sums = decltype(k)::SUMS; });
-    return sums ? (n + 63) / 64 * 2 * sizeof(Integers) / sizeof(float) : 0;
+    i64 found = 0;
+    of_integers(kind, [&](i64 columns, int) {
+        found = columns == 256 ? n / 256 * sizeof(Wide) : (n + 63) / 64 * 2 * sizeof(Integers);
+    });
+    return found / sizeof(float);
 }
 
 void to_integers(i64 kind, const float* x, i64 n, float* to) {
-    Integers* piece = (Integers*)to;
-    if (in_pairs(kind)) {
+    of_integers(kind, [&](i64 columns, int offset) {
+        if (columns == 256) {
+            for (i64 i = 0; i < n / 256; i++) wide_of(x + 256 * i, ((Wide*)to)[i]);
+            return;
+        }
+        Integers* piece = (Integers*)to;
         for (i64 from = 0; from < n; from += 64, piece += 2) {
             float here[64] = {}, parts[2][32];
-            const i64 count = std::min<i64>(64, n - from);
-            memcpy(here, x + from, count * sizeof(float));
-            const float scale = scale_of(here, 64);
-            if (kind == NVFP4)
-                for (int j = 0; j < 32; j++) parts[0][j] = here[2 * j], parts[1][j] = here[2 * j + 1];
-            else
-                for (int j = 0; j < 32; j++)
-                    parts[0][j] = here[j / 8 * 16 + j % 8], parts[1][j] = here[j / 8 * 16 + j % 8 + 8];
-            for (int i = 0; i < 2; i++) piece_of(parts[i], scale, blocks::NVFP4::OFFSET, piece[i]);
-            for (int i = 0; i < 8; i++) piece[0].bias[i] = (uint32_t)piece[0].bias[i] + (uint32_t)piece[1].bias[i];
+            memcpy(here, x + from, std::min<i64>(64, n - from) * sizeof(float));
+            for (int j = 0; j < 32; j++) {
+                const int at = kind == NVFP4 ? 2 * j : kind == GGUF_NVFP4 ? j / 8 * 16 + j % 8 : j / 16 * 32 + j % 16;
+                parts[0][j] = here[at], parts[1][j] = here[at + (kind == NVFP4 ? 1 : kind == GGUF_NVFP4 ? 8 : 16)];
+            }
+            pair_of(parts[0], parts[1], scale_of(here, 64), offset, piece);
         }
-        return;
-    }
-    int offset = 0;
-    of_packed(kind, [&](auto k) { offset = decltype(k)::OFFSET; });
-    for (i64 from = 0; from < n; from += 32, piece++) piece_of(x + from, scale_of(x + from, 32), offset, *piece);
+    });
 }
 
 namespace {
@@ -581,8 +700,8 @@ namespace {
 constexpr i64 TOGETHER = 4;  // rows that share what is read of the weights
 
 // sums[r][o], by calls dot(rows, row of w, x, out)
-template <class X, class Dot>
-void each_product(i64 first, i64 outs, const X* const* x, i64 rows, float* sums, Dot dot) {
+template <class Dot>
+void each_product(i64 first, i64 outs, const float* const* x, i64 rows, float* sums, Dot dot) {
     for (i64 o = 0; o < outs; o++)
         for (i64 at = 0; at < rows; at += TOGETHER) {
             float out[TOGETHER];
@@ -595,15 +714,14 @@ void each_product(i64 first, i64 outs, const X* const* x, i64 rows, float* sums,
 }  // namespace
 
 void integer_products(const Matrix& w, i64 n, i64 first, i64 outs, const float* const* x, i64 rows, float* sums) {
-    each_product(first, outs, (const Integers* const*)x, rows, sums,
-                 [&](i64 here, i64 row, const Integers* const* at, float* out) {
-                     switch (here) {
-                         case 1: return dots<1>(w, n, row, at, out);
-                         case 2: return dots<2>(w, n, row, at, out);
-                         case 3: return dots<3>(w, n, row, at, out);
-                         default: return dots<4>(w, n, row, at, out);
-                     }
-                 });
+    each_product(first, outs, x, rows, sums, [&](i64 here, i64 row, const float* const* at, float* out) {
+        switch (here) {
+            case 1: return dots<1>(w, n, row, at, out);
+            case 2: return dots<2>(w, n, row, at, out);
+            case 3: return dots<3>(w, n, row, at, out);
+            default: return dots<4>(w, n, row, at, out);
+        }
+    });
 }
 
 bool float_products(const Matrix& w, i64 n, i64 first, i64 outs, const float* const* x, i64 rows, float* sums) {

@@ -1,7 +1,7 @@
 // Packed weights: codes of 4 to 8 bits, and scales of blocks of columns, as they lie in the files.
 //
-// Few rows of x are multiplied with the codes themselves. A row becomes integers of 24 bits with a scale for each 32 or
-// 64 columns, in three planes of signed bytes, because products of unsigned and signed bytes are the fastest
+// Few rows of x are multiplied with the codes themselves. A row becomes integers of 24 bits with a scale for each 64 or
+// 256 columns, in three planes of signed bytes, because products of unsigned and signed bytes are the fastest
 // that AVX2 has. Sums within a block are exact, so the product is as exact as one in float32. More rows, and
 // kinds and processors without such a loop, take tiles of weights that are dequantized in cache.
 #pragma once
