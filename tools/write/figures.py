@@ -21,7 +21,7 @@ KINDS = {"M": ("M", "Mamba-2"), "*": ("A", "attention"), "E": ("E", "experts")}
 def stack(cfg: Config = NANO, count: int = 13) -> Drawing:
     """Draw the first layers of Nano, and what each kind remembers."""
     d = Drawing(f"The first {count} of Nano's {len(cfg.layers)} layers")
-    d.box(20, 10, 170, 28, f"embedding, {cfg.hidden_size} wide", kind="H")
+    d.box(20, 10, 170, 28, f"embedding: {cfg.hidden_size}", kind="H")
     y = 38
     S, kv = (cfg.mamba_num_heads, cfg.mamba_head_dim, cfg.ssm_state_size), cfg.num_key_value_heads
     chosen = f"{cfg.num_experts_per_tok} of {cfg.n_routed_experts} experts a token, and a shared one"
@@ -148,8 +148,8 @@ def latent(cfg: Config = SUPER) -> Drawing:
         140,
         64,
         "router",
-        f"{full} -> {cfg.n_routed_experts} scores",
-        f"the best {cfg.num_experts_per_tok}",
+        f"{full} -> {cfg.n_routed_experts}",
+        f"scores, best {cfg.num_experts_per_tok}",
         kind="H",
     )
     d.box(170, 62, 140, 48, "fc1_latent_proj", f"{full} -> {narrow}", kind="E")
