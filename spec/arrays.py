@@ -10,6 +10,10 @@
 An activation is `b l d`. A decode step has `l = 1`; a prompt may be read in calls of any `l`. Rows
 of a batch may have different lengths: `lengths[b]` is the number of real positions among the `l` of each row
 (None: all). `'` is the transpose of a matrix.
+
+A shape in a signature, as in Float[Array, "*b d"], is checked by the tests and ignored otherwise; `*b`
+stands for any number of axes. A comment at the end of a line, as in `# b l d`, is the shape of the array
+that the line makes.
 """
 
 from __future__ import annotations

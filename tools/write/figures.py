@@ -126,7 +126,7 @@ def chunk(length: int = 6) -> Drawing:
     y = top + length * side + 26
     d.text(10, y, "The triangle is a masked matrix product,")
     d.text(10, y + 20, "as in attention, without a softmax.")
-    d.text(10, y + 44, "The state holds all that came before the chunk.")
+    d.text(10, y + 44, "The state sums up everything before the chunk.")
     d.text(10, y + 64, "It is updated once:")
     d.text(10, y + 86, "S <- decay(whole chunk) S", kind="code small")
     d.text(10, y + 104, "     + sum over s of decay(s to end) dt[s] x[s] B[s]'", kind="code small")
@@ -161,7 +161,7 @@ def latent(cfg: Config = SUPER) -> Drawing:
     d.box(170, 152, 140, 84, f"{cfg.num_experts_per_tok} of {cfg.n_routed_experts} experts",
           f"{narrow} -> {cfg.moe_intermediate_size}", "relu squared", f"-> {narrow}", kind="E")  # fmt: skip
     d.line((240, 236), (240, 262))
-    d.box(150, 262, 180, 30, "weighted sum of experts", kind="none")
+    d.box(150, 262, 180, 30, "sum, by their weights", kind="none")
     d.line((240, 292), (240, 314))
     d.box(170, 314, 140, 48, "fc2_latent_proj", f"{narrow} -> {full}", kind="E")
     d.line((240, 362), (240, 386))
@@ -180,7 +180,7 @@ def nvfp4() -> Drawing:
         x = 10 + 156 * block
         d.box(x, 32, 148, 34, "16 codes, 8 bytes", kind="M")
         d.line((x + 74, 66), (x + 74, 84), arrow=False)
-        d.box(x, 84, 148, 30, "scale, 1 byte, E4M3", kind="E")
+        d.box(x, 84, 148, 30, "scale: E4M3 byte", kind="E")
     d.line((240, 114), (240, 130), arrow=False)
     d.box(130, 130, 220, 30, "global scale, float32, one", kind="S")
     d.text(10, 188, "a byte holds two neighbours; the low half is the even column:")
@@ -213,8 +213,8 @@ def prediction() -> Drawing:
     rows = [
         ("draft", "the head guesses a, b, c, one after another", "S"),
         ("verify", "the trunk reads t, a, b, c in one call", "M"),
-        ("accept", "a and b are what it would have written, c is not", "H"),
-        ("commit", "states go on by 3 of the 4 positions (t, a, b), by replay", "M"),
+        ("accept", "a and b equal its own choices, c does not", "H"),
+        ("commit", "states advance by 3 of 4 positions (t, a, b): replay", "M"),
         ("next", "the token in place of c comes from the logits after b", "E"),
     ]
     for number, (name, words, kind) in enumerate(rows):
@@ -227,7 +227,7 @@ def prediction() -> Drawing:
 def ranks() -> Drawing:
     """Draw which part of a model each of two ranks holds, under tp, ep and pp."""
     d = Drawing("Which part of a model each of two ranks holds")
-    columns = [("--tp 2", "heads and widths", "are cut"), ("--ep 2", "experts are dealt out;", "prompts too"),
+    columns = [("--tp 2", "heads and widths", "are cut"), ("--ep 2", "experts and", "prompts are divided"),
                ("--pp 2", "layers are cut", "in two")]  # fmt: skip
     for n, (name, *words) in enumerate(columns):
         x = 10 + 158 * n
@@ -272,7 +272,7 @@ def slots() -> Drawing:
     d.box(62, 178, 30, 22, kind="E")
     d.text(100, 194, "a chunk of its prompt is read", kind="small")
     d.box(62, 206, 30, 22, kind="M")
-    d.text(100, 222, "a token is fed and drawn", kind="small")
+    d.text(100, 222, "a token is read, and the next one drawn", kind="small")
     return d
 
 
@@ -280,7 +280,7 @@ def saved(cfg: Config = NANO) -> Drawing:
     """Draw what the file of a saved state holds."""
     d = Drawing("What the file of a saved state holds")
     d.box(10, 10, 460, 62, "header: fingerprint of the model, version of the layout,",
-          "token ids, position, dtypes, how it draws, checksum", kind="H")  # fmt: skip
+          "token ids, position, dtypes, sampling, checksum", kind="H")  # fmt: skip
     S = cfg.mamba_num_heads, cfg.mamba_head_dim, cfg.ssm_state_size
     size = 4 * S[0] * S[1] * S[2] + 4 * (cfg.conv_kernel - 1) * cfg.conv_dim
     kv = 4 * cfg.num_key_value_heads * cfg.head_dim
