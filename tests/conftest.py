@@ -3,21 +3,28 @@
     pytest -m "not slow"    quick: aims at 3 minutes on two quiet cores
     pytest                  default: aims at 10 minutes
     pytest --thorough       all: also the tests marked `thorough`, as .ci/run does
+    pytest --hunt 10        ten times the examples, new ones in each run; all other runs draw the same ones
 
-`HYPOTHESIS_PROFILE=thorough pytest` draws many more and new cases; the default draws the same few each time.
+`tests/support/tries.py` chooses the number of examples by the tier.
 A backend joins the laws and the recorded vectors by one line in `tests/support/benches.py`.
 """
 
 import os
 import signal
+import sys
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+EXAMPLES = 12  # of a law, unless its test has its own number
 COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-settings.register_profile("default", max_examples=12, derandomize=True, database=None, **COMMON)
-settings.register_profile("thorough", max_examples=200, **COMMON)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+SAME = dict(max_examples=EXAMPLES, derandomize=True, database=None)
+settings.register_profile("default", **SAME, **COMMON)
+settings.register_profile("thorough", **SAME, **COMMON)
+settings.load_profile("default")
+
+sys.dont_write_bytecode = False  # hundreds of processes start; each would compile all modules again
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -27,6 +34,16 @@ if (
 
 def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true", help="run the tests marked thorough too")
+    parser.addoption("--hunt", type=int, metavar="N", help="N times the examples, new ones in each run")
+
+
+def pytest_configure(config):
+    """Choose the profile before the tests are imported: they read the number of examples from it."""
+    if times := config.getoption("--hunt"):
+        settings.register_profile("hunt", max_examples=times * EXAMPLES, print_blob=True, **COMMON)
+        settings.load_profile("hunt")
+    elif config.getoption("--thorough"):
+        settings.load_profile("thorough")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,19 +1,20 @@
 """Whatever happens to a file, opening it works or is refused in one line: no traceback, no wait, no memory.
 
-A good checkpoint is damaged in a few places, at random, others in each run; Hypothesis shrinks what fails and
-prints how to run it again. Where a file is accepted, all of it can be read, and `safetensors` accepts it.
+A good checkpoint is damaged in a few places, the same in each run, new ones with `--hunt`; Hypothesis shrinks
+what fails. Where a file is accepted, all of it can be read, and `safetensors` accepts it.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import time
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
@@ -22,10 +23,12 @@ from refengine.checkpoint.safetensors_file import SafetensorsFile
 from refengine.conformance.cases import Case
 from refengine.spec.config import InputError
 from tests.support.checkpoints import join, parts, random_checkpoint
+from tests.support.tries import tries
 
 resource = pytest.importorskip("resource")
 CFG = Case(layers="ME*", mtp_layers="-", n_routed_experts=4).cfg
 MEMORY = 256 * 2**20  # bytes that all of it together may take
+SECONDS = 10  # of a processor, that one file may take
 
 TOKENS = [b"0", b"-", b"e9", b"9" * 30, b'"', b"\\", b"{", b"[", b"}", b"]", b",", b"[[", b"null", b"\0" * 8]
 ASCII = st.from_regex(rb"[ -~]{1,8}", fullmatch=True)
@@ -41,12 +44,6 @@ OBJECTS = partial(st.dictionaries, st.sampled_from("ab"), max_size=2)
 VALUES = PLAIN | st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | OBJECTS(inner))
 CHANGE = st.tuples(st.sampled_from(["set", "rename", "delete", "nest", "swap"]), WHERE, VALUES)
 CHANGES = st.lists(CHANGE, min_size=1, max_size=3)
-
-
-def fuzz(times: int):
-    """So many times the examples of the profile, which are 10 by default."""
-    examples = times * settings.default.max_examples
-    return settings(max_examples=examples, derandomize=False, deadline=10_000, print_blob=True)
 
 
 def edited(raw: bytes, edits, start: int = 0) -> bytes:
@@ -102,6 +99,7 @@ def places(value) -> list[tuple]:
 
 
 def works_or_is_refused(directory: Path) -> None:
+    began = time.process_time()
     try:
         with Checkpoint.open(directory) as checkpoint:
             for name in checkpoint.stored:
@@ -110,6 +108,7 @@ def works_or_is_refused(directory: Path) -> None:
     except InputError as refused:
         sentence = str(refused)
         assert 10 < len(sentence) < 1000 and sentence.splitlines() == [sentence]
+    assert time.process_time() - began < SECONDS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -166,7 +165,7 @@ def agrees_with_the_library(path: Path) -> None:
         ours.close()
 
 
-@fuzz(70)
+@tries(840, 210)
 @given(edits=EDITS)
 def test_a_file_with_wrong_bytes(edits, one, copy):
     raw = (one / "model.safetensors").read_bytes()
@@ -176,7 +175,7 @@ def test_a_file_with_wrong_bytes(edits, one, copy):
     agrees_with_the_library(directory / "model.safetensors")
 
 
-@fuzz(30)
+@tries(360, 90)
 @given(edits=EDITS)
 def test_a_file_with_wrong_data(edits, one, copy):
     raw = (one / "model.safetensors").read_bytes()
@@ -186,7 +185,7 @@ def test_a_file_with_wrong_data(edits, one, copy):
     agrees_with_the_library(directory / "model.safetensors")
 
 
-@fuzz(70)
+@tries(840, 210)
 @given(changes=CHANGES)
 def test_a_file_whose_header_says_something_else(changes, one, copy):
     header, data = parts(one / "model.safetensors")
@@ -195,14 +194,14 @@ def test_a_file_whose_header_says_something_else(changes, one, copy):
     agrees_with_the_library(directory / "model.safetensors")
 
 
-@fuzz(40)
+@tries(480, 120)
 @given(changes=CHANGES)
 def test_an_index_that_says_something_else(changes, many, copy):
     index = changed(json.loads((many / INDEX).read_text()), changes)
     works_or_is_refused(copy(many, INDEX, json.dumps(index).encode()))
 
 
-@fuzz(70)
+@tries(840, 210)
 @given(changes=CHANGES)
 def test_a_configuration_that_says_something_else(changes, one, copy):
     config = changed(json.loads((one / "config.json").read_text()), changes)

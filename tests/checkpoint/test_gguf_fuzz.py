@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from refengine.checkpoint import Checkpoint
@@ -19,7 +20,9 @@ from refengine.text.chat_template import ChatTemplate
 from refengine.text.ids_only import tokenizer_of
 from tests.checkpoint.test_fuzz import EDITS, edited, little_memory  # noqa: F401  (a fixture)
 from tests.support.gguf import gguf_bytes, parts
+from tests.support.tries import tries
 
+CFG = Case().cfg
 GOOD = Path(__file__).parent / "gguf" / "experts-nvfp4.gguf"
 NUMBERS = st.sampled_from([0, 1, -1, 2, 3, 8, 31, 64, 255, 2**16, 2**31 - 1, 0.5, float("nan"), float("inf")])
 LISTS = st.sampled_from([[], [0], [1, 2, 3], [0] * 70, ["a"], ["a b"] * 64, [b"\xff"], [2**31 - 1] * 3])
@@ -60,7 +63,7 @@ def works_or_is_refused(path: Path) -> None:
     """Open a file, read all of it and its texts."""
     for use in (
         everything,
-        lambda: tokenizer_of(path, Case().cfg).encode("the cat"),
+        lambda: tokenizer_of(path, CFG).encode("the cat"),
         lambda: ChatTemplate.load(path),
     ):
         try:
@@ -89,8 +92,7 @@ def good(tmp_path_factory):
 def damaged(examples: int):
     """Return the test with so many examples: wrong bytes, mostly of the header, or a wrong header."""
 
-    @settings(max_examples=examples, derandomize=False, deadline=None, print_blob=True,
-              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @tries(examples, suppress_health_check=list(HealthCheck))
     @given(edits=EDITS, changes=st.lists(CHANGE, min_size=1, max_size=3), what=st.integers(0, 5))
     def check(good, edits, changes, what):
         path, raw, (metadata, entries, data) = good
@@ -106,16 +108,18 @@ def damaged(examples: int):
     return check
 
 
-def test_a_value_of_another_type_is_refused_in_one_line_for_every_key(good):
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.thorough) for part in (1, 2))])
+def test_a_value_of_another_type_is_refused_in_one_line_for_every_key(good, part):
+    """A third of the values for each key, others for the next."""
     path, _, (metadata, entries, data) = good
     arch = metadata["general.architecture"]
     known = (*config.SIZES.values(), *config.OF_LAYERS.values(), *config.NEUTRAL, "attention.value_length")
     more = [f"{arch}.{key}" for key in known] + [config.OWN_CHUNK, "tokenizer.chat_template"]
     more += ["general.alignment", "split.count", "split.tensors.count"]
-    for key in metadata | dict.fromkeys(more):
-        for value in ([], [1], [0, 0, 0], [1.5], ["a"], [True], "", "x", True, 0, -1, 2**32 - 1, 1.5, -0.0):
-            path.write_bytes(gguf_bytes(metadata | {key: value}, entries, data))
-            works_or_is_refused(path)
+    values = ([], [1], [0, 0, 0], [1.5], ["a"], [True], "", "x", True, 0, -1, 2**32 - 1, 1.5, -0.0)
+    for key, value in [*product(metadata | dict.fromkeys(more), values)][part::3]:
+        path.write_bytes(gguf_bytes(metadata | {key: value}, entries, data))
+        works_or_is_refused(path)
 
 
 def test_damage_is_refused_in_one_line(good):

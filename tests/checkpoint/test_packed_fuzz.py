@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from refengine.checkpoint import Checkpoint
@@ -14,6 +14,7 @@ from refengine.spec.quant import Packed
 from tests.checkpoint.test_fuzz import EDITS, edited
 from tests.support.checkpoints import join, parts
 from tests.support.packed import mixed, packed_checkpoint
+from tests.support.tries import tries
 
 DTYPES = st.sampled_from(["BF16", "F32", "U8", "I8", "F8_E4M3", "F8_E5M2", "F4", "U32"])
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 16, 32, 48, 64, 96, 128, 160]), max_size=3)
@@ -42,8 +43,7 @@ def read_or_refused(path, raw: bytes) -> None:
 def damaged(examples: int):
     """Return the test with so many examples of damage: bytes anywhere, or an entry of the header."""
 
-    @settings(max_examples=examples, derandomize=False, deadline=None, print_blob=True,
-              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @tries(examples, suppress_health_check=list(HealthCheck))
     @given(edits=EDITS, entry=st.integers(0, 10**6), dtype=DTYPES, shape=SHAPES, what=st.integers(0, 3))
     def check(good, edits, entry, dtype, shape, what):
         path, raw = good
