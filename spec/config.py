@@ -130,51 +130,53 @@ class Config:
 
 def _check(c: SimpleNamespace) -> None:
     """Refuse values that cannot all hold, by name, before there is a Config."""
-
-    def need(holds, sentence: str):
-        if not holds:
-            raise InputError(f"config.json: {sentence}")
-
-    def whole(value) -> bool:
-        return type(value) is int and 0 < value < 2**31
-
     count = len(c.layers + c.mtp_layers)
-    need(count <= 4096, f"{count} layers are more than the 4096 this program accepts")
+    _need(count <= 4096, f"{count} layers are more than the 4096 this program accepts")
     kinds = set(c.layers + c.mtp_layers)
     for key, letters in REQUIRED.items():
         value = getattr(c, key)
         if not set(letters) & kinds:
             continue
         if key in REAL:
-            need(_is_number(value) and value > 0, f"{key} = {shown(value)} is not a positive number")
+            _need(_is_number(value) and value > 0, f"{key} = {shown(value)} is not a positive number")
         else:
-            need(whole(value), f"{key} = {shown(value)} is not a positive integer")
+            _need(_is_whole(value), f"{key} = {shown(value)} is not a positive integer")
     for key in ("n_group", "topk_group", "moe_latent_size"):
         value = getattr(c, key)
-        need(value is None or whole(value), f"{key} = {shown(value)} is not a positive integer")
+        _need(value is None or _is_whole(value), f"{key} = {shown(value)} is not a positive integer")
     for key in ("norm_topk_prob", "tie_word_embeddings"):
-        need(isinstance(getattr(c, key), bool), f"{key} = {shown(getattr(c, key))} is neither true nor false")
+        value = getattr(c, key)
+        _need(isinstance(value, bool), f"{key} = {shown(value)} is neither true nor false")
     for key in ("bos_token_id", "pad_token_id"):
         value = getattr(c, key)
-        need(value is None or type(value) is int, f"{key} = {shown(value)} is not a token id")
+        _need(value is None or type(value) is int, f"{key} = {shown(value)} is not a token id")
     for value in c.eos_token_id:
-        need(type(value) is int, f"eos_token_id holds {shown(value)}, which is not a token id")
+        _need(type(value) is int, f"eos_token_id holds {shown(value)}, which is not a token id")
     limit = c.time_step_limit
-    need(len(limit) == 2 and limit[0] <= limit[1], f"time_step_limit = {shown(limit)} is not [low, high]")
-    need(isinstance(c.dtype, str), f"dtype = {shown(c.dtype)} is not the name of a dtype")
+    _need(len(limit) == 2 and limit[0] <= limit[1], f"time_step_limit = {shown(limit)} is not [low, high]")
+    _need(isinstance(c.dtype, str), f"dtype = {shown(c.dtype)} is not the name of a dtype")
     H, G, A, KV = c.mamba_num_heads, c.n_groups, c.num_attention_heads, c.num_key_value_heads
     E, k, groups = c.n_routed_experts, c.num_experts_per_tok, c.n_group
     if "M" in kinds:
-        need(H % G == 0, f"mamba_num_heads = {H} is not a multiple of n_groups = {G}")
+        _need(H % G == 0, f"mamba_num_heads = {H} is not a multiple of n_groups = {G}")
     if "*" in kinds:
-        need(A % KV == 0, f"num_attention_heads = {A} is not a multiple of num_key_value_heads = {KV}")
+        _need(A % KV == 0, f"num_attention_heads = {A} is not a multiple of num_key_value_heads = {KV}")
     if "E" in kinds:
-        need(E <= 65536, f"n_routed_experts = {E} is more than 65536")
-        need(E % groups == 0, f"n_routed_experts = {E} is not a multiple of n_group = {groups}")
-        need(c.topk_group <= groups, f"topk_group = {c.topk_group} is more than n_group = {groups}")
-        need(groups == 1 or E // groups >= 2, f"n_group = {groups} leaves fewer than two experts a group")
+        _need(E <= 65536, f"n_routed_experts = {E} is more than 65536")
+        _need(E % groups == 0, f"n_routed_experts = {E} is not a multiple of n_group = {groups}")
+        _need(c.topk_group <= groups, f"topk_group = {c.topk_group} is more than n_group = {groups}")
+        _need(groups == 1 or E // groups >= 2, f"n_group = {groups} leaves fewer than two experts a group")
         open_to = c.topk_group * E // groups
-        need(k <= open_to, f"num_experts_per_tok = {k} is more than the {open_to} experts it chooses from")
+        _need(k <= open_to, f"num_experts_per_tok = {k} is more than the {open_to} experts it chooses from")
+
+
+def _need(holds, sentence: str) -> None:
+    if not holds:
+        raise InputError(f"config.json: {sentence}")
+
+
+def _is_whole(value) -> bool:
+    return type(value) is int and 0 < value < 2**31
 
 
 def _is_number(value) -> bool:
