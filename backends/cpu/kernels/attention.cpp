@@ -6,25 +6,54 @@
 #include <vector>
 
 #include "cached.h"
+#include "panels.h"
 #include "pool.h"
 #include "verbs.h"
 
 constexpr i64 PIECE = 480, MOST_PIECES = 128;  // keys; pieces of a step, which has longer ones beyond
-constexpr i64 BLOCK = 24576;                   // bytes of keys, widened, that are scored, then weighed
+constexpr i64 BLOCK = 24576;                   // bytes of keys that are scored, then weighed: widened, or as pairs
 constexpr i64 QUERIES = 64;                    // side by side, about
+constexpr i64 KEYS = ROWS / 2;                 // of a tile of two vectors
 constexpr int FAR = 8;  // octaves by which a score may pass the one that weights relate to
+
+// Whether numbers of this kind and head size are bfloat16 that are widened by pairs, where they are used: then the
+// even and the odd ones of each PAIR are apart (numbers.h), in q and in y.
+template <class T>
+static inline bool by_pairs(i64 e) { return sizeof(T) == 2 && e % PAIR == 0; }
+template <class T>
+static inline i64 place_of(i64 i, i64 e) { return by_pairs<T>(e) ? place<bf16>(i) : i; }
 
 // Queries side by side, of the positions from `first` on: column c is of position first + c / heads, and sees the
 // keys up to that one.
 struct Queries {
     const float* q;  // [e][width]
-    i64 width, heads, first;
+    i64 width, columns, heads, first;
+};
+
+// The sums of a piece: the score that weights relate to [width], the sum of weights [width], and y: [e][width], or
+// [width][e] by pairs.
+struct Sums {
+    float* most;
+    i64 width, e;
+    bool pairs;
+    float* sum() const { return most + width; }
+    float* y() const { return most + 2 * width; }
+    i64 of_number() const { return pairs ? 1 : width; }
+    i64 of_column() const { return pairs ? e : 1; }
+    // f(vector of y, its columns' factor as a vector) for LANES columns from w on
+    template <class F>
+    void each(i64 w, vec by, F f) const {
+        if (!pairs)
+            for (i64 i = 0; i < e; i++) f(y() + i * width + w, by);
+        else
+            for (int c = 0; c < LANES; c++)
+                for (i64 i = 0; i < e; i += LANES) f(y() + (w + c) * e + i, vec{} + by[c]);
+    }
 };
 
 // Scores [keys][width], in octaves, of the keys from `at` on, become weights; 0 for a key that a column does not
-// see. known: the score that weights relate to [width], their sum [width], y [e][width]; a column is moved to its
-// greatest score when that has gone far beyond. No column depends on another.
-static void weigh(float* scores, i64 at, i64 keys, const Queries& of, i64 e, float* known) {
+// see. A column is moved to its greatest score when that has gone far beyond. No column depends on another.
+static void weigh(float* scores, i64 at, i64 keys, const Queries& of, const Sums& known) {
     const i64 width = of.width;
     for (i64 w = 0; w < width; w += LANES) {
         ints seen;  // keys of these that each column sees
@@ -33,7 +62,7 @@ static void weigh(float* scores, i64 at, i64 keys, const Queries& of, i64 e, flo
             seen[i] = (int32_t)std::clamp<i64>(of.first + (w + i) / of.heads + 1 - at, 0, keys);
             all &= seen[i] == keys;
         }
-        const vec base = load<vec>(known + w);
+        const vec base = load<vec>(known.most + w);
         vec most = base, sum = {};
         for (i64 j = 0; j < keys; j++) {
             const vec s = load<vec>(scores + j * width + w);
@@ -45,11 +74,10 @@ static void weigh(float* scores, i64 at, i64 keys, const Queries& of, i64 e, flo
         for (int i = 0; i < LANES; i++) far |= now[i] > base[i];
         if (far) {
             const vec shrink = exp2_of<FAR>(base - now);
-            store(known + w, now);
-            for (i64 i = 1; i < 2 + e; i++) {
-                float* to = known + i * width + w;
-                store(to, load<vec>(to) * shrink);
-            }
+            auto shrunk = [](float* at, vec by) { store(at, load<vec>(at) * by); };
+            store(known.most + w, now);
+            shrunk(known.sum() + w, shrink);
+            known.each(w, shrink, shrunk);
         }
         for (i64 j = 0; j < keys; j++) {
             vec p = exp2_of<FAR>(load<vec>(scores + j * width + w) - now);
@@ -57,8 +85,98 @@ static void weigh(float* scores, i64 at, i64 keys, const Queries& of, i64 e, flo
             store(scores + j * width + w, p);
             sum += p;
         }
-        store(known + width + w, load<vec>(known + width + w) + sum);
+        store(known.sum() + w, load<vec>(known.sum() + w) + sum);
     }
+}
+
+// Ask for a line that is read in a while.
+static inline void ask(const void* at) { __builtin_prefetch(at, 0, 2); }
+
+// Keys as float32, where they are or in `room`, whose numbers lie as those of q.
+template <class T>
+static inline const float* wide_keys(const T* K, i64 count, i64 e, float* room) {
+    if constexpr (sizeof(T) == 2)
+        if (by_pairs<T>(e)) {
+            for (i64 i = 0; i < count; i += PAIR) {
+                const Two<bf16> two((const bf16*)K + i);
+                store(room + i, two.low()), store(room + i + LANES, two.high());
+            }
+            return room;
+        }
+    return widened(K, count, room);
+}
+
+// scores [KEYS][2 LANES] = keys q, of depth e. Meanwhile the `more` keys at `next`, KEYS at most, are widened into
+// `room`, and as many values asked for.
+static inline void scored_beside(const float* keys, const float* q, i64 e, float* scores, const uint16_t* next, i64 more,
+                                 float* room, const uint16_t* values) {
+    vec sum[KEYS][2] = {};
+    auto step = [&](i64 k) {
+        const vec first = load<vec>(q + k * PAIR), second = load<vec>(q + k * PAIR + LANES);
+        for (int m = 0; m < KEYS; m++) {
+            const vec key = vec{} + keys[m * e + k];
+            sum[m][0] = fused(key, first, sum[m][0]), sum[m][1] = fused(key, second, sum[m][1]);
+        }
+    };
+    i64 k = 0;
+    for (; k < more * e / PAIR; k++) {
+        ask(values + k * PAIR);
+        wide_keys(next + k * PAIR, PAIR, PAIR, room + k * PAIR);
+        step(k);
+    }
+    for (; k < e; k++) step(k);
+#pragma GCC unroll 24
+    for (int m = 0; m < KEYS; m++) store(scores + m * PAIR, sum[m][0]), store(scores + m * PAIR + LANES, sum[m][1]);
+}
+
+// Scores [keys][width] of a block of keys; its values are asked for meanwhile.
+template <class T>
+static void score(const T* K, i64 keys, const Queries& of, i64 e, float* scores, const T* V) {
+    static thread_local std::vector<float> kept;
+    const i64 many = 4 * ROWS;  // that are widened at once
+    float* room = aligned(kept, many * e);
+    i64 done = 0;
+    if constexpr (sizeof(T) == 2)
+        if (of.width == PAIR && by_pairs<T>(e)) {  // each key is used once: widened while the last ones are scored
+            float *now = room, *then = room + KEYS * e;
+            if (keys >= KEYS) wide_keys(K, KEYS * e, e, now);
+            for (; done + KEYS <= keys; done += KEYS, std::swap(now, then))
+                scored_beside(now, of.q, e, scores + done * PAIR, K + (done + KEYS) * e,
+                              done + 2 * KEYS <= keys ? KEYS : 0, then, V + done * e);
+        }
+    for (i64 here; done < keys; done += here) {
+        here = std::min(many, keys - done);
+        float* to = scores + done * of.width;
+        std::fill(to, to + here * of.width, 0.f);
+        product(wide_keys(K + done * e, here * e, e, room), e, 1, here, of.q, of.width, e, to,
+                Next{(const char*)(V + done * e), sizeof(T)});
+    }
+}
+
+// y [M][e] += p' V of M columns, for a PAIR of numbers of V; p [keys][width]. Keys at `next` are asked for.
+template <int M>
+static inline void valued(const float* p, i64 width, const bf16* V, i64 e, i64 keys, float* y, const bf16* next) {
+    vec low[M], high[M];
+    for (int m = 0; m < M; m++) low[m] = load<vec>(y + m * e), high[m] = load<vec>(y + m * e + LANES);
+    for (i64 j = 0; j < keys; j++, p += width, V += e, next += PAIR) {
+        ask(next);
+        const Two<bf16> two(V);
+        const vec first = two.low(), second = two.high();
+        for (int m = 0; m < M; m++) {
+            const vec weight = vec{} + p[m];
+            low[m] = fused(weight, first, low[m]), high[m] = fused(weight, second, high[m]);
+        }
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) store(y + m * e, low[m]), store(y + m * e + LANES, high[m]);
+}
+
+template <int M = KEYS>
+static inline void valued_columns(const float* p, i64 width, i64 columns, const bf16* V, i64 e, i64 keys, float* y,
+                                  const bf16* next) {
+    for (; columns >= M; columns -= M, p += M, y += M * e) valued<M>(p, width, V, e, keys, y, next);
+    if constexpr (M > 1)
+        if (columns) valued_columns<M - 1>(p, width, columns, V, e, keys, y, next);
 }
 
 // The keys and values of a key head of one sequence.
@@ -69,42 +187,54 @@ struct Context {
 
 // The sums of one piece: the `keys` keys from `at` on.
 template <class T>
-static void piece(const Queries& of, const Context& context, i64 at, i64 keys, i64 e, float* known) {
-    static thread_local std::vector<float> room, scores;
-    const i64 width = of.width, block = std::max<i64>(1, BLOCK / (4 * e) / ROWS) * ROWS;
+static void piece(const Queries& of, const Context& context, i64 at, i64 keys, i64 e, float* to) {
+    static thread_local std::vector<float> room, kept;
+    const bool pairs = by_pairs<T>(e);
+    const Sums known{to, of.width, e, pairs};
+    const i64 width = of.width, size = pairs ? sizeof(T) : sizeof(float);
+    const i64 block = std::max<i64>(1, BLOCK / (size * e) / ROWS) * ROWS;
+    float* scores = aligned(kept, block * width);
     if ((i64)room.size() < block * e) room.resize(block * e);
-    if ((i64)scores.size() < block * width) scores.resize(block * width);
-    std::fill(known, known + width, -3e38f);
-    std::fill(known + width, known + (2 + e) * width, 0.f);
+    std::fill(to, to + width, -3e38f);
+    std::fill(to + width, to + (2 + e) * width, 0.f);
     for (const i64 end = at + keys; at < end;) {
         const Page& page = context.pages[at / context.each];
         const i64 from = at % context.each, here = std::min({block, end - at, context.each - from});
         const i64 place = context.head * page.step + from * e;
-        const T *K = (const T*)page.k + place, *V = (const T*)page.v + place;
-        const Next values{(const char*)V, sizeof(T)}, keys_after{(const char*)(K + here * e), sizeof(T)};
-        std::fill(scores.begin(), scores.begin() + here * width, 0.f);
-        product(widened(K, here * e, room.data()), e, 1, here, of.q, width, e, scores.data(), values);
-        weigh(scores.data(), at, here, of, e, known);
-        product(widened(V, here * e, room.data()), 1, e, e, scores.data(), width, here, known + 2 * width, keys_after);
+        const T *K = (const T*)page.k + place, *V = (const T*)page.v + place, *next = K + here * e;
+        score(K, here, of, e, scores, V);
+        weigh(scores, at, here, of, known);
+        if (pairs)
+            for (i64 i = 0; i < e; i += PAIR)
+                valued_columns(scores, width, of.columns, (const bf16*)V + i, e, here, known.y() + i,
+                               (const bf16*)next + i * here);
+        else
+            product(widened(V, here * e, room.data()), 1, e, e, scores, width, here, known.y(),
+                    Next{(const char*)next, sizeof(T)});
         at += here;
     }
 }
 
-// all [1 + e][width]: the sum of weights, and y, over all pieces.
-static void together(const float* known, i64 pieces, i64 width, i64 e, std::vector<float>& all) {
-    const i64 size = (2 + e) * width;
-    std::vector<float> most(width, -3e38f);
-    all.assign((1 + e) * width, 0.f);
-    for (i64 p = 0; p < pieces; p++)
-        for (i64 w = 0; w < width; w++) most[w] = std::max(most[w], known[p * size + w]);
-    for (i64 p = 0; p < pieces; p++, known += size)
-        for (i64 w = 0; w < width; w += LANES) {
-            const vec share = exp2_of<FAR>(load<vec>(known + w) - load<vec>(&most[w]));
-            for (i64 i = 0; i < 1 + e; i++) {
-                float* to = &all[i * width + w];
-                store(to, load<vec>(to) + share * load<vec>(known + (1 + i) * width + w));
-            }
+// The first of these sums becomes those of all pieces, of which each relates to its greatest score.
+static void together(const Sums& first, i64 pieces) {
+    const i64 size = (2 + first.e) * first.width;
+    for (i64 w = 0; w < first.width; w += LANES) {
+        vec most = load<vec>(first.most + w);
+        for (i64 p = 1; p < pieces; p++) {
+            const vec other = load<vec>(first.most + p * size + w);
+            most = other > most ? other : most;
         }
+        for (i64 p = 0; p < pieces; p++) {
+            const i64 at = p * size;
+            const vec share = exp2_of<FAR>(load<vec>(first.most + at + w) - most);
+            auto add = [=](float* to, vec by) {
+                const vec part = load<vec>(to + at) * by;
+                store(to, p ? load<vec>(to) + part : part);
+            };
+            add(first.sum() + w, share);
+            first.each(w, share, add);
+        }
+    }
 }
 
 // Scores are in octaves: the scale is log2(e) times the model's.
@@ -134,20 +264,22 @@ static void attend_to(const float* q, i64 q_step, const Cache& cache, const i64*
         for (i64 c = 0; c < block.positions * r; c++) {
             const float* from =
                 q + (block.row * l + block.first + c / r) * q_step + (block.group * r + c % r) * e;
-            for (i64 i = 0; i < e; i++) to[i * width + c] = from[i] * by;
+            for (i64 i = 0; i < e; i++) to[place_of<T>(i, e) * width + c] = from[i] * by;
         }
-        return Queries{to.data(), width, r, length[block.row] + block.first};
+        return Queries{to.data(), width, block.positions * r, r, length[block.row] + block.first};
     };
     auto read = [&](const Block& block, const Queries& queries, i64 p, float* known) {
         const i64 at = p * block.each, keys = std::min(block.each, queries.first + block.positions - at);
         piece<T>(queries, {cache.pages + block.row * cache.count, cache.each, block.group}, at, keys, e, known);
     };
-    auto told = [&](const Block& block, const float* known) {
-        static thread_local std::vector<float> all;
-        together(known, block.pieces, width, e, all);
+    auto told = [&](const Block& block, float* known) {
+        const Sums all{known, width, e, by_pairs<T>(e)};
+        together(all, block.pieces);
         for (i64 c = 0; c < block.positions * r; c++) {
             float* to = y + ((block.row * l + block.first + c / r) * h + block.group * r + c % r) * e;
-            for (i64 i = 0; i < e; i++) to[i] = all[(1 + i) * width + c] / all[c] * cache.v_scale;
+            const float* from = all.y() + c * all.of_column();
+            for (i64 i = 0; i < e; i++)
+                to[i] = from[place_of<T>(i, e) * all.of_number()] / all.sum()[c] * cache.v_scale;
         }
     };
     if (l == 1) {  // few blocks of many pieces: the pieces are shared out
