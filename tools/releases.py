@@ -36,7 +36,7 @@ ULTRA_LAYERS = "MEMEME" + 4 * ("M*E" + 2 * "ME" + "M*E" + 3 * "ME" + "M*E" + 3 *
 
 
 def listed(config: dict, layers: str) -> dict:
-    """With the newer spelling of the layers: lists, and no pattern."""
+    """Return a configuration with the newer spelling of the layers: lists, and no pattern."""
     patterns = ("hybrid_override_pattern", "mtp_hybrid_override_pattern", "num_hidden_layers")
     return {key: value for key, value in config.items() if key not in patterns} | {
         "layers_block_type": [NAMES[kind] for kind in layers],
@@ -57,7 +57,7 @@ CONFIGS = {name: Config.from_hf(file) for name, file in FILES.items()}
 
 
 def dense(layers, hidden, heads, head_dim, state, ffn, q, chunk=128) -> Config:
-    """A hybrid with plain MLP layers and no experts."""
+    """Return a hybrid with plain MLP layers and no experts."""
     own = {key: value for key, value in NANO.items() if "expert" not in key and "moe" not in key}
     return Config.from_hf(
         own

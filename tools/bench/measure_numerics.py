@@ -83,7 +83,7 @@ def markdown(title: str, head: list[str], rows: list[list]) -> str:
 
 
 def random_tensor(row: Tensor, rng) -> np.ndarray:
-    """A float32 tensor with the spread of a freshly initialised model."""
+    """Return a float32 tensor with the spread of a freshly initialised model."""
     if row.key.endswith("A_log"):
         a = np.log(rng.uniform(1, 16, row.shape))
     elif row.key.endswith("dt_bias"):
@@ -100,7 +100,7 @@ def random_tensor(row: Tensor, rng) -> np.ndarray:
 
 
 def dt_bias(rng, shape):
-    """The bias whose softplus is spread evenly, in its logarithm, from 0.001 to 0.1."""
+    """Return the bias whose softplus is spread evenly, in its logarithm, from 0.001 to 0.1."""
     dt = np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), shape))
     return dt + np.log(-np.expm1(-dt))
 
@@ -188,7 +188,7 @@ def chunks_and_cumsum(length: int = 4096) -> str:
 
 
 def recurrence(inputs, round_A=exact, round_dt=exact, round_decay=exact, round_S=exact):
-    """`ssd_scan` in float64, with something rounded and without D: (S C, S, dt A)."""
+    """Return `ssd_scan` in float64, with something rounded and without D: (S C, S, dt A)."""
     x, dt, A_log, B, C, _, bias, S = (a.astype(np.float64) for a in inputs)
     dt, A = round_dt(softplus(dt + bias))[0], -np.exp(round_A(A_log))
     B, C = (np.repeat(m[0], x.shape[2] // m.shape[2], axis=1) for m in (B, C))

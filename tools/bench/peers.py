@@ -26,8 +26,10 @@ CONTEXT = 64  # tokens before decoding
 
 
 def ours(model: str, dtype: str, threads: int):
-    """work(task, size, steps) -> seconds: a "prefill" of `size` tokens, or the median step of "decode" with
-    `size` sequences."""
+    """Return work(task, size, steps) -> seconds.
+
+    A task is a "prefill" of `size` tokens, or "decode": the median step with `size` sequences.
+    """
     import torch
 
     from refengine import bench

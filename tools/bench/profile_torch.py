@@ -42,7 +42,7 @@ def fastest(work, clock, times: int = 8) -> float:
 
 
 def products(clock, o: int = 10304, i: int = 1344, copies: int = 6) -> None:
-    """GFLOP/s of x [rows i] times bfloat16 weights from memory: each way of PyTorch's, and the loops."""
+    """Measure GFLOP/s of x [rows i] times bfloat16 weights from memory: PyTorch's ways, and the loops."""
     weights = [torch.randn(o, i).bfloat16() for _ in range(copies)]
     turn = iter(range(10**9))
     widening, looping = Products(torch.float32), torch_backend("bfloat16", compute="float32")
@@ -69,7 +69,7 @@ class Sizes(NamedTuple):
 
 
 def contexts(clock, heads: int = 32) -> None:
-    """GFLOP/s of the attention of one position, whose heads share two key heads of 128 numbers."""
+    """Measure GFLOP/s of the attention of one position, whose heads share two key heads of 128 numbers."""
     ways, backend, e = [("PyTorch", attention, torch.float32)], torch_backend("float32"), Sizes().head_dim
     if backend.step:
         looping = backend.ops.attention
@@ -82,7 +82,7 @@ def contexts(clock, heads: int = 32) -> None:
 
 
 def steps(way, heads: int, context: int, dtype):
-    """Steps of one sequence, each with one more position to look at."""
+    """Run steps of one sequence, each with one more position to look at."""
     noise = torch.randn(1, context, *Sizes()).to(dtype)
     q, token = torch.randn(1, 1, heads, noise.shape[-1]), noise[:, :1]
     cache = Cache.empty(Sizes(), 1, dtype, torch.device("cpu")).append(noise, noise).append(token, token)
@@ -95,7 +95,7 @@ def steps(way, heads: int, context: int, dtype):
 
 
 def by_verb(model: Model, clock, work, times: int = 3) -> dict[str, float]:
-    """Seconds of each verb in one `work(model)`, largest first, and all the rest.
+    """Return the seconds of each verb in one `work(model)`, largest first, and all the rest.
 
     Where a decoding step is compiled, of each kind of layer, by the clock.
     """
@@ -168,7 +168,7 @@ def main() -> None:
 
 
 def token_steps(token, states: list):
-    """A token more on every call, as the engine decodes."""
+    """Feed a token more on every call, as the engine decodes."""
 
     def work(model: Model) -> None:
         nonlocal states

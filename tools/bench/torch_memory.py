@@ -20,7 +20,7 @@ STATUS = Path("/proc/self/status")
 
 
 def held(kind: str) -> int:
-    """VmHWM: the most so far; RssAnon: now, without the pages of files. In bytes."""
+    """Return the bytes of memory: VmHWM the most so far, RssAnon now, without the pages of files."""
     return 1024 * int(re.search(rf"{kind}:\s+(\d+)", STATUS.read_text())[1])
 
 
@@ -38,7 +38,7 @@ class Highest(threading.Thread):
 
 
 def activations(cfg, rows: int) -> int:
-    """Bytes, as float32, of the stream and of what the widest kind of mixer names, for `rows` positions."""
+    """Return the bytes in float32 of the stream and the arrays of the widest mixer, for `rows` positions."""
     d, inner, heads = cfg.hidden_size, cfg.mamba_num_heads * cfg.mamba_head_dim, cfg.num_attention_heads
     k, x = cfg.num_experts_per_tok, cfg.moe_latent_size or cfg.hidden_size
     widths = {
@@ -51,7 +51,7 @@ def activations(cfg, rows: int) -> int:
 
 
 def size(states: list) -> int:
-    """Bytes of states, with the room that caches have for more."""
+    """Return the bytes of states, with the room that caches have for more."""
     return sum(a.nbytes for s in states if s for a in vars(s).values() if isinstance(a, torch.Tensor))
 
 

@@ -45,7 +45,7 @@ def state_bytes(cfg: Config) -> int:
 
 
 def cache_bytes(cfg: Config) -> int:
-    """Of a token: keys and values."""
+    """Return the bytes of the keys and values of a token."""
     return cfg.layers.count("*") * sum(cfg.qkv_widths[1:]) * ACTIVATION
 
 
@@ -57,13 +57,13 @@ def chosen(cfg: Config, tokens: int) -> float:
 
 @cache
 def trunk(cfg: Config) -> list[Tensor]:
-    """The tensor table without the prediction head."""
+    """Return the tensor table without the prediction head."""
     return [row for row in table(cfg) if not row.block.startswith("mtp.")]
 
 
 @cache
 def examples(cfg: Config) -> dict[str, list[Tensor]]:
-    """The tensors of the first layer of each kind, and under "" those outside of the layers."""
+    """Return the tensors of the first layer of each kind, and under "" those outside of the layers."""
     blocks = {f"layers.{cfg.layers.index(kind)}": kind for kind in set(cfg.layers)} | {"": ""}
     found: dict[str, list[Tensor]] = {kind: [] for kind in blocks.values()}
     for row in trunk(cfg):
@@ -91,7 +91,7 @@ class Call(NamedTuple):
         return [row for row in examples(self.cfg)[kind] if row.key.startswith(keys)]
 
     def matrix(self, what: str, kind: str, *keys: str) -> Work:
-        """A product by cuBLAS: matrices one below the other times every token."""
+        """Return a product by cuBLAS: matrices one below the other times every token."""
         rows = self.rows(kind, *keys)
         outputs, inputs = sum(row.shape[0] for row in rows), rows[0].shape[1]
         return self.one(
@@ -105,6 +105,6 @@ class Call(NamedTuple):
         )
 
     def one(self, kind, kernel, what, held=0.0, passing=0.0, flops=0.0, unit="float32", launches=1) -> Work:
-        """The kernel, once in each layer of this kind."""
+        """Return the kernel, once in each layer of this kind."""
         calls = self.cfg.layers.count(kind) if kind else 1
         return Work(kernel, what, calls, launches, held, passing, flops, unit)

@@ -68,7 +68,7 @@ def builds(source: Path) -> list[str]:
 
 
 def compiled(source: Path, build: str, arch: str) -> tuple[str, str]:
-    """The assembler's log, and the PTX it read."""
+    """Return the assembler's log, and the PTX it read."""
     from cuda.bindings import nvrtc
     from cuda.core import Program, ProgramOptions
 
@@ -99,7 +99,7 @@ def compiled(source: Path, build: str, arch: str) -> tuple[str, str]:
 
 
 def uses(source: Path, build: str, arch: str) -> list[Use]:
-    """Every kernel of a file."""
+    """Return every kernel of a file."""
     log, ptx = compiled(source, build, arch)
     bounds = dict(re.findall(r"\.entry (\w+)\([^)]*\)\s*(?:\.maxntid ([\d, ]+))?", ptx))
     found = []
@@ -127,7 +127,7 @@ def uses(source: Path, build: str, arch: str) -> list[Use]:
 
 
 def with_headers(source: Path) -> str:
-    """A file, and after it all that it includes."""
+    """Return a file, and after it all that it includes."""
     text = source.read_text()
     for name in re.findall(r'^#include "([\w.]+)"', text, re.M):
         beside = source.parent / name
@@ -136,7 +136,7 @@ def with_headers(source: Path) -> str:
 
 
 def known_uses(source: Path, build: str, arch: str, cache: Path | None) -> tuple[list[Use], list[str]]:
-    """Its kernels, or the sentence that says why there are none; from `cache` if nothing has changed."""
+    """Return a file's kernels, or a sentence on why there are none; from `cache` if nothing has changed."""
     of = f"{nvrtc_version()} {build} {arch} {source.stem}\n{with_headers(source)}"
     key = hashlib.sha256(of.encode()).hexdigest()
     kept = cache and cache / f"{key}.json"
@@ -152,7 +152,7 @@ def known_uses(source: Path, build: str, arch: str, cache: Path | None) -> tuple
 
 
 def all_uses(folder: Path = KERNELS, cache: Path | None = None) -> tuple[list[Use], list[str]]:
-    """Every kernel, build and architecture, and a sentence for each file that does not compile."""
+    """Return every kernel, build and architecture, and a sentence for each file that does not compile."""
     jobs = [
         (file, build, arch, cache)
         for file in sorted(folder.glob("*.cu"))

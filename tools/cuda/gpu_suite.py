@@ -39,7 +39,7 @@ class Clock:
         self.end = time.monotonic() + 60 * minutes
 
     def run(self, name: str, command: list[str], longest: float, read) -> Check:
-        """A command as a check; `read` finds what to show in its output."""
+        """Run a command as a check; `read` finds in its output the text to show."""
         limit, began = min(longest, self.end - time.monotonic()), time.monotonic()
         if limit < 1:
             return Check(name, "not run", 0, "no time was left")
@@ -52,7 +52,7 @@ class Clock:
 
 
 def checks(model: str, minutes: float):
-    """Every check, as soon as it is done."""
+    """Yield every check, as soon as it is done."""
     clock, python = Clock(minutes), sys.executable
     tests = [python, "-m", "pytest", "-q", "-m", "gpu", "--no-header", "-p", "no:cacheprovider"]
     yield clock.run("tests", [*tests, *cuda_tests()], LONGEST["tests"], last_line)
@@ -76,20 +76,20 @@ def cuda_tests() -> list[str]:
 
 
 def last_line(out: str, err: str) -> str:
-    """The summary of pytest, or what stopped it."""
+    """Return the summary of pytest, or the error that stopped it."""
     lines = [line.strip("= ") for line in (out or err).splitlines() if line.strip("= ")]
     return lines[-1] if lines else ""
 
 
 def finding(out: str, err: str) -> str:
-    """The first error of compute-sanitizer, and how many there are."""
+    """Return the first error of compute-sanitizer, and how many there are."""
     errors = re.findall(r"^========= (?!COMPUTE|ERROR SUMMARY|RACECHECK)(\S.*)$", out, re.MULTILINE)
     total = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", out)
     return "; ".join([*errors[:1], total[1] if total else last_line(out, err)])
 
 
 def speeds(out: str, err: str) -> str:
-    """Tokens per second of each measurement."""
+    """Return the tokens per second of each measurement."""
     try:
         rows = [json.loads(line) for line in out.splitlines()]
     except ValueError:
@@ -99,7 +99,7 @@ def speeds(out: str, err: str) -> str:
 
 
 def exercise() -> None:
-    """The embedded model in both builds: prompts of two lengths, then some steps. For compute-sanitizer."""
+    """Run the embedded model in both builds, for compute-sanitizer: two prompts, then some steps."""
     import refengine
     from refengine.backends.cuda import cuda_backend
     from refengine.backends.cuda.device import CupyDevice
@@ -117,7 +117,7 @@ def exercise() -> None:
 
 
 def facts() -> str:
-    """The device in a line. InputError where there is none."""
+    """Return the device in a line. InputError where there is none."""
     from refengine.backends.cuda.device import CupyDevice
 
     device = CupyDevice()

@@ -108,12 +108,12 @@ def launches(cfg: Config, batch: int, length: int, context: int, build: str = "b
 
 
 def after(state, batch: int, context: int):
-    """A state that has read `context` tokens."""
+    """Return a state that has read `context` tokens."""
     return state.copied(context + 1).advanced(context) if isinstance(state, Cache) else state
 
 
 def largest_blocks() -> dict[tuple[str, str, str], Block]:
-    """By file, kernel and build: the most threads, and the most shared memory."""
+    """Return the most threads, and the most shared memory, by file, kernel and build."""
     found: dict[tuple[str, str, str], Block] = {}
     released = [*CONFIGS.values(), *(cfg for cfg, *_ in DENSE.values())]
     for cfg, build, call in product(released, ("float32", "bfloat16", "float16 state"), CALLS):
@@ -126,7 +126,7 @@ def largest_blocks() -> dict[tuple[str, str, str], Block]:
 
 
 def place(group: Group, device: PaperDevice, dtype: str):
-    """A weight of the right shape: q, k, v below each other, experts in two stacks."""
+    """Return a weight of the right shape: q, k, v below each other, experts in two stacks."""
     kind = "float32" if group.rows[0].precision == "small" else dtype
     shape = group.rows[0].shape
     if group.name == "experts":

@@ -37,7 +37,7 @@ Blocks = dict[tuple[str, str, str], Block]  # by file, kernel, build
 
 
 def lines(found: list[Use], blocks: Blocks) -> list[str]:
-    """The table's lines."""
+    """Return the table's lines."""
     rows: dict[tuple[str, str, str], list[Use]] = {}
     for use in found:
         rows.setdefault((use.file, use.kernel, use.build), []).append(use)
@@ -64,7 +64,7 @@ def page(found: list[Use], blocks: Blocks) -> str:
 
 
 def excesses(found: list[Use], blocks: Blocks):
-    """A sentence for each spill and each block that does not fit."""
+    """Return a sentence for each spill and each block that does not fit."""
     for use in found:
         block = blocks.get((use.file, use.kernel, use.build)) or Block(use.bound or THREADS, 0)
         registers = (use.registers + 7) // 8 * 8 * block.threads  # handed out eight a thread
@@ -80,7 +80,7 @@ def excesses(found: list[Use], blocks: Blocks):
 
 
 def drift(found: list[Use], blocks: Blocks, text: str):
-    """A sentence for each line of the page that the compiler no longer says."""
+    """Return a sentence for each line of the page that the compiler no longer gives."""
     written = [line for line in text.splitlines() if line.startswith("| ")][1:]
     said = lines(found, blocks)
     yield from (f"docs/cuda_resources.md lacks: {line}" for line in said if line not in written)
@@ -92,7 +92,7 @@ def drift(found: list[Use], blocks: Blocks, text: str):
 
 
 def faults(text: str, cache: Path | None = None) -> list[str]:
-    """All that is wrong; the page is only compared with the version of the compiler that wrote it."""
+    """Return all faults; the page is only compared with the version of the compiler that wrote it."""
     (found, broken), blocks = all_uses(cache=cache), largest_blocks()
     drifted = list(drift(found, blocks, text))
     if text and f"with NVRTC {nvrtc_version()}." not in text:

@@ -135,7 +135,7 @@ def prefill_table(cfg: Config, lengths=(512, 4096, 32768)) -> str:
 
 
 def kernel_table(items: list[Work]) -> str:
-    """A line for each kernel: one call of it."""
+    """Return a line for each kernel: one call of it."""
     rows = []
     for item in items:
         row = [item.kernel, item.what, item.calls, number(item.bytes / 1e6), number(item.flops / 1e9)]
@@ -151,7 +151,7 @@ def kernel_table(items: list[Work]) -> str:
 
 
 def number(x: float) -> str:
-    """Three digits, and at most two of them after the point."""
+    """Return a number with three digits, at most two of them after the point."""
     return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
 
 
@@ -177,7 +177,7 @@ def time_table(cfg: Config) -> str:
 
 
 def tables(cfg: Config = CONFIGS["nano"]) -> str:
-    """Everything, as the page has it."""
+    """Return all tables of the page."""
     parts = [
         ("Decoding: tokens/s", decode_table(cfg)),
         ("Reading a prompt: tokens/s", prefill_table(cfg)),

@@ -77,7 +77,7 @@ def mamba(call: Call):
 
 
 def scan_sizes(call: Call):
-    """Elements of S for one sequence, and bytes of x, of B (or C), of dt and of the small weights."""
+    """Return the elements of S of one sequence, and the bytes of x, B (or C), dt and the small weights."""
     c, t = call.cfg, call.tokens
     x, B = t * c.mamba_inner * ACTIVATION, t * c.n_groups * c.ssm_state_size * ACTIVATION
     small = weight_bytes(call.rows("M", "A_log", "D", "dt_bias"))
@@ -98,7 +98,10 @@ def scan_step(call: Call):
 
 
 def scan_chunks(call: Call):
-    """Four kernels. C B' is made once for a group of heads, in PAIRS of TILEs on and below the diagonal."""
+    """Yield the work of four kernels.
+
+    C B' is made once for a group of heads, in PAIRS of TILEs on and below the diagonal.
+    """
     c, (S, x, B, dt, small) = call.cfg, scan_sizes(call)
     h, p, n, g = c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size, c.n_groups
     chunks = call.batch * ceil(call.length / CHUNK)

@@ -42,7 +42,7 @@ NAMED_SPECIALS = [
 
 
 def tokenizer_json() -> dict:
-    """The tokenizer file as a dictionary: tekken's cuts, byte-level BPE, special tokens first."""
+    """Return the tokenizer file as a dictionary: tekken's cuts, byte-level BPE, special tokens first."""
     data = importlib.resources.files("mistral_common") / "data" / "tekken_240718.json"
     tekken = json.loads(data.read_text(encoding="utf-8"))
     tokens = [base64.b64decode(entry["token_bytes"]) for entry in tekken["vocab"][: VOCAB_SIZE - RESERVED]]
@@ -78,7 +78,7 @@ def tokenizer_json() -> dict:
 
 
 def merges(tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
-    """The pair that makes each token, in order of rank; the 256 single bytes need none."""
+    """Return the pair that makes each token, in order of rank; the 256 single bytes need none."""
     rank = {token: r for r, token in enumerate(tokens)}
     return [last_two_pieces(token, rank) for token in tokens if len(token) > 1]
 
@@ -94,7 +94,7 @@ def last_two_pieces(token: bytes, rank: dict[bytes, int]) -> tuple[bytes, bytes]
 
 
 def printable(token: bytes) -> str:
-    """A byte that prints stands for itself; the others take the characters from U+0100 on, in order."""
+    """Return the character of each byte: itself if it prints, else one from U+0100 on, in order."""
     return "".join(map(PRINTABLE.__getitem__, token))
 
 

@@ -58,13 +58,13 @@ class BuildError(Exception):
 
 @cache
 def compiler() -> str | None:
-    """The path of clang++ 19, or None."""
+    """Return the path of clang++ 19, or None."""
     return shutil.which(os.environ.get("CUDA_ON_CPU_CXX", COMPILER))
 
 
 @cache  # sources do not change while a process runs
 def build(kernels: Path, name: str, entries: Entries, defines=(), mode="fast", perturb=False) -> Path:
-    """The library or program for kernels/name.cu, compiled if it is not there yet."""
+    """Return the library or program for kernels/name.cu, compiled if it is not there yet."""
     flags = (*COMMON, *MODES[mode][0], *MODES[mode][1], *(f"-D{d}" for d in defines))
     if perturb:
         flags += (*PERTURB, *(("-march=x86-64-v3",) if has_fma() else ()))
@@ -99,7 +99,7 @@ def making(place: Path) -> Iterator[Path | None]:
 
 
 def unit(name: str, entries: Entries) -> str:
-    """The source that is compiled: the language, the kernels, and the table of their entry points."""
+    """Return the source that is compiled: the language, the kernels, and the table of their entry points."""
     table = ", ".join(f'{{"{entry}", call<::{entry}>, {threads}}}' for entry, threads in entries)
     return (
         f'#include "cuda.h"\n#include "entries.h"\n#include "{name}.cu"\nnamespace cuda_on_cpu {{\n'
@@ -116,7 +116,7 @@ def link(scratch: Path, mode: str, perturb: bool) -> None:
 
 @cache
 def runtime(part: str, mode: str, perturb: bool) -> Path:
-    """The object of one of the emulator's own files, without any sanitizer."""
+    """Return the object of one of the emulator's own files, without any sanitizer."""
     flags = (*COMMON, "-O2", "-fPIC", "-fno-builtin", *MODES[mode][1], *(PERTURB if perturb else ()))
     place = cached(part, *flags, *own_sources())
     with making(place) as scratch:
@@ -126,7 +126,7 @@ def runtime(part: str, mode: str, perturb: bool) -> Path:
 
 
 def rewritten(text: str, mode: str) -> str:
-    """The source with its static __shared__ arrays under the runtime's care; lines stay where they are."""
+    """Return the source with its static __shared__ arrays made by the runtime; lines keep their numbers."""
     if mode != "fast":
         text = re.sub(r"#pragma unroll.*", "", text)
 
@@ -162,7 +162,7 @@ def compiler_version() -> str:
 
 @cache
 def cache_directory() -> Path:
-    """In the user's cache; where that cannot be written, a directory of this process."""
+    """Return a directory in the user's cache, or one of this process where that cannot be written."""
     place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refengine" / "cuda_on_cpu"
     try:
         place.mkdir(parents=True, exist_ok=True, mode=0o700)

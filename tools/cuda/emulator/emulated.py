@@ -97,7 +97,7 @@ class EmulatedDevice(Device):
         return host(x).copy()
 
     def sync(self) -> None:
-        """Every call has already done what it says."""
+        """Do nothing: every call is complete when it returns."""
 
     def matmul(self, x: DeviceArray, weight: DeviceArray, out: DeviceArray | None = None) -> DeviceArray:
         out = self.empty((x.shape[0], weight.shape[0]), x.dtype) if out is None else out
@@ -114,7 +114,7 @@ class EmulatedDevice(Device):
         self.do(here, built, kernel_name, sizes, shared_bytes, seed, args)
 
     def capture(self, function) -> Graph:
-        """The launches of `function`, recorded and not done; their values and addresses are now fixed."""
+        """Return the launches of `function`, recorded and not run; values and addresses are fixed."""
         self.recorded = []
         try:
             function()
@@ -148,13 +148,13 @@ def multiply(x: DeviceArray, weight: DeviceArray, out: DeviceArray) -> None:
 
 
 def host(x: DeviceArray) -> np.ndarray:
-    """The memory of an emulated array as NumPy sees it."""
+    """Return the memory of an emulated array as NumPy sees it."""
     whole = x.memory.bytes.view(DTYPES[x.dtype])[x.offset :]
     return np.lib.stride_tricks.as_strided(whole, x.shape, [s * x.itemsize for s in x.strides])
 
 
 def memories(args) -> list[Memory]:
-    """The pieces of memory that these arguments point into, each once."""
+    """Return the pieces of memory that these arguments point into, each once."""
     return list({id(a.memory): a.memory for a in args if isinstance(a, DeviceArray)}.values())
 
 
@@ -222,7 +222,7 @@ def environment() -> dict[str, str]:
 
 
 def summary(report: str) -> str:
-    """A sanitizer's finding: its own one-line summary first, then the report."""
+    """Return a sanitizer's finding: its own one-line summary first, then the report."""
     found = re.search(r"^SUMMARY: (.*)$|runtime error: (.*)$", report, re.MULTILINE)
     first = next((part for part in found.groups() if part), "") if found else "it ended without a word"
     return f"{first}\n{report}"
