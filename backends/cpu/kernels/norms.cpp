@@ -31,7 +31,7 @@ extern "C" {
 // total = x + delta (delta may be null),  y = total / rms(total) w
 void rms_norm(const float* x, const float* delta, const float* w, float eps, float* y, float* total, i64 rows,
               i64 d, const Run& run) {
-    parallel(run, rows, 4 * d, [=](i64 r) {
+    parallel(run, rows, 16 * d, [=](i64 r) {
         const float* t = x + r * d;
         float* to = y + r * d;
         if (delta) {
@@ -67,8 +67,8 @@ void conv(const float* x, i64 x_step, const float* w, const float* bias, const f
           float* y, float* next, i64 b, i64 l, i64 c, i64 k, const Run& run) {
     const i64 strips = (c + STRIP - 1) / STRIP, stretches = (l + STRETCH - 1) / STRETCH;
     parallel(run, b * strips * stretches, std::min(STRIP, c) * std::min(STRETCH, l) * (k + 16), [=](i64 job) {
-        const i64 s = job / (strips * stretches), at = job / stretches % strips * STRIP, wide = std::min(STRIP, c - at);
-        const i64 first = job % stretches * STRETCH, end = std::min(l, first + STRETCH);
+        const i64 s = job / (strips * stretches), at = job % strips * STRIP, wide = std::min(STRIP, c - at);
+        const i64 first = job / strips % stretches * STRETCH, end = std::min(l, first + STRETCH);
         const float *rows = x + s * l * x_step + at, *old = tail + s * (k - 1) * c + at;
         float *out = y + s * l * c + at, *kept = next + s * (k - 1) * c + at;
         // position t of the window: of the tail where t < 0
@@ -97,7 +97,7 @@ void conv(const float* x, i64 x_step, const float* w, const float* bias, const f
 // sigmoid alone. Of `groups` of experts only the best `kept` take part; a group scores the sum of its two best.
 void choose(const float* logits, const float* bias, i64 rows, i64 count, i64 k, i64 groups, i64 kept,
             int normalise, float factor, i64* expert, float* weight, const Run& run) {
-    parallel(run, rows, count * (k + 16), [=](i64 r) {
+    parallel(run, rows, count * (4 * k + 16), [=](i64 r) {
         static thread_local std::vector<float> score, c, best;
         score.resize(count), c.resize(count), best.resize(groups);
         const float out = -INFINITY;

@@ -1,6 +1,8 @@
-// The threads of pool.h. A worker takes the next piece by an atomic counter, so one whose processor was taken away
-// holds up one piece. When there is no work it spins for a moment, because a step is a hundred calls with little
-// between them, and then sleeps: threads that spin for long take the processors that others wait for.
+// The threads of pool.h. Each has a range of the pieces, so that it finds in its cache what it wrote in the call before,
+// and reads weights that lie side by side; one that is done takes pieces from the ranges of others. A piece is taken
+// by an atomic counter, so a thread whose processor was taken away holds up one piece. When there is no work a worker
+// spins for a moment, because a step is a hundred calls with little between them, and then sleeps: threads that spin
+// for long take the processors that others wait for.
 #include "pool.h"
 
 #include <atomic>
@@ -18,6 +20,7 @@
 typedef std::chrono::steady_clock Clock;
 constexpr auto SPIN = std::chrono::microseconds(50);
 constexpr uint64_t CLOSED = 0xffffffff;  // in place of a piece's number: the job is being written
+constexpr int RANGES = 64;               // at most
 
 static inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -42,30 +45,39 @@ static bool spun(Done done) {
 struct Pool {
     std::mutex turn;  // held by the thread whose job it is
     int workers = 0;  // that have been started
-    // The job: its number, in the upper half of `next`, above the number of the next piece. The other fields
-    // are read before a piece is taken, and count only if `next` has not changed since.
-    std::atomic<uint64_t> next{CLOSED};
+    // The job: its number, in the upper half of the `next` of each range, above the number of the range's next piece.
+    // The other fields are read before a piece is taken, and count only if that `next` has not changed since.
+    struct alignas(64) Range { std::atomic<uint64_t> next{CLOSED}; };
+    Range range[RANGES];
+    int opened = 0;  // ranges that have been used by any job
     std::atomic<void (*)(const void*, i64)> f{nullptr};
     std::atomic<const void*> what{nullptr};
     std::atomic<i64> count{0}, done{0};
-    std::atomic<int> limit{0};  // workers that may take part
+    std::atomic<int> limit{0}, ranges{1};  // workers that may take part
     // Sleep
     std::mutex lock;
     std::condition_variable wake, finished;
     std::atomic<int> asleep{0}, waiting{0};
 
     bool is_new(uint64_t seen) const {
-        const uint64_t at = next.load();
+        const uint64_t at = range[0].next.load();
         return at >> 32 != seen && (at & CLOSED) != CLOSED;
     }
 
-    // Take and do pieces of job number `job` until none is left.
-    void work(uint64_t job) {
+    static uint64_t begin(i64 r, i64 all, i64 ranges) { return r * all / ranges; }
+
+    // Take and do pieces of job number `job` until none is left, of range `mine` first.
+    void work(uint64_t job, int mine) {
+        for (int i = 0, all = ranges.load(); i < all; i++) work(job, range[(mine + i) % all].next, (mine + i) % all);
+    }
+
+    void work(uint64_t job, std::atomic<uint64_t>& next, int r) {
         for (uint64_t at = next.load(); at >> 32 == job;) {
             const auto call = f.load();
             const void* with = what.load();
-            const i64 all = count.load(), piece = at & CLOSED;
-            if (piece >= all) return;
+            const i64 all = count.load();
+            const uint64_t piece = at & CLOSED;
+            if (piece >= begin(r + 1, all, ranges.load())) return;
             if (!next.compare_exchange_weak(at, at + 1)) continue;
             call(with, piece);
             if (done.fetch_add(1) + 1 == all && waiting.load()) {
@@ -84,10 +96,10 @@ struct Pool {
                 wake.wait(held, [&] { return is_new(seen); });
                 asleep--;
             }
-            const uint64_t at = next.load();
+            const uint64_t at = range[0].next.load();
             if ((at & CLOSED) == CLOSED) continue;
             seen = at >> 32;
-            if (id < limit.load()) work(seen);
+            if (id < limit.load()) work(seen, id + 1);
         }
     }
 
@@ -108,15 +120,18 @@ struct Pool {
 
     void share(int threads, i64 pieces, void (*call)(const void*, i64), const void* with) {
         start(threads - 1);
-        const uint64_t job = ((next.load() >> 32) + 1) & CLOSED;
-        next.store(job << 32 | CLOSED);
-        f.store(call), what.store(with), count.store(pieces), done.store(0), limit.store(threads - 1);
-        next.store(job << 32);
+        const uint64_t job = ((range[0].next.load() >> 32) + 1) & CLOSED;
+        const int some = std::min(threads, RANGES);
+        opened = std::max(opened, some);
+        for (int r = 0; r < opened; r++) range[r].next.store(job << 32 | CLOSED);
+        f.store(call), what.store(with), count.store(pieces), done.store(0);
+        limit.store(threads - 1), ranges.store(some);
+        for (int r = some; r-- > 0;) range[r].next.store(job << 32 | begin(r, pieces, some));
         if (asleep.load()) {
             { std::lock_guard<std::mutex> held(lock); }
             wake.notify_all();
         }
-        work(job);
+        work(job, 0);
         auto all_done = [&] { return done.load() == pieces; };
         if (!spun(all_done)) {
             std::unique_lock<std::mutex> held(lock);

@@ -297,7 +297,7 @@ static void all_panels(const Matrix& w, i64 outs, i64 n, const float* panels, i6
 static const float* in_panels(const float* x, i64 rows, i64 n, const Run& run) {
     static thread_local std::vector<float> kept;
     float* to = aligned(kept, panels_of(rows) * PANEL * n);
-    parallel(run, panels_of(rows), n * PANEL, [=](i64 p) {
+    parallel(run, panels_of(rows), 8 * n * PANEL, [=](i64 p) {
         const float* row[PANEL];
         const i64 here = std::min(PANEL, rows - p * PANEL);
         for (i64 r = 0; r < here; r++) row[r] = x + (p * PANEL + r) * n;
