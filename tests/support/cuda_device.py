@@ -3,6 +3,9 @@
 device      the emulator in its fast mode; under `pytest -m gpu` the real device too
 sanitized   the emulator with AddressSanitizer + UndefinedBehaviorSanitizer, and with ThreadSanitizer
 perturbed   the emulator with approximate functions off by a few units and without denormal numbers
+
+Tests of one kernel use the last two in the thorough tier; those of the whole model, which set the parameter
+themselves (`on_address`, `on_perturbed`), in the default tier too.
 """
 
 from __future__ import annotations
@@ -44,17 +47,21 @@ def device(request):
     return emulated() if request.param == "emulated" else real()
 
 
-CHECKED = [
-    pytest.param("address", marks=needs_compiler),
-    pytest.param("thread", marks=[needs_compiler, pytest.mark.thorough]),
-]
+THOROUGH = [needs_compiler, pytest.mark.thorough]
+ADDRESS = pytest.param("address", marks=needs_compiler)
+THREAD = pytest.param("thread", marks=THOROUGH)
+PERTURBED = pytest.param("perturbed", marks=needs_compiler)
 
 
-@pytest.fixture(scope="session", params=CHECKED)
+@pytest.fixture(scope="session", params=[pytest.param("address", marks=THOROUGH), THREAD])
 def sanitized(request):
     return emulated(request.param)
 
 
-@pytest.fixture(scope="session", params=[pytest.param("perturbed", marks=needs_compiler)])
+@pytest.fixture(scope="session", params=[pytest.param("perturbed", marks=THOROUGH)])
 def perturbed():
     return emulated(perturb=True)
+
+
+on_address = pytest.mark.parametrize("sanitized", [ADDRESS, THREAD], indirect=True)
+on_perturbed = pytest.mark.parametrize("perturbed", [PERTURBED], indirect=True)

@@ -12,7 +12,7 @@ from refengine.runner import LocalRunner
 from refengine.spec.config import InputError
 from refengine.spec.model import Model
 from refengine.spec.tensors import parameters, table
-from tests.support.cuda_device import device, needs_compiler, perturbed  # noqa: F401
+from tests.support.cuda_device import device, needs_compiler, on_perturbed, perturbed  # noqa: F401
 from tools.cuda.emulator import EmulatedDevice
 
 PROMPTS = ["Once upon a time, there was a", "One day"]
@@ -57,6 +57,7 @@ def test_in_bfloat16_it_says_nearly_the_same(device):  # noqa: F811
 
 
 @pytest.mark.slow
+@on_perturbed
 def test_approximate_mathematics_changes_no_word(perturbed):  # noqa: F811
     ids = reference().ids("Once upon a time")
     expected, actual = reference().logits(ids), engine(perturbed, "float32").logits(ids)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from refengine.backends.cuda.scan import FEW, Half, Scan
 from refengine.spec.scan import ssd_scan
-from tests.support.cuda_device import device, needs_compiler, sanitized
+from tests.support.cuda_device import device, needs_compiler, on_address, sanitized
 from tests.support.cuda_scans import drawn, scan, uncancelled
 from tests.support.cuda_verbs import FLOAT32, exact, on_both, planted
 
@@ -92,6 +92,7 @@ def test_a_float16_state_is_the_recurrence_to_float16(device, build, seed, lengt
     coarse.near(after, S, whole_S)
 
 
+@on_address  # no other test of the default tier rounds at random under a sanitizer
 def test_random_rounding_is_clean_under_the_sanitizers(sanitized):
     for length in (2, 20):
         arrays = [*drawn(HALF, 3, 2, length, (1, 2), (5, 8))]

@@ -13,7 +13,7 @@ from refengine.conformance.cases import Case, terms
 from refengine.spec import state as spec_state
 from refengine.spec.model import Model
 from refengine.spec.ops import numpy_backend
-from tests.support.cuda_device import device, emulated, needs_compiler, sanitized  # noqa: F401
+from tests.support.cuda_device import device, emulated, needs_compiler, on_address, sanitized  # noqa: F401
 from tools.cuda.emulator import EmulatedDevice
 
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7}
@@ -60,6 +60,7 @@ def test_the_order_of_threads_changes_no_bit(dtype):
 
 
 @pytest.mark.slow
+@on_address
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.thorough)])
 def test_no_sanitizer_finds_anything_in_the_whole_model(sanitized, dtype):  # noqa: F811
     for ours, plain in zip(told(sanitized, dtype), told(emulated(), dtype), strict=True):

@@ -54,7 +54,13 @@ def test_a_function_that_one_side_lacks_is_a_sentence():
             "FIELD(float, scale) FIELD(float, more)",
             "structure Attention",
         ),
-        ("mixers.cpp", "double* taken,", "double* taken, int more,", "function step"),
+        pytest.param(
+            "mixers.cpp",
+            "double* taken,",
+            "double* taken, int more,",
+            "function step",
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_the_user_gets_the_sentence(file, old, new, named, tmp_path, monkeypatch):

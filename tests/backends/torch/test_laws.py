@@ -13,6 +13,7 @@ from refengine.conformance.truth import truth_of
 from refengine.spec import state as spec_state
 from refengine.spec.model import Model
 from tests.support.torch_benches import TRUTH, on_all
+from tests.support.tries import tries
 
 CASES = cases(max_length=14, n_routed_experts=9, num_experts_per_tok=9, n_group=1)
 
@@ -41,6 +42,7 @@ def same(how, case, logits, expected, ids=None):
 
 
 @on_all
+@tries(12, 5)
 @given(case=CASES, cuts=CUTS)
 def test_stopping_and_resuming_changes_nothing(how, case, cuts):
     m, ids = model(how, case), case.ids
@@ -52,6 +54,7 @@ def test_stopping_and_resuming_changes_nothing(how, case, cuts):
 
 
 @on_all
+@tries(12, 5)
 @given(case=CASES, cuts=CUTS)
 def test_padding_is_invisible(how, case, cuts):
     m, ids, n = model(how, case), case.ids.copy(), case.lengths
@@ -67,6 +70,7 @@ def test_padding_is_invisible(how, case, cuts):
 
 
 @on_all
+@tries(12, 5)
 @given(case=CASES, order=st.permutations(range(3)))
 def test_sequences_join_and_leave_a_batch(how, case, order):
     """Read in one order, go on in another, the last one alone: the results stay the same."""
@@ -81,6 +85,7 @@ def test_sequences_join_and_leave_a_batch(how, case, order):
 
 
 @on_all
+@tries(12, 5)
 @given(case=CASES)
 def test_forks_do_not_disturb_each_other(how, case):
     """Three futures of one past, taken in turns, a token at a time."""
@@ -99,6 +104,7 @@ def test_forks_do_not_disturb_each_other(how, case):
 
 
 @on_all
+@tries(12, 5)
 @given(case=CASES, row=st.integers(0, 2))
 def test_a_sequence_takes_the_place_of_another(how, case, row):
     m, ids, half = model(how, case), case.ids, case.length // 2
