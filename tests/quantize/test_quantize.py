@@ -197,13 +197,14 @@ def test_a_file_that_was_removed_after_a_stop_is_written_again(model, tmp_path, 
 def test_a_killed_process_leaves_nothing_half(model, tmp_path):
     out = tmp_path / "out"
     script = (
-        "import sys, time; from refengine.quantize import quantize, recipe_of, write;"
-        "put = write._put;"
-        "write._put = lambda *args: (time.sleep(0.01), put(*args))[1];"
+        "import time; from pathlib import Path; from refengine.quantize import quantize, recipe_of, write;"
+        f"put, second = write._put, lambda: list(Path({str(out)!r}).glob('model-00002*'));"
+        "write._put = lambda *args: (second() and time.sleep(600), put(*args))[1];"
         f"quantize({str(model)!r}, {str(out)!r}, recipe_of('nvfp4'), shard=20_000)"
     )
     process = subprocess.Popen([sys.executable, "-c", script])
     while not list(out.glob("model-00002*")):
+        assert process.poll() is None
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

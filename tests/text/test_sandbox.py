@@ -90,10 +90,10 @@ def grow(start, step):
     "{{ '\t'.expandtabs(10 ** 10) }}",
 ])  # fmt: skip
 def test_a_template_that_would_not_end_or_would_fill_the_memory_is_refused(source):
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(InputError, match="the chat template"):
         render(source)
-    assert time.monotonic() - began < 15
+    assert time.process_time() - began < 15
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700_000  # kilobytes
 
 
