@@ -303,14 +303,24 @@ class LocalRunner:
         The sequences stay where they were, and nothing is drawn. `commit` keeps some of the tokens, before
         the next call that reads or steps.
         """
-        logits = self.head(self.feed(slots, ids))
+        logits, _ = self.feed(slots, ids)
         return [found[: len(row)] for found, row in zip(logits, ids, strict=True)]
 
-    def feed(self, slots: list[int], rows: list[list[int]]) -> Any:
-        """Return the hidden states [b width d] of rows of tokens; the states stay until `commit`."""
+    def feed(self, slots: list[int], rows: list[list[int]]) -> tuple[Any, Any]:
+        """Return logits [b width v] and hidden states [b width d] of rows of tokens, on the host.
+
+        The states stay until `commit`. A row may have more positions than tokens.
+        """
+        if verify := self.model.backend.verify:
+            states = self.slots.gather(slots)
+            self.slots.keep(slots, states)
+            if found := verify(self.model, rows, states):
+                *found, records = found
+                self.recorded = list(slots), [len(row) for row in rows], records
+                return tuple(found)
         h, records = self.record(slots, rows, [], max(map(len, rows)))
         self.recorded = list(slots), [len(row) for row in rows], records
-        return h
+        return self.head(h), self.drafter.fetched(h)
 
     def record(self, slots: list[int], rows: list[list[int]], fresh: list[int], width: int) -> tuple:
         """Return hidden states [b width d] of rows of tokens, and records; the states stay as they were."""
@@ -335,9 +345,14 @@ class LocalRunner:
             raise ValueError(f"{counts} tokens to commit, of {most} that were verified")
         return records
 
-    def replay(self, slots: list[int], records: list, counts: list[int], *layers: int) -> None:
+    def replay(self, slots: list[int], records: Any, counts: list[int], *layers: int) -> None:
         """Store the states of slots after the first counts[i] tokens of a recorded call of `layers`."""
-        self.slots.keep(slots, self.model.commit(self.slots.gather(slots), records, counts, *layers))
+        states = self.slots.gather(slots)
+        if callable(records):
+            states = records(states, counts)
+        else:
+            states = self.model.commit(states, records, counts, *layers)
+        self.slots.keep(slots, states)
 
     def speculate(self, slots: list[int], ids: list[int], counts: list[int]) -> list[Run | InputError]:
         """Feed one token to each of some sequences, and up to counts[i] drafts of it; see Runner."""

@@ -36,17 +36,48 @@ def predict(model: Model, h, next_ids, states: list, lengths=None, record=False,
     a LayerNorm without a bias, as llama.cpp reads it; all others read an RMSNorm.
     """
     cfg, ops, layers = model.cfg, model.backend.ops, head_layers(model)
-    blocks = [w for _, w in layers]
-    e, _ = ops.rms_norm(model.embed(next_ids), None, blocks[0]["enorm.weight"], cfg.layer_norm_epsilon)
-    g, _ = ops.rms_norm(h, None, blocks[0]["hnorm.weight"], cfg.layer_norm_epsilon)
-    v = ops.linear_pair(e, g, blocks[0]["eh_proj.weight"])
-    final = blocks[-1]["final_layernorm.weight"]
+    v = projected(model, h, next_ids)
+    final = layers[-1][1]["final_layernorm.weight"]
     if not centred:
         return run_layers(v, layers, final, states, lengths, cfg, ops, record=record)
     v, states = run_layers(v, layers, None, states, lengths, cfg, ops, record=record)
     v = model.backend.fetch(v)
     v = model.backend.array((v - v.mean(axis=-1, keepdims=True, dtype=np.float64)).astype(v.dtype))
     return ops.rms_norm(v, None, final, cfg.layer_norm_epsilon)[0], states
+
+
+def projected(model: Model, h, next_ids):
+    """Return v, what the head's layers read: b l d."""
+    w, ops, eps = head_layers(model)[0][1], model.backend.ops, model.cfg.layer_norm_epsilon
+    e, _ = ops.rms_norm(model.embed(next_ids), None, w["enorm.weight"], eps)
+    g, _ = ops.rms_norm(h, None, w["hnorm.weight"], eps)
+    return ops.linear_pair(e, g, w["eh_proj.weight"])
+
+
+def last(model: Model, h, next_ids, states: list, lengths, centred: bool, wanted: bool):
+    """Return o [b 1 d], its logits [b v] on the host if they are wanted, and next states.
+
+    Of h [b l d] and next_ids [b l]; o is that of the last real position of each row. In one compiled call
+    where the backend has it.
+    """
+    here, next_ids = model.backend, np.asarray(next_ids)
+    b, l = next_ids.shape
+    lengths = np.full(b, l) if lengths is None else lengths
+    if here.predict and not centred:
+        real = np.arange(l) < lengths[:, None]
+        v = projected(model, h[real][None], here.array(next_ids[real][None]))
+        if found := here.predict(model, v[0], lengths, states, wanted):
+            return found
+    o, states = predict(
+        model,
+        h,
+        here.array(next_ids),
+        states,
+        None if (lengths == l).all() else here.array(lengths),
+        centred=centred,
+    )
+    o = o[np.arange(b), np.maximum(lengths, 1) - 1].reshape(b, 1, o.shape[-1])
+    return o, here.fetch(model.head(o))[:, 0] if wanted else None, states
 
 
 def draft(
@@ -57,19 +88,12 @@ def draft(
     choose(logits [b v]) -> ids [b], on the host, is called for each guess. lengths [b], on the host: how many
     of the positions of each row are real.
     """
-    here, b = model.backend, len(next_ids)
-    last = np.full(b, h.shape[1] - 1) if lengths is None else np.maximum(lengths, 1) - 1
-    real = None if lengths is None else here.array(lengths)
-    o, states = predict(model, h, here.array(next_ids), states, real, centred=centred)
-    if not count:
-        return states
-    o = o[np.arange(b), last].reshape(b, 1, o.shape[-1])
+    o, logits, states = last(model, h, next_ids, states, lengths, centred, count > 0)
     provisional = [state and state.tentative() for state in states]
     for ahead in range(1, count + 1):
-        guess = np.asarray(choose(here.fetch(model.head(o))[:, 0]), np.int64)
+        guess = np.asarray(choose(logits), np.int64)[:, None]
         if ahead < count:
-            ids = here.array(guess[:, None])
-            o, provisional = predict(model, o, ids, provisional, centred=centred)
+            o, logits, provisional = last(model, o, guess, provisional, None, centred, True)
     return states
 
 

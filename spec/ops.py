@@ -71,6 +71,14 @@ class Backend:
     step: Callable | None = None  # (model, ids [b], states) -> logits [b v] on the host, next states
     # The same for tensor-parallel ranks: it calls the embed, all_reduce and logits of the model's ops.
     step_of_ranks: Callable | None = None
+    # A recorded call of several positions (chapter 9), where there is one: (model, tokens of each row,
+    # states) -> logits [l v] and hidden states [l d] of each row on the host, and its record; None if it
+    # cannot serve them. record(states, counts [b]) -> states after the first counts[b] positions.
+    verify: Callable | None = None
+    # The layers and the norm of the prediction head (chapter 15) and the output layer: (model, v [rows d],
+    # lengths [b] of the rows, states, whether logits are wanted) -> o [b 1 d] and logits [b v] at the last
+    # position of each row, next states; None if it cannot serve them.
+    predict: Callable | None = None
     packed: bool = False  # whether `place` takes packed weights; else they are dequantized to bfloat16 first
 
 

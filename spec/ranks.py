@@ -114,7 +114,9 @@ def sharded(
     # A whole step communicates at the end of a mixer only, not in its experts, its norm or between stages.
     whole = len(others) == 1 and shard.layout.pp == 1 and not tp > cfg.n_groups > 0
     step = backend.step_of_ranks if whole else None
-    return replace(backend, ops=replace(ops, **verbs), step=step, step_of_ranks=None)
+    return replace(
+        backend, ops=replace(ops, **verbs), step=step, step_of_ranks=None, verify=None, predict=None
+    )
 
 
 def sizes(width: int, parts: int) -> list[int]:

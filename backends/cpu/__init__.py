@@ -52,6 +52,7 @@ def cpu_backend(
         raise InputError("the cpu backend needs a C++ compiler; use --backend numpy")
     stored = Stored(KV_DTYPES[kv or ("bfloat16" if dtype == "bfloat16" else "float32")])
     verbs = Verbs(built, threads, steady)
+    steps = Steps(built, verbs.run)
     return Backend(
         name="cpu",
         ops=verbs.ops(),
@@ -59,7 +60,9 @@ def cpu_backend(
         new_state=partial(new_state, stored=stored, half=ssm == "float16"),
         array=np.asarray,
         fetch=np.asarray,
-        step=Steps(built, verbs.run),
+        step=steps,
+        verify=steps.verify,
+        predict=steps.predict,
         step_of_ranks=Steps(built, verbs.run, alone=False),
         packed=True,
     )

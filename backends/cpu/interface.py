@@ -26,7 +26,8 @@ SIGNATURES = {
     "choose": "ppiiiiinfppp",
     "scan": "pppppipippipipppffpiiiiiiip",
     "attend": "pippfpiiiiip",
-    "step": "pipppppppp",
+    "step": "pppppppnpppp",
+    "replay": "pppppp",
 }
 FIELDS = {
     "Run": "threads:n steady:n",
@@ -43,7 +44,8 @@ FIELDS = {
     "Model": "norm:Norm head:Matrix vocabulary:i count:i layers:p",
     "Page": "k:p v:p step:i",
     "Cache": "pages:p count:i each:i kind:i k_scale:f v_scale:f",
-    "State": "first:p second:p key:p read:p",
+    "State": "tail:p S:p cache:p key:p read:p",
+    "Sequences": "b:i rows:i count:p length:p",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from refengine.backends.cpu.arrays import address, in_order, kind_of
@@ -25,6 +26,7 @@ class Program(NamedTuple):
     kinds: str
     whole: ctypes.Structure
     kept: tuple  # what it points to
+    recorded: list[int]  # numbers that a recorded call keeps of a position, for each layer
 
 
 def compiled(model, alone: bool = True) -> Program | None:
@@ -32,22 +34,37 @@ def compiled(model, alone: bool = True) -> Program | None:
 
     A rank has a part of every matrix, so widths are those of the arrays.
     """
+    cfg = model.cfg
+    blocks = [model.weights[f"layers.{i}"] for i in range(len(cfg.layers))]
+    return of_layers(model, cfg.layers, blocks, model.weights[""]["norm_f.weight"], alone)
+
+
+def compiled_head(model) -> Program | None:
+    """Return the program of the prediction head, or None if the loops cannot serve it."""
+    kinds = model.cfg.mtp_layers
+    blocks = [model.weights.get(f"mtp.layers.{i}", {}) for i in range(len(kinds))]
+    if not kinds or "final_layernorm.weight" not in blocks[-1]:
+        return None
+    return of_layers(model, kinds, blocks, blocks[-1]["final_layernorm.weight"])
+
+
+def of_layers(model, kinds: str, blocks: list, last_norm, alone: bool = True) -> Program | None:
+    """Return the program of some layers, of a norm after them, and of the output layer."""
     cfg, top = model.cfg, model.weights[""]
     head = top["embeddings.weight" if cfg.tie_word_embeddings else "lm_head.weight"]
-    blocks = [model.weights[f"layers.{i}"] for i in range(len(cfg.layers))]
     try:
-        parts = [LAYERS[kind](cfg, w, w["mixer"]) for kind, w in zip(cfg.layers, blocks, strict=True)]
-        final = vector(top["norm_f.weight"]), cfg.hidden_size, cfg.layer_norm_epsilon
+        parts = [LAYERS[kind](cfg, w, w["mixer"]) for kind, w in zip(kinds, blocks, strict=True)]
+        final = vector(last_norm), cfg.hidden_size, cfg.layer_norm_epsilon
         last = (matrix(head), len(head)) if alone else (NONE, 0)
     except Unknown:
         return None
     listed = [
-        filled("Layer", ord(kind), ctypes.addressof(part))
-        for kind, part in zip(cfg.layers, parts, strict=True)
+        filled("Layer", ord(kind), ctypes.addressof(part)) for kind, part in zip(kinds, parts, strict=True)
     ]
     layers = (STRUCTURES["Layer"] * len(parts))(*listed)
     whole = filled("Model", final, *last, len(parts), ctypes.addressof(layers))
-    return Program(cfg.layers, whole, (parts, layers))
+    recorded = [RECORDED[kind](cfg) if kind in RECORDED else 0 for kind in kinds]
+    return Program(kinds, whole, (parts, layers), recorded)
 
 
 def matrix(weight) -> ctypes.Structure:
@@ -147,4 +164,8 @@ def dense(cfg, w, m) -> ctypes.Structure:
     return filled("Dense", norm(cfg, w), matrix(up), matrix(m["down_proj.weight"]), len(up))
 
 
+RECORDED: dict[str, Callable] = {
+    "M": lambda cfg: 2 * cfg.conv_dim + cfg.mamba_num_heads,  # x|B|C before and after the convolution, dt
+    "*": lambda cfg: 2 * cfg.num_key_value_heads * cfg.head_dim,
+}
 LAYERS = {"M": mamba, "*": attention, "E": experts, "-": dense}

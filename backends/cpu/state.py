@@ -8,8 +8,9 @@ copies it first. The first page of a sequence is shorter, and grows by copies.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,18 +34,130 @@ def with_rows(a: np.ndarray, rows, values: np.ndarray) -> np.ndarray:
     return a
 
 
-@dataclass(frozen=True)
-class Recurrent:
-    """The state of a Mamba layer: tail b t c and S b h p n, float32; or S in float16, with keys of rounding.
+@dataclass(eq=False)
+class Row:
+    """An array of one sequence. shared: another state reads it too, so a write in place copies it first."""
 
-    `forked` is shared with every fork: once it holds anything, a write in place copies first.
+    data: np.ndarray
+    shared: bool = False
+
+    def own(self) -> Row:
+        """Return this row, or a copy of one that is shared."""
+        return Row(self.data.copy()) if self.shared else self
+
+    def share(self) -> Row:
+        """Return this row, which is shared from now on."""
+        self.shared = True
+        return self
+
+
+class Rows(Sequence):
+    """An array of each sequence of a batch, each in memory of its own; as a whole an array b ..
+
+    What a verb returned stays in one array until its rows are asked for.
     """
 
-    tail: np.ndarray
-    S: np.ndarray
-    key: np.ndarray | None = None  # b uint32
+    def __init__(self, whole: np.ndarray | None, rows: tuple[Row, ...] = ()):
+        self.whole, self.kept = whole, rows
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Return the rows, each apart."""
+        if self.whole is not None:
+            alone = len(self.whole) == 1  # else a row that stays would keep the memory of all
+            self.kept = tuple(Row(a if alone else a.copy()) for a in self.whole)
+            if self.kept:
+                self.whole = None
+        return self.kept
+
+    @cached_property
+    def addresses(self) -> np.ndarray:
+        """Return the address of each row."""
+        return np.array([address(row.data) for row in self.rows], np.int64)
+
+    @cached_property
+    def place(self) -> int | None:
+        """Return where the addresses are."""
+        return address(self.addresses)
+
+    def own(self) -> Rows:
+        """Return the same rows in memory that may be written."""
+        if not any(row.shared for row in self.rows):
+            return self
+        return Rows(None, tuple(row.own() for row in self.rows))
+
+    def fork(self) -> Rows:
+        """Return the same rows, which are shared from now on."""
+        return self.take(slice(None))
+
+    def take(self, rows) -> Rows:
+        """Return some of the rows, which are shared from now on."""
+        if not len(self):
+            return self
+        return Rows(None, tuple(self.rows[at].share() for at in np.arange(len(self))[rows]))
+
+    def put(self, rows, other: Rows) -> Rows:
+        """Return rows of which these are those of `other`; all are shared from now on."""
+        new = list(self.fork().rows)
+        for at, row in zip(np.arange(len(new))[rows], other.fork().rows, strict=True):
+            new[at] = row
+        return Rows(None, tuple(new))
+
+    @property
+    def array(self) -> np.ndarray:
+        """Return the rows as one array, a copy where there are several."""
+        if self.whole is not None:
+            return self.whole
+        return self.kept[0].data[None] if len(self.kept) == 1 else np.stack([row.data for row in self.kept])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape as one array."""
+        return self.whole.shape if self.whole is not None else (len(self), *self.kept[0].data.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Return the dtype of all rows."""
+        return self.whole.dtype if self.whole is not None else self.kept[0].data.dtype
+
+    @property
+    def itemsize(self) -> int:
+        """Return the bytes of a number."""
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all rows."""
+        return math.prod(self.shape) * self.itemsize
+
+    def copy(self) -> np.ndarray:
+        """Return a copy as one array."""
+        return np.array(self.array)
+
+    def __len__(self) -> int:
+        return len(self.whole) if self.whole is not None else len(self.kept)
+
+    def __getitem__(self, at):
+        one = self.whole is None and isinstance(at, (int, np.integer))
+        return self.kept[at].data if one else self.array[at]
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array if dtype is None else self.array.astype(dtype)
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """The state of a Mamba layer: tail b t c and S b h p n, float32; or S in float16, with keys."""
+
+    tail: Rows
+    S: Rows
+    key: np.ndarray | None = None  # b uint32, of its rounding
     position: np.ndarray | None = None  # b, positions read
-    forked: list = field(default_factory=list)
+
+    def __post_init__(self):
+        for name in ("tail", "S"):
+            if not isinstance(a := getattr(self, name), Rows):
+                object.__setattr__(self, name, Rows(a))
 
     @classmethod
     def empty(cls, cfg, batch: int, half: bool = False) -> Recurrent:
@@ -52,9 +165,9 @@ class Recurrent:
         tail = np.zeros((batch, cfg.conv_kernel - 1, cfg.conv_dim), np.float32)
         shape = batch, cfg.mamba_num_heads, cfg.mamba_head_dim, cfg.ssm_state_size
         if not half:
-            return cls(tail, np.zeros(shape, np.float32))
+            return cls(Rows(tail), Rows(np.zeros(shape, np.float32)))
         none = np.zeros(batch, np.int64)
-        return cls(tail, np.zeros(shape, np.float16), rounding_key(none, 0), none)
+        return cls(Rows(tail), Rows(np.zeros(shape, np.float16)), rounding_key(none, 0), none)
 
     def keyed(self, seeds, layer: int) -> Recurrent:
         """Return this state with the keys of sequences with these seeds, in this layer."""
@@ -63,45 +176,57 @@ class Recurrent:
     def take(self, rows) -> Recurrent:
         """Return the states of these rows."""
         rows = np.arange(len(self.S))[rows]  # a slice would give views, and share what is not shared
-        return Recurrent(**{name: a[rows] for name, a in self.arrays.items()})
+        more = (a if a is None else a[rows] for a in self.of_float16.values())
+        return Recurrent(self.tail.take(rows), self.S.take(rows), *more)
 
     def put(self, rows, other: Recurrent) -> Recurrent:
         """Return a state in which these rows are those of `other`."""
-        theirs = other.arrays
-        both: dict[str, Any] = {name: with_rows(a, rows, theirs[name]) for name, a in self.arrays.items()}
-        return Recurrent(**both)
+        theirs = vars(other)
+        return Recurrent(
+            self.tail.put(rows, other.tail),
+            self.S.put(rows, other.S),
+            *(a if a is None else with_rows(a, rows, theirs[n]) for n, a in self.of_float16.items()),
+        )
 
     @staticmethod
     def joined(states: list[Recurrent], chosen: list[tuple[int, int]]) -> Recurrent:
-        """Return a state whose row i is row chosen[i][1] of states[chosen[i][0]]."""
-        both: dict[str, Any] = {}
-        for name, a in states[0].arrays.items():
-            both[name] = np.empty((len(chosen), *a.shape[1:]), a.dtype)
-            for row, (n, at) in enumerate(chosen):
-                both[name][row] = getattr(states[n], name)[at]
-        return Recurrent(**both)
+        """Return a state whose row i is row chosen[i][1] of states[chosen[i][0]]; no row is copied.
+
+        The rows that are chosen are no longer those of the states.
+        """
+        tail, S = (
+            Rows(None, tuple(getattr(states[n], name).rows[row] for n, row in chosen))
+            for name in ("tail", "S")
+        )
+        if len(set(chosen)) < len(chosen):
+            tail, S = tail.fork(), S.fork()
+        if states[0].key is None:
+            return Recurrent(tail, S)
+        key, position = (
+            np.array([getattr(states[n], name)[row] for n, row in chosen]) for name in states[0].of_float16
+        )
+        return Recurrent(tail, S, key, position)
 
     @property
-    def arrays(self) -> dict[str, Any]:
-        """Return the arrays that it holds, by name."""
-        return {name: a for name, a in vars(self).items() if a is not None and name != "forked"}
+    def of_float16(self) -> dict[str, np.ndarray | None]:
+        """Return the arrays that a state in float16 has beside the others, by name."""
+        return {"key": self.key, "position": self.position}
 
     def read(self) -> np.ndarray | Recurrent:
         """Return S as the scan reads it: the state itself where S is float16."""
-        return self.S if self.key is None else self
+        return self.S.array if self.key is None else self
 
-    def after(self, tail: np.ndarray, S: np.ndarray, count=1) -> Recurrent:
+    def after(self, tail: Any, S: Any, count=1) -> Recurrent:
         """Return the state after `count` more positions, an int or [b], at whose end the scan left S."""
         return Recurrent(tail, S, self.key, None if self.position is None else self.position + count)
 
-    def advanced(self) -> Recurrent:
-        """Return the state after one more position has been read, in place."""
-        return self if self.position is None else replace(self, position=self.position + 1)
+    def advanced(self, count=1) -> Recurrent:
+        """Return the state after `count` more positions have been read, in place."""
+        return self if self.position is None else replace(self, position=self.position + count)
 
     def fork(self) -> Recurrent:
         """Return a second state of this point, in the same arrays."""
-        self.forked.append(True)
-        return replace(self)
+        return replace(self, tail=self.tail.fork(), S=self.S.fork())
 
     def tentative(self) -> Recurrent:
         """Return this state: the verbs do not write in place."""
@@ -109,7 +234,8 @@ class Recurrent:
 
     def own(self) -> Recurrent:
         """Return the same state in arrays that may be written."""
-        return self.after(self.tail.copy(), self.S.copy(), 0) if self.forked else self
+        tail, S = self.tail.own(), self.S.own()
+        return self if tail is self.tail and S is self.S else replace(self, tail=tail, S=S)
 
 
 @dataclass(eq=False)
@@ -218,7 +344,7 @@ class Cache:
             used = length - (len(pages) - 1) * PAGE  # of the last page
             if (
                 not pages
-                or pages[-1].written != used
+                or self.stale(pages[-1], used)
                 or used + more > pages[-1].room
                 or id(pages[-1]) in taken
             ):
@@ -227,13 +353,20 @@ class Cache:
             taken.update(map(id, pages[-1:]))
         return replace(self, pages=tuple(rows)) if changed else self
 
+    def stale(self, page: Page, used: int) -> bool:
+        """Return whether a page holds other positions after the first `used` than this cache may overwrite.
+
+        Positions that do not count as written are in use by one cache at a time, so a page may hold less.
+        """
+        return page.written > used or (self.lasting and page.written < used)
+
     def with_room(self, pages: tuple[Page, ...], length: int, more: int, taken: set[int]) -> tuple[Page, ...]:
         """Return the pages of a row with room for `more`; a last page that another wrote to is copied."""
         pages = pages[: -(-length // PAGE)]
         used = length - (len(pages) - 1) * PAGE
         if pages and used < PAGE:
             last, needed = pages[-1], min(PAGE, used + more)
-            if last.written != used or needed > last.room or id(last) in taken:
+            if self.stale(last, used) or needed > last.room or id(last) in taken:
                 pages = (*pages[:-1], last.copied(used, self.room(len(pages) - 1, needed)))
             taken.add(id(pages[-1]))
         while len(pages) * PAGE < length + more:
@@ -289,7 +422,10 @@ class Cache:
 
     def tentative(self) -> Cache:
         """Return a fork whose positions do not count as written: the next append overwrites them."""
-        return replace(self, lasting=False)
+        found = replace(self, lasting=False)
+        if "structure" in vars(self):
+            vars(found)["structure"] = self.structure
+        return found
 
 
 class Gathered(Sequence):

@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from refengine.backends.cpu.arrays import address
-from refengine.backends.cpu.interface import STRUCTURES
-from refengine.backends.cpu.program import Program, compiled
+from refengine.backends.cpu.interface import STRUCTURES, filled
+from refengine.backends.cpu.program import Program, compiled, compiled_head
+from refengine.backends.cpu.state import Rows
 
 REDUCE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)
 FEW = 32  # rows that a step serves
+MANY = 512  # positions of a call that verifies
 
 
 def same(a):
@@ -58,7 +61,8 @@ class Steps:
         self.built, self.run, self.few, self.alone, self.taken = built, run, few, alone, taken
         self.host, self.here = host, here
         self.writable, self.written = writable or own, written or advanced
-        self.latest: tuple[dict, Program | None] = {}, None  # weights, and their program if there is one
+        self.latest: dict = {}  # weights
+        self.programs: dict[bool, Program | None] = {}  # of them, and whether of the prediction head
 
     def __call__(self, model, ids, states: list):
         program = self.program(model)
@@ -67,30 +71,134 @@ class Steps:
             return plain(model, ids, states)
         x = self.host(model.embed(ids))  # b d, a new array, which is changed
         before = [self.writable(kind, state) for kind, state in zip(program.kinds, states, strict=True)]
-        places, length, _kept = remembered(program.kinds, before)
-        whole, delta = program.whole, np.empty_like(x)
-        reduce = None if self.alone else Reduce(model.backend.ops.all_reduce, delta, self.here, self.host)
-        out = np.empty((len(ids), whole.vocabulary if self.alone else whole.norm.d), np.float32)
-        self.built.step(
-            ctypes.addressof(whole),
-            len(ids),
-            address(x),
-            address(delta),
-            places,
-            length,
-            reduce and reduce.call,
-            address(out),
-            self.taken,
-            ctypes.addressof(self.run),
-        )
+        call = Call(program, before, np.ones(len(ids), np.int64))
+        if self.alone:
+            reduce, hidden, out = None, None, np.empty((len(ids), program.whole.vocabulary), np.float32)
+        else:
+            reduce = Reduce(model.backend.ops.all_reduce, np.empty_like(x), self.here, self.host)
+            hidden, out = np.empty_like(x), None
+        self.run_step(call, x, None, reduce, False, hidden, out)
         after = list(map(self.written, program.kinds, states, before))
-        return (reduce.checked(model, out) if reduce else out), after
+        return (out if reduce is None or hidden is None else reduce.checked(model, hidden)), after
 
-    def program(self, model) -> Program | None:
-        """Return the program of the model, or None; that of the latest model is kept."""
-        if self.latest[0] is not model.weights:
-            self.latest = model.weights, compiled(model, self.alone)
-        return self.latest[1]
+    def verify(self, model, rows: list[list[int]], states: list):
+        """Return logits [l v] and hidden states [l d] of each row of tokens, and the record of the call.
+
+        record(states, counts) returns the states after the first counts[b] tokens; until then they stay as
+        they were. None where the loops do not serve the model, or so many tokens.
+        """
+        program, count = self.program(model), np.array(list(map(len, rows)), np.int64)
+        if program is None or not 0 < count.sum() <= MANY:
+            return None
+        x = self.host(model.embed(np.concatenate([np.asarray(row, np.int64) for row in rows])))  # rows d
+        before = [
+            state.tentative().reserve(int(count.max())) if kind == "*" else state
+            for kind, state in zip(program.kinds, states, strict=True)
+        ]
+        record, hidden = Record(self, program, count), np.empty_like(x)
+        out = np.empty((len(x), program.whole.vocabulary), np.float32)
+        self.run_step(Call(program, before, count), x, record.places, None, False, hidden, out)
+        ends = np.cumsum(count)[:-1]
+        return np.split(out, ends), np.split(hidden, ends), record
+
+    def run_step(
+        self,
+        call: Call,
+        x,
+        records=None,
+        reduce: Reduce | None = None,
+        last: bool = False,
+        hidden=None,
+        out=None,
+    ) -> None:
+        """Run the compiled step; see kernels/mixers.cpp."""
+        delta = reduce.delta if reduce else np.empty_like(x)
+        self.built.step(
+            *call.places, address(x), address(delta), call.states, records, reduce and reduce.call, last,
+            address(hidden), address(out), self.taken, ctypes.addressof(self.run),
+        )  # fmt: skip
+
+    def predict(self, model, v, lengths, states: list, logits: bool = True):
+        """Return o [b 1 d] and logits [b v] at the last position of each row of the head, and next states.
+
+        v: what the head's layers read [rows d], lengths[b] positions of each row side by side. None where the
+        loops do not serve the head, or so many positions.
+        """
+        program, count = self.program(model, head=True), np.asarray(lengths, np.int64)
+        if program is None or not 0 < len(v) <= MANY:
+            return None
+        before = [
+            own(kind, state, int(count.max())) for kind, state in zip(program.kinds, states, strict=True)
+        ]
+        o = np.empty((len(count), 1, v.shape[1]), np.float32)
+        out = np.empty((len(count), program.whole.vocabulary), np.float32) if logits else None
+        self.run_step(Call(program, before, count), v, None, None, True, o, out)
+        after = [
+            advanced(kind, None, state, count) for kind, state in zip(program.kinds, before, strict=True)
+        ]
+        return o, out, after
+
+    def program(self, model, head: bool = False) -> Program | None:
+        """Return the program of the model, or of its prediction head, or None; those of a model are kept."""
+        if self.latest is not model.weights:
+            self.latest, self.programs = model.weights, {}
+        if head not in self.programs:
+            self.programs[head] = compiled_head(model) if head else compiled(model, self.alone)
+        return self.programs[head]
+
+
+class Call:
+    """The structures of one call: the model, its sequences, and what their layers remember.
+
+    count: positions of each sequence.
+    """
+
+    def __init__(self, program: Program, states: list, count: np.ndarray):
+        self.program, self.states, length = program, (STRUCTURES["State"] * len(states))(), None
+        self.kept: list = [states]  # what is pointed to
+        for place, kind, state in zip(self.states, program.kinds, states, strict=True):
+            if kind == "M":
+                place.tail, place.S = self.addresses(state.tail), self.addresses(state.S)
+                place.key, place.read = address(state.key), address(state.position)
+            elif kind == "*":
+                self.kept.append(state.structure)
+                place.cache, length = ctypes.addressof(self.kept[-1]), state.length
+        self.of = filled("Sequences", len(count), int(count.sum()), address(count), address(length))
+        self.kept += count, length
+
+    def addresses(self, a) -> int | None:
+        """Return where the addresses of the rows of an array or a tensor are."""
+        if isinstance(a, Rows):
+            return a.place
+        self.kept.append(address(a) + np.arange(len(a), dtype=np.int64) * (a.nbytes // max(1, len(a))))
+        return address(self.kept[-1])
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """Return the addresses of the model and of the sequences."""
+        return ctypes.addressof(self.program.whole), ctypes.addressof(self.of)
+
+
+class Record:
+    """Holds what a call of several positions read that changes states, layer by layer."""
+
+    def __init__(self, steps: Steps, program: Program, count: np.ndarray):
+        self.steps, self.program, self.count = steps, program, count
+        rows, (*starts, end) = int(count.sum()), accumulate(program.recorded, initial=0)
+        self.numbers = np.empty(rows * end, np.float32)
+        first = address(self.numbers) or 0
+        self.places = (ctypes.c_void_p * len(starts))(*(first + 4 * rows * start for start in starts))
+
+    def __call__(self, states: list, counts) -> list:
+        """Return the states after the first counts[b] positions of each row."""
+        kept, kinds = np.asarray(counts, np.int64), self.program.kinds
+        most = int(kept.max(initial=0))
+        if not most:
+            return states
+        before = [own(kind, state, most) for kind, state in zip(kinds, states, strict=True)]
+        call, run = Call(self.program, before, self.count), self.steps.run
+        self.steps.built.replay(*call.places, address(kept), self.places, call.states, ctypes.addressof(run))
+        return [advanced(kind, None, state, kept) for kind, state in zip(kinds, before, strict=True)]
 
 
 class Reduce:
@@ -116,33 +224,16 @@ class Reduce:
         return model.backend.fetch(model.head(self.here(out)))
 
 
-def own(kind: str, state):
-    """Return a state in arrays that may be written, with room for a position."""
+def own(kind: str, state, more: int = 1):
+    """Return a state in arrays that may be written, with room for so many positions."""
     if kind == "M":
         return state.own()
-    return state.reserve(1) if kind == "*" else state
+    return state.reserve(more) if kind == "*" else state
 
 
-def advanced(kind: str, before, state):
-    """Return the state after the step."""
-    return state if kind in "E-" else state.advanced()
-
-
-def remembered(kinds: str, states: list) -> tuple[ctypes.Array, int | None, list]:
-    """Return the addresses of the states, and of the lengths [b], the same in every layer that has them.
-
-    And the structures that the first point to, to be kept as long as they.
-    """
-    places, length, kept = (STRUCTURES["State"] * len(states))(), None, []
-    for place, kind, state in zip(places, kinds, states, strict=True):
-        if kind == "M":
-            place.first, place.second = address(state.tail), address(state.S)
-            place.key, place.read = address(state.key), address(state.position)
-        elif kind == "*":
-            kept.append(state.structure)
-            place.first = ctypes.addressof(kept[-1])
-            length = address(state.length)
-    return places, length, kept
+def advanced(kind: str, before, state, count=1):
+    """Return the state after `count` more positions, an int or [b]."""
+    return state if kind in "E-" else state.advanced(count)
 
 
 def plain(model, ids, states: list):

@@ -150,7 +150,7 @@ class Verbs:
         dt, dt_step = rows_of(dt, h)
         (B, B_step), (C, C_step) = rows_of(B, g * n), rows_of(C, g * n)
         key, read = (S.key, S.position) if isinstance(S, Recurrent) else (None, None)
-        S, real = in_order(S) if key is None else S.S, whole(lengths)
+        S, real = in_order(S) if key is None else S.S.array, whole(lengths)
         y, after = empty((b, l, h, p)), np.empty_like(S)
         self.built.scan(
             address(S), address(after), address(key), address(read), address(x), x_step, address(dt), dt_step,

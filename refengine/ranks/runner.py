@@ -288,16 +288,16 @@ class RankRunner(LocalRunner):
     def part_of_verify(self, slots: list[int], ids: list[list[int]]) -> list[np.ndarray]:
         """Return the logits [tokens v] of each sequence; this rank records those it has."""
         self.seat(slots, [])
-        found = self.exchange(self.head(self.feed(slots, ids)), len(slots))
+        found = self.exchange(self.feed(slots, ids)[0], len(slots))
         return [logits[: len(row)] for logits, row in zip(found, ids, strict=True)]
 
     def feed(self, slots, rows):
-        """Return the hidden states of this rank's rows, which it records."""
+        """Return the logits and hidden states of this rank's rows, which it records."""
         own_slots, own_rows, new = _padded(slots, rows, [], self.mine)
         h, records = self.record(own_slots, own_rows, new, max(map(len, rows)))
         self.slots.drop([-1])
         self.recorded = list(slots), [len(row) for row in rows], (self.mine, records)
-        return h
+        return self.head(h), self.drafter.fetched(h)
 
     def exchange(self, own: np.ndarray, count: int) -> list[np.ndarray]:
         """Return an array for each of the `count` sequences of a call, of those of the ranks that draw.

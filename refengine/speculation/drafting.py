@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from weakref import proxy
@@ -93,7 +94,7 @@ class Call:
     rows: list[list[int]]
     runs: list[Run | InputError]
     mine: list[int]  # the numbers of this rank's sequences
-    hidden: np.ndarray | None  # b l d of these
+    hidden: Sequence[np.ndarray] | np.ndarray | None  # b l d of these
 
 
 class Drafter:
@@ -159,7 +160,11 @@ class Drafter:
         return hidden
 
     def note(
-        self, slots: list[int], rows: list[list[int]], mine: list[int], hidden: np.ndarray | None
+        self,
+        slots: list[int],
+        rows: list[list[int]],
+        mine: list[int],
+        hidden: Sequence[np.ndarray] | np.ndarray | None,
     ) -> None:
         """Add rows that wait; hidden b l d of this rank's sequences."""
         here = {} if hidden is None else {slots[i]: hidden[at] for at, i in enumerate(mine)}
@@ -272,8 +277,7 @@ class Drafter:
         guesses = self.guess(slots, mine, counts) if any(counts) else [[] for _ in slots]
         began = self.took("draft", began)
         rows = [[token, *(g.token for g in drafts)] for token, drafts in zip(ids, guesses, strict=True)]
-        h = runner.feed(slots, rows)
-        logits, hidden = runner.head(h), self.fetched(h)
+        logits, hidden = runner.feed(slots, rows)
         began = self.took("verify", began)
         found: dict[int, tuple[list, int] | InputError] = {}
         if runner.draws:

@@ -32,6 +32,20 @@ static inline void keep(i64 kind, float scale, void* into, i64 at, const float* 
         for (i64 i = 0; i < count; i++) ((uint8_t*)into)[at + i] = to_e4m3(from[i] / scale);
 }
 
+// Write keys and values of l positions of row s, of which `from` are known: k and v [l][kv][e], positions `step` apart.
+static inline void append(const Cache& cache, i64 s, i64 from, i64 l, i64 kv, i64 e, const float* k, const float* v,
+                          i64 step) {
+    for (i64 i = 0; i < l; i++) {
+        const i64 at = from + i;
+        const Page& page = cache.pages[s * cache.count + at / cache.each];
+        for (i64 g = 0; g < kv; g++) {
+            const i64 to = g * page.step + at % cache.each * e;
+            keep(cache.kind, cache.k_scale, page.k, to, k + i * step + g * e, e);
+            keep(cache.kind, cache.v_scale, page.v, to, v + i * step + g * e, e);
+        }
+    }
+}
+
 // E4M3 is a float16 with one bit of exponent less, 2^8 times as large.
 static inline vec widened_bytes(bytes b) {
     const halves h = __builtin_convertvector(b, halves), size = h & 0x7f;

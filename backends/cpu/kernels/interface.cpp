@@ -30,7 +30,7 @@ static std::string described() {
     std::string text;
 #define FUNCTION(name) text += std::string("function " #name) + arguments(name) + "\n";
     FUNCTION(linear) FUNCTION(mlp) FUNCTION(experts) FUNCTION(rms_norm) FUNCTION(gated_rms_norm)
-    FUNCTION(conv) FUNCTION(choose) FUNCTION(scan) FUNCTION(attend) FUNCTION(step)
+    FUNCTION(conv) FUNCTION(choose) FUNCTION(scan) FUNCTION(attend) FUNCTION(step) FUNCTION(replay)
 #define FIELD(type, name) text += "|" #name " " + kind<type>() + " at " + std::to_string(offsetof(Here, name));
 #define STRUCTURE(name, FIELDS)                                                                              \
     {                                                                                                        \
@@ -43,6 +43,7 @@ static std::string described() {
     STRUCTURE(Attention, ATTENTION) STRUCTURE(Experts, EXPERTS)
     STRUCTURE(Dense, DENSE) STRUCTURE(Layer, LAYER) STRUCTURE(Model, MODEL)
     STRUCTURE(Page, PAGE) STRUCTURE(Cache, CACHE) STRUCTURE(State, STATE)
+    STRUCTURE(Sequences, SEQUENCES)
     return text;
 }
 

@@ -1,4 +1,4 @@
-// One position of a whole model on a CPU in one call: spec/mixers.py and spec/model.py again, in the loops of
+// Positions of a whole model on a CPU in one call: spec/mixers.py and spec/model.py again, in the loops of
 // the other files.
 //
 //     x += delta      delta = mixer(rms_norm(x))      x, delta [b][d] float32
@@ -8,8 +8,10 @@
 #include <chrono>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "cached.h"
+#include "pool.h"
 #include "verbs.h"
 
 static std::unique_ptr<float[]> fresh(i64 count) { return std::unique_ptr<float[]>(new float[count]); }
@@ -22,50 +24,90 @@ static std::unique_ptr<float[]> normed(const Norm& norm, i64 b, float* x, const 
     return h;
 }
 
-static void mamba2(const Mamba& w, i64 b, float* x, const float* before, float* delta, State& state,
-                   const Run& run) {
-    float* tail = (float*)state.first;
-    const i64 inner = w.heads * w.head_dim, shared = w.groups * w.state, c = inner + 2 * shared;
-    const i64 wide = inner + c + w.heads;
-    auto h = normed(w.norm, b, x, before, run);
-    // PROJECT
-    auto z = fresh(b * wide), y = fresh(b * inner), xBC = fresh(b * c);
-    const float *in = z.get() + inner, *dt = in + c;
-    linear(w.in_proj, wide, w.norm.d, h.get(), b, z.get(), wide, run);
-    // CONVOLVE
-    conv(in, wide, w.conv, w.conv_bias, tail, nullptr, xBC.get(), tail, b, 1, c, w.kernel, run);
-    // SCAN
-    float *B = xBC.get() + inner, *C = B + shared;
-    scan(state.second, state.second, state.key, state.read, xBC.get(), c, dt, wide, w.A_log, B, c, C, c, w.D,
-         w.dt_bias, nullptr, w.low, w.high, y.get(), b, 1, w.heads, w.head_dim, w.state, w.groups, 1, run);
-    // GATE
-    gated_rms_norm(y.get(), z.get(), wide, w.gate, w.norm.eps, y.get(), b, w.groups, inner / w.groups, run);
-    // RETURN
-    linear(w.out_proj, w.norm.d, inner, y.get(), b, delta, w.norm.d, run);
+// Call f(s, at, l, run) for each sequence s, of which l positions are those from `at` on, each of about `work`
+// multiply-adds: side by side where that keeps all threads busy, else each by all threads.
+template <class F>
+static void each(const Sequences& of, i64 work, const Run& run, const F& f) {
+    std::vector<i64> ends(of.b + 1, 0);
+    for (i64 s = 0; s < of.b; s++) ends[s + 1] = ends[s] + (of.count ? of.count[s] : 1);
+    const Run one{1, run.steady};
+    auto call = [&](i64 s, const Run& run) {
+        if (const i64 l = ends[s + 1] - ends[s]) f(s, ends[s], l, run);
+    };
+    if (run.threads > 1 && (of.b % run.threads == 0 || of.b >= 4 * run.threads))
+        parallel(run, of.b, work * of.rows / of.b, [&](i64 s) { call(s, one); });
+    else
+        for (i64 s = 0; s < of.b; s++) call(s, run);
 }
 
-// length[b] positions are known
-static void attention(const Attention& w, i64 b, float* x, const float* before, float* delta, State& state,
-                      const i64* length, const Run& run) {
-    const Cache& cache = *(const Cache*)state.first;
-    const i64 e = w.head_dim, q_width = w.heads * e, kv_width = w.kv * e, d = w.norm.d;
-    auto h = normed(w.norm, b, x, before, run);
+// With a record, the state stays as it was, and the record has for each position x|B|C, dt, and x|B|C convolved.
+static void mamba2(const Mamba& w, const Sequences& of, float* x, const float* before, float* delta,
+                   const State& state, float* record, const Run& run) {
+    const i64 inner = w.heads * w.head_dim, shared = w.groups * w.state, c = inner + 2 * shared;
+    const i64 wide = inner + c + w.heads, n = of.rows;
+    auto h = normed(w.norm, n, x, before, run);
     // PROJECT
-    auto q = fresh(b * q_width), k = fresh(b * kv_width), v = fresh(b * kv_width), y = fresh(b * q_width);
-    linear(w.q, q_width, d, h.get(), b, q.get(), q_width, run);
-    linear(w.k, kv_width, d, h.get(), b, k.get(), kv_width, run);
-    linear(w.v, kv_width, d, h.get(), b, v.get(), kv_width, run);
-    // ATTEND
-    for (i64 r = 0; r < b * w.kv; r++) {
-        const i64 row = r / w.kv, at = length[row];
-        const Page& page = cache.pages[row * cache.count + at / cache.each];
-        const i64 to = r % w.kv * page.step + at % cache.each * e;
-        keep(cache.kind, cache.k_scale, page.k, to, &k[r * e], e);
-        keep(cache.kind, cache.v_scale, page.v, to, &v[r * e], e);
-    }
-    attend(q.get(), q_width, cache, length, w.scale, y.get(), b, 1, w.heads, w.kv, e, run);
+    auto z = fresh(n * wide), y = fresh(n * inner), xBC = fresh(n * c);
+    const float *in = z.get() + inner, *dt = in + c;
+    linear(w.in_proj, wide, w.norm.d, h.get(), n, z.get(), wide, run);
+    each(of, inner * w.state * 3, run, [&](i64 s, i64 at, i64 l, const Run& run) {
+        float *own = state.tail[s], *to = &xBC[at * c];
+        const std::vector<float> tail(own, own + (w.kernel - 1) * c);
+        void* S = state.S[s];
+        // CONVOLVE
+        conv(in + at * wide, wide, w.conv, w.conv_bias, tail.data(), nullptr, to, record ? nullptr : own, 1, l, c,
+             w.kernel, run);
+        // SCAN
+        float *B = to + inner, *C = B + shared;
+        const uint32_t* key = state.key ? state.key + s : nullptr;
+        scan(S, record ? nullptr : S, key, state.read + (key ? s : 0), to, c, dt + at * wide, wide, w.A_log, B, c, C,
+             c, w.D, w.dt_bias, nullptr, w.low, w.high, &y[at * inner], 1, l, w.heads, w.head_dim, w.state, w.groups,
+             l, run);
+        for (i64 i = at; record && i < at + l; i++) {
+            float* kept = record + i * (2 * c + w.heads);
+            memcpy(kept, in + i * wide, (c + w.heads) * sizeof(float));
+            memcpy(kept + c + w.heads, &xBC[i * c], c * sizeof(float));
+        }
+    });
+    // GATE
+    gated_rms_norm(y.get(), z.get(), wide, w.gate, w.norm.eps, y.get(), n, w.groups, inner / w.groups, run);
     // RETURN
-    linear(w.o, d, q_width, y.get(), b, delta, d, run);
+    linear(w.out_proj, w.norm.d, inner, y.get(), n, delta, w.norm.d, run);
+}
+
+// With a record, it has the keys and the values of each position.
+static void attention(const Attention& w, const Sequences& of, float* x, const float* before, float* delta,
+                      const Cache& cache, float* record, const Run& run) {
+    const i64 e = w.head_dim, q_width = w.heads * e, kv_width = w.kv * e, d = w.norm.d, n = of.rows;
+    auto h = normed(w.norm, n, x, before, run);
+    // PROJECT
+    auto q = fresh(n * q_width), k = fresh(n * kv_width), v = fresh(n * kv_width), y = fresh(n * q_width);
+    linear(w.q, q_width, d, h.get(), n, q.get(), q_width, run);
+    linear(w.k, kv_width, d, h.get(), n, k.get(), kv_width, run);
+    linear(w.v, kv_width, d, h.get(), n, v.get(), kv_width, run);
+    // ATTEND
+    bool even = true;
+    i64 at = 0;
+    for (i64 s = 0; s < of.b; s++) {
+        const i64 l = of.count ? of.count[s] : 1;
+        even &= l * of.b == n;
+        append(cache, s, of.length[s], l, w.kv, e, &k[at * kv_width], &v[at * kv_width], kv_width);
+        at += l;
+    }
+    if (even)
+        attend(q.get(), q_width, cache, of.length, w.scale, y.get(), of.b, n / of.b, w.heads, w.kv, e, run);
+    else
+        each(of, 0, {1, run.steady}, [&](i64 s, i64 at, i64 l, const Run&) {
+            Cache own = cache;
+            own.pages += s * cache.count;
+            attend(&q[at * q_width], q_width, own, of.length + s, w.scale, &y[at * q_width], 1, l, w.heads, w.kv, e, run);
+        });
+    for (i64 i = 0; record && i < n; i++) {
+        memcpy(record + 2 * i * kv_width, &k[i * kv_width], kv_width * sizeof(float));
+        memcpy(record + (2 * i + 1) * kv_width, &v[i * kv_width], kv_width * sizeof(float));
+    }
+    // RETURN
+    linear(w.o, d, q_width, y.get(), n, delta, d, run);
 }
 
 static void mixture(const Experts& w, i64 b, float* x, const float* before, float* delta, const Run& run) {
@@ -95,12 +137,15 @@ static void dense(const Dense& w, i64 b, float* x, const float* before, float* d
     mlp(w.up, w.down, w.width, w.norm.d, h.get(), b, delta, run);
 }
 
-// out [b][v], logits after one more position of b sequences, of which length[b] are known; or, if there is no
-// head, the last norm [b][d]. x [b][d] holds their embeddings; it is changed, and so is delta [b][d].
-// reduce: null, or adds up delta over ranks after each layer, and says whether to stop.
+// Positions of sequences: out [rows][v], logits, or null; hidden [rows][d], the last norm, or null; with `last` both
+// are [b], of the last position of each sequence. x [rows][d] holds what the layers read; it is changed, and so is
+// delta [rows][d].
+// records: null, or of each layer that has a state where to record the call, which then leaves the states as they were.
+// reduce: null, or adds up delta over ranks after each layer, and returns whether to stop.
 // taken: null, or seconds by kind of layer, and of the head, to be added to.
-extern "C" void step(const Model& m, i64 b, float* x, float* delta, State* states, const i64* length,
-                     int (*reduce)(int), float* out, double* taken, const Run& run) {
+extern "C" void step(const Model& m, const Sequences& of, float* x, float* delta, const State* states,
+                     float* const* records, int (*reduce)(int), int last, float* hidden, float* out, double* taken,
+                     const Run& run) {
     using Clock = std::chrono::steady_clock;
     const float* before = nullptr;
     auto began = Clock::now();
@@ -112,19 +157,28 @@ extern "C" void step(const Model& m, i64 b, float* x, float* delta, State* state
     for (i64 i = 0; i < m.count; i++, before = delta) {
         const void* w = m.layers[i].weights;
         const i64 kind = m.layers[i].kind;
+        float* record = records ? records[i] : nullptr;
         switch (kind) {
-            case 'M': mamba2(*(const Mamba*)w, b, x, before, delta, states[i], run); break;
-            case '*': attention(*(const Attention*)w, b, x, before, delta, states[i], length, run); break;
-            case 'E': mixture(*(const Experts*)w, b, x, before, delta, run); break;
-            default: dense(*(const Dense*)w, b, x, before, delta, run);
+            case 'M': mamba2(*(const Mamba*)w, of, x, before, delta, states[i], record, run); break;
+            case '*': attention(*(const Attention*)w, of, x, before, delta, *states[i].cache, record, run); break;
+            case 'E': mixture(*(const Experts*)w, of.rows, x, before, delta, run); break;
+            default: dense(*(const Dense*)w, of.rows, x, before, delta, run);
         }
         if (reduce && reduce((int)kind)) return;
         lap(kind);
     }
-    auto h = normed(m.norm, b, x, before, run);
-    if (m.head.at)
-        linear(m.head, m.vocabulary, m.norm.d, h.get(), b, out, m.vocabulary, run);
-    else
-        memcpy(out, h.get(), b * m.norm.d * sizeof(float));
+    auto h = normed(m.norm, of.rows, x, before, run);
+    const i64 d = m.norm.d, rows = last ? of.b : of.rows;
+    if (last) {
+        auto all = std::move(h);
+        h = fresh(rows * d);
+        for (i64 s = 0, end = 0; s < of.b; s++) {
+            end += of.count[s];
+            if (of.count[s]) memcpy(&h[s * d], &all[(end - 1) * d], d * sizeof(float));
+            else memset(&h[s * d], 0, d * sizeof(float));
+        }
+    }
+    if (hidden) memcpy(hidden, h.get(), rows * d * sizeof(float));
+    if (out) linear(m.head, m.vocabulary, d, h.get(), rows, out, m.vocabulary, run);
     lap(0);
 }

@@ -61,8 +61,8 @@ void gated_rms_norm(const float* y, const float* z, i64 z_step, const float* w, 
 }
 
 // l positions of the causal convolution, w [k][c]:  y = silu(bias + sum_j w[j] window[j]), and the next tail
-// [b][k-1][c], after real[b] of the positions (null: all), which may lie where the last one did if l is 1. Rows
-// of x are x_step apart.
+// [b][k-1][c] (null: not wanted), after real[b] of the positions (null: all), which may lie where the last one did if
+// l is 1. Rows of x are x_step apart.
 void conv(const float* x, i64 x_step, const float* w, const float* bias, const float* tail, const i64* real,
           float* y, float* next, i64 b, i64 l, i64 c, i64 k, const Run& run) {
     const i64 strips = (c + STRIP - 1) / STRIP, stretches = (l + STRETCH - 1) / STRETCH;
@@ -70,7 +70,7 @@ void conv(const float* x, i64 x_step, const float* w, const float* bias, const f
         const i64 s = job / (strips * stretches), at = job % strips * STRIP, wide = std::min(STRIP, c - at);
         const i64 first = job / strips % stretches * STRETCH, end = std::min(l, first + STRETCH);
         const float *rows = x + s * l * x_step + at, *old = tail + s * (k - 1) * c + at;
-        float *out = y + s * l * c + at, *kept = next + s * (k - 1) * c + at;
+        float *out = y + s * l * c + at, *kept = next ? next + s * (k - 1) * c + at : nullptr;
         // position t of the window: of the tail where t < 0
         auto row = [&](i64 t) { return t < 0 ? old + (t + k - 1) * c : rows + t * x_step; };
         for (i64 t = first; t < end; t++) {
@@ -86,7 +86,7 @@ void conv(const float* x, i64 x_step, const float* w, const float* bias, const f
                 store_some(out + t * c + i, channels(i, [=](const float* from) { return load_some(from, some); }), some);
         }
         const i64 n = real ? real[s] : l;
-        for (i64 j = 0; end == l && j < k - 1; j++) {
+        for (i64 j = 0; next && end == l && j < k - 1; j++) {
             const float* from = row(n - k + 1 + j);
             if (from != kept + j * c) memcpy(kept + j * c, from, wide * sizeof(float));
         }

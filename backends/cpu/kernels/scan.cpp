@@ -12,6 +12,7 @@
 
 #include "half.h"
 #include "pool.h"
+#include "scan.h"
 #include "transpose.h"
 #include "verbs.h"
 
@@ -21,11 +22,6 @@ constexpr float LOG2E = 1.442695041f;
 static i64 whole(i64 n) { return (n + LANES - 1) / LANES * LANES; }
 
 struct Span { i64 start, size; };
-
-static float time_step(float raw, float low, float high) {
-    const float step = raw > 20 ? raw : log1pf(expf(raw));
-    return std::min(std::max(step, low), high);
-}
 
 // y [p] and S [p][n] after one position; next may be S.
 __attribute__((noinline)) static void position(const float* S, float* next, const float* x, float step, float A, const float* B,
@@ -116,7 +112,7 @@ static void span(float* S, const float* x, i64 x_step, const float* dt, float A,
 }
 
 // l positions of b sequences, of which real[b] are real (null: all): y [b][l][h][p] and the state after them;
-// `to` may be `from` if l is 1. S is float32, or float16 where there is a key [b]: then it is rounded at random at the
+// `to` may be `from`, or null. S is float32, or float16 where there is a key [b]: then it is rounded at random at the
 // end of the call, by the key of the row, its position, of which read[b] are before the call, and the element. x, dt,
 // B, C are rows of wider arrays, `*_step` apart.
 extern "C" void scan(const void* from, void* to, const uint32_t* key, const i64* read, const float* x, i64 x_step,
@@ -136,14 +132,12 @@ extern "C" void scan(const void* from, void* to, const uint32_t* key, const i64*
         parallel(run, b * h, p * n, [=](i64 job) {
             const i64 s = job / h, head = job % h, group = head / r, at = job * p * n;
             static thread_local std::vector<float> wide;
-            if (key) {
-                if ((i64)wide.size() < p * n) wide.resize(p * n);
-                widened_halves(half + at, p * n, wide.data());
-            }
-            position(key ? wide.data() : S + at, key ? wide.data() : next + at, x + s * x_step + head * p,
+            if ((key || !to) && (i64)wide.size() < p * n) wide.resize(p * n);
+            if (key) widened_halves(half + at, p * n, wide.data());
+            position(key ? wide.data() : S + at, key || !to ? wide.data() : next + at, x + s * x_step + head * p,
                      step_of(s, 0, head), -expf(A_log[head]), B + s * B_step + group * n, C + s * C_step + group * n,
                      D[head], y + job * p, p, n, n);
-            if (key) random_of(s).store(wide.data(), head * p * n, p * n, next_half + at);
+            if (key && to) random_of(s).store(wide.data(), head * p * n, p * n, next_half + at);
         });
         return;
     }
@@ -198,7 +192,7 @@ extern "C" void scan(const void* from, void* to, const uint32_t* key, const i64*
                              B + (first + i) * B_step + group * n, C + (first + i) * C_step + group * n, D[head],
                              out + i * h * p, p, n, row);
         }
-        for (i64 i = 0; i < p; i++) {
+        for (i64 i = 0; to && i < p; i++) {
             const i64 at = (job * p + i) * n;
             if (key) random_of(s).store(&state[i * row], (head * p + i) * n, n, next_half + at);
             else memcpy(next + at, &state[i * row], n * sizeof(float));

@@ -59,9 +59,15 @@ constexpr i64 E4M3 = 8;                          // of the numbers of a cache al
     FIELD(const Page*, pages) FIELD(i64, count) FIELD(i64, each) FIELD(i64, kind) FIELD(float, k_scale)      \
     FIELD(float, v_scale)
 
-// What a layer remembers: Mamba the tail [b][k-1][c] and S [b][h][p][n], float32, or float16 with a key [b] of its
-// rounding and the positions read [b]; attention a Cache.
-#define STATE(FIELD) FIELD(void*, first) FIELD(void*, second) FIELD(const uint32_t*, key) FIELD(const i64*, read)
+// What a layer remembers: Mamba for each sequence the address of its tail [k-1][c] and of its S [h][p][n], float32, or
+// float16 with a key [b] of its rounding and the positions read [b]; attention a Cache.
+#define STATE(FIELD)                                                                                         \
+    FIELD(float* const*, tail) FIELD(void* const*, S) FIELD(const Cache*, cache) FIELD(const uint32_t*, key) \
+    FIELD(const i64*, read)
+
+// Sequences of a call: count[b] positions of each (null: one), after length[b] that are known (null without attention),
+// side by side in arrays of `rows` positions.
+#define SEQUENCES(FIELD) FIELD(i64, b) FIELD(i64, rows) FIELD(const i64*, count) FIELD(const i64*, length)
 
 #define MEMBER(type, name) type name;
 struct Run { RUN(MEMBER) };
@@ -76,4 +82,5 @@ struct Model { MODEL(MEMBER) };
 struct Page { PAGE(MEMBER) };
 struct Cache { CACHE(MEMBER) };
 struct State { STATE(MEMBER) };
+struct Sequences { SEQUENCES(MEMBER) };
 #undef MEMBER

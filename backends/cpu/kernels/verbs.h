@@ -31,8 +31,11 @@ void scan(const void* from, void* to, const uint32_t* key, const i64* read, cons
 void attend(const float* q, i64 q_step, const Cache& cache, const i64* length, float scale, float* y, i64 b, i64 l,
             i64 h, i64 kv, i64 e, const Run& run);
 // mixers.cpp
-void step(const Model& m, i64 b, float* x, float* delta, State* states, const i64* length, int (*reduce)(int),
-          float* out, double* taken, const Run& run);
+void step(const Model& m, const Sequences& of, float* x, float* delta, const State* states, float* const* records,
+          int (*reduce)(int), int last, float* hidden, float* out, double* taken, const Run& run);
+// replay.cpp
+void replay(const Model& m, const Sequences& of, const i64* kept, const float* const* records, const State* states,
+            const Run& run);
 // interface.cpp
 const char* interface();
 }

@@ -88,4 +88,7 @@ def watched(model: Model, ons: Iterable[On]) -> Model:
     ops = model.backend.ops
     for on in ons:
         ops = watched_ops(ops, model.weights, on)
-    return replace(model, backend=replace(model.backend, ops=ops, step=None, step_of_ranks=None))
+    return replace(
+        model,
+        backend=replace(model.backend, ops=ops, step=None, step_of_ranks=None, verify=None, predict=None),
+    )

@@ -58,7 +58,10 @@ def case_of(number: int, wide: bool) -> Case:
 
 
 def run(number: int, threads: int) -> None:
-    """Read a prompt in two parts, the last two positions of it by steps, and compare with the definition."""
+    """Read a prompt in two parts, the last two positions by steps or by a recorded call that is kept.
+
+    Compare with the definition. A recorded call of ragged rows, of which a part is kept, comes last.
+    """
     case = case_of(number, threads > 1)
     here = cpu_backend(DTYPES[case.disk], threads, steady=number % 3 == 0, kv="float32")
     m = Model.build(case.cfg, case.read, here)
@@ -68,6 +71,10 @@ def run(number: int, threads: int) -> None:
         if part.start < part.stop:
             h, states = m.blocks(m.embed(case.ids[:, part]), states)
             logits.append(m.head(h))
+    rest = case.ids[:, steps:]
+    if number % 4 < 2 and (found := m.backend.verify(m, rest.tolist(), states)):
+        logits.append(np.stack(found[0]))
+        states, steps = found[2](states, [rest.shape[1]] * case.batch), case.length
     for t in range(steps, case.length):
         found, states = m.backend.step(m, case.ids[:, t], states)
         logits.append(found[:, None])
@@ -75,6 +82,11 @@ def run(number: int, threads: int) -> None:
         agree_with_truth(case, row, found, np.dtype(np.float32))
     if number % 2:  # rows of different lengths
         m.blocks(m.embed(case.ids), m.new_states(case.batch), case.lengths)
+        rows = [ids[: 1 + (number + i) % 7].tolist() for i, ids in enumerate(case.ids)]
+        _, _, record = m.backend.verify(m, rows, states)
+        m.backend.step(
+            m, case.ids[:, 0], record(states, [(number + i) % (1 + len(r)) for i, r in enumerate(rows)])
+        )
 
 
 def overflow(built) -> None:
