@@ -54,7 +54,7 @@ class Sampling:
 def sample(logits: Float[Array, " v"], sampling: Sampling, seen: Sequence[int], generator) -> int:
     """Return the id of one token. Greedy choice takes no number from the generator."""
     if sampling.temperature == 0:
-        return int(np.argmax(penalised(logits, sampling.repetition_penalty, seen)))
+        return int(penalised(logits, sampling.repetition_penalty, seen).argmax())
     ids, p = likely(logits, sampling, seen)
     return int(ids[draw(p, generator)])
 
@@ -86,8 +86,7 @@ def likely(logits: Float[Array, " v"], sampling: Sampling, seen: Sequence[int]) 
 
 def checked(logits):
     """Return the logits; InputError if they cannot be chosen from."""
-    largest = logits.max(axis=-1)
-    if not (np.all(largest < np.inf) and np.all(largest > -np.inf)):
+    if not np.isfinite(logits.max(axis=-1)).all():
         raise InputError("the logits hold NaN or infinity, or rule out every token: the weights are damaged")
     return logits
 
