@@ -1,6 +1,7 @@
 """Measure the speed of packed weights, in paired, alternating runs, medians, and ratios.
 
     python -m tools.bench.packed_speed MID NAME=MODEL[,FILE.gguf] ... [--llama LLAMA_BENCH] [--rounds 5]
+        [--own-time] [--tasks decode,batch,prefill]
     python -m tools.bench.packed_speed --products [--threads 1] [--kinds NVFP4,q4_k] [--rounds 5]
 
 The first prints tokens/s of decoding (one sequence and eight) and of a prompt of 512 tokens: of MID, which is
@@ -8,6 +9,11 @@ in bfloat16, of each MODEL (a directory or a GGUF file), and of llama.cpp on FIL
 that is one) through its program llama-bench. The second prints how many G weights a second products of one
 row and more take of matrices of random codes, by kind, of the best of the runs; with one thread by its
 own time, which other processes disturb less.
+
+With --own-time the first measures processor time instead, of one thread on each side: on a busy machine
+llama.cpp's threads wait for each other in a loop, and wall time means little. From a longer run the time of a
+shorter one is subtracted, so that filling the cache does not count. Linux only; llama.cpp runs through its
+Python bindings, llama_cpp.
 """
 
 from __future__ import annotations
@@ -17,6 +23,9 @@ import json
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
 
 import numpy as np
 
@@ -110,6 +119,51 @@ def llama(program: str, file: str, threads: int) -> Callable:
     return work
 
 
+def own_time(process: int, work: Callable, task: str, size: int, steps: int) -> float:
+    """Return the processor seconds of a process for a step of decoding, or for a prompt.
+
+    work: makes the process do (task, size, steps).
+    """
+
+    def spent(count: int) -> float:
+        began = _scheduled(process)
+        done = work(task, size, count)
+        return _scheduled(process) - began if done == done else done
+
+    return spent(0) if task == "prefill" else (spent(4 + steps) - spent(4)) / steps
+
+
+def own_sides(name: str, mine: str, theirs: str) -> dict[str, Callable]:
+    """Return the sides of a model with one thread each; llama.cpp through its Python bindings."""
+    from tools.bench import peers
+
+    worker = Worker("cpu", mine, 1)
+    sides = {
+        name: partial(
+            own_time, worker.process.pid, lambda task, size, steps: worker(task, size, CONTEXT, steps)
+        )
+    }
+    if theirs:
+        peer = peers.Worker("llama.cpp", theirs, "bfloat16", 1)
+        sides[f"{name}, llama.cpp"] = partial(own_time, peer.process.pid, peer)
+    return sides
+
+
+def _scheduled(process: int) -> float:
+    """Return the processor seconds of a process so far, of all its threads."""
+    files = Path(f"/proc/{process}/task").glob("*/schedstat")
+    return 1e-9 * sum(int(file.read_text().split()[0]) for file in files)
+
+
+def alternating(sides: dict[str, Callable], task: tuple, rounds: int) -> dict[str, float]:
+    """Return the median of each side's results, of runs that go through the sides in turn."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            found[name].append(side(*task))
+    return {name: median(results) for name, results in found.items()}
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -122,6 +176,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--own-time", action="store_true", help="processor time of one thread")
+    parser.add_argument("--tasks", default="decode,batch,prefill", help="with commas between them")
     arguments = parser.parse_args()
     threads, rounds = arguments.threads, arguments.rounds
     if arguments.products:
@@ -132,22 +188,29 @@ def main() -> None:
     sides: dict[str, Callable] = {}
     for name, paths in names.items():
         mine, _, theirs = paths.partition(",")
-        sides[name] = Worker("cpu", mine, threads)
         theirs = theirs or (mine if mine.endswith(".gguf") else "")
-        if arguments.llama and theirs:
-            sides[f"{name}, llama.cpp"] = llama(arguments.llama, theirs, threads)
+        sides |= own_sides(name, mine, theirs if arguments.llama else "") if arguments.own_time else {}
+        if not arguments.own_time:
+            sides[name] = Worker("cpu", mine, threads)
+            if arguments.llama and theirs:
+                sides[f"{name}, llama.cpp"] = llama(arguments.llama, theirs, threads)
+    steps, prompt = arguments.steps, arguments.prompt
     tasks = {
-        "decode": (("decode", 1, CONTEXT, arguments.steps), 1),
-        "decode, batch 8": (("decode", 8, CONTEXT, arguments.steps), 8),
-        f"prefill {arguments.prompt}": (("prefill", arguments.prompt, 0, 0), arguments.prompt),
+        "decode": ("decode", ("decode", 1, CONTEXT, steps), 1),
+        "batch": ("decode, batch 8", ("decode", 8, CONTEXT, steps), 8),
+        "prefill": (f"prefill {prompt}", ("prefill", prompt, 0, 0), prompt),
     }
     print("| | model | tokens/s | over bfloat16 | over llama.cpp |\n|---|---|---|---|---|")
-    for what, (task, tokens) in tasks.items():
-        found = paired(sides, task, rounds)
+    for what, task, tokens in (tasks[name] for name in arguments.tasks.split(",")):
+        if arguments.own_time:
+            found = alternating(sides, (*task[:2], steps), rounds)
+        else:
+            found = paired(sides, task, rounds)
         for name, taken in found.items():
             others = found["bfloat16"], found.get(f"{name}, llama.cpp", float("nan"))
             ratios = [f"{other / taken:.2f}x" if other == other else "" for other in others]
-            print(f"| {what} | {name} | {tokens / taken:.1f} | {' | '.join(ratios)} |", flush=True)
+            if taken == taken:
+                print(f"| {what} | {name} | {tokens / taken:.1f} | {' | '.join(ratios)} |", flush=True)
 
 
 if __name__ == "__main__":
