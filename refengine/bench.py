@@ -9,7 +9,7 @@ A context is filled with random keys and values, so that a long one takes no lon
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 
@@ -67,19 +67,23 @@ def matrix_peak(model: Model, size: int = 2048) -> float:
     return 2 * 512 * size**2 / min(times)
 
 
-def bytes_a_step(cfg: Config, width: int, cached: int, batch: int, context: int) -> float:
+def bytes_a_step(
+    cfg: Config, width: int, cached: int, batch: int, context: int, packed: Mapping[str, int] = {}
+) -> float:
     """Return the bytes that a decoding step must read: weights that some token meets, S, keys and values.
 
-    width: bytes of a weight; cached: of a number in the key/value cache.
+    width: bytes of a weight; cached: of a number in the key/value cache. packed: the bytes of each tensor
+    that the backend reads as it is packed in the files, by name.
     """
     total, head = 0.0, "embedding" if cfg.tie_word_embeddings else "lm_head"
     for row in table(cfg):
         if (
             row.role == "routed_expert"
         ):  # the share of experts that `batch` tokens meet, if they choose evenly
-            total += row.size * width * (1 - (1 - cfg.num_experts_per_tok / cfg.n_routed_experts) ** batch)
+            share = 1 - (1 - cfg.num_experts_per_tok / cfg.n_routed_experts) ** batch
+            total += share * packed.get(row.name, row.size * width)
         elif row.block.startswith("layers.") or row.role == head:
-            total += row.size * width
+            total += packed.get(row.name, row.size * width)
     S = 4 * cfg.mamba_num_heads * cfg.mamba_head_dim * cfg.ssm_state_size
     kv = 2 * cfg.num_key_value_heads * cfg.head_dim * cached * context
     return total + batch * (S * cfg.layers.count("M") + kv * cfg.layers.count("*"))
@@ -122,6 +126,7 @@ def bench(
     repeat: int = 3,
     steps: int = 16,
     host: bool = True,
+    packed: Mapping[str, int] = {},
 ) -> Iterator[dict]:
     """Return a row for the machine, then one a measurement.
 
@@ -141,7 +146,7 @@ def bench(
     for context in contexts:
         for batch in batches:
             took = decode_seconds(runner, batch, context, steps)
-            need = bytes_a_step(cfg, ITEMSIZE[dtype], cached, batch, context)
+            need = bytes_a_step(cfg, ITEMSIZE[dtype], cached, batch, context, packed)
             share = need / took / bandwidth if bandwidth else None
             yield decode_row(batch, context, took, share, runner.peak_memory())
 

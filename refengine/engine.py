@@ -62,10 +62,10 @@ def load(
     """Open a checkpoint and return an Engine; for several ranks see refengine.ranks.load.
 
     Args:
-        model: a directory in the Hugging Face layout, or "tiny", the model inside this package; or an open
-            Checkpoint.
-        backend: "numpy", "torch" or "cuda"; or a Backend of your own, which makes `dtype`, `device` and
-            `deterministic` its own affair.
+        model: a directory in the Hugging Face layout, a GGUF file (of a split model the first part), or
+            "tiny", the model inside this package; or an open Checkpoint.
+        backend: "numpy", "cpu", "torch" or "cuda"; or a Backend of your own, which makes `dtype`, `device`
+            and `deterministic` its own affair.
         dtype: of the activations: "float32" or "float64" (numpy); "float32", "bfloat16", "float16" or
             "float64" (torch); "float32", "bfloat16" or "float16" (cuda). "auto": see Checkpoint.auto_dtype.
         device: "cpu", "cuda", "cuda:1", ...; None: the CPU, and for the cuda backend the first GPU.

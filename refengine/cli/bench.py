@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import click
 
 from refengine.checkpoint import Checkpoint
+from refengine.checkpoint.packed import KINDS
 from refengine.cli import options
 from refengine.ranks.launcher import launched
+from refengine.spec.arrays import DTYPES
 from refengine.spec.config import InputError
 from refengine.storage import bytes_on, storage
 from refengine.units import bytes_text
@@ -104,11 +106,20 @@ def measured(asked: dict, how: dict, several: bool) -> Iterator[dict]:
         size = bytes_on(how["backend"], cfg, how["dtype"], kept.kv, kept.ssm)
         check_room(size, max(asked["batches"]), max(asked["contexts"]), machine.available_memory())
     with options.load(**how) as engine:
-        rows = rows_of(engine.runner, how["dtype"], threads, **asked, host=on_host)
+        packed = packed_bytes(checkpoint, how["backend"])
+        rows = rows_of(engine.runner, how["dtype"], threads, **asked, host=on_host, packed=packed)
         device = how["device"] or ("cuda" if how["backend"] == "cuda" else "cpu")
         layout = {name: how[name] for name in ("tp", "ep", "pp")} if several else {}
         yield next(rows) | {"device": device} | layout
         yield from rows
+
+
+def packed_bytes(checkpoint: Checkpoint, backend: str) -> dict[str, int]:
+    """Return the bytes of each tensor that a backend on a CPU reads as it is packed in the files, by name."""
+    kinds = {"torch": set(KINDS), "cuda": set()}.get(backend)
+    stored = checkpoint.stored.items()
+    packed = {name: at for name, at in stored if at.dtype not in DTYPES}
+    return {name: at.nbytes for name, at in packed.items() if kinds is None or at.dtype in kinds}
 
 
 def checked(model: str, asked: dict) -> Checkpoint:

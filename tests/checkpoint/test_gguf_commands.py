@@ -10,8 +10,13 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file
 
+import refengine
+from refengine.bench import bytes_a_step
+from refengine.checkpoint import Checkpoint
 from refengine.cli import COMMANDS, cli, loaded
+from refengine.cli.bench import packed_bytes
 from refengine.convert import convert
+from tests.support.processes import mpiexec
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +82,32 @@ def test_convert_writes_a_file_and_compares_it_with_the_model(tmp_path):
     assert set(found["bytes"]) == {"Q8_0", "F32"}
     assert found["evaluation"]["kl"] < 0.001 and found["evaluation"]["top1"] > 0.98
     assert "bits an element" in output("convert", "tiny", tmp_path / "y.gguf")
+
+
+def test_a_trace_and_a_state_belong_to_the_file(files):
+    """The fingerprint is of bytes and sizes: small tensors are F32 in a file, and its context is another."""
+    made = [refengine.load(each, backend="numpy") for each in (files["bf16"], files["bf16"], "tiny")]
+    ours, again, theirs = (engine.fingerprint for engine in made)
+    assert ours == again != theirs
+
+
+def test_a_bench_counts_packed_bytes(files):
+    sizes = [
+        bytes_a_step(checkpoint.config, 2, 2, 1, 4, packed_bytes(checkpoint, "cpu"))
+        for checkpoint in (Checkpoint.open(files["q8_0"]), Checkpoint.open(files["bf16"]))
+    ]
+    assert 0.4 < sizes[0] / sizes[1] < 0.8
+    assert not packed_bytes(Checkpoint.open(files["q8_0"]), "torch")
+
+
+@pytest.mark.slow
+def test_two_ranks_write_the_text_of_one_process(files):
+    """With blocks of 32 columns, some of which the ranks cut."""
+    how = ("generate", "Once upon a time", "-n", 24, "-t", 0, "--dtype", "float32", "--backend", "numpy")
+    arguments = [*map(str, how), "-m", files["q8_0"]]
+    job = mpiexec(2, *arguments, "--tp", 2)
+    assert (job.code, job.left) == (0, ()), job.err
+    assert job.out == output(*arguments)
 
 
 def test_the_command_is_listed():
