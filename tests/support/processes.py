@@ -28,8 +28,8 @@ BIN = Path(sys.executable).parent
 MPIEXEC = shutil.which("mpiexec", path=f"{BIN}:{os.environ.get('PATH', '')}")
 MARK = "REFENGINE_TEST_JOB"
 FAULTY = str(Path(__file__).with_name("faulty_rank.py"))
-LIMIT = 90  # seconds; a job that takes longer hangs
-BOUND = 60  # seconds in which a job with a fault has to end, start included, on a busy machine
+LIMIT = 90  # seconds; a job that takes longer hangs; more on a busy machine
+BOUND = 60  # seconds in which a job with a fault has to end, start included; more on a busy machine
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def ended_badly(job: Job, speak=(), about: str = "") -> None:
 
     speak: ranks that must have printed one; it matches `about`.
     """
-    assert job.code != 0 and job.seconds < BOUND and job.left == (), job
+    assert job.code != 0 and job.seconds < BOUND * busy() and job.left == (), job
     assert not re.search(r'File ".*(refengine|spec|backends|faulty_rank)\b', job.err), job.err
     assert all(len(sentences) == 1 for sentences in job.said.values()), job.err
     for rank in speak:
@@ -109,10 +109,15 @@ def start(command, stdout=subprocess.PIPE, env=(), **how) -> subprocess.Popen:
     return process
 
 
+def busy() -> float:
+    """Return how many processes there are for each processor of this machine, at least 1."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def finish(process: subprocess.Popen, text: str = "", limit: float = LIMIT) -> Job:
     """Wait for the end of a job, kill all that is left of it, and return the Job; a hang fails the test."""
     try:
-        out, err = process.communicate(text.encode(), limit)
+        out, err = process.communicate(text.encode(), limit * busy())
         seconds = time.monotonic() - process.began
         left = tuple(outlived(process.mark))
     except subprocess.TimeoutExpired:
