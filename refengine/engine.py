@@ -70,9 +70,9 @@ def load(
             "float64" (torch); "float32", "bfloat16" or "float16" (cuda). "auto": see Checkpoint.auto_dtype.
         device: "cpu", "cuda", "cuda:1", ...; None: the CPU, and for the cuda backend the first GPU.
         threads: of matrix products in this process; None: as many as there are processors.
-        deterministic: ask for the same bits on every run where a device would not give them.
+        deterministic: require the same bits on every run where a device would not give them.
         batch: sequences side by side, at most; fewer where memory does not hold their states.
-        batch_invariant: ask for logits that have the same bits whatever the batch, the other sequences in it,
+        batch_invariant: require logits that have the same bits for any batch, other sequences in it,
             and the cuts of a prompt at whole chunks; slower, and on the cpu backend alone.
         cache: bytes of snapshots to keep, from which prompts start that share a prefix; 0: none.
         cache_dir: a directory in which the last point of each prompt is kept too, up to as many bytes.
@@ -258,7 +258,7 @@ class Engine:
     ) -> Batch:
         """Return an iterator of (index, event) over several prompts, with `cancel(index)` and `close()`.
 
-        The text of prompt i is the one that `generate` gives with seed + i, whatever runs beside it.
+        The text of prompt i is the one that `generate` gives with seed + i, in any batch.
 
         Args:
             prompts: a list, all of which is checked before the first event; or an iterator, from which
@@ -270,7 +270,7 @@ class Engine:
 
         Raises:
             PromptError: an InputError with the number of the prompt that is wrong, from 0. For one of an
-                iterator it is raised after the prompts before it have ended; `next` then goes on with the
+                iterator it is raised after the prompts before it have ended; `next` then continues with the
                 prompts after it.
         """
         self._check_open()

@@ -2,8 +2,8 @@
 
     directory -> config.json -> Config -> table -> where each of its tensors lies in the memory-mapped files
 
-Opening reads headers only, whatever the size of the model, and succeeds when all of the table is there in the
-right shapes. Nothing is executed from a checkpoint.
+Opening reads headers only, for a model of any size, and succeeds when the files have all tensors of the
+table in the right shapes. Nothing is executed from a checkpoint.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ EDGE = 64 * 2**10  # bytes at either end of a file's data that the fingerprint c
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """Holds an open checkpoint: `stored` says where each tensor lies, `notes` what a user should know.
+    """Holds an open checkpoint: `stored` locates each tensor, `notes` are sentences for the user.
 
     directory  its directory, or its GGUF file
     """
@@ -56,7 +56,7 @@ class Checkpoint:
     @classmethod
     @without_collection()
     def open(cls, model: str | Path) -> Checkpoint:
-        """Return a model opened by its directory or its embedded name; InputError says what is wrong."""
+        """Return a model opened by its directory or its embedded name; InputError names the fault."""
         directory = locate(model)
         if directory.is_file():
             return cls._of_gguf(directory)
@@ -76,7 +76,7 @@ class Checkpoint:
 
     @classmethod
     def _of_gguf(cls, path: Path) -> Checkpoint:
-        """Return the model in a GGUF file; sentences speak of its metadata in place of config.json."""
+        """Return the model in a GGUF file; sentences name its metadata in place of config.json."""
         from refengine.checkpoint.gguf import open_parts
 
         notes: list[str] = []

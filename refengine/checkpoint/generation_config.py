@@ -1,4 +1,4 @@
-"""The advice of a checkpoint on generating text: generation_config.json, or the metadata of a GGUF file.
+"""The recommended sampling of a checkpoint: generation_config.json, or the metadata of a GGUF file.
 
 A model can do without it.
 """

@@ -1,4 +1,4 @@
-"""Finding the directory or the GGUF file of a model, by its path or by its name inside this package."""
+"""Find the directory or the GGUF file of a model, by its path or by its name inside this package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def embedded() -> list[str]:
 
 
 def locate(model: str | Path) -> Path:
-    """Return the directory of `model`, or its GGUF file; InputError says why there is none.
+    """Return the directory of `model`, or its GGUF file; InputError names the reason if there is none.
 
     An embedded model goes before a directory of its name, which is `./tiny`; a directory goes before a model
     of its name in the local Hugging Face cache.

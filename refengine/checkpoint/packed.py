@@ -1,11 +1,11 @@
-"""Packed weights in the files of modelopt: which tensors make one, by what the files hold.
+"""Packed weights in the files of modelopt: find the tensors of each by the contents of the files.
 
     X.weight U8 [o i/2], X.weight_scale F8_E4M3 [o i/block], X.weight_scale_2 F32 []    NVFP4
     X.weight F8_E4M3 [o i], X.weight_scale F32 []                                       FP8
     X.weight F8_E4M3 [o i], X.weight_scale U8 [o i/32]                                  MXFP8
 
-and with any of them perhaps X.input_scale F32 []. Metadata has no say: it names modules that are not there,
-lists experts once a layer, and has patterns that match too much. It is held against the files, and a note
+and with any of them perhaps X.input_scale F32 []. Metadata decides nothing: it names modules that are absent,
+lists experts once a layer, and has patterns that match too much. It is compared with the files, and a note
 names a tensor that it describes as another kind.
 """
 

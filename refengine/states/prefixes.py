@@ -1,14 +1,14 @@
-"""Prefixes of prompts that need not be read again: which have snapshots, and which one a prompt starts from.
+"""Prefixes of prompts that need not be read again: keep their snapshots, and choose where a prompt starts.
 
 The loop calls `begin` when a sequence gets a slot, `stop` for where a call has to end, `after_read` and
 `at_end`. The runner has the snapshots, by name; the tree of names is here:
 
     a node   the keys and values of the positions since its parent's end, shared by all longer prefixes
-    a point  the states of the Mamba layers at its end, of one size for ever; a start needs a point
+    a point  the states of the Mamba layers at its end, of constant size; a start needs a point
 
 Points are made at multiples of the length of a call, after the last end token of a prompt, and where a
-sequence ends. Over the budget, the point that was used longest ago goes, and then the nodes that lead to no
-other point.
+sequence ends. Over the budget, the point that was used longest ago is dropped, and then the nodes that
+lead to no other point.
 """
 
 from __future__ import annotations

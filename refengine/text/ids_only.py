@@ -1,4 +1,4 @@
-"""In place of a tokenizer that a checkpoint does not have: token ids in, token ids out."""
+"""Serve a checkpoint without a tokenizer: token ids in, token ids out."""
 
 from __future__ import annotations
 

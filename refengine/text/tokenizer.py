@@ -24,7 +24,7 @@ from refengine.untrusted import MAX_JSON, read_json, shown, size_of, unreadable
 
 @dataclass
 class Tokenizer:
-    """Turns text into token ids and back; holds the end tokens and the advice on sampling of a checkpoint."""
+    """Turns text into token ids and back; holds a checkpoint's end tokens and recommended sampling."""
 
     hf: tokenizers.Tokenizer
     stop_ids: frozenset[int] = frozenset()  # any of them ends a text
@@ -74,7 +74,7 @@ class Tokenizer:
         return Stream(self, skip_special_tokens)
 
     def bytes_of(self, token_id: int, skip_special_tokens: bool = False) -> bytes:
-        """Return the bytes that a token adds to a text; none, if the tokenizer does not know it."""
+        """Return the bytes that a token adds to a text; none for an unknown token."""
         if skip_special_tokens and token_id in self.specials:
             return b""
         if token_id not in self.known:
