@@ -3,9 +3,9 @@
 A wheel has a library for each level of x86-64, of which the best that the processor has is loaded.
 Otherwise the loops are compiled for this processor, which takes some seconds, and are kept in the user's
 cache under a name that says of which sources, compiler and processor they are. The file ends with the
-digest of all before it, so a damaged one is seen and compiled again. Processes that compile at once each
-move a whole file into place. Where the cache cannot be written, or its disk is full, they are compiled into a
-temporary directory, each time.
+digest of all before it, so a damaged one is seen and compiled again. One process at a time compiles into the
+cache, and the others wait; where files cannot be locked, each moves a whole file into place. Where the cache
+cannot be written, or its disk is full, the loops are compiled into a temporary directory, each time.
 
 Without a compiler, or where the result does not run, `load()` is None.
 """
@@ -21,12 +21,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
 from refengine.backends.cpu import build
 from refengine.backends.cpu.interface import declared
 from refengine.spec.config import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 BUILT = Path(__file__).parent / "built"  # where a wheel has its libraries
 LEVEL = "REFENGINE_CPU_LEVEL"  # a variable that chooses among them, or the level to compile for; for tests
@@ -101,7 +108,9 @@ def library(compiler: str, folder: Path | None = None) -> Path:
     path = folder / f"cpu-{name(compiler)}.so"
     if not whole(path):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with locked(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
+            if whole(path):  # another process has compiled it meanwhile
+                return path
             print(f"note: compiling the loops of the cpu backend, once, into {folder}", file=sys.stderr)
             made = Path(scratch) / path.name
             try:
@@ -114,6 +123,21 @@ def library(compiler: str, folder: Path | None = None) -> Path:
                 file.write(digest(made.read_bytes()))
             made.replace(path)
     return path
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time compile into a folder, so that ranks compile once together."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks: each compiles for itself
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def flags() -> tuple[str, ...]:

@@ -92,7 +92,11 @@ def test_a_disk_that_is_full_does_no_harm(small, tmp_path, monkeypatch, capfd):
 
 
 @needs_compiler
-def test_several_may_compile_at_once(small):
+@pytest.mark.parametrize("locks", [True, False])
+def test_several_may_compile_at_once(small, monkeypatch, capfd, locks):
+    """One compiles for all; where files cannot be locked, each for itself."""
+    if not locks:
+        monkeypatch.setattr(native, "fcntl", None)
     found = []
     threads = [threading.Thread(target=lambda: found.append(native.library(COMPILER))) for _ in range(4)]
     for thread in threads:
@@ -100,6 +104,7 @@ def test_several_may_compile_at_once(small):
     for thread in threads:
         thread.join()
     assert len(found) == 4 and len(set(found)) == 1 and native.whole(found[0])
+    assert not locks or capfd.readouterr().err.count("compiling") == 1
     assert list(small.iterdir()) == [found[0]]
 
 
