@@ -146,9 +146,9 @@ class Cache:
         return replace(self, written=self.written.copy())
 
     def _copied(self, room: int, exactly: bool = False) -> Cache:
-        """Return a copy with `room`, and half as much again so that appending stays cheap."""
+        """Return a copy with `room`, and a sixteenth more so that few appends copy."""
         known = int(self.length.max(initial=0))
-        shape = (self.k.shape[0], room if exactly else max(64, room + room // 2), *self.k.shape[2:])
+        shape = (self.k.shape[0], room if exactly else room + max(64, room // 16), *self.k.shape[2:])
         k, v = np.zeros(shape, self.k.dtype), np.zeros(shape, self.v.dtype)
         k[:, :known], v[:, :known] = self.k[:, :known], self.v[:, :known]
         return replace(self, k=k, v=v, written=self.length.copy())

@@ -22,6 +22,7 @@ MANY = {4: (64, 16), 2: (128, 32)}  # of attention.cu, by bytes of an activation
 FEW = {4: (16, 32), 2: (16, 64)}  # of attention_decode.cu
 FEW_ROWS = 128  # query rows of a key head up to which the context is cut into parts
 KEPT = {"float32": "KEPT_F32", "bfloat16": "KEPT_BF16", "uint8": "KEPT_F8"}  # of kept.cuh
+MORE = 256  # positions at least, by which a cache grows
 BLOCKS = 400  # about three for each multiprocessor of an H100 or B200
 
 
@@ -73,9 +74,9 @@ class Cache:
         return replace(self, most=self.most + added, mark=mark)
 
     def copied(self, room: int) -> Cache:
-        """Return a copy with `room`, and half as much again so that appending stays cheap."""
+        """Return a copy with `room`, and a sixteenth more: after each copy a step is captured again."""
         (b, kv, _, e), device = self.k.shape, self.k.device
-        k, v = (device.empty((b, kv, max(64, room + room // 2), e), self.k.dtype) for _ in "kv")
+        k, v = (device.empty((b, kv, room + max(MORE, room // 16), e), self.k.dtype) for _ in "kv")
         for known, new in ((self.k, k), (self.v, v)):
             if self.most:
                 device.copy(known[:, :, : self.most], new[:, :, : self.most])
