@@ -26,7 +26,9 @@ from refengine.spec.model import Model, replayed, run_layers
 
 def new_states(model: Model, batch: int) -> list:
     """Return the states of the head's layers before the first token."""
-    return [model.backend.new_state(kind, model.cfg, batch) for kind in model.cfg.mtp_layers]
+    states = [model.backend.new_state(kind, model.cfg, batch) for kind in model.cfg.mtp_layers]
+    pairs = [(state, model.scales.get(f"mtp.layers.{i}")) for i, state in enumerate(states)]
+    return [state.scaled(*scales) if scales else state for state, scales in pairs]
 
 
 def predict(model: Model, h, next_ids, states: list, lengths=None, record=False, centred=False):

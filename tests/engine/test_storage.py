@@ -13,6 +13,7 @@ from refengine.cli.generate import generate
 from refengine.cli.inspect import inspect
 from refengine.loop import Loop
 from refengine.runner import LocalRunner
+from refengine.spec import mtp
 from refengine.spec.config import InputError
 from refengine.storage import Sizes, bytes_on, sizes, storage
 from tests.support.checkpoints import CONFIGS, add, alter_json, random_checkpoint
@@ -43,6 +44,15 @@ def test_the_declaration_of_a_checkpoint_is_the_default(tmp_path):
     engine = refengine.load(tmp_path)
     cache = engine.runner.new_states(1)[int(block.partition(".")[2])]
     assert cache.stored.k_scale == 0.25 and cache.k.dtype.itemsize == 1
+
+
+def test_the_cache_of_the_prediction_head_has_its_own_scales(tmp_path):
+    random_checkpoint(tmp_path, CONFIGS["head"])
+    key = "mtp.layers.0.mixer.v_proj.v_scale"
+    add(tmp_path / "model.safetensors", key, np.array(0.5, np.float32), "F32")
+    engine = refengine.load(tmp_path, kv_dtype="fp8")
+    cache = mtp.new_states(engine.model, 1)[0]
+    assert (cache.stored.k_scale, cache.stored.v_scale) == (1.0, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +107,39 @@ def test_the_cpu_backend_stores_what_inspect_tells(tmp_path):
         args = [f"--{name.replace('_', '-')}={value}" for name, value in names.items()]
         told = json.loads(CliRunner().invoke(inspect, ["tiny", "--backend", "cpu", "--json", *args]).output)
         assert told["state"]["context_bytes"] == found.of(told["state"]["context"])
+
+
+def held(cache) -> int:
+    """Return the bytes that a cache has memory for."""
+    if hasattr(cache, "pages"):
+        return sum(page.data.nbytes for pages in cache.pages for page in pages)
+    return cache.k.nbytes + cache.v.nbytes
+
+
+@pytest.mark.parametrize(
+    "name, kv",
+    [
+        ("numpy", "fp8"),
+        ("torch", "fp8"),
+        pytest.param("cpu", "bfloat16", marks=compiled),
+        pytest.param("numpy", "float32", marks=pytest.mark.thorough),
+        pytest.param("torch", "bfloat16", marks=pytest.mark.thorough),
+        pytest.param("cpu", "fp8", marks=[compiled, pytest.mark.thorough]),
+    ],
+)
+def test_a_long_context_takes_what_inspect_says(name, kv):
+    """Caches are filled, not read, as far as 65,536, 262,144 and 1,048,576 positions."""
+    if name == "torch":
+        pytest.importorskip("torch")
+    engine = refengine.load("tiny", name, dtype="float32", kv_dtype=kv)
+    cfg, here = engine.config, engine.model.backend
+    said = bytes_on(name, cfg, "float32", kv)["kv_bytes_per_token"] / cfg.layers.count("*")
+    cache = next(state for state in engine.runner.new_states(1) if hasattr(state, "k"))
+    noise = here.array(np.ones((1, 1 << 14, cfg.num_key_value_heads, cfg.head_dim), np.float32))
+    for context in (1 << 16, 1 << 18, 1 << 20):
+        while (known := int(cache.length[0])) < context:
+            cache = cache.append(noise, noise)
+        assert 1 <= held(cache) / (said * known) < 1.1
 
 
 def test_a_context_that_does_not_fit_is_refused_before_it_is_read(monkeypatch):
