@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from refengine.runner import Slots
+from tests.support.tries import tries
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ LEFT = [
 ]
 
 
-@settings(max_examples=300)
+@tries(300, 100)
 @given(moves=MOVES)
 @example(moves=JOINED)
 @example(moves=LEFT)

@@ -3,13 +3,14 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from refengine.spec.chat import chat
 from refengine.spec.config import InputError
 from refengine.spec.tools import write_call
 from refengine.text.chat_template import ChatTemplate, read_calls, split_reasoning
+from tests.support.tries import tries
 from tests.support.vocabularies import TINY, engine_of
 
 TEMPLATE = ChatTemplate.load(TINY)
@@ -49,7 +50,7 @@ switches = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300)
+@tries(300, 100)
 @given(messages=conversations, how=switches)
 def test_the_template_of_the_embedded_model_means_what_the_spec_says(messages, how):
     assert TEMPLATE.render(messages, **how) == chat(messages, **how) == ChatTemplate().render(messages, **how)

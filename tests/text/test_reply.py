@@ -3,12 +3,13 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from refengine.spec.chat import chat, split_reasoning
 from refengine.spec.tools import write_call
 from refengine.text.reply import Reply
+from tests.support.tries import tries
 
 CALL = write_call({"name": "f", "arguments": {"a": "1 </tool_call> <think>"}})
 OPEN = "<tool_call>\n<function=x>"
@@ -34,7 +35,7 @@ PARTS = (
 texts = st.lists(st.sampled_from(PARTS), max_size=14).map("".join)
 
 
-@settings(max_examples=500)
+@tries(500, 166)
 @given(texts, st.booleans(), st.lists(st.integers(0, 200), max_size=8))
 def test_a_reply_cut_anywhere_reads_as_the_whole(text, inside, cuts):
     reply, got = Reply(inside), {"thinking": "", "answer": ""}
@@ -45,7 +46,7 @@ def test_a_reply_cut_anywhere_reads_as_the_whole(text, inside, cuts):
     assert (got["thinking"], got["answer"]) == split_reasoning(text, inside)
 
 
-@settings(max_examples=300)
+@tries(300, 100)
 @given(
     st.lists(st.sampled_from(("<think>", "</think>", "<tool_call>", "\n", " a", "b ")), max_size=12).map(
         "".join
@@ -60,7 +61,7 @@ def test_no_tag_is_left_and_the_answer_survives_into_the_next_prompt(text, insid
     assert answer in prompt and prompt.count("<think>") == 2
 
 
-@settings(max_examples=300)
+@tries(300, 100)
 @given(st.lists(st.sampled_from(PARTS), max_size=10).map("".join))
 def test_what_a_thought_mentions_never_swallows_the_answer(thought):
     """After </think> comes the answer; all of it, where no whole call ended the thought before."""

@@ -4,12 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from refengine.spec.config import Config, InputError
 from refengine.text.stop_strings import StopStrings
 from refengine.text.tokenizer import Tokenizer
+from tests.support.tries import tries
 from tests.support.vocabularies import TINY, engine_of
 
 
@@ -55,7 +56,7 @@ def first_stop(text: str, stops: list[str]):
 letters = st.text("ab", max_size=30)
 
 
-@settings(max_examples=300)
+@tries(300, 100)
 @given(parts=st.lists(letters, max_size=8), stops=st.lists(st.text("ab", min_size=1, max_size=5), max_size=3))
 def test_the_first_stop_string_is_found_however_the_text_is_cut(parts, stops):
     scanner, out, found = StopStrings(stops), "", None

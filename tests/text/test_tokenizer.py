@@ -11,7 +11,7 @@ import unicodedata
 from copy import deepcopy
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from refengine import load
@@ -19,6 +19,7 @@ from refengine.checkpoint import Checkpoint
 from refengine.spec.config import InputError
 from refengine.spec.tokenizer import Tokenizer, from_json
 from refengine.text.tokenizer import Tokenizer as Loaded
+from tests.support.tries import tries
 from tests.support.vocabularies import NAMES, TINY, engine_of, file, spec_of
 
 ASSIGNED = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Cs")]
@@ -30,7 +31,7 @@ texts = st.lists(pieces, max_size=40).map("".join)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=300)
+@tries(300, 100)
 @given(text=texts)
 def test_the_spec_and_hugging_face_give_the_same_ids(name, text):
     assert spec_of(name).encode(text) == engine_of(name).hf.encode(text).ids
@@ -52,7 +53,7 @@ def test_decoding_undoes_encoding(name, text):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=200)
+@tries(200, 66)
 @given(data=st.data())
 def test_any_ids_decode_alike_and_broken_characters_are_marked(name, data):
     engine = engine_of(name)

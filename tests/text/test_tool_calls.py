@@ -4,13 +4,14 @@ import contextlib
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from refengine.spec.config import InputError
 from refengine.spec.tools import accepts, as_text, read_calls, read_json_reply, read_reply, write_call
 from refengine.text.messages import conversation_text, read_conversation
 from refengine.text.reply import Reply
+from tests.support.tries import tries
 
 TYPES = ("string", "integer", "number", "boolean", "null", "array", "object")
 TAGS = ("<tool_call>", "</tool_call>", "<function=f>", "</function>", "<parameter=b>", "</parameter>")
@@ -65,7 +66,7 @@ def meanings(value, schema) -> list:
     return [v for i, v in enumerate(kept) if not any(v == w and type(v) is type(w) for w in kept[:i])]
 
 
-@settings(max_examples=500)
+@tries(500, 166)
 @given(st.dictionaries(st.sampled_from("abc"), st.tuples(values, schemas), max_size=3), st.integers(1, 2))
 def test_a_call_that_was_written_is_read_back(given_, number):
     """A value comes back if its schema reads its text one way and no line of a string is a tag."""
