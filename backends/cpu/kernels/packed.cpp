@@ -310,12 +310,38 @@ i64 packed_row(i64 kind, i64 n) {
     return found;
 }
 
+#ifdef INTEGERS
+// 64 columns of NVFP4, the second half of each pair of columns (of 16 in GGUF) in the high bits.
+template <bool APART>
+INLINE void write_nvfp4(const uint8_t* codes, const uint8_t* scales, float factor, float* to) {
+    const __m256i table = _mm256_sub_epi8((__m256i)twice(E2M1), _mm256_set1_epi8(blocks::NVFP4::OFFSET));
+    const __m256i q = _mm256_loadu_si256((const __m256i*)codes), mask = _mm256_set1_epi8(15);
+    const __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(q, mask));
+    const __m256i odd = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(q, 4), mask));
+    const __m256i first = APART ? _mm256_unpacklo_epi8(even, odd) : _mm256_unpacklo_epi64(even, odd);
+    const __m256i second = APART ? _mm256_unpackhi_epi8(even, odd) : _mm256_unpackhi_epi64(even, odd);
+    for (int i = 0; i < 4; i++, to += 16) {
+        const __m256i all = i % 2 ? second : first;
+        const __m128i code = i < 2 ? _mm256_castsi256_si128(all) : _mm256_extracti128_si256(all, 1);
+        const float single = APART ? e4m3_of(scales[i]) / 2 : blocks::half_e4m3(scales[i]);
+        const __m256 scale = _mm256_set1_ps(single * factor);
+        _mm256_storeu_ps(to, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(code)), scale));
+        const __m256i last = _mm256_cvtepi8_epi32(_mm_srli_si128(code, 8));
+        _mm256_storeu_ps(to + 8, _mm256_mul_ps(_mm256_cvtepi32_ps(last), scale));
+    }
+}
+#endif
+
 void dequantize(const Matrix& w, i64 n, i64 row, i64 from, i64 count, float* to) {
     if (w.kind == MXFP8) return dequantize_mxfp8(w, n, row, from, count, to);
     of_packed(w.kind, [&](auto k) {
         typedef decltype(k) K;
         if constexpr (std::is_same<K, blocks::NVFP4>::value) {
             const uint8_t *code = (const uint8_t*)w.at + (row * n + from) / 2, *scale = w.scale + (row * n + from) / 16;
+#ifdef INTEGERS
+            for (; count >= 64; count -= 64, code += 32, scale += 4, to += 64)
+                write_nvfp4<true>(code, scale, w.factor, to);
+#endif
             for (; count >= 32; count -= 32, code += 16, scale += 2, to += 32)
                 write_out<K>(K::read(code, scale), w.factor, to);
             if (count) {
@@ -327,6 +353,11 @@ void dequantize(const Matrix& w, i64 n, i64 row, i64 from, i64 count, float* to)
             }
         } else {
             const uint8_t* block = (const uint8_t*)w.at + (row * n + from) / K::COLUMNS * K::BYTES;
+#ifdef INTEGERS
+            if constexpr (std::is_same<K, blocks::GGUF_NVFP4>::value)
+                for (; count > 0; count -= 64, block += K::BYTES, to += 64)
+                    write_nvfp4<false>(block + 4, block, w.factor, to);
+#endif
             for (; count > 0; count -= K::COLUMNS, block += K::BYTES)
 #pragma GCC unroll 8
                 for (i64 part = 0; part < K::COLUMNS / 32; part++, to += 32)
@@ -607,14 +638,21 @@ void float_dots(const Matrix& w, i64 n, i64 row, const float* const* x, float* o
     const uint8_t* block = (const uint8_t*)w.at + row * (n / 32) * K::BYTES;
     for (i64 j = 0; j < n; j += 32, block += K::BYTES) {
         _mm_prefetch((const char*)block + 1024, _MM_HINT_T0);
-        const bytes code = K::read(block, 0).code;
-        const eight w0 = eight_of<0>(code), w1 = eight_of<1>(code), w2 = eight_of<2>(code), w3 = eight_of<3>(code);
+        eight code[4];
+        if constexpr (std::is_same<K, blocks::Q8_0>::value)
+            for (int i = 0; i < 4; i++)
+                code[i] = (eight)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(block + 2 + 8 * i)));
+        else {
+            const bytes all = K::read(block, 0).code;
+            code[0] = eight_of<0>(all), code[1] = eight_of<1>(all);
+            code[2] = eight_of<2>(all), code[3] = eight_of<3>(all);
+        }
         const float scale = half_at(block);
         for (int r = 0; r < R; r++) {
             const float* at = x[r] + j;
-            const eight a = load<eight>(at) * w0 + load<eight>(at + 8) * w1;
-            const eight b = load<eight>(at + 16) * w2 + load<eight>(at + 24) * w3;
-            acc[r] += (a + b) * scale;
+            eight sum = load<eight>(at) * code[0];
+            for (int i = 1; i < 4; i++) sum += load<eight>(at + 8 * i) * code[i];
+            acc[r] += sum * scale;
         }
     }
     for (int r = 0; r < R; r++) out[r] = added((__m256)acc[r]) * w.factor;
