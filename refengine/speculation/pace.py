@@ -23,6 +23,7 @@ from refengine.speculation.acceptance import Run
 MOST = 8  # drafts that `auto` makes at most
 FIRST = 2  # drafts of a trial, while no call with any has been measured
 KEPT = 9  # measured times of a kind of call
+PAUSE = 7  # plain calls after drafts have been found not to pay: the choice takes a tenth of a millisecond
 LOST = 0.015  # share of the time of decoding that trials may lose
 GAIN = 1.02  # tokens a second, over those of plain steps, from which drafts are made
 PRIOR, WEIGHT = 0.7, 3.0  # acceptance before any draft, and the number of drafts that it counts as
@@ -134,6 +135,7 @@ class Pace:
         ] = {}  # by sequences and drafts; -1: a call without any
         self.total = 0.0  # seconds of all calls
         self.lost = 0.0  # of them to trials
+        self.pause = 0, 0  # sequences of a call, and calls of as many that make no drafts without weighing it
 
     def counts(self, ready: Sequence[Waits]) -> list[int]:
         """Return how many drafts each sequence is to have, fewer than the tokens it may still draw."""
@@ -150,6 +152,9 @@ class Pace:
     def best(self, ready: Sequence[Waits], auto: Sequence[Waits]) -> int:
         """Return the number of drafts that draws most tokens a second; 0: plain steps."""
         size, most = len(ready), min(MOST, max(one.rest for one in auto) - 1)
+        if self.pause[1] and self.pause[0] == size:
+            self.pause = size, self.pause[1] - 1
+            return 0
         plain = self.seconds(size, 0)
         if plain is None or most < 1:
             return 0
@@ -159,7 +164,9 @@ class Pace:
                 tokens = sum(one.acceptance.tokens(min(drafts, one.rest - 1)) for one in auto)
                 speeds[drafts] = (tokens + size - len(auto)) / took
         drafts = max(speeds, key=lambda k: speeds[k])
-        return drafts or self.trial(size, min(most, FIRST), plain, sum(one.rest for one in auto) / size)
+        drafts = drafts or self.trial(size, min(most, FIRST), plain, sum(one.rest for one in auto) / size)
+        self.pause = size, 0 if drafts else PAUSE
+        return drafts
 
     def trial(self, size: int, drafts: int, plain: float, rest: float) -> int:
         """Return a number of drafts to try where none seem to pay, or 0; rest: tokens to be drawn by each."""
