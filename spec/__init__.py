@@ -1,7 +1,7 @@
 """Nemotron 3 in NumPy, as a book: the definition of every layer.
 
 Read the chapters in this order; each uses only earlier ones. A numbered "trap" is one of the ten mistakes
-that give fluent text and wrong numbers: docs/model.md, "The ten traps".
+that give fluent text and wrong numbers: docs/traps.md.
 """
 
 CHAPTERS = (

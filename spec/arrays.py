@@ -12,8 +12,8 @@ of a batch may have different lengths: `lengths[b]` is the number of real positi
 (None: all). `'` is the transpose of a matrix.
 
 A shape in a signature, as in Float[Array, "*b d"], is checked by the tests and ignored otherwise; `*b`
-stands for any number of axes. A comment at the end of a line, as in `# b l d`, is the shape of the array
-that the line makes.
+or `*s` stands for any number of axes. A comment at the end of a line, as in `# b l d`, is the shape of the
+array that the line makes. In the convolution (chapter 7) k is the length of the filter, and t is k - 1.
 """
 
 from __future__ import annotations

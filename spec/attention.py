@@ -2,9 +2,10 @@
 
     y[i] = sum_{j <= i} softmax_j(q[i] . k[j] / sqrt(e)) v[j]
 
-Query head i reads key/value head i // (heads / kv heads). There is no rotary or other position signal
-anywhere (trap 3: `rope_theta` in the file is unused); the order of tokens comes from the Mamba layers.
-Scores and softmax are in float32 or wider. docs/model.md, "Attention".
+Here e is head_dim. The mixer of chapter 13 makes q, k and v by `q_proj`, `k_proj` and `v_proj`, as in a
+transformer. Query head i reads key/value head i // (heads / kv heads). There is no rotary or other position
+signal anywhere (trap 3: `rope_theta` in the file is unused); the order of tokens comes from the Mamba
+layers. Scores and softmax are in float32 or wider. docs/model.md, "Attention".
 """
 
 from __future__ import annotations

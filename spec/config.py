@@ -71,22 +71,22 @@ class Config:
 
     @property
     def conv_dim(self) -> int:
-        """Return the channels of the causal convolution: x | B | C."""
+        """Return the number of channels of the causal convolution: x | B | C."""
         return sum(self.conv_widths)
 
     @property
     def conv_widths(self) -> tuple[int, int, int]:
-        """Return the channels of x, B and C."""
+        """Return the numbers of channels of x, B and C (chapter 8)."""
         return self.mamba_inner, self.n_groups * self.ssm_state_size, self.n_groups * self.ssm_state_size
 
     @property
     def in_proj_widths(self) -> tuple[int, int, int]:
-        """Return the rows of `in_proj`, in order: z | xBC | dt."""
+        """Return the numbers of rows of `in_proj`, in order: z | xBC | dt."""
         return self.mamba_inner, self.conv_dim, self.mamba_num_heads
 
     @property
     def qkv_widths(self) -> tuple[int, int, int]:
-        """Return the rows of `q_proj`, `k_proj` and `v_proj`."""
+        """Return the numbers of rows of `q_proj`, `k_proj` and `v_proj`."""
         kv = self.num_key_value_heads * self.head_dim
         return self.num_attention_heads * self.head_dim, kv, kv
 
@@ -110,9 +110,9 @@ class Config:
         out = {f.name: getattr(self, f.name) for f in fields(self)}
         letters, mtp = out.pop("layers"), out.pop("mtp_layers")
         out = {k: v for k, v in out.items() if set(REQUIRED.get(k, KINDS)) & set(letters + mtp)}
-        if self.time_step_limit == (0.0, math.inf):  # its absence means it
+        if self.time_step_limit == (0.0, math.inf):  # an absent key has this meaning
             del out["time_step_limit"]
-        elif self.time_step_limit[1] == math.inf:  # as transformers writes what JSON has no number for
+        elif self.time_step_limit[1] == math.inf:  # JSON has no infinity: as transformers writes it
             out["time_step_limit"] = (self.time_step_limit[0], {"__float__": "Infinity"})
         out |= {
             "model_type": "nemotron_h",

@@ -2,9 +2,9 @@
 
     y[t] = silu(bias + sum_j w[j] x[t - K + 1 + j]),   j = 0 .. K-1;   w[K-1] meets the current token
 
-Before the sequence begins there are zeros. The state is the last K - 1 rows of x, *before* the activation:
-the `tail`. The channels are x | B | C of the Mamba mixer, side by side (chapter 8 explains them; K is 4 in
-every release). docs/model.md, "Mamba-2".
+With K = 4, which every release has, y[9] reads x[6] to x[9] of its own channel. Before the sequence begins
+there are zeros. The state is the last K - 1 rows of x, *before* the activation: the `tail`. The channels are
+x | B | C of the Mamba mixer, side by side (chapter 8 explains them). docs/model.md, "Mamba-2".
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ def causal_conv(
     tail: Float[Array, "b t c"],
     lengths: Int[Array, " b"] | None = None,
 ) -> tuple[Float[Array, "b l c"], Float[Array, "b t c"]]:
-    """Return y and the tail after the last real position."""
+    """Return y and the tail after the last real position.
+
+    The axis of length 1 in `weight` is PyTorch's: a channel reads one channel, itself.
+    """
     length, remembered = x.shape[1], tail.shape[1]
     window = np.concatenate([tail.astype(x.dtype, copy=False), x], axis=1)  # b t+l c
     y = bias + sum(weight[:, 0, j] * window[:, j : j + length] for j in range(remembered + 1))  # b l c

@@ -3,7 +3,7 @@
     required   by some kind of layer: its absence is an error, because no default describes a release
     optional   its absence has one stated meaning
     fixed      one value in the whole family; any other is refused
-    spellings  of the list of layers: several, with one meaning
+    spellings  the list of the kinds of the layers, under several keys with one meaning
     derived    computed from other keys; its own value is not read, because it may be stale
     ignored    for training or for another program
     refused    known to change results, and not supported: only a neutral value is accepted
@@ -40,7 +40,7 @@ class InputError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text that is not empty or a rule, or else the name of its class."""
+    """Return the first line of an error's text that is neither empty nor a row of =, else its class name."""
     return next((line.strip() for line in str(error).splitlines() if line.strip(" =")), type(error).__name__)
 
 
@@ -59,7 +59,7 @@ REAL = ("layer_norm_epsilon", "routed_scaling_factor")  # the others are integer
 # OPTIONAL: a missing key has this meaning.
 OPTIONAL: dict[str, Any] = {
     "moe_latent_size": None,             # experts work at full width
-    "n_group": 1, "topk_group": 1,       # routing is not limited to groups of experts
+    "n_group": 1, "topk_group": 1,       # experts are not in groups (n_groups, with s, is of Mamba heads)
     "norm_topk_prob": True,
     "time_step_limit": (0.0, math.inf),  # dt is not clamped (trap 1: time_step_min/max only initialise)
     "tie_word_embeddings": False,
@@ -128,13 +128,13 @@ REFUSED: dict[str, tuple] = {
     "moe_router_pre_softmax": OFF, "moe_apply_probs_on_input": OFF, "apply_router_weight_on_input": OFF,
     "moe_shared_expert_gate": OFF, "zero_expert_num": OFF, "gated_linear_unit": OFF, "swiglu_limit": OFF,
     "activation_func_clamp_value": OFF,
-    # factors on what passes by
+    # factors and caps on the stream, the logits, and what a mixer reads and adds
     "embedding_multiplier": (1,), "residual_multiplier": (1,), "logits_scaling": (1,), "logit_scale": (1,),
     "lm_head_multiplier": (1,), "key_multiplier": (1,), "ssm_in_multiplier": (1,), "ssm_out_multiplier": (1,),
     "attention_in_multiplier": (1,), "attention_out_multiplier": (1,), "ssm_multipliers": (),
     "mlp_multipliers": (), "final_logit_softcapping": OFF,
 }  # fmt: skip
-# ALIASES: other names. Where both are present the older one wins, as it does in transformers.
+# ALIASES: other names, at the left. Where both are present the one at the left wins, as in transformers.
 ALIASES = {
     "mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel", "mamba_expand": "expand",
     "mamba_dt_min": "time_step_min", "mamba_dt_max": "time_step_max",
@@ -211,7 +211,7 @@ def read(hf: dict, notes: list[str]) -> dict[str, Any]:
 
 
 def text_model(hf: dict, notes: list[str]) -> dict[str, Any]:
-    """Return the configuration of the text model: a part of that of a wrapper, all of any other."""
+    """Return the configuration of the text model, which wrappers with images or sound have under a key."""
     if hf.get("model_type") == "nemotron_h":
         return hf
     for key in TEXT_MODEL:
@@ -269,7 +269,7 @@ def _refuse(hf: dict) -> None:
 
 
 def _head_dim(hf: dict) -> int | None:
-    """Return hidden_size / num_attention_heads, which an absent head_dim means; None if either is absent."""
+    """Return hidden_size / num_attention_heads, the meaning of an absent head_dim; None if one is absent."""
     hidden, heads = hf.get("hidden_size"), hf.get("num_attention_heads")
     for key, size in {"hidden_size": hidden, "num_attention_heads": heads}.items():
         if size is not None and (type(size) is not int or size <= 0):

@@ -2,15 +2,15 @@
 
     s = sigmoid(h W_gate')                  one score per expert, in float32 or wider, from the full-width h
     chosen = the k largest of s + bias      the bias balances load: it affects the choice, not w
-    w = s[chosen] / sum(s[chosen]) * scale (without the division where norm_topk_prob is false)
+    w = s[chosen] / sum(s[chosen]) * scale  (no division where norm_topk_prob is false)
 
     u = h fc1'                              the latent of LatentMoE; in a plain MoE u = h and y has no fc2
     r = sum over chosen of  w relu(u up')^2 down'
     y = r fc2'  +  relu(h up_s')^2 down_s'
 
 h is the residual stream after the norm of the layer (not a head); `W_gate` is the router's matrix,
-`gate.weight` in a checkpoint, and no gate like z of Mamba. An expert is `up` and `down`; `up_s` and
-`down_s` are the shared expert, which every token uses.
+`gate.weight` in a checkpoint, and no gate like z of Mamba; `scale` is `routed_scaling_factor`. An expert is
+`up` and `down`; `up_s` and `down_s` are the shared expert, which every token uses.
 
 Trap 6: the router and the shared expert read h at full width; only the routed experts read u. With several
 groups of experts (`n_group`), only the best `topk_group` groups are candidates.
@@ -76,7 +76,7 @@ def experts(
 ) -> Float[Array, "*b x"]:
     """Return the sum over chosen experts of weight mlp(u), by the definition: token by token.
 
-    `matrices[i]` is (up [i x], down [x i]) of expert first + i. An expert that is not
+    `matrices[i]` is (up [f x], down [x f]) of expert first + i. An expert that is not
     among them adds nothing: it is on another rank (chapter 22).
     """
     y = np.zeros_like(u)

@@ -3,8 +3,9 @@
     rms_norm:        y = x / sqrt(mean(x^2) + eps) * w                      over the d channels
     gated_rms_norm:  u = y silu(z),  then the same, over each of g groups   (trap 2: the gate comes first)
 
-z is the gate of the Mamba mixer (chapter 13), as wide as its output y. Weights multiply as they are (w, not
-1 + w). Statistics are in float32 or wider. docs/model.md, "Norms".
+z is the gate of the Mamba mixer (chapter 13), as wide as the output y of the scan. The g groups are those of
+the Mamba heads that share B and C (chapter 8). Weights multiply as they are (w, not 1 + w). Statistics are
+in float32 or wider. docs/model.md, "Norms".
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from refengine.spec.numerics import silu, wide
 def rms_norm(
     x: Float[Array, "*b d"], delta: Float[Array, "*b d"] | None, weight: Float[Array, " d"], eps: float
 ) -> tuple[Float[Array, "*b d"], Float[Array, "*b d"]]:
-    """Add the output of the last mixer (`delta`) to the residual stream `x`, and normalise the sum.
+    """Add the output of the layer before (`delta`) to the residual stream `x`, and normalise the sum.
 
     Returns (normalised, x + delta). The addition belongs to this operation because
     fused kernels do both at once.
@@ -38,7 +39,7 @@ def gated_rms_norm(
 ) -> Float[Array, "b l c"]:
     """Gate `y` by `z`, then normalise each group of c / groups channels by itself.
 
-    Where c is only a part of a group, `mean` turns the mean of squares here into the group's (chapter 22).
+    Where ranks hold parts of a group, `mean` averages the mean of squares over these ranks (chapter 22).
     """
     dtype = wide(y.dtype)
     u = heads(y.astype(dtype, copy=False) * silu(z.astype(dtype, copy=False)), groups)  # b l g c/g

@@ -33,9 +33,9 @@ def wide(dtype) -> np.dtype:
 def tolerance(dtype, terms: int) -> float:
     """Return how far a sum of `terms` products, accumulated in `dtype`, may lie from the exact one.
 
-    Times the largest value of the result, where that is above 1. Rounding errors of a long sum add up like a
-    random walk, so they grow with the square root of its length; the factor 4 leaves room for the tail of
-    that walk and for a different order of summation.
+    The caller multiplies it by the largest value of the result, where that is above 1. Rounding errors of a
+    long sum add up like a random walk, so they grow with the square root of its length; the factor 4 leaves
+    room for the tail of that walk and for a different order of summation.
     """
     return 4.0 * float(ml_dtypes.finfo(dtype).eps) * max(1.0, terms) ** 0.5
 
@@ -81,7 +81,10 @@ class Stored:
         return replace(self, k_scale=k_scale, v_scale=v_scale) if self.dtype == FP8 else self
 
     def narrow(self, x: Array, scale: float) -> Array:
-        """Return x as it is stored, to nearest even; FP8 ends at 448 scale. FP8 numbers stay as they are."""
+        """Return x in the stored dtype, rounded to nearest even.
+
+        FP8 is cut off at 448 times the scale; an x that is FP8 already is returned as it is.
+        """
         if self.dtype == FP8 != x.dtype:
             x = (x.astype(np.float32, copy=False) / np.float32(scale)).clip(-448, 448)
         return x.astype(self.dtype, copy=False)
@@ -100,7 +103,7 @@ def mix(x: Array) -> Array:
 
 
 def rounding_key(seeds, layer: int) -> Array:
-    """Return keys [b] uint32 of the random numbers that round S of one layer, by the seeds of sequences."""
+    """Return a key a sequence, [b] uint32, for the random numbers that round S: a hash of seed and layer."""
     seeds = np.asarray(seeds, np.uint64)
     key = np.zeros(seeds.shape, np.uint32)
     for word in (seeds, seeds >> np.uint64(32), np.full(seeds.shape, layer)):
@@ -109,16 +112,17 @@ def rounding_key(seeds, layer: int) -> Array:
 
 
 def random_bits(key: Array, position: Array, count: int) -> Array:
-    """Return [b count] uint32 below 2^13, functions of key, position and element alone."""
+    """Return [b count] random uint32 below 2^13, which depend only on key, position and element."""
     step = mix((np.asarray(position).astype(np.uint32) ^ key) + np.uint32(0x9E3779B9))[:, None]
     return mix(mix(np.arange(count, dtype=np.uint32) ^ step) + step) >> np.uint32(19)
 
 
 def to_half(x: Array, bits: Array) -> Array:
-    """Return x in float16, rounded up with the probability of its distance from the number below.
+    """Return x in float16, rounded up or down at random, so that the mean over `bits` is x.
 
-    `bits`: a random number below 2^13 for each, as many bits as float16 drops. The mean over them is x, where
-    rounding to nearest loses every addition below half a unit. Magnitudes end at 65504.
+    A number a quarter of the way between two float16 numbers is rounded up once in four times. Rounding to
+    nearest would instead lose each addition to S that is below half a unit. `bits` has a random number below
+    2^13 for each element, because float16 drops 13 bits. Magnitudes are cut off at 65504.
     """
     x = x.astype(np.float32, copy=False)
     size = np.abs(x)

@@ -10,10 +10,12 @@ All of these but S come from the token, through `in_proj`, and x, B and C then t
 (chapter 13). A, D and dt_bias are learnt, one number for each head. Heads share B and C by groups, as query
 heads share keys: head i reads group i // (h / g). docs/mamba2.md builds the recurrence from an example.
 
-`ssd_scan` is this recurrence: the definition. `ssd_scan_chunked` computes a chunk of positions at once with
-matrix products: the theorem, and a property test is its proof. Both ignore padding: beyond lengths[b],
-dt = 0, so the state does not change. The true limit of dt is (0, inf) (trap 1). docs/model.md,
-"Mamba-2"; arXiv 2405.21060, section 6.
+`ssd_scan` is this recurrence: the definition. `ssd_scan_chunked` computes a chunk of positions at
+once with matrix products: a theorem, which here means a faster form of a definition, held equal to it by
+tests on drawn inputs. (SSD: state-space duality, by which the recurrence is also an attention with a decaying
+mask.) Both ignore padding: beyond lengths[b], dt = 0, so the state does not change. No release clamps dt:
+its limits are (0, inf) (trap 1).
+docs/model.md, "Mamba-2"; arXiv 2405.21060, section 6.
 """
 
 from __future__ import annotations
@@ -91,11 +93,12 @@ def ssd_scan_chunked(
 
 
 def one_chunk(x, dt, A, B, C, S):
-    """Return y b q h p and the next S of one chunk. For its positions i and j
+    """Return y (b q h p), without D x, and the next S of one chunk. For its positions i and j
 
-        y[i] = sum_{j<=i} (C[i].B[j]) L[i,j] dt[j] x[j]  +  exp(a[i]) C[i] S,
+        y[i] = sum_{j<=i} (C[i].B[j]) L[i,j] dt[j] x[j]  +  exp(a[i]) S C[i],
 
-    where a[i] is the sum of dt A up to i and L[i,j] = exp(a[i] - a[j]) is the decay between them.
+    where S is the incoming state, a[i] the sum of dt A from the beginning of the chunk to i, and
+    L[i,j] = exp(a[i] - a[j]) the decay from j to i.
     """
     (b, q, h, p), (g, n) = x.shape, B.shape[2:]
     r = h // g  # heads that share a group

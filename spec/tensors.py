@@ -3,7 +3,8 @@
 One function, `table`, lists the name and the shape of each tensor, its layer, how it is divided between ranks
 (chapter 21) and whether a quantization recipe may change it. The loader validates files against this table,
 `inspect` counts with it, and test checkpoints are written from it. Its totals are the published ones
-(docs/model.md, "Parameters").
+(docs/model.md, "Parameters"). A layer is a norm and a *mixer*: Mamba-2, attention, experts or an MLP. The
+*trunk* is the model without the prediction head.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class Tensor(NamedTuple):
     name       in the checkpoint: `backbone.layers.3.mixer.in_proj.weight`
     block      the part of the model it belongs to: `layers.3`, `mtp.layers.0`, or "" for the outermost
     key        the rest of its name, within the block: `mixer.in_proj.weight`
-    role       what it is counted as: embedding, lm_head, norm, mamba, conv, ssm, attention, router,
-               routed_expert, shared_expert, latent, mlp, mtp_proj
+    role       what it is counted as: embedding, lm_head, norm, mamba, conv, ssm (A_log, D, dt_bias),
+               attention, router, routed_expert, shared_expert, latent, mlp, mtp_proj
     group      tensors with the same (block, group) are placed together: q|k|v, the experts of a layer
     cut        across ranks (chapter 21): whole, rows, columns, z|x|B|C|dt, x|B|C, heads, inner,
                inner_columns, q_heads, q_columns, kv_heads, expert_rows, expert_columns, shared_rows,
