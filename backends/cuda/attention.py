@@ -22,8 +22,12 @@ MANY = {4: (64, 16), 2: (128, 32)}  # of attention.cu, by bytes of an activation
 FEW = {4: (16, 32), 2: (16, 64)}  # of attention_decode.cu
 FEW_ROWS = 128  # query rows of a key head up to which the context is cut into parts
 KEPT = {"float32": "KEPT_F32", "bfloat16": "KEPT_BF16", "uint8": "KEPT_F8"}  # of kept.cuh
-MORE = 256  # positions at least, by which a cache grows
 BLOCKS = 400  # about three for each multiprocessor of an H100 or B200
+
+
+def roomy(room: int) -> int:
+    """Return the positions of a new buffer: half as many again, then 256 more, then a sixteenth more."""
+    return max(64, room + min(room // 2, max(256, room // 16)))
 
 
 class Tip:
@@ -74,9 +78,9 @@ class Cache:
         return replace(self, most=self.most + added, mark=mark)
 
     def copied(self, room: int) -> Cache:
-        """Return a copy with `room`, and a sixteenth more: after each copy a step is captured again."""
+        """Return a copy with `room`, and some more: after each copy a step is captured again."""
         (b, kv, _, e), device = self.k.shape, self.k.device
-        k, v = (device.empty((b, kv, room + max(MORE, room // 16), e), self.k.dtype) for _ in "kv")
+        k, v = (device.empty((b, kv, roomy(room), e), self.k.dtype) for _ in "kv")
         for known, new in ((self.k, k), (self.v, v)):
             if self.most:
                 device.copy(known[:, :, : self.most], new[:, :, : self.most])

@@ -18,7 +18,10 @@ import torch.nn.functional as F
 from refengine.backends.cpu.interface import filled
 from refengine.backends.pytorch.state import index, with_rows
 
-MORE = 256  # positions at least, by which a cache grows
+
+def roomy(room: int) -> int:
+    """Return the positions of a new buffer: half as many again, then 256 more, then a sixteenth more."""
+    return max(64, room + min(room // 2, max(256, room // 16)))
 
 
 class Tip:
@@ -120,11 +123,11 @@ class Cache:
         return replace(self, length=self.length + 1, most=self.most + 1, mark=mark)
 
     def copied(self, room: int) -> Cache:
-        """Return a copy with `room`, and a sixteenth more so that few appends copy.
+        """Return a copy with `room`, and some more so that few appends copy.
 
         Zeros, because positions that a shorter row has not reached are read, and weighed with 0."""
         b, kv, _, e = self.k.shape
-        k, v = (self.k.new_zeros(b, kv, room + max(MORE, room // 16), e) for _ in "kv")
+        k, v = (self.k.new_zeros(b, kv, roomy(room), e) for _ in "kv")
         k[:, :, : self.most], v[:, :, : self.most] = self.k[:, :, : self.most], self.v[:, :, : self.most]
         return replace(self, k=k, v=v, tip=Tip())
 
