@@ -133,12 +133,25 @@ class Drawing:
         self.ids.append(token)
         return self.draw_of(token, logits)
 
+    def attempt(self, logits: np.ndarray) -> Draw | InputError:
+        """Return the next token by logits [v], or the error of drawing."""
+        try:
+            return self.draw(logits)
+        except InputError as error:
+            return error
+
     def draw_of(self, token: int, logits: np.ndarray) -> Draw:
         """Return the Draw of a token that was drawn by logits [v]."""
         if self.logprobs is None:
             return Draw(token)
         row = log_probs(logits)
         return Draw(token, float(row[token]), tuple(alternatives(row, self.logprobs)))
+
+    @property
+    def greedy(self) -> bool:
+        """Return whether the next token is that with the largest logit, and nothing more is asked for."""
+        sampling = self.sampling
+        return not sampling.temperature and sampling.repetition_penalty == 1 and self.logprobs is None
 
     def fork(self) -> Drawing:
         """Return a copy that draws the same tokens from here on."""
@@ -149,6 +162,21 @@ class Drawing:
         self.ids.append(token)
         if self.sampling.temperature != 0:
             self.generator.random()
+
+
+def draw_each(drawings: Sequence[Drawing], logits: np.ndarray) -> list[Draw | InputError]:
+    """Return what each sequence draws from its row of logits [b v], or the error of drawing.
+
+    Greedy choices are made for all rows at once: a choice of its own takes longer than a small model's step.
+    """
+    if len(drawings) > 1 and all(drawing.greedy for drawing in drawings):
+        best = logits.argmax(axis=-1)  # a NaN counts as largest
+        if np.isfinite(logits[np.arange(len(best)), best]).all():
+            tokens = best.tolist()
+            for drawing, token in zip(drawings, tokens, strict=True):
+                drawing.ids.append(token)
+            return list(map(Draw, tokens))
+    return [drawing.attempt(row) for drawing, row in zip(drawings, logits, strict=True)]
 
 
 @dataclass

@@ -374,7 +374,8 @@ class Batch(Iterator[tuple[int, Event]]):
                 raise self.refused.popleft()
             if not self.inbox and not self.open:
                 raise StopIteration
-            self.loop.wait(self.inbox, self.open)
+            if not self.inbox:
+                self.loop.wait(self.inbox, self.open)
             try:
                 index, event = self.inbox.popleft()
             except IndexError:  # all were cancelled by another thread, or it took the event

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from refengine.generation import Draw, Drawing
+from refengine.generation import Draw, Drawing, draw_each
 from refengine.machine import available_memory, peak_memory
 from refengine.progress import progress
 from refengine.spec import mtp, state
@@ -456,10 +456,12 @@ class LocalRunner:
             slots, rows, fresh, any(wanted) or width == 1, width, self.drafts(slots, prompts)
         )
         self.drafter.follow(slots, rows, self.seat(slots, fresh), self.latest, prompts)
-        return [
-            self.drawn(slot, logits[i]) if want else None
-            for i, (slot, want) in enumerate(zip(slots, wanted, strict=True))
-        ]
+        drawn: list[Draw | InputError | None] = [None] * len(slots)
+        at = [i for i, want in enumerate(wanted) if want]
+        rows_of = logits if len(at) == len(slots) else logits[at]
+        for i, draw in zip(at, draw_each([self.drawings[slots[i]] for i in at], rows_of), strict=True):
+            drawn[i] = draw
+        return drawn
 
     def drafts(self, slots: list[int], prompts: bool) -> bool:
         """Return whether hidden states of a call are needed: of prompts, if one may have drafts."""
@@ -467,10 +469,7 @@ class LocalRunner:
 
     def drawn(self, slot: int, logits: np.ndarray) -> Draw | InputError:
         """Return what the sequence of a slot draws from logits [v], or the error of drawing."""
-        try:
-            return self.drawings[slot].draw(logits)
-        except InputError as error:
-            return error
+        return self.drawings[slot].attempt(logits)
 
     def forward(
         self,

@@ -22,7 +22,9 @@ from refengine.speculation.acceptance import Run
 
 MOST = 8  # drafts that `auto` makes at most
 FIRST = 2  # drafts of a trial, while no call with any has been measured
-KEPT = 9  # measured times of a kind of call
+KEPT = 32  # measured times of a kind of call
+KNOWN = 8  # plain calls that are measured before any trial
+AGAIN = 64  # calls with drafts after which a plain one is measured again
 PAUSE = 7  # plain calls after drafts have been found not to pay: the choice takes a tenth of a millisecond
 LOST = 0.015  # share of the time of decoding that trials may lose
 GAIN = 1.02  # tokens a second, over those of plain steps, from which drafts are made
@@ -135,6 +137,7 @@ class Pace:
         ] = {}  # by sequences and drafts; -1: a call without any
         self.total = 0.0  # seconds of all calls
         self.lost = 0.0  # of them to trials
+        self.drafted = 0  # calls with drafts since the latest plain one
         self.pause = 0, 0  # sequences of a call, and calls of as many that make no drafts without weighing it
 
     def counts(self, ready: Sequence[Waits]) -> list[int]:
@@ -156,17 +159,23 @@ class Pace:
             self.pause = size, self.pause[1] - 1
             return 0
         plain = self.seconds(size, 0)
-        if plain is None or most < 1:
+        if plain is None or most < 1 or self.drafted >= AGAIN or self.plain_calls < KNOWN:
             return 0
+        took = {drafts: self.seconds(size, drafts) or 0.0 for drafts in range(1, most + 1)}
+        plain = min([plain, *filter(None, took.values())])  # a plain call does less: then it was held up
         speeds = {0: size / plain * GAIN}
-        for drafts in range(1, most + 1):
-            if took := self.seconds(size, drafts):
-                tokens = sum(one.acceptance.tokens(min(drafts, one.rest - 1)) for one in auto)
-                speeds[drafts] = (tokens + size - len(auto)) / took
+        for drafts in filter(took.get, took):
+            tokens = sum(one.acceptance.tokens(min(drafts, one.rest - 1)) for one in auto)
+            speeds[drafts] = (tokens + size - len(auto)) / took[drafts]
         drafts = max(speeds, key=lambda k: speeds[k])
         drafts = drafts or self.trial(size, min(most, FIRST), plain, sum(one.rest for one in auto) / size)
         self.pause = size, 0 if drafts else PAUSE
         return drafts
+
+    @property
+    def plain_calls(self) -> int:
+        """Return how many measured times of plain calls are kept."""
+        return sum(len(times) for (_, drafts), times in self.times.items() if drafts == 0)
 
     def trial(self, size: int, drafts: int, plain: float, rest: float) -> int:
         """Return a number of drafts to try where none seem to pay, or 0; rest: tokens to be drawn by each."""
@@ -181,7 +190,7 @@ class Pace:
     def seconds(self, size: int, drafts: int) -> float | None:
         """Return the seconds of a call of `size` sequences with so many drafts, as far as that is known."""
         if times := self.times.get((size, drafts)):
-            return median(sorted(times)[: max(1, 2 * len(times) // 3)])  # others were held up
+            return sorted(times)[len(times) // 4]  # other work only ever makes a call slower
         measured = sorted(k for (b, k), times in self.times.items() if b == size and times and k > 0)
         if drafts and measured:
             near = min(measured, key=lambda k: abs(k - drafts))
@@ -225,6 +234,7 @@ class Pace:
     def measured(self, size: int, drafts: int, took: float, tokens: int, late: bool = False) -> None:
         """Note the seconds of a call, and the tokens that it drew; late: it did more than such calls do."""
         self.total += took
+        self.drafted = 0 if drafts == 0 else self.drafted + 1
         if late:
             return
         self.times.setdefault((size, drafts), deque(maxlen=KEPT)).append(took)
