@@ -5,7 +5,8 @@
     python -m tools.bench.loop tiny --cost       processor time of the loop, with a model that answers at once
 
 Prints for each number of slots: the share of slots that are busy until the last prompt has begun; the time of
-all over the sum of the calls it made, each at the time that the benchmark measures for its size; the time of
+all over the sum of the calls it made, each at the time that such a call takes by itself, without drawing, as
+`refengine bench` makes it (measured in between, since a machine may change its speed); the time of
 fixed batches over that of the loop; and the loop's own cost, without the model, drawing and text.
 """
 
@@ -14,16 +15,18 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter
-from statistics import mean
+from dataclasses import replace
+from statistics import mean, median
 
 import numpy as np
 
 import refengine
-from refengine import bench
 from refengine.generation import Draw, Options, Text
 from refengine.loop import Batch, Loop
-from refengine.runner import How, Part
+from refengine.runner import How
 from refengine.spec.sample import Sampling
+
+GREEDY = How(Sampling(temperature=0))
 
 
 def requests(engine, count: int, most: int, longest: int) -> list[tuple[list[int], dict]]:
@@ -39,35 +42,86 @@ def requests(engine, count: int, most: int, longest: int) -> list[tuple[list[int
 
 
 class Watched:
-    """A runner whose calls are counted by kind and size, and timed."""
+    """A runner whose calls are counted by kind, size and width, and timed.
 
-    def __init__(self, runner):
-        self.runner, self.seconds, self.calls = runner, 0.0, Counter()
+    Beside every EACH-th call stand calls of the same size by themselves, as the benchmark makes them, so that
+    a machine that is slow for a while is so for both. `paused`: seconds that these take.
+    """
+
+    EACH, TWIN = 12, 1000  # the first slot of the calls beside
+
+    def __init__(self, runner, context: int):
+        self.runner, self.context, self.seconds, self.paused = runner, context, 0.0, 0.0
+        self.calls: Counter = Counter()
+        self.spent: Counter = Counter()  # seconds of the loop's calls, by kind
+        self.pairs: dict[str, list[tuple[float, float]]] = {
+            "read": [],
+            "step": [],
+        }  # seconds of a call, and beside
+        self.rng = np.random.default_rng(1)
 
     def __getattr__(self, name):
         return getattr(self.runner, name)
 
     def read(self, parts):
         """Read parts; see Runner."""
-        self.calls["read", len(parts), max(len(part.ids) for part in parts)] += 1
-        return self.timed(self.runner.read, parts)
+        again = [replace(part, slot=self.TWIN + i, how=GREEDY) for i, part in enumerate(parts)]
+        whole = all(part.how for part in parts)
+        return self.timed("read", again if whole else None, self.read_beside, self.runner.read, parts)
 
     def step(self, slots, ids, draw=True):
         """Step; see Runner."""
-        self.calls["step", len(slots), 1] += 1
-        return self.timed(self.runner.step, slots, ids, draw)
+        return self.timed("step", len(slots), self.steps_beside, self.runner.step, slots, ids, draw)
 
-    def timed(self, call, *args):
-        """Return what the call returns, and add its seconds."""
+    def timed(self, kind: str, size, beside, call, *args):
+        """Return what the call returns; note its seconds, and now and then those of calls beside it."""
         began = time.perf_counter()
         result = call(*args)
-        self.seconds += time.perf_counter() - began
+        took = time.perf_counter() - began
+        self.seconds, self.calls[kind], self.spent[kind] = (
+            self.seconds + took, self.calls[kind] + 1, self.spent[kind] + took,
+        )  # fmt: skip
+        if size and self.calls[kind] % self.EACH == 0:
+            began = time.perf_counter()
+            self.pairs[kind].append((took, beside(size)))
+            self.paused += time.perf_counter() - began
         return result
+
+    def read_beside(self, parts) -> float:
+        """Return the seconds of reading the same by itself, the median of three."""
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            self.runner.read(parts)
+            times.append(time.perf_counter() - began)
+            self.runner.drop([part.slot for part in parts])
+        return median(times)
+
+    def steps_beside(self, size: int) -> float:
+        """Return the seconds of a step of so many sequences, the median of five, one after the other."""
+        slots, times = [self.TWIN + i for i in range(size)], []
+        self.runner.fill(slots, self.context)
+        for _ in range(7):
+            ids = self.rng.integers(0, self.runner.config.vocab_size, size).tolist()
+            began = time.perf_counter()
+            self.runner.step(slots, ids, draw=False)
+            times.append(time.perf_counter() - began)
+        self.runner.drop(slots)
+        return median(times[2:])
+
+    def expected(self) -> float:
+        """Return the seconds of all calls at the speed of the calls beside."""
+        total = 0.0
+        for kind, pairs in self.pairs.items():
+            own, beside = (sum(pair[i] for pair in pairs) for i in (0, 1))
+            total += self.spent[kind] * (beside / own if pairs else 1.0)
+        return total
 
 
 def through(engine, work: list, slots: int) -> dict:
     """Return what one run of all requests measured."""
-    watched, busy, texts = Watched(engine.runner), [], [0.0]
+    context = round(mean(len(ids) + how["max_tokens"] / 2 for ids, how in work))
+    watched, busy, texts = Watched(engine.runner, context), [], [0.0]
     loop = Loop(watched, lambda: engine.tokenizer, size=slots)
     begun: set[int] = set()
 
@@ -92,12 +146,11 @@ def through(engine, work: list, slots: int) -> dict:
         pass
     took = time.perf_counter() - began
     engine.__dict__["loop"], Text.take = other, take
-    steps = sum(n for (kind, _, _), n in watched.calls.items() if kind == "step")
-    sequences = sum(size * n for (kind, size, _), n in watched.calls.items() if kind == "step")
-    own = took - watched.seconds - texts[0]
+    took -= watched.paused
     return {
-        "seconds": took, "busy": mean(busy) if busy else 1.0, "calls": watched.calls, "own": own,
-        "steps": steps, "rows": sequences,
+        "seconds": took, "busy": mean(busy) if busy else 1.0, "need": watched.expected(),
+        "own": took - watched.seconds - texts[0], "steps": watched.calls["step"],
+        "rows": sum(how["max_tokens"] - 1 for _, how in work),
     }  # fmt: skip
 
 
@@ -109,28 +162,6 @@ def in_batches(engine, work: list, slots: int) -> float:
         for _ in engine.generate_batch(iter([work[i] for i in order[start : start + slots]])):
             pass
     return time.perf_counter() - began
-
-
-def expected(engine, calls: Counter, context: int) -> float:
-    """Return the seconds that these calls add up to by the benchmark's measure of each size."""
-    runner, total, rng = engine.runner, 0.0, np.random.default_rng(1)
-    known: dict = {}
-    for (kind, size, width), n in calls.items():
-        if kind == "step":
-            known[kind, size] = known.get((kind, size)) or bench.decode_seconds(runner, size, context, 8)
-            total += n * known[kind, size]
-            continue
-        width = min(512, -(-width // 16) * 16) if width > 16 else width
-        if (kind, size, width) not in known:
-            rows = rng.integers(20, runner.config.vocab_size, (size, width)).tolist()
-
-            def read(rows: list = rows) -> None:
-                runner.read([Part(i, row, How(Sampling(temperature=0)), True) for i, row in enumerate(rows)])
-                runner.drop(list(range(len(rows))))
-
-            known[kind, size, width] = bench.seconds(read, 3)
-        total += n * known[kind, size, width]
-    return total
 
 
 def trace(engine) -> None:
@@ -156,7 +187,8 @@ class AtOnce:
     closed = False
 
     def __init__(self, runner):
-        self.model, self.config, self.fits = runner.model, runner.config, runner.fits
+        self.model, self.config = runner.model, runner.config
+        self.fits, self.refusal = runner.fits, runner.refusal
 
     def read(self, parts):
         """Return a draw for each prompt that ends."""
@@ -218,7 +250,7 @@ def main() -> None:
         engine.__dict__.pop("loop", None)
         found = through(engine, work, slots)
         fixed = in_batches(engine, work, slots)
-        need = expected(engine, found["calls"], 150)
+        need = found["need"]
         print(
             f"| {slots} | {found['busy']:.3f} | {found['seconds']:.1f} | {found['seconds'] / need:.2f} | "
             f"{fixed / found['seconds']:.2f} | {1e3 * found['own'] / found['steps']:.3f} | "
