@@ -25,7 +25,7 @@ FIRST = 2  # drafts of a trial, while no call with any has been measured
 KEPT = 32  # measured times of a kind of call
 KNOWN = 8  # plain calls that are measured before any trial
 AGAIN = 64  # calls with drafts after which a plain one is measured again
-PAUSE = 7  # plain calls after drafts have been found not to pay: the choice takes a tenth of a millisecond
+PAUSE = 31  # plain calls after drafts have been found not to pay: the choice takes a tenth of a millisecond
 LOST = 0.015  # share of the time of decoding that trials may lose
 GAIN = 1.02  # tokens a second, over those of plain steps, from which drafts are made
 PRIOR, WEIGHT = 0.7, 3.0  # acceptance before any draft, and the number of drafts that it counts as
@@ -142,6 +142,10 @@ class Pace:
 
     def counts(self, ready: Sequence[Waits]) -> list[int]:
         """Return how many drafts each sequence is to have, fewer than the tokens it may still draw."""
+        size, pause = self.pause
+        if pause and size == len(ready) and all(one.drafts == "auto" for one in ready):
+            self.pause = size, pause - 1
+            return [0] * size
         fixed = [min(one.drafts, one.rest - 1) if isinstance(one.drafts, int) else 0 for one in ready]
         auto = [one for one in ready if one.drafts == "auto"]
         if not auto:
@@ -155,9 +159,6 @@ class Pace:
     def best(self, ready: Sequence[Waits], auto: Sequence[Waits]) -> int:
         """Return the number of drafts that draws most tokens a second; 0: plain steps."""
         size, most = len(ready), min(MOST, max(one.rest for one in auto) - 1)
-        if self.pause[1] and self.pause[0] == size:
-            self.pause = size, self.pause[1] - 1
-            return 0
         plain = self.seconds(size, 0)
         if plain is None or most < 1 or self.drafted >= AGAIN or self.plain_calls < KNOWN:
             return 0
@@ -238,6 +239,5 @@ class Pace:
         if late:
             return
         self.times.setdefault((size, drafts), deque(maxlen=KEPT)).append(took)
-        plain = self.seconds(size, 0)
-        if drafts and plain:
+        if drafts and (plain := self.seconds(size, 0)):
             self.lost = max(0.0, self.lost + took - plain * tokens / size)
