@@ -4,11 +4,11 @@
     *    keys and values              b t kv e  and a length [b]      growing with the sequence (chapter 10)
     E -  nothing
 
-A slot is a place in the batch for one sequence. `take(rows)` returns the states of some slots and
-`put(rows, other)` sets them, so sequences join and leave. A state is used once: after a call only the
-state it returned is valid, so that a backend may write in place. To continue twice from one point, `fork`
-it first. A fork costs nothing here, because S and the tail are never written in place, and keys and values
-are only written beyond the end of every fork.
+A row is a place in the batch for one sequence. `take(rows)` returns the states of some rows and
+`put(rows, other)` sets them, so sequences join and leave. A call consumes the state that it is given: only
+the state that it returns may be used afterwards, so that a backend may write in place. To continue twice
+from one point, `fork` the state first. A fork costs nothing here, because S and the tail are never written
+in place, and keys and values are only written beyond the end of every fork.
 
 A recorded call of several positions leaves the states as they were, and returns a record for each layer: the
 inputs of the operations that change its state.
@@ -21,8 +21,9 @@ counts: speculative decoding reads several guessed tokens in one call and keeps 
 without a copy of S to return to. The call itself reads a `tentative` state.
 
 A state may be stored in fewer bits than it is computed in (chapter 5): keys and values as `Stored` rounds
-them, when they are appended; S in float16, rounded at random at the end of each call, by a key of the
-sequence and the layer, and by the position. Scores, softmax and the scan stay in float32 or wider.
+them, when they are appended; S in float16, rounded up or down at random at the end of each call. The random
+numbers are a hash of the sequence's seed, the layer, the position and the element's index in S. So a
+sequence is rounded in the same way in any batch. Scores, softmax and the scan stay in float32 or wider.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ class Recurrent:
 
     tail: Array  # b t c: the last conv_kernel - 1 rows of x|B|C before the activation
     S: Array  # b h p n, float32 or wider; or float16, then with the next two
-    key: Array | None = None  # b uint32, of the random numbers
+    key: Array | None = None  # b uint32, hash of seed and layer, for random rounding; no key of attention
     position: Array | None = None  # b, positions read
 
     def keyed(self, seeds, layer: int) -> Recurrent:
-        """Return this state with the keys of sequences with these seeds, in this layer."""
+        """Return this state with the rounding keys of sequences with these seeds, in this layer."""
         return self if self.key is None else replace(self, key=rounding_key(seeds, layer))
 
     def read(self) -> Array:
@@ -60,9 +61,8 @@ class Recurrent:
             return Recurrent(tail, S)
         position = self.position + count
         bits = random_bits(self.key, position, math.prod(S.shape[1:])).reshape(S.shape)
-        return Recurrent(
-            tail, to_half(S, bits), self.key, position
-        )  # what is a float16 already stays as it is
+        # A number that float16 holds exactly is not changed.
+        return Recurrent(tail, to_half(S, bits), self.key, position)
 
     def take(self, rows) -> Recurrent:
         """Return the states of these rows."""
@@ -117,7 +117,7 @@ class Cache:
         return replace(cache, length=length)
 
     def upto(self, t: int) -> tuple[Array, Array]:
-        """Return the first t positions, b t kv e; rows that are shorter hold anything beyond their length."""
+        """Return keys and values of the first t positions, b t kv e; beyond length[b], row b is undefined."""
         k, v = self.k[:, :t], self.v[:, :t]
         if form := self.stored:
             return form.wide(k, form.k_scale, self.wide), form.wide(v, form.v_scale, self.wide)
@@ -138,7 +138,7 @@ class Cache:
         return replace(self, k=k, v=v, length=length, written=length.copy())
 
     def fork(self) -> Cache:
-        """Return a second state of this point, which shares the buffer."""
+        """Return another cache with the same contents and the same buffer; each can be appended to."""
         return replace(self)
 
     def tentative(self) -> Cache:
@@ -187,15 +187,16 @@ def put(states: list, rows, others: list) -> list:
 
 
 def join(parts: list[list], chosen: list[tuple[int, int]]) -> list:
-    """Return states whose row i is row chosen[i][1] of parts[chosen[i][0]], for all layers.
+    """Return states whose row i is row r of parts[p], for all layers, where (p, r) = chosen[i].
 
+    With chosen = [(0, 2), (1, 0)] the result has two rows: row 2 of parts[0], then row 0 of parts[1].
     A kind of state may have a `joined`, which copies each row once; otherwise parts are put one by one.
     """
     return [s and joined([part[layer] for part in parts], chosen) for layer, s in enumerate(parts[0])]
 
 
 def joined(states: list, chosen: list[tuple[int, int]]):
-    """Return the state of one layer whose row i is row chosen[i][1] of states[chosen[i][0]]."""
+    """Return the state of one layer whose row i is row r of states[p], where (p, r) = chosen[i]."""
     if hasattr(states[0], "joined"):
         return states[0].joined(states, chosen)
     rows = [[(i, row) for i, (n, row) in enumerate(chosen) if n == part] for part in range(len(states))]
@@ -209,12 +210,12 @@ def joined(states: list, chosen: list[tuple[int, int]]):
 
 
 def fork(states: list) -> list:
-    """Return a second set of states of this point, for all layers."""
+    """Return another set of states with the same contents, for all layers; each can be continued."""
     return [s and s.fork() for s in states]
 
 
 def keyed(states: list, seeds, first: int = 0) -> list:
-    """Return states of layers first, first + 1, ... whose random rounding goes by the seeds of their rows."""
+    """Return states of layers first, first + 1, ... with the rounding keys of their rows' seeds."""
     return [s.keyed(seeds, i) if hasattr(s, "keyed") else s for i, s in enumerate(states, first)]
 
 
