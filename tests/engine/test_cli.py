@@ -58,8 +58,8 @@ def test_generate_prints_the_prompt_and_goes_on(cli):
 def test_the_readme_shows_what_the_program_prints(cli):
     """(In float64, where no rounding can turn one token into another.)"""
     readme = (Path(refengine.__file__).parent.parent / "README.md").read_text()
-    found = re.search(r"refengine (generate [^\n]*)\n```\n\n```text\n(.*?)```", readme, re.S)
-    command, shown = found.groups()
+    command, quoted = re.search(r"refengine (generate [^\n]*)\n```\n\n((?:>.*\n)+)", readme).groups()
+    shown = re.sub(r"^> ?", "", quoted, flags=re.M)
     assert cli(*shlex.split(command), "--dtype", "float64") == (0, shown, "")
 
 

@@ -20,8 +20,8 @@ def printed(command):
 
 def test_the_talk_is_what_chat_prints():
     """(In float64, where no rounding can turn one token into another.)"""
-    command, shown = re.search(r"```sh\n(refengine chat .*)\n```\n\n```text\n(.*?)```", README, re.S).groups()
-    assert printed(f"{command} --dtype float64 --backend numpy") == shown
+    command, quoted = re.search(r"```sh\n(refengine chat .*)\n```\n\n((?:>.*\n)+)", README).groups()
+    assert printed(f"{command} --dtype float64 --backend numpy") == re.sub(r"^> ?", "", quoted, flags=re.M)
 
 
 @pytest.mark.slow
