@@ -1,4 +1,4 @@
-"""Measure the embedded model while it is trained: recall, agreement with itself, drafts."""
+"""Measure the embedded model while it is trained: recall, consistency within a story, agreement of drafts."""
 
 import random
 
@@ -10,7 +10,7 @@ from .stories import documents, skills, words
 
 @torch.no_grad()
 def recall_accuracy(model, tokenizer, count, stories, seed=7, rows=24):
-    """Return how often the thing is the likeliest token after '<name> has the', teacher-forced."""
+    """Return how often the right thing is the likeliest token after '<name> has the', teacher-forced."""
     rng, right, total = random.Random(seed), 0, 0
     for _ in range(rows):
         ids, weight = documents.encode(tokenizer, skills.recall(rng, count, stories, asked=4))
@@ -29,7 +29,7 @@ def recall_accuracy(model, tokenizer, count, stories, seed=7, rows=24):
 
 @torch.no_grad()
 def kept(model, batch):
-    """Return the mean probability of words that must agree with earlier ones: names and things said again."""
+    """Return the mean probability of words that must repeat earlier ones: names and things."""
     ids, first, weight = (torch.as_tensor(t) for t in batch)
     p = model.lm_head(model.hidden(ids, first))[:, :-1].softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     return float(p[(weight[:, 1:] - skills.KEPT).abs() < 1e-6].mean())
@@ -37,7 +37,7 @@ def kept(model, batch):
 
 @torch.no_grad()
 def drafts_agree(model, batch):
-    """Return the share of positions of real text where the MTP head's first choice is the trunk's."""
+    """Return the share of positions of real text where MTP head and trunk have the same likeliest token."""
     ids, first, weight = (torch.as_tensor(t) for t in batch)
     h = model.hidden(ids, first)
     trunk = model.lm_head(h).argmax(-1)[:, 1:]

@@ -1,5 +1,5 @@
 # ruff: noqa: E501 (rows of tables)
-"""The card of the embedded model: its text, made from the run, and its curves."""
+"""Write the card of the embedded model: its text, made from the record of the run, and its curves."""
 
 import math
 
@@ -7,7 +7,7 @@ MARKS = "<!-- figures -->", "<!-- end of figures -->"
 
 
 def curve(lines, width=640, height=300):
-    """Return an SVG of the losses over the steps, from the lines of the log."""
+    """Return an SVG figure of the losses over the steps, drawn from the lines of the log."""
     series = {"loss": "#1f6f8b", "mtp": "#c1666b", "held_out": "#2d2d2d"}
     rows = {name: [(line["step"], line[name]) for line in lines if line.get(name)] for name in series}
     last = max((step for points in rows.values() for step, _ in points), default=1)
@@ -42,7 +42,7 @@ def _table(lines):
 
 
 def write_text(model, record, lines):
-    """Return the card without its figures, which tools/tiny/evaluate.py puts between the marks."""
+    """Return the text of the card; tools/tiny/evaluate.py later writes the figures between the marks."""
     cfg, steps = model.cfg, record["steps"]
     count = sum(p.numel() for p in model.parameters())
     biases = sum(m.bias.numel() for m in model.moes())
@@ -95,7 +95,7 @@ reading of stories (`tools/tiny/second_reading.py`) shares nothing with the gene
 
 
 def write_figures(path, rows):
-    """Put a table of (figure, measured, bar) between the marks of the card at `path`."""
+    """Write a table of (figure, measured, bar) between the marks of the card at `path`."""
     before, rest = path.read_text().split(MARKS[0])
     table = ["| figure | measured | bar |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
     path.write_text(before + MARKS[0] + "\n" + "\n".join(table) + "\n" + MARKS[1] + rest.split(MARKS[1])[1])

@@ -1,7 +1,7 @@
-"""Held-out questions with their right answers, for every figure of the card.
+"""Make held-out questions with their right answers, for every figure of the card.
 
-They come from the generators that the training text comes from, with seeds that training never uses, except
-for the sums, of which there are only a hundred.
+The generators are those of the training text, with seeds that training never uses. Only the sums also occur
+in training, because there are no more than a hundred.
 """
 
 import random
@@ -21,10 +21,10 @@ class Case:
     answer: str
     calls: tuple = ()
     tools: object = None
-    wanted: tuple = ()  # words that a story has to have
+    wanted: tuple = ()  # words that the story must contain
 
     def right(self, text, thinking=False):
-        """Return whether the text that followed the prompt is right."""
+        """Return whether `text`, the continuation of the prompt, is right."""
         if isinstance(self.prompt, str):
             return judge.first_line(text, self.answer)
         reply = judge.message(text, thinking, self.tools)
@@ -36,17 +36,17 @@ class Case:
 
 
 def seeded(name):
-    """Return a generator of random numbers for the cases of this name."""
+    """Return the random number generator for the cases of this name."""
     return random.Random(f"{HELD_OUT_SEED} {name}")
 
 
 def text_of(pieces):
-    """Return the text of (text, weight) pieces."""
+    """Return the joined text of (text, weight) pieces."""
     return "".join(text for text, _ in pieces)
 
 
 def recall(count, stories, cases=40):
-    """Return cases of one question after `count` facts and `stories` stories."""
+    """Return cases that ask one question after `count` facts and `stories` stories."""
     rng, out = seeded(f"recall {count} {stories}"), []
     for _ in range(cases):
         pairs = skills.facts(rng, count)
@@ -57,27 +57,27 @@ def recall(count, stories, cases=40):
 
 
 def copying(size, cases=50):
-    """Return cases of copying `size` words."""
+    """Return cases that ask for a copy of `size` words."""
     rng = seeded(f"copying {size}")
     some = [" ".join(rng.sample(skills.COPY_WORDS, size)) for _ in range(cases)]
     return [Case(f"Copy: {s}\nAnswer:", s) for s in some]
 
 
 def sums():
-    """Return all hundred sums of two digits."""
+    """Return cases for all hundred sums of two digits."""
     both = [(a, b) for a in range(10) for b in range(10)]
     return [Case(f"Question: What is {a} + {b}?\nAnswer:", f"{a} + {b} = {a + b}.") for a, b in both]
 
 
 def counting(cases=8):
-    """Return `cases` cases of each count from one to nine."""
+    """Return `cases` cases for each count from one to nine."""
     rng = seeded("counting")
     counts = [(rng.choice(words.THINGS), n) for n in range(1, 10) for _ in range(cases)]
     return [Case(f"Count:{f' {w}' * n}\nAnswer:", f"{words.NUMBERS[n]}.") for w, n in counts]
 
 
 def questions(cases=60):
-    """Return cases of a question about a story."""
+    """Return cases that ask one question about a story."""
     rng, out = seeded("questions"), []
     for _ in range(cases):
         story = tell(rng)
@@ -87,7 +87,7 @@ def questions(cases=60):
 
 
 def chats(kind, cases=50):
-    """Return cases of the last reply in chats of one kind of `chat.SCENES` or `chat.ASKED`."""
+    """Return cases that ask for the last reply of a chat; `kind` is one of `chat.SCENES` or `chat.ASKED`."""
     rng, out = seeded(f"chat {kind}"), []
     for _ in range(cases):
         talk = chat.scene(rng, kind)
@@ -99,7 +99,7 @@ def chats(kind, cases=50):
     return out
 
 
-# Figures of chats: the name on the card, the scene, the bar (None: reported without one).
+# Figures of chats: the name on the card, the scene, the bar (None: reported without a bar).
 CHATS = (
     ("greeting", "greet", 0.95), ("sums", "sums", 0.95), ("counting", "counting", None),
     ("copying", "copying", None), ("recall", "recall", 0.95),
@@ -124,7 +124,7 @@ BARS |= {
 
 
 def bar_of(name):
-    """Return (">=" or "<=", number) for the figure of this name, or None."""
+    """Return the bar of the figure of this name as (">=" or "<=", number), or None."""
     if name.startswith("recall, "):
         return ">=", 0.98
     if name.startswith("expert load"):
@@ -133,6 +133,6 @@ def bar_of(name):
 
 
 def met(name, value):
-    """Return whether a figure meets its bar; None where there is no bar."""
+    """Return whether a figure meets its bar, or None if it has no bar."""
     bar = bar_of(name)
     return None if bar is None else value >= bar[1] if bar[0] == ">=" else value <= bar[1]

@@ -1,4 +1,4 @@
-"""The embedded model as files: its configuration, and exported weights, written and read."""
+"""Write and read the embedded model as files: its configuration and its exported weights."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from . import tokenizer as tiny_tokenizer
 from .model import TinyModel, export_state, import_state
 
-PACKAGED = Path(__file__).resolve().parents[2] / "refengine" / "models" / "tiny"  # and its chat template
+PACKAGED = Path(__file__).resolve().parents[2] / "refengine" / "models" / "tiny"  # has the chat template too
 PATTERN, MTP_PATTERN = "M*MEM*EME", "*E"
 KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 CONFIG = {
@@ -77,7 +77,7 @@ CONFIG = {
 
 
 def write_checkpoint(directory, model, tokenizer, record):
-    """Write the files of the package but the card: configs, tokenizer, template, weights, training.json."""
+    """Write all files of the package but the card: configs, tokenizer, template, weights, training.json."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tiny_tokenizer.save(tokenizer, directory)
@@ -91,7 +91,7 @@ def write_checkpoint(directory, model, tokenizer, record):
 
 
 def read_checkpoint(directory):
-    """Return exported weights as a module."""
+    """Return a TinyModel with exported weights."""
     directory = Path(directory)
     model = TinyModel(json.loads((directory / "config.json").read_text()))
     import_state(model, load_file(directory / "model.safetensors"))

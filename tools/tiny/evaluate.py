@@ -2,8 +2,8 @@
 
     python -m tools.tiny.evaluate --model DIR             (--card FILE also writes the figures into the card)
 
-Questions are held out (tools/tiny/cases.py), answers greedy and judged by tools/tiny/judge.py; stories are
-sampled as `generate` samples them by default.
+Questions are held out (tools/tiny/cases.py). Answers are greedy, and tools/tiny/judge.py judges them. Stories
+are sampled with the defaults of `generate`.
 """
 
 import argparse
@@ -35,11 +35,11 @@ class Figures:
         self.engine, self.encode, self.size = engine, engine.tokenizer.encode, size
 
     def many(self, count):
-        """Return a number of cases, scaled."""
+        """Return a number of cases, scaled by `size`."""
         return max(1, round(count * self.size))
 
     def complete(self, prompts, chats=None, **options):
-        """Return the texts that follow the prompts, without end tokens."""
+        """Return the continuations of the prompts, without end tokens."""
         texts = ["" for _ in prompts]
         for i, event in self.engine.generate_batch(prompts, chat=chats, **options):
             texts[i] += event.text
@@ -51,7 +51,7 @@ class Figures:
         return judge.share(case.right(text) for case, text in zip(asked, told, strict=True))
 
     def stories(self, count=100):
-        """Return figures of sampled stories, the stories and their faults."""
+        """Return figures of sampled stories, the stories, and their faults."""
         count = self.many(count)
         told = [BEGUN + t for t in self.complete([BEGUN] * count, max_tokens=400, seed=1)]
         reports = [check(t) for t in told]
@@ -69,7 +69,7 @@ class Figures:
         return found, told, [r.why for r in reports if r.why]
 
     def second_reading(self, told):
-        """Return the shares of stories with each fault of the second reading, beside the generator's own."""
+        """Return the shares of stories with each fault of the second reading, for model and generator."""
         rng = random.Random(HELD_OUT_SEED)
         out = {}
         for name, texts in (("", told), (" (the generator's own stories)", [tell(rng).text for _ in told])):
@@ -80,7 +80,7 @@ class Figures:
         return out
 
     def recall(self):
-        """Return recall of 4 and 8 facts across 0 to 16 stories, and beyond."""
+        """Return recall of 4 and 8 facts across 0 to 16 stories."""
         out = {}
         for count in (4, 8):
             for stories in (0, 1, 2, 4, 8, 16):
@@ -89,7 +89,7 @@ class Figures:
         return out
 
     def small_skills(self):
-        """Return the shares of right answers to small tasks in text."""
+        """Return the share of right answers for each small task in plain text."""
         out = {f"copying {n} words": self.right(cases.copying(n, self.many(50)), 40) for n in (5, 10)}
         out["one-digit sums (all 100)"] = self.right(cases.sums())
         out["counting to nine"] = self.right(cases.counting(self.many(8)))
@@ -97,7 +97,7 @@ class Figures:
         return out
 
     def chats(self):
-        """Return the shares of right replies in chats, thinking on and off."""
+        """Return the share of right replies for each kind of chat, with thinking on and off."""
         out = {}
         for name, kind, _ in cases.CHATS:
             asked = cases.chats(kind, self.many(50))
@@ -145,7 +145,7 @@ class Figures:
         }
 
     def drafting(self, count=30):
-        """Return how often the head's guess is accepted, in the model's greedy and in its sampled text."""
+        """Return the acceptance rate of the MTP head's drafts, in greedy and in sampled text."""
         rng = random.Random(HELD_OUT_SEED)
         figures = {}
         for name, temperature in (("greedy", 0.0), ("temperature 0.7", 0.7)):
@@ -170,7 +170,7 @@ class Figures:
         return figures
 
     def expert_load(self, texts, what):
-        """Return the tokens of the busiest expert over the mean, in every expert layer, on these texts."""
+        """Return the tokens of the busiest expert over the mean, for every expert layer, on these texts."""
         model = refengine.load(self.engine.checkpoint.directory, backend="numpy").runner.model
         ops, seen = model.backend.ops, []
 
@@ -193,7 +193,7 @@ class Figures:
         }
 
     def samples(self, count=10):
-        """Return `count` stories and chats as they come, in Markdown."""
+        """Return the first `count` stories and chats, not selected, in Markdown."""
         out = ["# Samples, none left out", "", "## Stories", ""]
         for text in self.complete([BEGUN] * self.many(count), max_tokens=400, seed=11):
             out += [BEGUN + text, "", "---", ""]
@@ -213,15 +213,16 @@ class Figures:
 
 
 def training_stories(count):
-    """Return the first stories of the training stream's generator (any seed draws from the same world)."""
+    """Return the first stories of the training generator (any seed draws from the same distribution)."""
     rng = random.Random(TRAINING_SEED)
     return [tell(rng).text for _ in range(count)]
 
 
 def longest_runs(texts, corpus):
-    """For each text, the length of its longest run of words that occurs in the corpus.
+    """Return, for each text, the length of its longest run of words that occurs in the corpus.
 
-    Runs of one word, two words, ... are compared by hash; a separator no text contains ends every story.
+    Runs of one word, two words, ... are compared by hash. Every story ends with a separator that no
+    text contains.
     """
     numbers = {}
 
@@ -243,7 +244,7 @@ def longest_runs(texts, corpus):
 
 
 def load(model):
-    """Return an engine: by compiled loops where there is a compiler, else NumPy, ten times slower."""
+    """Return an engine, on the cpu backend if there is a compiler, else on NumPy (ten times slower)."""
     try:
         return refengine.load(model, backend="cpu", batch=32)
     except InputError:
@@ -251,7 +252,7 @@ def load(model):
 
 
 def measure(model, say, size=1.0):
-    """Tell all figures to `say`, in the order of the card; return (Figures, faults of the stories)."""
+    """Call `say` with every figure, in the order of the card; return (Figures, faults of the stories)."""
     figures = Figures(load(model), size)
     say(figures.losses())
     found, told, wrong = figures.stories()
@@ -268,7 +269,7 @@ def measure(model, say, size=1.0):
 
 
 def shown(value):
-    """Return a figure as it stands on the card."""
+    """Return a figure as text, as the card shows it."""
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 

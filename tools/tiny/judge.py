@@ -1,6 +1,6 @@
 """Judge answers of the embedded model: one small function for each kind of figure.
 
-Each takes the text or message that the model wrote and what was asked for, and returns whether it is right.
+Each takes the text or message of the model and the right answer, and returns whether they agree.
 """
 
 import re
@@ -16,7 +16,7 @@ def first_line(text, answer):
 
 
 def message(text, thinking, tools=None):
-    """Return the message that a client reads from the text of a reply."""
+    """Return the message that a client parses from the text of a reply."""
     reply = Reply(inside=thinking)
     reply.push(text)
     reply.flush()
@@ -24,7 +24,7 @@ def message(text, thinking, tools=None):
 
 
 def said(reply, answer):
-    """Return whether a message answers in exactly these words and calls nothing."""
+    """Return whether a message consists of exactly these words and has no tool call."""
     return reply["content"].strip() == answer and not reply.get("tool_calls")
 
 
@@ -34,19 +34,19 @@ CALL = re.compile(
 
 
 def well_formed(text):
-    """Return whether a reply, after its thought, is one call in exactly the template's form."""
+    """Return whether a reply, after its reasoning, is one tool call in exactly the template's form."""
     return bool(CALL.fullmatch(text.rsplit("</think>", 1)[-1]))
 
 
 def called(reply, calls):
-    """Return whether a message makes exactly these calls: names, arguments and their types."""
+    """Return whether a message has exactly these tool calls: names, arguments and their types."""
     made = [call["function"] for call in reply.get("tool_calls", [])]
     made = [{"name": call.get("name"), "arguments": call.get("arguments")} for call in made]
     return repr(made) == repr(calls) and made == calls
 
 
 def whole(text):
-    """Return whether a text is a story from an opening to an ending, of known sentences."""
+    """Return whether a text is a whole story, from opening to ending, made of the generator's sentences."""
     return check(text).parsed
 
 
@@ -56,17 +56,17 @@ def consistent(text):
 
 
 def requested(text, *wanted):
-    """Return whether a story is whole and has every wanted word in it."""
+    """Return whether a story is whole and contains every wanted word."""
     return whole(text) and all(re.search(rf"\b{re.escape(word)}\b", text) for word in wanted)
 
 
 def balance(loads):
-    """Return the tokens of the busiest expert over the mean, of one layer's counts."""
+    """Return the largest of a layer's token counts per expert, over their mean."""
     return float(max(loads) / (sum(loads) / len(loads)))
 
 
 def share(judged):
-    """Return the share of True among booleans; 0.0 of none."""
+    """Return the share of True among booleans; 0.0 if there are none."""
     judged = list(judged)
     return sum(judged) / len(judged) if judged else 0.0
 

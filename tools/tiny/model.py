@@ -1,8 +1,8 @@
 """The embedded model as a torch module for training: `M*MEM*EME` plus the MTP head `*E`.
 
-It computes what `spec/` defines, in the forms that train fast on a CPU: the chunked scan, tokens grouped by
-expert. Documents are packed into rows; `first` marks the tokens that start a document, and nothing
-(convolution, state, attention) crosses such a border. Parameter names are the checkpoint's, except that a
+It computes what `spec/` defines, in forms that train fast on a CPU: the chunked scan, and tokens grouped by
+expert. Documents are packed into rows; `first` marks the tokens that start a document. Convolution, state and
+attention do not cross such a border. Parameter names are the checkpoint's, except that a
 layer's experts are stacked.
 """
 
@@ -24,26 +24,27 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        """Return x normed along its last axis."""
+        """Return x normalised along its last axis."""
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 def linear(n_out, n_in, std=None):
-    """Return a matrix without bias; its deviation is 1 / sqrt(n_in) unless given."""
+    """Return a linear layer without bias; its weights have deviation 1 / sqrt(n_in) by default."""
     layer = nn.Linear(n_in, n_out, bias=False)
     nn.init.normal_(layer.weight, std=std if std is not None else 1 / math.sqrt(n_in))
     return layer
 
 
 def scan(x, dt, A, B, C, first, chunk):
-    """S[t] = exp(dt A) S[t-1] + dt x[t] B[t]', y[t] = S[t] C[t], in chunks; S restarts where `first` is set.
+    """Return y of the scan: S[t] = exp(dt A) S[t-1] + dt x[t] B[t]', y[t] = S[t] C[t].
 
+    It is computed in chunks; S is zero again where `first` is set.
     x b l h p, dt b l h, A h, B and C b l g n, first b l (bool) -> y b l h p
     """
     b, length, h, p = x.shape
     g, n = B.shape[2:]
     c, r = length // chunk, h // g
-    a = dt * A - 30.0 * first[..., None]  # exp(-30): nothing is left of S
+    a = dt * A - 30.0 * first[..., None]  # exp(-30) resets S
     a = a.view(b, c, chunk, h).permute(0, 1, 3, 2).cumsum(-1)  # b c h q
     xdt = (x * dt[..., None]).view(b, c, chunk, g, r, p).permute(0, 1, 3, 4, 2, 5)  # b c g r q p
     B = B.view(b, c, chunk, g, n).transpose(2, 3)  # b c g q n
@@ -56,7 +57,7 @@ def scan(x, dt, A, B, C, first, chunk):
     states = (xdt * to_end).transpose(-1, -2) @ B[:, :, :, None]  # b c g r p n
     total = a[..., -1].cumsum(1)  # b c g r
     before = total - a[..., -1]
-    carry = before[:, :, None] - total[:, None, :]  # b c k g r : from the end of k to the start of c
+    carry = before[:, :, None] - total[:, None, :]  # b c k g r: from the end of k to the start of c
     strict = torch.ones(c, c, dtype=torch.bool, device=x.device).tril(-1)
     carry = carry.masked_fill(~strict[None, :, :, None, None], -math.inf).exp()
     entering = torch.einsum("bckgr,bkgrpn->bcgrpn", carry, states)
@@ -89,7 +90,7 @@ class Mamba(nn.Module):
         self.out_proj = linear(cfg["hidden_size"], self.inner, 0.5 / math.sqrt(self.inner))
 
     def forward(self, x, first, age):
-        """Return the layer of x b l d; `first` and `age` b l say where documents begin."""
+        """Return the output for x b l d; `first` and `age` b l mark where documents begin."""
         b, length, _ = x.shape
         gn = self.g * self.n
         z, xBC, dt = self.in_proj(x).split([self.inner, self.inner + 2 * gn, self.h], -1)
@@ -101,7 +102,7 @@ class Mamba(nn.Module):
         w = self.conv1d.weight[:, 0]  # c k
         k = w.shape[1]
         y = self.conv1d.bias + w[:, k - 1] * xBC
-        for j in range(1, k):  # the token j back, if it is ours
+        for j in range(1, k):  # the token j positions back, if it is in the same document
             y = y + w[:, k - 1 - j] * F.pad(xBC, (0, 0, j, 0))[:, :length] * (age >= j)[..., None]
         xs, B, C = F.silu(y).split([self.inner, gn, gn], -1)
         xs = xs.reshape(b, length, self.h, self.p)
@@ -117,14 +118,14 @@ class Mamba(nn.Module):
         return self.gated((y + self.D[:, None] * xs).reshape(b, length, self.inner), z)
 
     def gated(self, y, z):
-        """Gate, normalise by groups and project out: y and z b l inner -> b l d."""
+        """Return y gated by z, normalised by groups and projected out: y and z b l inner -> b l d."""
         groups = (y * F.silu(z)).unflatten(-1, (self.g, -1))
         y = F.rms_norm(groups, groups.shape[-1:], eps=self.cfg["layer_norm_epsilon"])
         return self.out_proj(y.flatten(-2) * self.norm.weight)
 
 
 class Attention(nn.Module):
-    """Attention without positions, query heads in groups of a key head."""
+    """Attention without position encoding; a group of query heads shares a key head."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -135,7 +136,7 @@ class Attention(nn.Module):
         self.o_proj = linear(hidden, self.q * self.d, 0.5 / math.sqrt(self.q * self.d))
 
     def forward(self, x, age, mask):
-        """Return the layer of x b l d; a token sees the `age` tokens before it, as does `mask` b 1 l l."""
+        """Return the output for x b l d; a token sees the `age` tokens before it, as in `mask` b 1 l l."""
         b, length, _ = x.shape
         q = self.q_proj(x).view(b, length, self.q, self.d)
         k = self.k_proj(x).view(b, length, self.kv, self.d)
@@ -151,8 +152,8 @@ class Attention(nn.Module):
 class Experts(torch.autograd.Function):
     """The routed experts: u t l, up e i l, down e l i, idx and w t k, counts e -> sum of w * expert(u), t l.
 
-    Tokens are sorted by expert once; each expert is two products forward and four backward on its slice of
-    one array, without a node of autograd for each.
+    Tokens are sorted by expert once. Each expert takes two products forward and four backward, on its slice
+    of one array; autograd sees one node for all of them.
     """
 
     @staticmethod
@@ -211,10 +212,10 @@ class LatentMoE(nn.Module):
             linear(hidden, shared, 0.5 / math.sqrt(shared)),
         )
         self.fc1, self.fc2 = linear(latent, hidden), linear(hidden, latent, 0.5 / math.sqrt(latent))
-        self.load = self.aux = None  # of the last forward
+        self.load = self.aux = None  # both of the last forward call
 
     def forward(self, h):
-        """Return the layer of h b l d; keep the load and the auxiliary loss."""
+        """Return the output for h b l d; store the load and the auxiliary loss."""
         shape, h = h.shape, h.reshape(-1, h.shape[-1])  # t d
         e = self.bias.shape[0]
         s = self.gate(h).sigmoid()
@@ -243,7 +244,7 @@ class Block(nn.Module):
         self.mixer = MIXERS[letter](cfg)
 
     def forward(self, x, first, age, mask):
-        """Return x plus its mixer's output."""
+        """Return x plus the mixer's output."""
         h = self.norm(x)
         if self.letter == "M":
             return x + self.mixer(h, first, age)
@@ -279,7 +280,7 @@ class TinyModel(nn.Module):
         return at - start, mask[:, None]
 
     def hidden(self, ids, first):
-        """Return the normed hidden b l d that the heads read, of ids b l and first b l (bool)."""
+        """Return the normalised hidden states b l d that the heads read; ids b l, first b l (bool)."""
         age, mask = self.borders(first)
         x = self.embeddings(ids)
         for layer in self.layers:
@@ -287,7 +288,7 @@ class TinyModel(nn.Module):
         return self.norm_f(x)
 
     def draft(self, h, ids, first):
-        """Return the MTP head's hidden o b l-1 d, from hidden i and token i+1; it predicts token i+2."""
+        """Return the MTP head's states b l-1 d: state i, of hidden i and token i+1, predicts token i+2."""
         age, mask = self.borders(first[:, :-1])
         v = torch.cat([self.mtp.enorm(self.embeddings(ids[:, 1:])), self.mtp.hnorm(h[:, :-1])], -1)
         v = self.mtp.eh_proj(v)
@@ -296,7 +297,7 @@ class TinyModel(nn.Module):
         return self.mtp.final_layernorm(v)
 
     def losses(self, ids, first, weight, mtp=True):
-        """Return the weighted losses of the next token and the one after; `weight` b l is of targets."""
+        """Return the weighted losses of the next token and the one after it; `weight` b l is of targets."""
         h = self.hidden(ids, first)
         w1 = weight[:, 1:] * ~first[:, 1:]
         main = self.cross_entropy(h[:, :-1], ids[:, 1:], w1)
@@ -313,12 +314,12 @@ class TinyModel(nn.Module):
         return (loss * weight[keep]).sum() / weight[keep].sum().clamp_min(1e-6)
 
     def moes(self):
-        """Return the expert layers, the prediction head's last."""
+        """Return the expert layers; that of the MTP head is the last."""
         return [b.mixer for b in [*self.layers, *self.mtp.layers] if b.letter == "E"]
 
 
 def export_state(model):
-    """Return tensors by their released names: one matrix per expert, BF16, selection bias F32."""
+    """Return {released name: tensor}: one matrix per expert, in BF16, the selection bias in F32."""
     out = {}
 
     def put(name, tensor, dtype=torch.bfloat16):

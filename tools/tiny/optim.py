@@ -1,8 +1,8 @@
-"""One array of all parameters, stepped by Muon (matrices) and Adam (the rest), and its running average.
+"""Step all parameters in one array, by Muon (matrices) and Adam (the rest), with a running average.
 
-Parameters of a model are laid into one array in four parts: the trunk's and the prediction head's share of
-Adam, then of Muon. So a gradient is exchanged in one piece, a checkpoint holds a few arrays, and the
-prediction head can rest on the steps that do not train it.
+The array has four parts: the parameters of trunk and prediction head that Adam steps, then those that Muon
+steps. So ranks exchange all gradients at once, a checkpoint holds a few arrays, and steps that do not train
+the prediction head leave out its parts.
 """
 
 import torch
@@ -14,7 +14,7 @@ PARTS = ("adam", "adam_mtp", "muon", "muon_mtp")
 
 
 def orthogonalize(g, steps=5):
-    """Return roughly the nearest semi-orthogonal matrix, by a quintic Newton-Schulz iteration; g ... m n."""
+    """Return about the nearest semi-orthogonal matrix of g ... m n, by a quintic Newton-Schulz iteration."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[-2] > g.shape[-1]
     x = g.transpose(-1, -2) if tall else g
@@ -26,13 +26,13 @@ def orthogonalize(g, steps=5):
 
 
 def part_of(name, parameter):
-    """Return the part of PARTS of a parameter; embedding, head, router and convolution are Adam's."""
+    """Return the name in PARTS for a parameter; Adam steps embedding, head, router and convolution."""
     matrix = parameter.ndim >= 2 and not any(k in name for k in ("embeddings", "lm_head", "gate", "conv1d"))
     return ("muon" if matrix else "adam") + ("_mtp" if name.startswith("mtp.") else "")
 
 
 def split_parameters(model):
-    """Return (matrices for Muon, the rest for Adam)."""
+    """Return (parameters for Muon, parameters for Adam)."""
     named = list(model.named_parameters())
     muon = [p for n, p in named if part_of(n, p).startswith("muon")]
     return muon, [p for n, p in named if part_of(n, p).startswith("adam")]
@@ -68,7 +68,7 @@ class Optimizer:
         self.share_out()
 
     def share_out(self):
-        """Give each matrix to one rank, the largest work first to the rank with the least."""
+        """Assign each matrix to one rank: the most work first, each to the rank with the least so far."""
         self.mine = {}
         for part, matrices in self.matrices.items():
             load, self.mine[part] = [0] * self.ranks.size, []
@@ -80,7 +80,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, muon_rate, adam_rate, head):
-        """Take one step with the gradients of all ranks, and clear them; `head`: the prediction head too."""
+        """Take a step with the gradients of all ranks, and clear them; `head`: the prediction head too."""
         self.ranks.mean(self.grads)
         parts = ("", "_mtp") if head else ("",)
         norm = torch.stack([self.grads[slice(*self.spans["adam" + p])].norm() for p in parts]).norm()
@@ -109,7 +109,7 @@ class Optimizer:
         self.values[span].addcdiv_(m, root, value=-rate / (1 - BETA1**n))
 
     def _orthogonal(self, part):
-        """Write the updates of this rank's matrices where all ranks read them."""
+        """Write the updates of this rank's matrices into the shared array that all ranks read."""
         a, b = self.spans[part]
         self.momentum[a:b].lerp_(self.grads[a:b], 1 - MOMENTUM)
         for at, end, shape in self.mine[part]:
@@ -118,18 +118,18 @@ class Optimizer:
             self.ranks.updates[at:end].view(shape).copy_(orthogonalize(g)).mul_(size)
 
     def state(self):
-        """Return what a later run needs to go on: arrays by name, and the counts of steps."""
+        """Return the state that a later run continues from: arrays by name, and the counts of steps."""
         names = ("values", "momentum", "first", "second", "average")
         return {name: getattr(self, name) for name in names} | {"steps": dict(self.steps)}
 
     def restore(self, state):
-        """Take over a state that `state` returned."""
+        """Load a state that `state` returned."""
         self.steps = dict(state["steps"])
         for name in ("values", "momentum", "first", "second", "average"):
             getattr(self, name).copy_(state[name])
 
     def use_average(self):
-        """Put the running average in the place of the values (before an export); the values are returned."""
+        """Replace the values by the running average (before an export), and return the values."""
         values = self.values.clone()
         self.values.copy_(self.average)
         return values

@@ -1,7 +1,7 @@
-"""Processes that train one model together, each on its own rows, through memory that they share.
+"""Train one model in several processes, each on its own rows, with gradients exchanged in shared memory.
 
-With one thread in each process nothing depends on the scheduling of threads: the same processor gives the
-same bits. Sums are made in the order of ranks, by every rank for itself.
+Each process has one thread, so results do not depend on scheduling: the same processor gives the same bits.
+Every rank computes the sums itself, in the order of ranks.
 """
 
 import os
@@ -11,23 +11,23 @@ import time
 import torch
 import torch.multiprocessing as mp
 
-TIMEOUT = 900.0  # seconds that a rank waits for the others before it gives up
+TIMEOUT = 900.0  # seconds that a rank waits for the others
 
 
 class Ranks:
-    """One process alone: rank 0 of 1. `Shared` is the form for several."""
+    """A single process: rank 0 of 1. `Shared` is the class for several processes."""
 
     rank, size = 0, 1
 
     def allocate(self, count):
-        """Make room for the updates of `count` parameters."""
+        """Allocate the updates of `count` parameters."""
         self.updates = torch.zeros(count)
 
     def mean(self, array):
         """Replace an array by its mean over the ranks."""
 
     def wait(self):
-        """Wait until all ranks are here."""
+        """Wait until all ranks are here (a barrier)."""
 
 
 class Shared(Ranks):
@@ -42,7 +42,7 @@ class Shared(Ranks):
         self.updates = self.rows[self.size]
 
     def mean(self, array):
-        """Replace an array by its mean over the ranks, added in their order."""
+        """Replace an array by its mean over the ranks, summed in the order of ranks."""
         rows = self.rows[: self.size, : len(array)]
         rows[self.rank].copy_(array)
         self.wait()
@@ -53,12 +53,12 @@ class Shared(Ranks):
         self.wait()
 
     def wait(self):
-        """Wait until all ranks are here; BrokenBarrierError after TIMEOUT or where one has ended."""
+        """Wait until all ranks are here; raise BrokenBarrierError after TIMEOUT, or if a rank has ended."""
         self.barrier.wait(TIMEOUT)
 
 
 def _child(rank, size, memory, barrier, parent, work, args):
-    """Run one rank; end with the parent, even where that was killed."""
+    """Run one rank; end when the parent ends, even if it was killed."""
 
     def watch():
         while os.getppid() == parent:

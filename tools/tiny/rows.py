@@ -1,4 +1,4 @@
-"""The rows of tokens that the embedded model is trained on, and the weight of each token.
+"""Make the rows of tokens that the embedded model is trained on, and the weight of each token.
 
 batch(rows) -> ids [rows length], first [rows length]: a document begins here, weight [rows length]
 """
@@ -12,7 +12,7 @@ from .stories import documents, words
 
 
 class Pairs:
-    """Rows of symbols, the densest practice of recall; `weight` marks what can be known.
+    """Rows of symbols that train recall in every token; `weight` is 1 where the token can be predicted.
 
     Of eight rows two hold `count` (name, thing) pairs, then the names again, each with its thing; two hold
     pairs of any symbols; one holds 2 * `count` symbols again and again in the same order (copying); three
@@ -61,7 +61,7 @@ class Pairs:
         return ids, first, weight
 
     def _talk(self, ids, weight):
-        """Fill one row: fillers, and now and then a verb with the name that belongs to it."""
+        """Fill one row in place: fillers, and at random places a verb followed by its name."""
         ids[:] = self.rng.choice(self.fillers, self.length)
         names = self.rng.permutation(self.keys)[: self.rng.integers(1, 3)]
         verbs = self.rng.permutation(self.verbs)
@@ -81,10 +81,9 @@ def seeded(*numbers):
 
 
 class Rows:
-    """The rows of every step, a function of (seed, rank, step) alone: a resumed run reads what it would have
-    read.
+    """The rows of every step. They depend only on (seed, rank, step), so a resumed run reads the same rows.
 
-    Documents are drawn and packed for BLOCK steps at a time; what does not fit into the last rows is dropped.
+    Documents are drawn and packed for BLOCK steps at a time; documents that do not fit are dropped.
     """
 
     BLOCK = 32
@@ -94,7 +93,7 @@ class Rows:
         self.at, self.rows = None, []
 
     def dense(self, step, count, names_only=False):
-        """Return the dense rows of a step, with `count` pairs (None: drawn)."""
+        """Return the dense rows of a step, with `count` pairs (None: a random count)."""
         seed = seeded(self.seed, self.rank, "dense", step)
         source = Pairs(self.tokenizer, seed)
         source.count, source.names_only = count or (2, 4, 8)[seed % 3], names_only

@@ -1,7 +1,8 @@
 # ruff: noqa: SIM905 (word lists read better as words)
-"""A second, stricter reading of stories, which knows nothing of the grammar that tells them.
+"""Check stories a second time, more strictly, without the grammar that generated them.
 
-It reads English by a few rules of its own and shares the lists of names and things. `read` returns faults:
+The check has a few rules of English of its own, and only the lists of names and things in common with the
+generator. `read` returns faults:
 
     pronoun    he or she where no one of that sex has been mentioned yet
     holder     one person gives or keeps a thing that another holds at that moment
@@ -68,29 +69,29 @@ _LOSE = r"(?:lost|dropped|hid|broke|left|forgot)"
 
 @dataclass(frozen=True)
 class Reading:
-    """Faults by kind, each with the words at which it was found, and who holds what at the end."""
+    """Faults by kind, each with the words at which it was found, and the holder of each thing at the end."""
 
     faults: tuple  # of (kind, words)
     holders: dict  # thing -> name of the last one known to hold it, or None
 
     def has(self, kind):
-        """Return whether there is a fault of this kind."""
+        """Return whether a fault of this kind was found."""
         return any(found == kind for found, _ in self.faults)
 
 
 def sentences(text):
-    """Return the sentences of a text, quotations with the sentence that they stand in."""
+    """Return the sentences of a text; a quotation belongs to the sentence around it."""
     parts = re.split(r'(?<=[.!?])\s+(?=[A-Z"])|(?<=[.!?]")\s+(?=[A-Z"])|\n+', text)
     return [part.strip() for part in parts if part.strip()]
 
 
 def narration(text):
-    """Return a text without what is said in it."""
+    """Return a text without its quotations."""
     return re.sub(r'"[^"\n]*"', " ", text)
 
 
 def _pronouns(text):
-    """Yield pronouns without an earlier mention of a person of their sex."""
+    """Yield pronouns before which no person of that sex was mentioned."""
     known = set()
     for sentence in sentences(text):
         tokens = re.findall(r"[A-Za-z]+", sentence)
@@ -108,7 +109,7 @@ def _pronouns(text):
 
 
 def _holding(text):
-    """Return (faults, who holds each thing at the end) by following gifts in the narration."""
+    """Return (faults, holder of each thing at the end), from the gifts in the narration."""
     holders, faults, last = {}, [], {"m": None, "f": None}
     name = "|".join((*_SEX, "he", "He", "she", "She", "him", "her"))
     thing = rf"(?:a|an|the|his|her)(?: \w+)? (?P<thing>{'|'.join(words.THINGS)})\b"
@@ -146,7 +147,7 @@ def _holding(text):
 
 
 def _tenses(text):
-    """Yield present tenses of the narration."""
+    """Yield verbs in the present tense in the narration."""
     for sentence in sentences(narration(text)):
         told = re.split(r"\bthat\b|\bhow\b|\bbecause\b", sentence)[0]
         for token in re.findall(r"[A-Za-z]+", told):
@@ -155,7 +156,7 @@ def _tenses(text):
 
 
 def _repeated(text):
-    """Yield sentences told twice and words that stand twice in a row."""
+    """Yield sentences that occur twice, and words that occur twice in a row."""
     seen = set()
     for sentence in sentences(text):
         plain = " ".join(re.findall(r"[a-z]+", sentence.lower()))
@@ -168,7 +169,7 @@ def _repeated(text):
 
 
 def read(text):
-    """Return the reading of a story."""
+    """Return the faults and holders found in a story."""
     odd = [p for p in text.split("\n") if p.count('"') % 2]
     holding, holders = _holding(text)
     faults = [("pronoun", f) for f in _pronouns(text)] + [("holder", f) for f in holding]

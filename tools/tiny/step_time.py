@@ -1,4 +1,4 @@
-"""Measure a training step by part, and estimate the whole run:
+"""Measure the parts of a training step, and estimate the time of the whole run:
 
     python -m tools.tiny.step_time                 (--wall on a quiet machine; else processor time)
 
@@ -22,7 +22,7 @@ from .train import MTP_EVERY, STAGES, Plan
 
 
 def medians(parts, rounds, clock):
-    """Return the median seconds of each part, {name: function}, over rounds in turn."""
+    """Return {name: median seconds} of each part, {name: function}; rounds go through the parts in turn."""
     times = {name: [] for name in parts}
     for round_ in range(rounds + 1):
         for name, work in parts.items():
@@ -34,7 +34,7 @@ def medians(parts, rounds, clock):
 
 
 def measure(rounds=5, clock=time.process_time, tokens=2048, length=512):
-    """Return {part: seconds} of one process: layers, losses, the optimizer's parts, rows, exchange."""
+    """Return {part: seconds} of one process: layers, losses, parts of the optimizer, rows, exchange."""
     torch.manual_seed(0)
     random.seed(0)
     tokenizer = Tokenizer.from_file(str(PACKAGED / "tokenizer.json"))
@@ -83,7 +83,7 @@ def measure(rounds=5, clock=time.process_time, tokens=2048, length=512):
 
 
 def minutes(parts, plan):
-    """Return the minutes of a plan in two processes, from the seconds of its parts."""
+    """Return the estimated minutes of a plan in two processes, from the seconds of its parts."""
     head = (parts["trunk and prediction head"] - parts["trunk"]) / MTP_EVERY
     rest = head + parts["Muon, all matrices"] / 2 + parts["Adam and average"] + parts["exchange"]
     dense = sum(plan.dense(step) is not None for step in range(plan.steps))

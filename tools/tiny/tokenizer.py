@@ -1,8 +1,7 @@
-"""The embedded model's tokenizer: a byte-level BPE over the text of `tools.tiny.stories`, laid out like the
-real one.
+"""Train the embedded model's tokenizer: a byte-level BPE over the text of `tools.tiny.stories`.
 
-Ids 0-17 are the released special tokens, then come 256 bytes and merges. Names and things become single
-tokens because their lines are repeated in the training text (a test holds the shipped file to it).
+Ids 0-17 are the released special tokens; the 256 bytes and the merges follow. Names and things become single
+tokens because their lines are repeated in the training text (a test checks the shipped file).
 """
 
 import json
@@ -41,7 +40,7 @@ PATTERN = (
 
 
 def train(vocab_size=2048, seed=0, count=6000):
-    """Train on `count` documents of the world mix plus the words that must be whole."""
+    """Return a tokenizer trained on `count` documents of the world mix and on the whole words."""
     rng = random.Random(seed)
     texts = []
     for _ in range(count):

@@ -1,16 +1,17 @@
 """Train the embedded model, from random weights to the files of the package:
 
-    python -m tools.tiny.train --seed 1 --out DIR        (--resume goes on after a kill, to the same bits)
+    python -m tools.tiny.train --seed 1 --out DIR        (--resume continues a killed run, to the same bits)
 
-Stages go by steps, never by the clock or by accuracy (docs/lab-notes.md says why each is there):
+Stages have fixed numbers of steps, whatever the time or the accuracy (docs/lab-notes.md has their reasons):
 
     pairs    dense rows: name thing name thing ..., then the names again, each with its thing; 2, 4, 8 pairs,
              then any symbols, copying, and names after their verbs
-    skills   recall, copying, counting and sums in words, lines about one cast, chats; dense rows go on
+    skills   recall, copying, counting and sums in words, lines about one cast, chats; dense rows continue
     world    stories and chats, with skills mixed in; the learning rate falls to a twentieth
 
-DIR receives the package's files, the card with its figures, curves and samples; DIR/run the log and the state
-of the run. Two processes of one thread each train together; each step takes the mean of their gradients.
+DIR receives the package's files, the card with its figures, the curves and the samples; DIR/run receives the
+log and the state of the run. Two processes of one thread each train together: a step takes the mean of their
+gradients.
 """
 
 import argparse
@@ -37,14 +38,14 @@ from .rows import Pairs, Rows
 
 __all__ = ["CONFIG", "Pairs", "Plan", "Trainer", "read_checkpoint", "main"]
 MTP_WEIGHT, AUX_WEIGHT = 0.3, 3e-3
-MTP_EVERY = 2  # the prediction head learns on every second step: it costs a third
+MTP_EVERY = 2  # the MTP head is trained on every second step, because it costs a third of a step
 LOG_EVERY, SAVE_EVERY, PROBE_EVERY = 20, 100, 500
 STAGES = (700, 900, 3900)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages in steps, and what each step does: a function of its number alone."""
+    """The stages in steps, and the settings of each step, which depend only on its number."""
 
     pairs: int
     skills: int
@@ -70,25 +71,25 @@ class Plan:
         return (1.0 if name == "pairs" else 0.7) * min(1.0, (step + 1) / 20)
 
     def dense(self, step):
-        """Return (pairs, names only) where a step reads dense rows, or None; pairs None: drawn."""
+        """Return (pairs, names only) if a step reads dense rows, else None; pairs None: a random count."""
         name, age = self.stage(step)
-        if name == "pairs":  # names alone until the lookup is there, then all kinds of rows
+        if name == "pairs":  # only names until the model can look one up, then all kinds of rows
             done = age / self.pairs
             return (2 if done < 0.15 else 4 if done < 0.25 else 8 if done < 0.35 else None), done < 0.35
         return (None, False) if age % (4 if name == "skills" else 20) == 1 else None
 
     def share(self, step):
-        """Return the share of skills among the documents of a step: all, then falling over 600 steps."""
+        """Return the share of skills among the documents of a step: 1, then falling over 600 steps."""
         name, age = self.stage(step - step % Rows.BLOCK)
         return 1.0 if name != "world" else max(0.0, round(0.7 * (1 - age / min(600, self.world)), 3))
 
     def bias_step(self, step):
-        """Return by how much a step moves the selection biases of the experts."""
+        """Return the change of the selection biases of the experts in a step."""
         return max(0.001, 0.02 * (1 - self.stage(step)[1] / 250))
 
 
 class Trainer:
-    """A model, its optimizer and its place in a plan; every rank has one, and all hold the same values."""
+    """A model, its optimizer and its position in a plan; every rank has one, with the same values."""
 
     def __init__(
         self,
@@ -119,7 +120,7 @@ class Trainer:
         )
 
     def learn(self, batch):
-        """Take one step; return the loss of the trunk on this rank's rows and the worst load of an expert."""
+        """Take one step; return the trunk's loss on this rank's rows, and the largest load of an expert."""
         begun, head = time.perf_counter(), self.step % MTP_EVERY == 0
         ids, first, weight = (torch.as_tensor(t) for t in batch)
         main, mtp = self.model.losses(ids, first, weight, head)
@@ -142,7 +143,7 @@ class Trainer:
         return float(main.detach()), float((load / mean).max())
 
     def run(self):
-        """Train to the end of the plan; write the log and the state on the way."""
+        """Train to the end of the plan; write the log and the state at intervals."""
         losses = []
         while self.step < self.plan.steps:
             begun = time.perf_counter()
@@ -189,8 +190,8 @@ class Trainer:
         self.write(**facts)
 
     def save(self):
-        """Write the state of the run, on rank 0; it replaces the one before when it is complete."""
-        self.ranks.wait()  # the others' clocks stop here too: seconds differ, bits do not
+        """Write the state of the run, on rank 0; it replaces the previous file once it is complete."""
+        self.ranks.wait()  # a barrier: it changes the seconds that a rank counts, not the bits
         if self.ranks.rank:
             return
         state = {"optimizer": self.optimizer.state(), "step": self.step, "tokens": self.tokens}
@@ -202,7 +203,7 @@ class Trainer:
         path.with_suffix(".part").rename(path)
 
     def resume(self):
-        """Take over the state of DIR/run; return False where there is none. Cut the log to it."""
+        """Load the state of DIR/run and cut the log at its step; return False if there is no state."""
         path = self.out / "run" / "state.pt"
         if not path.exists():
             return False
@@ -222,7 +223,7 @@ class Trainer:
         return True
 
     def record(self):
-        """Return what training.json holds."""
+        """Return the contents of training.json."""
         return {
             "tool": "python -m tools.tiny.train",
             "seed": self.seed,
@@ -249,7 +250,7 @@ class Trainer:
 
 
 def work(ranks, args, cfg):
-    """Train on one rank; rank 0 exports."""
+    """Train on one rank; rank 0 exports the result."""
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     tokenizer = Tokenizer.from_file(str(Path(args.out) / "run" / "tokenizer.json"))
@@ -264,7 +265,7 @@ def work(ranks, args, cfg):
 
 
 def stages(text):
-    """Return the steps of three stages from 'PAIRS,SKILLS,WORLD'."""
+    """Return the steps of the three stages, parsed from 'PAIRS,SKILLS,WORLD'."""
     numbers = tuple(int(part) for part in text.split(","))
     if len(numbers) != 3 or min(numbers) < 1:
         raise argparse.ArgumentTypeError("three numbers of steps, as in 500,900,5600")
