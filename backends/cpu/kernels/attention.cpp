@@ -1,6 +1,6 @@
-// Attention on a CPU: one pass over the keys and values, which all query heads of a key head, and of several
-// positions, read together, as products of numbers of the cache and vectors of queries or weights side by side. The
-// context is cut into pieces, whatever the number of threads and of positions, and their sums are added in order.
+// Attention on a CPU, in one pass over keys and values. All query heads of a key head, and the queries of several
+// positions, lie side by side in vectors, and each number of the cache is multiplied with these vectors. The context is
+// cut into pieces that depend on neither threads nor positions, and the sums of the pieces are added in order.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -10,28 +10,28 @@
 #include "pool.h"
 #include "verbs.h"
 
-constexpr i64 PIECE = 480, MOST_PIECES = 128;  // keys; pieces of a step, which has longer ones beyond
-constexpr i64 BLOCK = 24576;                   // bytes of keys that are scored, then weighed: widened, or as pairs
-constexpr i64 QUERIES = 64;                    // side by side, about
-constexpr i64 KEYS = ROWS / 2;                 // of a tile of two vectors
-constexpr int FAR = 8;  // octaves by which a score may pass the one that weights relate to
+constexpr i64 PIECE = 480, MOST_PIECES = 128;  // keys of a piece; most pieces of a decoding step (longer pieces beyond)
+constexpr i64 BLOCK = 24576;                   // bytes of keys that are scored before their values are added
+constexpr i64 QUERIES = 64;                    // columns side by side, about
+constexpr i64 KEYS = ROWS / 2;                 // keys of a tile that is two vectors wide
+constexpr int FAR = 8;  // octaves by which a score may exceed the reference score of the weights
 
-// Whether numbers of this kind and head size are bfloat16 that are widened by pairs, where they are used: then the
-// even and the odd ones of each PAIR are apart (numbers.h), in q and in y.
+// Return whether the cache is bfloat16 whose pairs are widened in registers. Then q and y have the even and the odd
+// elements of each PAIR apart (numbers.h).
 template <class T>
 static inline bool by_pairs(i64 e) { return sizeof(T) == 2 && e % PAIR == 0; }
 template <class T>
 static inline i64 place_of(i64 i, i64 e) { return by_pairs<T>(e) ? place<bf16>(i) : i; }
 
-// Queries side by side, of the positions from `first` on: column c is of position first + c / heads, and sees the
-// keys up to that one.
+// Queries side by side, of the positions from `first` on: column c belongs to position first + c / heads and sees the
+// keys up to that position.
 struct Queries {
     const float* q;  // [e][width]
     i64 width, columns, heads, first;
 };
 
-// The sums of a piece: the score that weights relate to [width], the sum of weights [width], and y: [e][width], or
-// [width][e] by pairs.
+// The sums of a piece: the reference score of the weights [width], the sum of weights [width], and y [e][width], or
+// [width][e] for bfloat16 pairs.
 struct Sums {
     float* most;
     i64 width, e;
@@ -40,7 +40,7 @@ struct Sums {
     float* y() const { return most + 2 * width; }
     i64 of_number() const { return pairs ? 1 : width; }
     i64 of_column() const { return pairs ? e : 1; }
-    // f(vector of y, its columns' factor as a vector) for LANES columns from w on
+    // Call f(vector of y, vector of its columns' factors) for LANES columns from w on.
     template <class F>
     void each(i64 w, vec by, F f) const {
         if (!pairs)
@@ -51,12 +51,13 @@ struct Sums {
     }
 };
 
-// Scores [keys][width], in octaves, of the keys from `at` on, become weights; 0 for a key that a column does not
-// see. A column is moved to its greatest score when that has gone far beyond. No column depends on another.
+// Turn scores [keys][width], in octaves, of the keys from `at` on into weights; 0 for a key that a column does not
+// see. If a score exceeds a column's reference by more than FAR, the greatest score becomes the reference. Columns are
+// independent of each other.
 static void weigh(float* scores, i64 at, i64 keys, const Queries& of, const Sums& known) {
     const i64 width = of.width;
     for (i64 w = 0; w < width; w += LANES) {
-        ints seen;  // keys of these that each column sees
+        ints seen;  // how many of these keys each column sees
         bool all = true;
         for (int i = 0; i < LANES; i++) {
             seen[i] = (int32_t)std::clamp<i64>(of.first + (w + i) / of.heads + 1 - at, 0, keys);
@@ -89,10 +90,10 @@ static void weigh(float* scores, i64 at, i64 keys, const Queries& of, const Sums
     }
 }
 
-// Ask for a line that is read in a while.
+// Prefetch a cache line.
 static inline void ask(const void* at) { __builtin_prefetch(at, 0, 2); }
 
-// Keys as float32, where they are or in `room`, whose numbers lie as those of q.
+// Return keys as float32, in place or widened into `room`, with elements in the order of q.
 template <class T>
 static inline const float* wide_keys(const T* K, i64 count, i64 e, float* room) {
     if constexpr (sizeof(T) == 2)
@@ -106,8 +107,8 @@ static inline const float* wide_keys(const T* K, i64 count, i64 e, float* room) 
     return widened(K, count, room);
 }
 
-// scores [KEYS][2 LANES] = keys q, of depth e. Meanwhile the `more` keys at `next`, KEYS at most, are widened into
-// `room`, and as many values asked for.
+// scores [KEYS][2 LANES] = keys q, of depth e. Meanwhile, widen the `more` keys at `next` (KEYS at most) into `room`
+// and prefetch as many values.
 static inline void scored_beside(const float* keys, const float* q, i64 e, float* scores, const uint16_t* next, i64 more,
                                  float* room, const uint16_t* values) {
     vec sum[KEYS][2] = {};
@@ -129,15 +130,15 @@ static inline void scored_beside(const float* keys, const float* q, i64 e, float
     for (int m = 0; m < KEYS; m++) store(scores + m * PAIR, sum[m][0]), store(scores + m * PAIR + LANES, sum[m][1]);
 }
 
-// Scores [keys][width] of a block of keys; its values are asked for meanwhile.
+// Compute scores [keys][width] of a block of keys, and prefetch its values meanwhile.
 template <class T>
 static void score(const T* K, i64 keys, const Queries& of, i64 e, float* scores, const T* V) {
     static thread_local std::vector<float> kept;
-    const i64 many = 4 * ROWS;  // that are widened at once
+    const i64 many = 4 * ROWS;  // keys that are widened at once
     float* room = aligned(kept, many * e);
     i64 done = 0;
     if constexpr (sizeof(T) == 2)
-        if (of.width == PAIR && by_pairs<T>(e)) {  // each key is used once: widened while the last ones are scored
+        if (of.width == PAIR && by_pairs<T>(e)) {  // each key is used once: widened while earlier ones are scored
             float *now = room, *then = room + KEYS * e;
             if (keys >= KEYS) wide_keys(K, KEYS * e, e, now);
             for (; done + KEYS <= keys; done += KEYS, std::swap(now, then))
@@ -153,7 +154,7 @@ static void score(const T* K, i64 keys, const Queries& of, i64 e, float* scores,
     }
 }
 
-// y [M][e] += p' V of M columns, for a PAIR of numbers of V; p [keys][width]. Keys at `next` are asked for.
+// y [M][e] += p' V of M columns, for a PAIR of elements of V; p [keys][width]. Keys at `next` are prefetched.
 template <int M>
 static inline void valued(const float* p, i64 width, const bf16* V, i64 e, i64 keys, float* y, const bf16* next) {
     vec low[M], high[M];
@@ -185,7 +186,7 @@ struct Context {
     i64 each, head;  // keys of a page
 };
 
-// The sums of one piece: the `keys` keys from `at` on.
+// Compute the sums of one piece: the `keys` keys from `at` on.
 template <class T>
 static void piece(const Queries& of, const Context& context, i64 at, i64 keys, i64 e, float* to) {
     static thread_local std::vector<float> room, kept;
@@ -215,7 +216,7 @@ static void piece(const Queries& of, const Context& context, i64 at, i64 keys, i
     }
 }
 
-// The first of these sums becomes those of all pieces, of which each relates to its greatest score.
+// Merge the sums of all pieces into the first; each piece has a reference score of its own.
 static void together(const Sums& first, i64 pieces) {
     const i64 size = (2 + first.e) * first.width;
     for (i64 w = 0; w < first.width; w += LANES) {
@@ -243,9 +244,9 @@ static void attend_to(const float* q, i64 q_step, const Cache& cache, const i64*
                       i64 l, i64 h, i64 kv, i64 e, const Run& run) {
     const i64 r = h / kv, most = std::min(l, std::max<i64>(1, QUERIES / r)), blocks = (l + most - 1) / most;
     const i64 width = (r * most + LANES - 1) / LANES * LANES, size = (2 + e) * width;
-    struct Block { i64 row, group, first, positions, each, pieces, at; };  // keys of a piece; its first among all
+    struct Block { i64 row, group, first, positions, each, pieces, at; };  // each: keys of a piece; at: its first
     std::vector<Block> listed;
-    std::vector<i64> of;  // the block of each piece
+    std::vector<i64> of;  // of[i]: the block of piece i
     i64 longest = 0;
     for (i64 s = 0; s < b; s++)
         for (i64 g = 0; g < kv; g++)
@@ -259,7 +260,7 @@ static void attend_to(const float* q, i64 q_step, const Cache& cache, const i64*
                 longest = std::max(longest, std::min(keys, each));
             }
     const float by = scale * cache.k_scale;
-    auto turned = [&](const Block& block, std::vector<float>& to) {  // its queries, side by side
+    auto turned = [&](const Block& block, std::vector<float>& to) {  // the queries of a block, side by side
         to.assign(e * width, 0.f);
         for (i64 c = 0; c < block.positions * r; c++) {
             const float* from =
@@ -282,7 +283,7 @@ static void attend_to(const float* q, i64 q_step, const Cache& cache, const i64*
                 to[i] = from[place_of<T>(i, e) * all.of_number()] / all.sum()[c] * cache.v_scale;
         }
     };
-    if (l == 1) {  // few blocks of many pieces: the pieces are shared out
+    if (l == 1) {  // few blocks of many pieces: threads share the pieces
         static thread_local std::vector<float> kept;
         if (kept.size() < of.size() * size) kept.resize(of.size() * size);
         float* known = kept.data();

@@ -1,5 +1,5 @@
-// Numbers of a cache of keys and values: float32, bfloat16, or E4M3 (FP8) times a scale. Written one position at a
-// time, to the nearest, of two as near the even one; read as float32.
+// Numbers of a cache of keys and values: float32, bfloat16, or E4M3 (FP8) times a scale. They are rounded to nearest
+// even when a position is written, and read as float32.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -13,7 +13,7 @@ static inline uint16_t to_bfloat16(float x) {
     return x != x ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-// At most 448 in magnitude; a NaN stays one.
+// Return x as E4M3, at most 448 in magnitude; NaN stays NaN.
 static inline uint8_t to_e4m3(float x) {
     const uint32_t sign = same<uint32_t>(x) >> 24 & 0x80;
     if (x != x) return sign | 0x7f;
@@ -23,7 +23,7 @@ static inline uint8_t to_e4m3(float x) {
     return sign | (((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3));  // exponents from bias 127 to 7
 }
 
-// Write `count` numbers from `at` on.
+// Write `count` numbers, the first at `at`.
 static inline void keep(i64 kind, float scale, void* into, i64 at, const float* from, i64 count) {
     if (kind == FLOAT32) memcpy((float*)into + at, from, count * sizeof(float));
     if (kind == BFLOAT16)
@@ -32,7 +32,7 @@ static inline void keep(i64 kind, float scale, void* into, i64 at, const float* 
         for (i64 i = 0; i < count; i++) ((uint8_t*)into)[at + i] = to_e4m3(from[i] / scale);
 }
 
-// Write keys and values of l positions of row s, of which `from` are known: k and v [l][kv][e], positions `step` apart.
+// Write keys and values of l positions of row s, the first at position `from`: k and v [l][kv][e], `step` apart.
 static inline void append(const Cache& cache, i64 s, i64 from, i64 l, i64 kv, i64 e, const float* k, const float* v,
                           i64 step) {
     for (i64 i = 0; i < l; i++) {

@@ -1,5 +1,6 @@
-// The state S in float16, rounded at random: up with the probability of the distance from the number below, so that
-// its mean is exact. The random numbers are those of chapter 5, a function of key, position and element.
+// The state S in float16, rounded at random: up with a probability equal to the distance from the float16 below, in
+// units of the last place, so that the mean is exact. The random numbers are those of chapter 5, a function of key,
+// position and element.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -12,7 +13,7 @@ static inline words mix(words x) {
     return x ^ x >> 16;
 }
 
-// x in float16, of 13 bits `random`: by integers, since what is below 2^-14 is a multiple of 2^-24.
+// Return x in float16, rounded with 13 bits `random`; in integers, since float16 below 2^-14 are multiples of 2^-24.
 static inline words to_half(vec x, words random) {
     const words bits = same<words>(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
     const words normal = ((size + random) >> 13) - (112 << 10);
@@ -34,7 +35,7 @@ struct Random {
         return mix(mix(at ^ step) + step) >> 19;
     }
 
-    // to[i] = from[i] rounded, for elements `first` ..
+    // to[i] = from[i], rounded, for elements from number `first` on.
     void store(const float* from, i64 first, i64 count, uint16_t* to) const {
         for (i64 i = 0; i < count; i += LANES) {
             const i64 some = std::min<i64>(LANES, count - i);
@@ -46,7 +47,7 @@ struct Random {
     }
 };
 
-// `count` float16 as float32.
+// Widen `count` float16 numbers to float32.
 static inline void widened_halves(const uint16_t* from, i64 count, float* to) {
     for (i64 i = 0; i < count; i += LANES) {
         const i64 some = std::min<i64>(LANES, count - i);

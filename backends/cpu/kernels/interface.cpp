@@ -1,8 +1,8 @@
-// The functions and structures that Python calls and fills in, as text: one line each, its name and then its
-// arguments or fields, separated by '|'. interface.py compares it with its own tables when the library is
-// loaded.
+// Describe the functions that Python calls and the structures that it fills, as text. Each line has a name, then the
+// arguments or fields, separated by '|'. interface.py compares the text with its own tables when it loads the
+// library.
 #ifdef __GNUC__
-#pragma GCC optimize "O0"  // it runs once
+#pragma GCC optimize "O0"  // runs once, so compile time counts
 #endif
 #include <cstddef>
 #include <string>

@@ -1,10 +1,10 @@
-// Positions of a whole model on a CPU in one call: spec/mixers.py and spec/model.py again, in the loops of
-// the other files.
+// Run positions through a whole model on a CPU in one call: spec/mixers.py and spec/model.py, with the loops of the
+// other files.
 //
 //     x += delta      delta = mixer(rms_norm(x))      x, delta [b][d] float32
 //
-// Matrices are of any kind, small weights float32. What a layer remembers is changed in place. program.py fills
-// the structures of structures.h.
+// Matrices are of any kind, small weights are float32. The states of layers are changed in place. program.py fills the
+// structures of structures.h.
 #include <chrono>
 #include <cstring>
 #include <memory>
@@ -24,8 +24,8 @@ static std::unique_ptr<float[]> normed(const Norm& norm, i64 b, float* x, const 
     return h;
 }
 
-// Call f(s, at, l, run) for each sequence s, of which l positions are those from `at` on, each of about `work`
-// multiply-adds: side by side where that keeps all threads busy, else each by all threads.
+// Call f(s, at, l, run) for each sequence s, whose l positions begin at `at`; a position takes about `work`
+// multiply-adds. Sequences run in parallel if that keeps all threads busy; otherwise all threads share each one.
 template <class F>
 static void each(const Sequences& of, i64 work, const Run& run, const F& f) {
     std::vector<i64> ends(of.b + 1, 0);
@@ -40,7 +40,7 @@ static void each(const Sequences& of, i64 work, const Run& run, const F& f) {
         for (i64 s = 0; s < of.b; s++) call(s, run);
 }
 
-// With a record, the state stays as it was, and the record has for each position x|B|C, dt, and x|B|C convolved.
+// With a record, the state is not changed, and the record gets x|B|C, dt and the convolved x|B|C of each position.
 static void mamba2(const Mamba& w, const Sequences& of, float* x, const float* before, float* delta,
                    const State& state, float* record, const Run& run) {
     const i64 inner = w.heads * w.head_dim, shared = w.groups * w.state, c = inner + 2 * shared;
@@ -75,7 +75,7 @@ static void mamba2(const Mamba& w, const Sequences& of, float* x, const float* b
     linear(w.out_proj, w.norm.d, inner, y.get(), n, delta, w.norm.d, run);
 }
 
-// With a record, it has the keys and the values of each position.
+// With a record, the record gets the keys and values of each position.
 static void attention(const Attention& w, const Sequences& of, float* x, const float* before, float* delta,
                       const Cache& cache, float* record, const Run& run) {
     const i64 e = w.head_dim, q_width = w.heads * e, kv_width = w.kv * e, d = w.norm.d, n = of.rows;
@@ -113,7 +113,7 @@ static void attention(const Attention& w, const Sequences& of, float* x, const f
 static void mixture(const Experts& w, i64 b, float* x, const float* before, float* delta, const Run& run) {
     const i64 d = w.norm.d, n = w.latent ? w.latent : d;
     auto h = normed(w.norm, b, x, before, run);
-    // ROUTE, by the full-width input
+    // ROUTE, from the full-width input
     auto s = fresh(b * w.count), weight = fresh(b * w.chosen);
     std::unique_ptr<i64[]> expert(new i64[b * w.chosen]);
     linear({w.gate, FLOAT32}, w.count, d, h.get(), b, s.get(), w.count, run);
@@ -137,12 +137,13 @@ static void dense(const Dense& w, i64 b, float* x, const float* before, float* d
     mlp(w.up, w.down, w.width, w.norm.d, h.get(), b, delta, run);
 }
 
-// Positions of sequences: out [rows][v], logits, or null; hidden [rows][d], the last norm, or null; with `last` both
-// are [b], of the last position of each sequence. x [rows][d] holds what the layers read; it is changed, and so is
-// delta [rows][d].
-// records: null, or of each layer that has a state where to record the call, which then leaves the states as they were.
-// reduce: null, or adds up delta over ranks after each layer, and returns whether to stop.
-// taken: null, or seconds by kind of layer, and of the head, to be added to.
+// Run the model on the positions of all sequences. x [rows][d] is the input of the layers; x and delta [rows][d] are
+// overwritten.
+// out: logits [rows][v], or null. hidden: the last norm [rows][d], or null. With `last` both have one row for each
+// sequence, that of its last position.
+// records: null, or for each layer with a state the memory for its record; the call then does not change the states.
+// reduce: null, or a function that sums delta over ranks after each layer, and returns whether to stop.
+// taken: null, or seconds by kind of layer and of the head, to which the call adds.
 extern "C" void step(const Model& m, const Sequences& of, float* x, float* delta, const State* states,
                      float* const* records, int (*reduce)(int), int last, float* hidden, float* out, double* taken,
                      const Run& run) {

@@ -8,9 +8,9 @@
 #include "vectors.h"
 #include "verbs.h"
 
-constexpr i64 STRIP = 512, STRETCH = 64;  // channels and positions of the convolution that a piece has
+constexpr i64 STRIP = 512, STRETCH = 64;  // channels and positions in a piece of the convolution
 
-// The sum of f(i) over i < count, a vector at a time: f(i, vec) for a whole vector, f(i, float) for one number.
+// Return the sum of f(i) over i < count, a vector at a time: f(i, vec) for a whole vector, f(i, float) for one number.
 static inline float squares(const float* x, i64 count) {
     vec sum[4] = {};
     i64 i = 0;
@@ -44,7 +44,7 @@ void rms_norm(const float* x, const float* delta, const float* w, float eps, flo
     });
 }
 
-// out = y silu(z), each group over its rms, times w; out may be y
+// out = y silu(z), each group divided by its rms, times w; out may be y
 void gated_rms_norm(const float* y, const float* z, i64 z_step, const float* w, float eps, float* out,
                     i64 rows, i64 groups, i64 c, const Run& run) {
     parallel(run, rows * groups, 16 * c, [=](i64 job) {
@@ -60,9 +60,9 @@ void gated_rms_norm(const float* y, const float* z, i64 z_step, const float* w, 
     });
 }
 
-// l positions of the causal convolution, w [k][c]:  y = silu(bias + sum_j w[j] window[j]), and the next tail
-// [b][k-1][c] (null: not wanted), after real[b] of the positions (null: all), which may lie where the last one did if
-// l is 1. Rows of x are x_step apart.
+// l positions of the causal convolution, w [k][c]:  y = silu(bias + sum_j w[j] window[j])
+// next: the tail [b][k-1][c] after real[b] of the positions (null: all), or null; if l is 1, it may be the memory of
+// the old tail. Rows of x are x_step apart.
 void conv(const float* x, i64 x_step, const float* w, const float* bias, const float* tail, const i64* real,
           float* y, float* next, i64 b, i64 l, i64 c, i64 k, const Run& run) {
     const i64 strips = (c + STRIP - 1) / STRIP, stretches = (l + STRETCH - 1) / STRETCH;
@@ -71,7 +71,7 @@ void conv(const float* x, i64 x_step, const float* w, const float* bias, const f
         const i64 first = job / strips % stretches * STRETCH, end = std::min(l, first + STRETCH);
         const float *rows = x + s * l * x_step + at, *old = tail + s * (k - 1) * c + at;
         float *out = y + s * l * c + at, *kept = next ? next + s * (k - 1) * c + at : nullptr;
-        // position t of the window: of the tail where t < 0
+        // position t of the window; t < 0 is in the tail
         auto row = [&](i64 t) { return t < 0 ? old + (t + k - 1) * c : rows + t * x_step; };
         for (i64 t = first; t < end; t++) {
             auto channels = [&](i64 i, auto read) {
@@ -93,15 +93,16 @@ void conv(const float* x, i64 x_step, const float* w, const float* bias, const f
     });
 }
 
-// The k best of logits' sigmoid + bias for each row, best first, the lower index on a tie; weights from the
-// sigmoid alone. Of `groups` of experts only the best `kept` take part; a group scores the sum of its two best.
+// Choose for each row the k experts with the largest sigmoid(logits) + bias, best first, the lower index on a tie.
+// Their weights come from the sigmoid alone. Only the best `kept` of `groups` of experts take part; the score of a
+// group is the sum of its two best.
 void choose(const float* logits, const float* bias, i64 rows, i64 count, i64 k, i64 groups, i64 kept,
             int normalise, float factor, i64* expert, float* weight, const Run& run) {
     parallel(run, rows, count * (4 * k + 16), [=](i64 r) {
         static thread_local std::vector<float> score, c, best;
         score.resize(count), c.resize(count), best.resize(groups);
         const float out = -INFINITY;
-        // the first of the largest
+        // the first of equal largest ones
         auto first = [](const std::vector<float>& of) { return std::max_element(of.begin(), of.end()) - of.begin(); };
         each_vector(logits + r * count, score.data(), count, [](vec x) { return sigmoid(x); });
         for (i64 e = 0; e < count; e++) c[e] = score[e] + bias[e];

@@ -1,9 +1,9 @@
-// Weights as they are in a file, two vectors of them at a time as float32: a product is written once, for every
-// kind of number.
+// Read two vectors of weights at a time, as float32, from the dtype of the file. So a product is written once for all
+// dtypes.
 //
-// A bfloat16 is the upper half of a float32, so a pair of them in 32 bits is widened by one shift (the even
-// one) and one mask (the odd one). For that the rows of x have the even and the odd positions of every 2 LANES
-// apart; for other kinds they stay in order.
+// A bfloat16 is the upper half of a float32, so a pair of them in 32 bits is widened by one shift (the even one) and
+// one mask (the odd one). Therefore rows of x have the even and the odd positions of every 2 LANES apart. For other
+// dtypes the rows stay in order.
 #pragma once
 #include "structures.h"
 #include "vectors.h"
@@ -18,12 +18,12 @@ typedef uint8_t octets __attribute__((vector_size(LANES)));
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
-struct e4m3 { uint8_t bits; };  // of FP8, widened to 2^-8 of its value: a float16 of other bias. Its NaN is 480.
+struct e4m3 { uint8_t bits; };  // FP8, widened to 2^-8 of its value, as a float16 with another bias. NaN becomes 480.
 
 template <class To, class From>
 static inline To same(From from) { To to; memcpy(&to, &from, sizeof to); return to; }
 
-// The first and the second half of 2 LANES float16, widened: by bits where there is no instruction.
+// Widen the first and the second half of 2 LANES float16; with integer operations where the CPU has no instruction.
 static inline vec widened_half(halves h) {
 #if defined(__AVX512F__) && defined(__F16C__) && !defined(WIDE)
     return (vec)_mm512_cvtph_ps((__m256i)h);
@@ -32,13 +32,13 @@ static inline vec widened_half(halves h) {
 #else
     words u = __builtin_convertvector(h, words), sign = (u & 0x8000) << 16, bits = (u & 0x7fff) << 13;
     words scaled = same<words>(same<vec>(bits) * 0x1p112f);  // exponents move from bias 15 to bias 127
-    words special = (words)((u & 0x7c00) == 0x7c00);         // infinities and NaNs keep all bits of theirs
+    words special = (words)((u & 0x7c00) == 0x7c00);         // infinities and NaNs keep their bits
     return same<vec>(sign | (special & (bits | 0x7f800000)) | (~special & scaled));
 #endif
 }
 
 template <class T>
-struct Two;  // 2 LANES numbers of a weight
+struct Two;  // 2 LANES numbers of a row of weights
 
 template <>
 struct Two<float> {
@@ -76,7 +76,7 @@ struct Two<e4m3> {
     vec high() const { return widened_half((halves)(pair >> 1) & 0xbf80); }
 };
 
-// The last `count` < 2 LANES numbers, and zeros.
+// Return the last `count` < 2 LANES numbers, padded with zeros.
 template <class T>
 static inline Two<T> rest(const T* w, i64 count) {
     T all[PAIR] = {};
@@ -86,13 +86,13 @@ static inline Two<T> rest(const T* w, i64 count) {
 
 static inline i64 padded(i64 n) { return (n + PAIR - 1) / PAIR * PAIR; }
 
-// Where position j of a row of x is kept.
+// Return the index at which position j of a row of x is stored.
 template <class T>
 static inline i64 place(i64 j) {
     return Two<T>::apart ? (j & ~(PAIR - 1)) | (j & 1) * LANES | (j & (PAIR - 1)) >> 1 : j;
 }
 
-// `count` weights as float32, in order.
+// Widen `count` weights to float32, in order.
 static inline void widen_to(const float* from, i64 count, float* to) { memcpy(to, from, count * sizeof(float)); }
 static inline void widen_to(const bf16* from, i64 count, float* to) { widened(&from->bits, count, to); }
 static inline void widen_to(const f16* from, i64 count, float* to) {
@@ -125,7 +125,7 @@ static inline float sum(vec v) {
     return all[0][0] + all[0][1];
 }
 
-// f(a null pointer to a number of that kind)
+// Call f(a null pointer to the type of that kind).
 template <class F>
 static inline void of_kind(i64 kind, F f) {
     switch (kind) {

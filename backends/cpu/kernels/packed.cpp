@@ -1,4 +1,4 @@
-// The kinds of packed weights (packed.h): what their blocks mean, and products with few rows.
+// The kinds of packed weights (packed.h): the layouts of their blocks, and products with few rows.
 #include "packed.h"
 
 #include <algorithm>
@@ -14,14 +14,14 @@
 
 namespace {
 
-#define INLINE inline __attribute__((always_inline))  // a loop's constants and sums stay in registers
+#define INLINE inline __attribute__((always_inline))  // so that a loop's constants and sums stay in registers
 
 typedef uint8_t bytes __attribute__((vector_size(32)));
 typedef uint8_t bytes16 __attribute__((vector_size(16)));
 typedef int32_t eight_ints __attribute__((vector_size(32)));
 typedef float eight __attribute__((vector_size(32)));
 
-// 32 columns: weight = (code - offset of the kind) scale + least; a scale for the first 16 and one for the others.
+// 32 columns: weight = (code - offset of the kind) scale + least, with one scale for each 16 columns.
 struct Columns { bytes code; float scale[2], least; };
 
 INLINE float half(uint16_t bits) {
@@ -34,7 +34,7 @@ INLINE float half(uint16_t bits) {
 }
 INLINE float half_at(const uint8_t* at) { return half(load<uint16_t>(at)); }
 
-// E4M3 by way of float16, which has the same subnormals, 2^8 times as small. Its NaN is 480.
+// E4M3 read as float16, whose subnormals are the same but 2^8 times smaller. NaN becomes 480.
 INLINE float e4m3_of(uint8_t code) { return half((code & 0x80) << 8 | (code & 0x7f) << 7) * 256; }
 
 INLINE bytes looked_up(bytes table, bytes index) {
@@ -50,16 +50,16 @@ INLINE bytes twice(const uint8_t (&t)[16]) {
     return bytes{t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10], t[11], t[12], t[13], t[14], t[15],
                  t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10], t[11], t[12], t[13], t[14], t[15]};
 }
-constexpr uint8_t E2M1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // twice the value, and 12
+constexpr uint8_t E2M1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // twice the value, plus 12
 constexpr uint8_t IQ4[16] = {129, 152, 173, 191, 207, 221, 234, 246, 1, 13, 25, 38, 53, 69, 89, 113};  // signed
 
-// The low halves of 16 bytes, then the high ones.
+// Return the low halves of 16 bytes, then the high halves.
 INLINE bytes nibbles(bytes16 q) {
     return __builtin_shufflevector(q & 15, q >> 4, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19,
                                    20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
 }
 
-// 16 in each byte whose bit is set.
+// Return 16 in each byte whose bit is set.
 INLINE bytes sixteens(uint32_t bits) {
 #ifdef INTEGERS
     const __m256i each = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
@@ -75,9 +75,9 @@ INLINE bytes sixteens(uint32_t bits) {
 
 namespace blocks {
 
-// A kind: the columns and bytes of a block, the offset of its codes, and `read`, columns 32 part .. of a block.
-// LEAST: whether there is a least value; MIXED: whether 16 columns have a scale; SUMS: whether codes are below 64, so
-// that products with bytes can be added up in 16 bits; others are signed, without an offset.
+// A kind has the columns and bytes of a block, the offset of its codes, and `read`, which returns the 32 columns
+// `part` of a block. LEAST: there is a least value. MIXED: each 16 columns have a scale. SUMS: codes are below 64, so
+// that products with bytes can be summed in 16 bits; without SUMS, codes are signed and have no offset.
 struct Q4_0 {
     static constexpr i64 COLUMNS = 32, BYTES = 18;
     static constexpr int OFFSET = 8;
@@ -123,7 +123,7 @@ struct Q8_0 {
         return {load<bytes>(b + 2), {d, d}, 0};
     }
 };
-// The scale and the least value of a part of q4_k and q5_k: 6 bits each, of 12 bytes.
+// Unpack scale and least value of a part of q4_k and q5_k: 6 bits each, in 12 bytes.
 INLINE void six(const uint8_t* b, i64 part, Columns& to) {
     const uint8_t* s = b + 4;
     const int high = s[part % 4 + 8];
@@ -199,7 +199,7 @@ struct MXFP4 {
     }
 };
 INLINE float half_e4m3(uint8_t code) { return (code & 0x7f) == 0x7f ? 0 : e4m3_of(code & 0x7f) / 2; }
-struct GGUF_NVFP4 {  // 4 scales, then 8 bytes for 16 columns, of which the low halves are the first 8
+struct GGUF_NVFP4 {  // 4 scales, then 8 bytes for each 16 columns; the low halves are the first 8
     static constexpr i64 COLUMNS = 64, BYTES = 36;
     static constexpr int OFFSET = 12;
     static constexpr bool LEAST = false, MIXED = true, SUMS = true;
@@ -211,7 +211,7 @@ struct GGUF_NVFP4 {  // 4 scales, then 8 bytes for 16 columns, of which the low 
         return {looked_up(twice(E2M1), order), {half_e4m3(b[2 * part]), half_e4m3(b[2 * part + 1])}, 0};
     }
 };
-// Of modelopt: codes and scales lie apart, the scales of 16 columns each; an even column is the low half of its byte.
+// NVFP4 of modelopt: codes and scales are separate, a scale for 16 columns; the low half of a byte is the even column.
 struct NVFP4 {
     static constexpr i64 COLUMNS = 64;
     static constexpr int OFFSET = 12;
@@ -227,7 +227,7 @@ struct NVFP4 {
 
 }  // namespace blocks
 
-// f(a value of the type of a kind), of all but MXFP8
+// Call f(a value of the type of the kind); every kind but MXFP8.
 template <class F>
 void of_packed(i64 kind, F f) {
     switch (kind) {
@@ -246,7 +246,7 @@ void of_packed(i64 kind, F f) {
     }
 }
 
-// Signed bytes 8 i .. 8 i + 7 as floats.
+// Return signed bytes 8 i .. 8 i + 7 as floats.
 template <int i>
 INLINE eight eight_of(bytes code) {
     eight_ints found;
@@ -277,7 +277,7 @@ INLINE float power_of(uint32_t e) { return same<float>(e ? e << 23 : 0x400000u);
 INLINE void codes_of_mxfp8(const e4m3* codes, eight& first, eight& second) {
 #ifdef INTEGERS
     __m256i h = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)codes)), 7);
-    h = _mm256_add_epi16(h, _mm256_and_si256(h, _mm256_set1_epi16(0x4000)));  // the sign, from bit 14 to 15
+    h = _mm256_add_epi16(h, _mm256_and_si256(h, _mm256_set1_epi16(0x4000)));  // moves the sign from bit 14 to 15
     first = (eight)_mm256_cvtph_ps(_mm256_castsi256_si128(h));
     second = (eight)_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1));
 #else
@@ -311,7 +311,7 @@ i64 packed_row(i64 kind, i64 n) {
 }
 
 #ifdef INTEGERS
-// 64 columns of NVFP4, the second half of each pair of columns (of 16 in GGUF) in the high bits.
+// Widen 64 columns of NVFP4; the high halves are the odd columns (in GGUF the second 8 of 16).
 template <bool APART>
 INLINE void write_nvfp4(const uint8_t* codes, const uint8_t* scales, float factor, float* to) {
     const __m256i table = _mm256_sub_epi8((__m256i)twice(E2M1), _mm256_set1_epi8(blocks::NVFP4::OFFSET));
@@ -377,28 +377,28 @@ bool float_products(const Matrix&, i64, i64, i64, const float* const*, i64, floa
 
 namespace {
 
-// 32 columns of x: x[j] = scale (65536 plane[0][j] + 256 plane[1][j] + plane[2][j]), in the order of the codes. The
-// first of a pair, which share a scale, has in each lane the sum of eight columns of x, as the kind needs it.
+// 32 columns of x: x[j] = scale (65536 plane[0][j] + 256 plane[1][j] + plane[2][j]), in the order of the codes. Two
+// of these share a scale; the first has the sums of both, eight columns of x in each lane, in the form of the kind.
 struct Integers {
     int8_t plane[3][32];
     union {
-        int32_t bias[8];   // times the offset of the codes
-        float sum[8];      // of x, for the least values
+        int32_t bias[8];   // sum of x times the offset of the codes
+        float sum[8];      // sum of x, for the least values
     };
     float scale, unused[7];
 };
-// 256 columns of x that share a scale.
+// 256 columns of x with one scale.
 struct Wide {
     int8_t plane[3][256];
-    int16_t sums[3][16];  // of 16 columns of each plane
-    float sum[8];         // of 32 columns of x
+    int16_t sums[3][16];  // sums of 16 columns of each plane
+    float sum[8];         // sums of 32 columns of x
     float scale, unused[7];
 };
-constexpr float LARGEST = 8355000;  // what three planes hold, and a little less
+constexpr float LARGEST = 8355000;  // slightly less than three planes can hold
 
 INLINE __m256i load8(const void* at) { return _mm256_loadu_si256((const __m256i*)at); }
 
-// The eight sums of four columns, in order, of 32 numbers.
+// Return the eight sums of four neighbouring columns of 32 numbers, in order.
 INLINE __m256i in_order(__m256i v) { return _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)); }
 
 INLINE float added(__m256 v) {
@@ -407,7 +407,7 @@ INLINE float added(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(all, _mm_movehdup_ps(all)));
 }
 
-// The scale of numbers of which this is the largest; NaN if one of them is not finite.
+// Return the scale of numbers whose largest magnitude this is; NaN if one of them is not finite.
 float scale_of(const float* x, i64 count) {
     __m256 largest = _mm256_setzero_ps(), bad = largest;
     for (i64 j = 0; j < count; j += 8) {
@@ -441,7 +441,7 @@ INLINE __m256i planes_of(const float* x, float scale, int8_t* to, i64 step) {
     return sums;
 }
 
-// 64 columns whose codes have this offset; sums of x where it is negative.
+// Split 64 columns of x into planes, for codes with this offset; a negative offset: keep the sums of x.
 void pair_of(const float* first, const float* second, float scale, int offset, Integers* to) {
     const __m256i sums = _mm256_add_epi32(planes_of(first, scale, to[0].plane[0], 32),
                                           planes_of(second, scale, to[1].plane[0], 32));
@@ -466,7 +466,7 @@ void wide_of(const float* x, Wide& to) {
         }
 }
 
-// acc += scale (the sums of products of codes with x), exact but for the last step.
+// acc += scale (sums of products of codes and x); only the last step rounds.
 template <bool BIAS>
 INLINE __m256 multiplied(__m256i high, __m256i middle, __m256i low, const Integers& x, __m256 scale, __m256 acc) {
     const __m256i ones = _mm256_set1_epi16(1), up = _mm256_set1_epi16(256);
@@ -485,13 +485,13 @@ INLINE __m256 multiplied(__m256i first, __m256i second, const Integers* x, __m25
     return multiplied<BIAS>(plane[0], plane[1], plane[2], x[0], scale, acc);
 }
 
-// Numbers of two blocks, four times each; they are float16 at a and b.
+// Return the float16 numbers at a and b, of two blocks, four times each.
 INLINE __m256 halves_of(const uint8_t* a, const uint8_t* b) {
     const __m128i both = _mm_insert_epi16(_mm_cvtsi32_si128(load<uint16_t>(a)), load<uint16_t>(b), 1);
     return _mm256_cvtph_ps(_mm_shuffle_epi8(both, _mm_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3)));
 }
 
-// Two blocks of 32 columns at a and b: in `first` the first 16 codes of both, in `second` the others.
+// Read two blocks of 32 columns, at a and b: the first 16 codes of both into `first`, the others into `second`.
 template <class K>
 INLINE void codes_of_two(const uint8_t* a, const uint8_t* b, __m256i& first, __m256i& second) {
     constexpr i64 at = K::BYTES - 16;
@@ -501,7 +501,7 @@ INLINE void codes_of_two(const uint8_t* a, const uint8_t* b, __m256i& first, __m
     if constexpr (std::is_same<K, blocks::MXFP4>::value)
         first = _mm256_shuffle_epi8((__m256i)twice(E2M1), first),
         second = _mm256_shuffle_epi8((__m256i)twice(E2M1), second);
-    if constexpr (K::BYTES >= 22) {  // fifth bits, before the others
+    if constexpr (K::BYTES >= 22) {  // the fifth bits come before the others
         const uint8_t *of_a = a + at - 4, *of_b = b + at - 4;
         const __m128i bits = _mm_insert_epi32(_mm_cvtsi32_si128(load<int32_t>(of_a)), load<int32_t>(of_b), 1);
         const __m256i all = _mm256_permute4x64_epi64(_mm256_castsi128_si256(_mm_shuffle_epi32(bits, 0x50)), 0x50);
@@ -516,14 +516,14 @@ INLINE void codes_of_two(const uint8_t* a, const uint8_t* b, __m256i& first, __m
     }
 }
 
-// out[r] = x[r] . w[row], of blocks of 32 columns, two at a time
+// out[r] = x[r] . w[row], for blocks of 32 columns, two at a time
 template <class K, int R>
 void dots_of_32(const Matrix& w, i64 n, i64 row, const Integers* const* x, float* out) {
     __m256 acc[R] = {};
     const uint8_t* a = (const uint8_t*)w.at + row * (n / 32) * K::BYTES;
     for (i64 p = 0; p < n / 32; p += 2, a += 2 * K::BYTES) {
         _mm_prefetch((const char*)a + 1024, _MM_HINT_T0);
-        const uint8_t* b = p + 1 < n / 32 ? a + K::BYTES : a;  // of a last block without another, x is 0
+        const uint8_t* b = p + 1 < n / 32 ? a + K::BYTES : a;  // if the last block is alone, x is 0 for the second
         __m256i first, second;
         codes_of_two<K>(a, b, first, second);
         __m256 scale;
@@ -539,7 +539,7 @@ void dots_of_32(const Matrix& w, i64 n, i64 row, const Integers* const* x, float
     for (int r = 0; r < R; r++) out[r] = added(acc[r]) * w.factor;
 }
 
-// The eight scales and least values of q4_k and q5_k, of 6 bits each, as 16-bit integers.
+// Unpack the eight scales and least values of q4_k and q5_k, 6 bits each, into 16-bit integers.
 INLINE void sixes(const uint8_t* s, __m128i& scale, __m128i& least) {
     const uint32_t a = load<uint32_t>(s), b = load<uint32_t>(s + 4), c = load<uint32_t>(s + 8);
     const uint32_t scales = (c & 0x0f0f0f0f) | (a >> 6 & 0x03030303) << 4;
@@ -548,14 +548,14 @@ INLINE void sixes(const uint8_t* s, __m128i& scale, __m128i& least) {
     least = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((b & 0x3f3f3f3f) | (uint64_t)leasts << 32));
 }
 
-// The same of blocks of 256 columns. Their scales are integers too, so that sums are exact within a block.
+// The same for blocks of 256 columns. Their scales are integers too, so that sums within a block are exact.
 template <class K, int R>
 void dots_of_256(const Matrix& w, i64 n, i64 row, const Wide* const* x, float* out) {
     __m256 acc[R] = {};
     const uint8_t* b = (const uint8_t*)w.at + row * (n / 256) * K::BYTES;
     for (i64 p = 0; p < n / 256; p++, b += K::BYTES) {
         for (i64 line = 0; line < K::BYTES; line += 64) _mm_prefetch((const char*)b + 1024 + line, _MM_HINT_T0);
-        __m256i sum[R][3] = {}, scales;  // scales: of a part in a pair of 16-bit numbers of each lane
+        __m256i sum[R][3] = {}, scales;  // scales: those of the parts, as 16-bit integers
         __m128i scale, least;
         if (K::MIXED)
             scales = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(b + 192)));
@@ -596,8 +596,8 @@ void dots_of_256(const Matrix& w, i64 n, i64 row, const Wide* const* x, float* o
     for (int r = 0; r < R; r++) out[r] = added(acc[r]) * w.factor;
 }
 
-// The same for both forms of NVFP4: 64 columns at a time, of which the low halves of the bytes are one piece of x and
-// the high ones the next, so that both have the same scales in the same lanes.
+// The same for both forms of NVFP4, 64 columns at a time. The low halves of the bytes are multiplied with one piece of
+// x and the high halves with the next, so that both have the same scales in the same lanes.
 template <bool APART, int R>
 void dots_of_nvfp4(const Matrix& w, i64 n, i64 row, const Integers* const* x, float* out) {
     const uint8_t* codes = (const uint8_t*)w.at + (APART ? row * (n / 2) : row * (n / 64) * 36 + 4);
@@ -611,7 +611,7 @@ void dots_of_nvfp4(const Matrix& w, i64 n, i64 row, const Integers* const* x, fl
         const __m256i first = _mm256_shuffle_epi8(table, _mm256_and_si256(q, low));
         const __m256i second = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(q, 4), low));
         __m128i s = _mm_cvtsi32_si128(load<int32_t>(scale));
-        if (!APART) {  // no sign, and the code of a NaN is 0
+        if (!APART) {  // GGUF: the sign is ignored, and a NaN counts as 0
             s = _mm_and_si128(s, _mm_set1_epi8(0x7f));
             s = _mm_andnot_si128(_mm_cmpeq_epi8(s, _mm_set1_epi8(0x7f)), s);
         }
@@ -623,15 +623,15 @@ void dots_of_nvfp4(const Matrix& w, i64 n, i64 row, const Integers* const* x, fl
         _mm_prefetch((const char*)codes + 1024, _MM_HINT_T0);
         group(codes, scales, p);
     }
-    if (32 * p < n) {  // a part of a group, of NVFP4 alone
+    if (32 * p < n) {  // less than 64 columns are left, in modelopt's form only
         uint8_t code[32] = {}, scale[4] = {};
         memcpy(code, codes, (n - 32 * p) / 2), memcpy(scale, scales, (n - 32 * p) / 16);
         group(code, scale, p);
     }
-    for (int r = 0; r < R; r++) out[r] = added(acc[r]) * (w.factor * 128);  // 2^8 of the scales, 1/2 of the codes
+    for (int r = 0; r < R; r++) out[r] = added(acc[r]) * (w.factor * 128);  // 2^8 for the scales, 1/2 for the codes
 }
 
-// out[r] = x[r] . w[row], of kinds with signed codes and of MXFP8, by floats
+// out[r] = x[r] . w[row] in floats, for kinds with signed codes and for MXFP8
 template <class K, int R>
 void float_dots(const Matrix& w, i64 n, i64 row, const float* const* x, float* out) {
     eight acc[R] = {};
@@ -694,7 +694,7 @@ void dots(const Matrix& w, i64 n, i64 row, const float* const* x, float* out) {
     });
 }
 
-// f(columns of x that share a scale, offset) of a kind whose rows of x become integers; offset -1: sums of x
+// Call f(columns of x that share a scale, offset) for a kind that multiplies integers; offset -1: sums of x.
 template <class F>
 void of_integers(i64 kind, F f) {
     if (kind != MXFP8)
@@ -735,9 +735,9 @@ void to_integers(i64 kind, const float* x, i64 n, float* to) {
 
 namespace {
 
-constexpr i64 TOGETHER = 4;  // rows that share what is read of the weights
+constexpr i64 TOGETHER = 4;  // rows for which a weight is read once
 
-// sums[r][o], by calls dot(rows, row of w, x, out)
+// Compute sums[r][o] by calls of dot(rows, row of w, x, out).
 template <class Dot>
 void each_product(i64 first, i64 outs, const float* const* x, i64 rows, float* sums, Dot dot) {
     for (i64 o = 0; o < outs; o++)

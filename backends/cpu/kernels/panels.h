@@ -1,7 +1,7 @@
 // Products of many rows. Rows lie in panels: PANEL rows side by side, [panel][n][PANEL], zeros beyond the last row.
-// So a tile of outputs and rows adds, for each position, a weight times vectors of rows; its sums stay in
-// registers, and no vector is summed across. A strip of weights is widened to float32 once for PANEL_SHARE rows,
-// a piece at a time that stays in cache.
+// For each position, a tile of outputs and rows adds a weight times vectors of rows. Its sums stay in registers, and
+// no horizontal sum is needed. A strip of weights is widened to float32 once for PANEL_SHARE rows, in pieces that stay
+// in cache.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -15,13 +15,13 @@ constexpr i64 PANEL_SHARE = 256;                     // rows of a piece of work,
 constexpr i64 WIDE_STRIP = 96;                       // outputs of a piece of work
 constexpr i64 DEEP = 336;                            // positions of a piece of weights
 
-// At least `count` floats from a multiple of 64 bytes on, kept for the next call.
+// Return memory for `count` floats, aligned to 64 bytes; a later call reuses it.
 static inline float* aligned(std::vector<float>& kept, i64 count) {
     if ((i64)kept.size() < count + 16) kept.resize(count + 16);
     return (float*)(((uintptr_t)kept.data() + 63) & ~(uintptr_t)63);
 }
 
-// Room for the sums of a piece of work. Not on the stack: that of a thread may be small.
+// Return memory for the sums of a piece of work; not on the stack, which may be small in a thread.
 static inline float* room_for_sums() {
     static thread_local std::vector<float> kept;
     return aligned(kept, PANEL_SHARE * WIDE_STRIP);
@@ -29,9 +29,9 @@ static inline float* room_for_sums() {
 
 static inline i64 panels_of(i64 rows) { return (rows + PANEL - 1) / PANEL; }
 
-constexpr i64 COLUMNS = 16;  // that are transposed at a time
+constexpr i64 COLUMNS = 16;  // columns transposed at a time
 
-// Rows, wherever they are, as one panel [n][PANEL].
+// Copy rows, at any addresses, into one panel [n][PANEL].
 static inline void into_panel(const float* const* row, i64 rows, i64 n, float* to) {
     for (i64 k = 0; k < n; k += COLUMNS) {
         const i64 some = std::min(COLUMNS, n - k);
@@ -70,10 +70,10 @@ static inline void panel_tile(const float* w, const float* rs, i64 depth, float*
         }
 }
 
-// What is read next, asked for a little before each tile: rows of `bytes`, `step` apart.
+// Prefetches the data that is read next, a part before each tile: rows of `bytes`, `step` apart.
 struct Ahead {
     const char* row;
-    i64 step, bytes, rows, lines;  // lines of 64 bytes for each tile
+    i64 step, bytes, rows, lines;  // cache lines of 64 bytes per tile
     i64 at = 0;
     void ask() {
         for (i64 i = 0; i < lines && rows > 0; i++, at += 64) {
@@ -135,7 +135,7 @@ __attribute__((noinline)) static void panel_products(const Weights& w, i64 n, co
     }
 }
 
-// Where a product goes: rows of y, `step` apart.
+// Stores a product into rows of y, `step` apart.
 struct ToRows {
     float* y;
     i64 step;
@@ -151,7 +151,7 @@ struct ToRows {
     }
 };
 
-// Where a product goes: relu(it)^2 into panels of `width` positions.
+// Stores relu(product)^2 into panels of `width` positions.
 struct ToPanels {
     float* y;
     i64 width;

@@ -1,8 +1,8 @@
-// The threads of pool.h. Each has a range of the pieces, so that it finds in its cache what it wrote in the call before,
-// and reads weights that lie side by side; one that is done takes pieces from the ranges of others. A piece is taken
-// by an atomic counter, so a thread whose processor was taken away holds up one piece. When there is no work a worker
-// spins for a moment, because a step is a hundred calls with little between them, and then sleeps: threads that spin
-// for long take the processors that others wait for.
+// The threads of pool.h. Each thread has a range of the pieces, so that its cache has the results of the call before,
+// and weights are read in order. A thread that has finished its range takes pieces from other ranges. An atomic counter
+// hands out pieces, so a thread that the system suspends delays one piece. A worker without work spins for a moment,
+// because a step is a hundred calls in short succession, and then sleeps: threads that spin for long occupy processors
+// that other threads need.
 #include "pool.h"
 
 #include <atomic>
@@ -19,7 +19,7 @@
 
 typedef std::chrono::steady_clock Clock;
 constexpr auto SPIN = std::chrono::microseconds(50);
-constexpr uint64_t CLOSED = 0xffffffff;  // in place of a piece's number: the job is being written
+constexpr uint64_t CLOSED = 0xffffffff;  // instead of a piece's number while the job is being written
 constexpr int RANGES = 64;               // at most
 
 static inline void relax() {
@@ -30,7 +30,7 @@ static inline void relax() {
 #endif
 }
 
-// Whether `done()` came true within SPIN.
+// Return whether `done()` became true within SPIN.
 template <class Done>
 static bool spun(Done done) {
     for (auto end = Clock::now() + SPIN;;) {
@@ -44,12 +44,13 @@ static bool spun(Done done) {
 
 struct Pool {
     std::mutex turn;  // held by the thread whose job it is
-    int workers = 0;  // that have been started
-    // The job: its number, in the upper half of the `next` of each range, above the number of the range's next piece.
-    // The other fields are read before a piece is taken, and count only if that `next` has not changed since.
+    int workers = 0;  // workers that were started
+    // The job. The `next` of each range has the number of the job in its upper half, and the number of the range's next
+    // piece in its lower half. The other fields are read before a piece is taken; they are valid only if `next` has not
+    // changed since.
     struct alignas(64) Range { std::atomic<uint64_t> next{CLOSED}; };
     Range range[RANGES];
-    int opened = 0;  // ranges that have been used by any job
+    int opened = 0;  // ranges that any job has used
     std::atomic<void (*)(const void*, i64)> f{nullptr};
     std::atomic<const void*> what{nullptr};
     std::atomic<i64> count{0}, done{0};
@@ -66,7 +67,7 @@ struct Pool {
 
     static uint64_t begin(i64 r, i64 all, i64 ranges) { return r * all / ranges; }
 
-    // Take and do pieces of job number `job` until none is left, of range `mine` first.
+    // Run pieces of job number `job` until none is left, those of range `mine` first.
     void work(uint64_t job, int mine) {
         for (int i = 0, all = ranges.load(); i < all; i++) work(job, range[(mine + i) % all].next, (mine + i) % all);
     }
@@ -105,13 +106,13 @@ struct Pool {
 
     void start(int wanted) {
 #ifndef _WIN32
-        sigset_t all, before;  // signals are for the threads of the caller
+        sigset_t all, before;  // workers block signals: the caller's threads get them
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);
 #endif
         try {
             for (; workers < wanted; workers++) std::thread(&Pool::worker, this, workers).detach();
-        } catch (const std::system_error&) {  // no more threads: those that there are do it
+        } catch (const std::system_error&) {  // the system has no more threads: continue with those that were started
         }
 #ifndef _WIN32
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -150,7 +151,7 @@ static Pool& the_pool() {
     std::call_once(once, [] {
         pool.store(new Pool);
 #ifndef _WIN32
-        pthread_atfork(nullptr, nullptr, [] { pool.store(new Pool); });  // a child has none of the threads
+        pthread_atfork(nullptr, nullptr, [] { pool.store(new Pool); });  // a forked child has none of the threads
 #endif
     });
     return *pool.load();

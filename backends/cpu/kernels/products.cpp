@@ -1,10 +1,11 @@
 // Products of rows x [rows][n] float32 with weights w [outs][n] of any kind: y[r][o] = x[r] . w[o].
 //
-// A tile of rows and outputs shares its loads and keeps its sums in registers. One row reads a weight once, from
-// memory, and is as fast as that. More rows go by blocks: a strip of outputs and BLOCK rows at a time, DEPTH deep, so
-// that what is read again is in cache; MANY rows by panels (panels.h), except in the steady mode, in which the order
-// of a sum does not depend on the number of rows. Packed weights (packed.h) are multiplied as they are with few rows, and
-// in tiles of float32 with more, and in the steady mode. Products are as exact as float32 products.
+// A tile of rows and outputs shares its loads and keeps its sums in registers. With one row, each weight is read once
+// from memory, and memory bandwidth limits the speed. More rows are computed in blocks: a strip of outputs and BLOCK
+// rows at a time, DEPTH deep, so that data that is read again is in cache. From MANY rows on, rows lie in panels
+// (panels.h), except in the steady mode, in which the order of a sum does not depend on the number of rows. Packed
+// weights (packed.h) are multiplied directly with few rows; with more rows, and in the steady mode, they are first
+// dequantized in tiles of float32. Products are as exact as float32 products.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -15,18 +16,18 @@
 #include "pool.h"
 #include "verbs.h"
 
-constexpr i64 STRIP = 24;                            // outputs of a piece of work, of few rows
+constexpr i64 STRIP = 24;                            // outputs of a piece of work with few rows
 constexpr i64 BLOCK = 64, DEPTH = 512;               // rows; positions of a row, a multiple of PAIR
 constexpr i64 SHARE = 128;                           // rows of a piece of work
-constexpr i64 MANY = 48, MANY_PACKED = MOST_DIRECT + 1;  // rows from which products go by panels
+constexpr i64 MANY = 48, MANY_PACKED = MOST_DIRECT + 1;  // rows from which products use panels
 constexpr i64 FEW = 8;                               // rows that are multiplied over their whole depth at once
 static bool many(const Matrix& w, i64 rows, const Run& run) {
     return rows >= (w.kind >= MXFP8 ? MANY_PACKED : MANY) && !run.steady;
 }
 static i64 strip_of(i64 rows) { return rows > FEW ? WIDE_STRIP : STRIP; }
-constexpr i64 AHEAD = 1280;                          // bytes: how far ahead of its use a stream is asked for
+constexpr i64 AHEAD = 1280;                          // bytes: prefetch distance
 
-// x . w: a stream of weights, asked for in time and summed in eight chains, so that only memory holds it up.
+// x . w, with prefetched weights and eight chains of sums, so that only memory limits the speed.
 template <class T>
 static inline float dot(const T* w, i64 n, const float* x) {
     vec low[4] = {}, high[4] = {};
@@ -45,7 +46,7 @@ static inline float dot(const T* w, i64 n, const float* x) {
     return sum((low[0] + high[0]) + (low[1] + high[1]) + ((low[2] + high[2]) + (low[3] + high[3])));
 }
 
-// `v` in a register: a compiler would rather load it again for each product, and loads are what is scarce.
+// Keep `v` in a register: the compiler would load it again for each product, and loads are the bottleneck.
 static inline vec held(vec v) {
 #if defined(__AVX2__) && !defined(WIDE)
     asm("" : "+v"(v));
@@ -53,7 +54,7 @@ static inline vec held(vec v) {
     return v;
 }
 
-// out[r][o] += x[r] . w[o] from position `from` to `to`, for R rows and O outputs; rows of out are `step` apart.
+// out[r][o] += x[r] . w[o], positions `from` to `to`, for R rows and O outputs; rows of out are `step` apart.
 template <class T, int R, int O>
 static inline void tile(const T* w, i64 n, i64 from, i64 to, const float* const* x, float* out, i64 step) {
     vec acc[R][O] = {};
@@ -119,7 +120,7 @@ __attribute__((noinline)) static void products(const T* w, i64 n, const float* c
     }
 }
 
-// Ask for rows of packed weights, which lie in one piece, before tiles read them piece by piece.
+// Prefetch rows of packed weights, which are contiguous, before tiles read them in pieces.
 static void ask_for(const Matrix& w, i64 n, i64 first, i64 outs) {
     const i64 row = packed_row(w.kind, n), scales = w.scale ? n / 16 : 0;
     const char *at = (const char*)w.at + first * row, *scale = (const char*)w.scale + first * scales;
@@ -137,7 +138,7 @@ static void tile_strip(const float* tile, i64 deep, i64 depth, const float* cons
 }
 __attribute__((noinline)) static void tiled_products(const Matrix& w, i64 n, i64 first, const float* const* x,
                                                      i64 rows, i64 outs, bool steady, float* sums) {
-    alignas(64) float tile[STRIP * TILE];  // stays in the first cache
+    alignas(64) float tile[STRIP * TILE];  // stays in the L1 cache
     ask_for(w, n, first, outs);
     const i64 deep = steady || rows > FEW ? TILE : 4 * TILE, some = STRIP * TILE / deep;
     std::fill(sums, sums + rows * outs, 0.f);
@@ -161,7 +162,7 @@ __attribute__((noinline)) static void tiled_products(const Matrix& w, i64 n, i64
         }
 }
 
-// Packed weights from row `first` on, as panels take them.
+// Packed weights from row `first` on, in the form that panel_products takes.
 struct Tiles {
     static constexpr i64 deep = TILE;
     const Matrix& w;
@@ -171,9 +172,9 @@ struct Tiles {
     void widen(i64 o, i64 from, i64 count, float* to) const { dequantize(w, n, first + o, from, count, to); }
 };
 
-// The products of a kind of weights; rows of x are as `laid_out` makes them.
+// The products of a kind of weights; rows of x are as Layout::rows makes them.
 struct Loops {
-    bool apart;  // even and odd positions of each PAIR (numbers.h)
+    bool apart;  // even and odd positions of each PAIR are apart (numbers.h)
     // sums[r][o] = x[r] . w[first + o], for up to SHARE rows and up to WIDE_STRIP outputs
     void (*few)(const Matrix& w, i64 n, i64 first, const float* const* x, i64 rows, i64 outs, bool steady,
                 bool integers, float* sums);
@@ -218,7 +219,7 @@ static Loops loops_of(i64 kind) {
     return found;
 }
 
-// How rows of n positions lie for few products: in their places, zeros up to a multiple of PAIR, then integers.
+// The layout of rows for Loops::few: n numbers at place(j), zeros up to a multiple of PAIR, then the integers.
 struct Layout {
     i64 kind, n;
     bool apart, integers;
@@ -228,7 +229,7 @@ struct Layout {
     i64 step() const { return padded(n) + (integers ? integers_room(kind, n) : 0); }
     bool as_it_is() const { return !apart && !integers && padded(n) == n; }
     i64 place(i64 j) const { return apart ? (j & ~(PAIR - 1)) | (j & 1) * LANES | (j & (PAIR - 1)) >> 1 : j; }
-    // The rest of a row whose n numbers are in their places.
+    // Write the rest of a row whose n numbers are at their places.
     void finish(float* row) const {
         for (i64 j = n / PAIR * PAIR; j < padded(n); j++)
             if (j >= n) row[place(j)] = 0;
@@ -246,7 +247,7 @@ struct Layout {
         }
         finish(to);
     }
-    // Rows [rows][n] laid out, step() apart; kept until the next call.
+    // Return rows [rows][n] in this layout, step() apart; valid until the next call.
     const float* rows(const float* x, i64 rows, const Run& run) const {
         static thread_local std::vector<float> kept;
         if (as_it_is()) return x;
@@ -257,7 +258,7 @@ struct Layout {
     }
 };
 
-// put(r, o, x[r] . w[o]) for laid out rows at x, `step` apart, by all threads.
+// Call put(r, o, x[r] . w[o]) for rows in the layout, `step` apart; on all threads.
 template <class Put>
 static void all_products(const Matrix& w, i64 outs, const Layout& layout, const float* x, i64 rows, const Run& run,
                          Put put) {
@@ -277,7 +278,7 @@ static void all_products(const Matrix& w, i64 outs, const Layout& layout, const 
     });
 }
 
-// All products of rows in panels, by all threads; put(row, rows, output, outputs, sums) takes them.
+// Compute all products of rows in panels, on all threads; put(row, rows, output, outputs, sums) receives them.
 template <class Put>
 static void all_panels(const Matrix& w, i64 outs, i64 n, const float* panels, i64 rows, const Run& run, Put put) {
     const Loops loops = loops_of(w.kind);
@@ -293,7 +294,7 @@ static void all_panels(const Matrix& w, i64 outs, i64 n, const float* panels, i6
     });
 }
 
-// Rows as panels, kept until the next call.
+// Return rows as panels, valid until the next call.
 static const float* in_panels(const float* x, i64 rows, i64 n, const Run& run) {
     static thread_local std::vector<float> kept;
     float* to = aligned(kept, panels_of(rows) * PANEL * n);
@@ -308,7 +309,7 @@ static const float* in_panels(const float* x, i64 rows, i64 n, const Run& run) {
 
 static inline float relu2(float v) { return v > 0 ? v * v : 0; }
 
-// y = relu(h up')^2 down' of many rows: what is between the two products stays in panels.
+// y = relu(h up')^2 down' for many rows; the intermediate result stays in panels.
 static void mlp_of_many(const Matrix& up, const Matrix& down, i64 width, i64 d, const float* h, i64 rows, float* y,
                         const Run& run) {
     static thread_local std::vector<float> kept;
@@ -344,11 +345,11 @@ void mlp(const Matrix& up, const Matrix& down, i64 width, i64 d, const float* h,
     all_products(down, d, inner, between, rows, run, [=](i64 r, i64 o, float v) { y[r * d + o] = v; });
 }
 
-// y[t] = sum over the k experts of token t of  weight relu(u[t] up')^2 down', of those that are here: the
-// `count` from `base`.
+// y[t] = sum of  weight relu(u[t] up')^2 down'  over those of the k experts of token t that this rank has: the `count`
+// experts from `base` on.
 void experts(const Matrix* up, const Matrix* down, i64 base, i64 count, const i64* expert, const float* weight,
              i64 tokens, i64 k, i64 n, i64 width, const float* u, float* y, const Run& run) {
-    // HITS sorted by expert, so that a matrix is read once, from its beginning to its end
+    // HITS: (token, expert) pairs sorted by expert, so that each matrix is read once, in order
     auto here = [&](i64 e) { return e < base || e >= base + count ? count : e - base; };
     std::vector<i64> begin(count + 2, 0), hit, place_of(tokens * k), token(tokens * k);
     for (i64 j = 0; j < tokens * k; j++) begin[here(expert[j]) + 1]++;
@@ -368,9 +369,8 @@ void experts(const Matrix* up, const Matrix* down, i64 base, i64 count, const i6
     const float *given = u, *laid = outer.rows(u, tokens, run);
     std::vector<const float*> row(hits);
 
-    // put(hit, output, value) of each matrix [outs][ins], of the rows in `row`. Jobs: an expert's share of rows,
-    // times strips of outputs.
-    // Many rows of an expert go by panels, at `panels` of the room for them.
+    // Call put(hit, output, value) for each matrix [outs][ins] and the rows in `row`. A job is a share of an expert's
+    // rows and a strip of outputs. Many rows of an expert use panels, which begin at number `panels`.
     struct Part { i64 expert, first, rows; bool many; i64 panels; };
     std::vector<Part> parts;
     i64 room = 0;
@@ -423,7 +423,7 @@ void experts(const Matrix* up, const Matrix* down, i64 base, i64 count, const i6
             loops.many(matrix, width, first, inner_of(p), p.rows, outs, sums);
             ToRows{out, n}(p.first, p.rows, first, outs, sums);
         });
-    // TOGETHER, in the order in which the token's experts were chosen
+    // TOGETHER: the sum, in the order in which the token's experts were chosen
     parallel(run, tokens, k * n, [&](i64 t) {
         float* to = y + t * n;
         std::fill(to, to + n, 0.f);

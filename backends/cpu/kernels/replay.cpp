@@ -1,5 +1,5 @@
-// The states after some of the positions of a recorded call (mixers.cpp): each number of S is read and written once,
-// whatever the number of positions, and gets the sums that single steps would add, in their order.
+// Compute the states after some positions of a recorded call (mixers.cpp). Each number of S is read and written once,
+// for any number of positions, and the terms are those of single steps, added in the same order.
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -10,10 +10,10 @@
 #include "scan.h"
 #include "verbs.h"
 
-// What one position changes a head's S by: S = decay S + added B', added = step x of the channel
+// The change of a head's S by one position: S = decay S + added B', where added = dt x of the channel
 struct Change { float decay, step; const float *x, *B; float added; };
 
-// The row of S of the i-th channel, n numbers.
+// Update the row of S of the i-th channel, n numbers.
 static void change(float* S, std::vector<Change>& changes, i64 i, i64 n) {
     const i64 count = changes.size();
     for (Change& to : changes) to.added = to.step * to.x[i];
@@ -29,11 +29,11 @@ static void change(float* S, std::vector<Change>& changes, i64 i, i64 n) {
         for (const Change& to : changes) S[j] = to.decay * S[j] + to.added * to.B[j];
 }
 
-// The first l of the recorded positions of one sequence.
+// Apply the first l recorded positions of one sequence.
 static void mamba2(const Mamba& w, const float* record, i64 l, const State& state, i64 s, const Run& run) {
     const i64 p = w.head_dim, n = w.state, inner = w.heads * p, c = inner + 2 * w.groups * n, wide = 2 * c + w.heads;
     float* tail = state.tail[s];
-    for (i64 j = 0; j < w.kernel - 1; j++) {  // the next tail's rows lie behind those that they replace
+    for (i64 j = 0; j < w.kernel - 1; j++) {  // in place: each row is copied from further on
         const i64 at = l + j - (w.kernel - 1);
         const float* from = at < 0 ? tail + (l + j) * c : record + at * wide;
         memmove(tail + j * c, from, c * sizeof(float));
@@ -61,7 +61,7 @@ static void mamba2(const Mamba& w, const float* record, i64 l, const State& stat
     });
 }
 
-// Bring the states forward by the first kept[b] positions of each sequence of a recorded call.
+// Advance the states by the first kept[b] positions of each sequence of a recorded call.
 extern "C" void replay(const Model& m, const Sequences& of, const i64* kept, const float* const* records,
                        const State* states, const Run& run) {
     for (i64 i = 0; i < m.count; i++) {

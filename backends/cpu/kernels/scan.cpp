@@ -1,10 +1,10 @@
-// The state-space scan: a position at a time by the recurrence, more by spans of matrix products (chapter 8):
+// The state-space scan: the recurrence for few positions, matrix products of spans for more (chapter 8):
 //
 //     y[i] = sum_{j<=i} (C[i].B[j]) exp(a[i] - a[j]) dt[j] x[j]  +  exp(a[i]) C[i] S  +  D x[i]
 //     S    = exp(a[last]) S + sum_j exp(a[last] - a[j]) dt[j] x[j] B[j]'
 //
-// a[i] is the sum of dt A up to i from the beginning of the span. Work within a span grows with its square, so
-// spans are short, whatever the chunk; they never cross the end of a chunk.
+// a[i] is the sum of dt A from the beginning of the span up to i. The work of a span grows with the square of its
+// length, so spans are shorter than chunks. A span never crosses the end of a chunk.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -16,7 +16,7 @@
 #include "transpose.h"
 #include "verbs.h"
 
-constexpr i64 SPAN = 32, SHORT = 4;  // positions of a span; up to which it is read by the recurrence
+constexpr i64 SPAN = 32, SHORT = 4;  // positions of a span; longest span that uses the recurrence
 constexpr float LOG2E = 1.442695041f;
 
 static i64 whole(i64 n) { return (n + LANES - 1) / LANES * LANES; }
@@ -46,7 +46,7 @@ __attribute__((noinline)) static void position(const float* S, float* next, cons
     }
 }
 
-// What the heads of a group share, of one span, with zeros beyond its size: C' [n][SPAN], B [size][row],
+// The arrays of one span that the heads of a group share, with zeros beyond its size: C' [n][SPAN], B [size][row],
 // B C' [size][SPAN].
 struct Shared {
     float *Ct, *B, *BC;
@@ -63,7 +63,7 @@ struct Shared {
     }
 };
 
-// y [size][..] of one head and S [p][row] after a span.
+// Compute y [size][..] of one head, and S [p][row] after a span.
 static void span(float* S, const float* x, i64 x_step, const float* dt, float A, const Shared& shared, float D,
                  float* y, i64 y_step, i64 size, i64 p, i64 n, i64 row) {
     static thread_local std::vector<float> kept;
@@ -73,7 +73,7 @@ static void span(float* S, const float* x, i64 x_step, const float* dt, float A,
     double a[SPAN] = {};  // in octaves
     for (i64 i = 0; i < size; i++) a[i] = (i ? a[i - 1] : 0) + (double)dt[i] * A * 1.4426950408889634;
     for (i64 i = size; i < SPAN; i++) a[i] = a[size - 1];
-    // to[i] = 2^(sign (a[i] - from)) scale, for i from `first` on, where that exponent is at most 0
+    // to[i] = 2^(sign (a[i] - from)) scale for i from `first` on; the exponents are at most 0
     auto decays = [&](double from, float sign, float scale, float* to, i64 first) {
         for (i64 i = first; i < SPAN; i++) to[i] = sign * (float)(a[i] - from);
         for (i64 i = first; i < SPAN; i += LANES) {
@@ -111,10 +111,10 @@ static void span(float* S, const float* x, i64 x_step, const float* dt, float A,
     product(u, 1, p, p, shared.B, row, size, S, nothing);
 }
 
-// l positions of b sequences, of which real[b] are real (null: all): y [b][l][h][p] and the state after them;
-// `to` may be `from`, or null. S is float32, or float16 where there is a key [b]: then it is rounded at random at the
-// end of the call, by the key of the row, its position, of which read[b] are before the call, and the element. x, dt,
-// B, C are rows of wider arrays, `*_step` apart.
+// Scan l positions of b sequences, of which real[b] are real (null: all): y [b][l][h][p], and the state after them in
+// `to`, which may be `from` or null. S is float32, or float16 if `key` [b] is given. Then S is rounded at random at the
+// end of the call; the random numbers depend on the row's key, the number of positions read (read[b] before the call)
+// and the element. x, dt, B, C are rows of wider arrays, `*_step` apart.
 extern "C" void scan(const void* from, void* to, const uint32_t* key, const i64* read, const float* x, i64 x_step,
                      const float* dt, i64 dt_step, const float* A_log, const float* B, i64 B_step, const float* C,
                      i64 C_step, const float* D, const float* bias, const i64* real, float low, float high, float* y,
@@ -151,7 +151,7 @@ extern "C" void scan(const void* from, void* to, const uint32_t* key, const i64*
     static thread_local std::vector<float> kept;
     if ((i64)kept.size() < b * count * g * floats) kept.resize(b * count * g * floats);
     float* const room = kept.data();
-    // Real positions of a span. Those beyond a row's end must not choose how the ones before them are computed.
+    // Return the number of real positions in a span; positions beyond a row's end must not affect how it is computed.
     auto real_of = [&](i64 s, i64 at) {
         return real ? std::clamp<i64>(real[s] - spans[at].start, 0, spans[at].size) : spans[at].size;
     };

@@ -1,4 +1,4 @@
-// The time step of a position, of a head: softplus, within its limits.
+// Return the time step of a position and head: softplus, clipped to its limits.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -1,22 +1,22 @@
-// Structures that Python fills in (interface.py). Each is a list of fields, from which the structure is made
-// here and its description in interface.cpp: so the description has every field.
+// Structures that Python fills in (interface.py). Each is a list of fields. Both the structure here and its description
+// in interface.cpp are made from this list, so the description has every field.
 #pragma once
 #include <cstdint>
 
 typedef int64_t i64;
 typedef const float* Vector;
 
-// Of the numbers of a matrix, as arrays.py numbers them. From MXFP8 on they are packed (packed.h).
+// Kinds of numbers of a matrix, with the values of arrays.py. From MXFP8 on they are packed (packed.h).
 enum Kind : i64 {
     FLOAT32, FLOAT16, BFLOAT16, FLOAT8, MXFP8, NVFP4, GGUF_NVFP4, MXFP4, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K,
     IQ4_NL,
 };
-constexpr i64 E4M3 = 8;                          // of the numbers of a cache alone
+constexpr i64 E4M3 = 8;                          // a kind of numbers of a cache only
 
-// How a call is made. steady: sums in an order that does not depend on how many rows there are.
+// Options of a call. steady: the order of sums does not depend on the number of rows.
 #define RUN(FIELD) FIELD(int, threads) FIELD(int, steady)
 
-// scale: of blocks of 16 columns, of MXFP8 and NVFP4 alone. factor: of the whole matrix, from FLOAT8 on.
+// scale: scales of blocks of columns, for MXFP8 and NVFP4 only. factor: one scale of the matrix, from FLOAT8 on.
 #define MATRIX(FIELD) FIELD(const void*, at) FIELD(i64, kind) FIELD(const uint8_t*, scale) FIELD(float, factor)
 
 #define NORM(FIELD) FIELD(Vector, weight) FIELD(i64, d) FIELD(float, eps)
@@ -33,7 +33,7 @@ constexpr i64 E4M3 = 8;                          // of the numbers of a cache al
     FIELD(Norm, norm) FIELD(Matrix, q) FIELD(Matrix, k) FIELD(Matrix, v) FIELD(Matrix, o)                    \
     FIELD(i64, heads) FIELD(i64, kv) FIELD(i64, head_dim) FIELD(float, scale)
 
-// fc1 and fc2: null where there is no latent. up, down: the matrices, those of each of one kind.
+// fc1 and fc2: null if there is no latent. up, down: matrices of the experts; all up, and all down, are of one kind.
 #define EXPERTS(FIELD)                                                                                       \
     FIELD(Norm, norm) FIELD(Vector, gate) FIELD(Vector, bias)                                                \
     FIELD(Matrix, shared_up) FIELD(Matrix, shared_down) FIELD(Matrix, fc1) FIELD(Matrix, fc2)                \
@@ -50,23 +50,23 @@ constexpr i64 E4M3 = 8;                          // of the numbers of a cache al
     FIELD(Norm, norm) FIELD(Matrix, head) FIELD(i64, vocabulary) FIELD(i64, count)                           \
     FIELD(const Layer*, layers)
 
-// Keys and values of some positions of one sequence: [kv][..][e], of which a head begins every `step` numbers.
+// Keys and values of some positions of one sequence: [kv][..][e]; heads begin `step` numbers apart.
 #define PAGE(FIELD) FIELD(void*, k) FIELD(void*, v) FIELD(i64, step)
 
-// The cache of an attention layer: pages [b][count], each of `each` positions. Numbers are of one kind, those of E4M3
-// times a scale.
+// The cache of an attention layer: pages [b][count], each of `each` positions. All numbers are of one kind; E4M3 is
+// multiplied by the scales.
 #define CACHE(FIELD)                                                                                         \
     FIELD(const Page*, pages) FIELD(i64, count) FIELD(i64, each) FIELD(i64, kind) FIELD(float, k_scale)      \
     FIELD(float, v_scale)
 
-// What a layer remembers: Mamba for each sequence the address of its tail [k-1][c] and of its S [h][p][n], float32, or
-// float16 with a key [b] of its rounding and the positions read [b]; attention a Cache.
+// The state of a layer. Mamba: addresses of tail [k-1][c] and S [h][p][n] of each sequence; S is float32, or float16
+// with a rounding key [b] and the number of positions read [b]. Attention: a Cache.
 #define STATE(FIELD)                                                                                         \
     FIELD(float* const*, tail) FIELD(void* const*, S) FIELD(const Cache*, cache) FIELD(const uint32_t*, key) \
     FIELD(const i64*, read)
 
-// Sequences of a call: count[b] positions of each (null: one), after length[b] that are known (null without attention),
-// side by side in arrays of `rows` positions.
+// The sequences of a call: count[b] positions of each (null: one), after length[b] earlier ones (null if the model has
+// no attention). They follow each other in arrays of `rows` positions.
 #define SEQUENCES(FIELD) FIELD(i64, b) FIELD(i64, rows) FIELD(const i64*, count) FIELD(const i64*, length)
 
 #define MEMBER(type, name) type name;

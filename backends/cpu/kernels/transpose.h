@@ -1,8 +1,8 @@
-// Transposed copies, four by four where they are whole.
+// Transposed copies, in tiles of four by four and the rest one by one.
 #pragma once
 #include "numbers.h"
 
-// to(c)[r] = from(r)[c] for `rows` rows of `columns`; from and to are functions to where a row is.
+// to(c)[r] = from(r)[c] for `rows` rows of `columns`; from(r) and to(c) return the address of a row.
 template <class From, class To>
 static inline void transpose_rows(From from, i64 rows, i64 columns, To to) {
     const i64 r4 = rows / 4 * 4, c4 = columns / 4 * 4;
@@ -21,7 +21,7 @@ static inline void transpose_rows(From from, i64 rows, i64 columns, To to) {
         for (i64 r = c < c4 ? r4 : 0; r < rows; r++) to(c)[r] = from(r)[c];
 }
 
-// The same for rows that are listed, and for rows that are `step` and `to_step` apart.
+// The same for a list of row addresses, and for rows that are `step` and `to_step` apart.
 static inline void transpose(const float* const* from, i64 rows, i64 columns, float* const* to) {
     transpose_rows([=](i64 r) { return from[r]; }, rows, columns, [=](i64 c) { return to[c]; });
 }

@@ -1,10 +1,10 @@
-// Vectors, GCC's own: exponentials, and a product that vectorises over the query heads of a key head, which
-// lie side by side. It is both of attention's:
+// Vectors (GCC's vector extension): exponentials, and a product that vectorises over the query heads of a key head,
+// which lie side by side. Attention uses it for both of its products:
 //
 //     scores [key][head]  =  sum over i of     K[key][i]  q[i][head]
 //     y      [i][head]    =  sum over keys of  V[key][i]  p[key][head],
 //
-// numbers from the cache, widened where they are bfloat16, times vectors of heads.
+// numbers of the cache, widened if they are bfloat16, times vectors of heads.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -14,8 +14,8 @@
 #endif
 
 typedef int64_t i64;
-#if defined(__AVX512F__) || defined(WIDE)  // WIDE: for a test of this width on any processor
-constexpr int LANES = 16, ROWS = 24;  // of a vector; of a tile that is one vector wide
+#if defined(__AVX512F__) || defined(WIDE)  // WIDE: to test this width on any processor
+constexpr int LANES = 16, ROWS = 24;  // numbers of a vector; rows of a tile that is one vector wide
 #else
 constexpr int LANES = 8, ROWS = 12;
 #endif
@@ -29,8 +29,8 @@ static inline To load(const From* from) { To to; memcpy(&to, from, sizeof to); r
 template <class From>
 static inline void store(float* to, From from) { memcpy(to, &from, sizeof from); }
 
-// a b + c, rounded once where the processor can. Written out, because in a b + c d a compiler may round either product,
-// and not the same one each time the code is used.
+// a b + c, rounded once if the processor has the instruction. It is written out because in a b + c d a compiler may
+// round either product, and not the same one at each use.
 static inline vec fused(vec a, vec b, vec c) {
 #if defined(__FMA__) && defined(__AVX512F__) && !defined(WIDE)
     return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -44,12 +44,12 @@ static inline vec fused(vec a, vec b, vec c) {
 #endif
 }
 
-// 2^x for x <= TOP <= 126, to 1.6e-8 of itself: a polynomial on half an octave around 0, moved to its
-// exponent. Below -126 it is 2^-126.
+// 2^x for x <= TOP <= 126, with a relative error of 1.6e-8: a polynomial within half an octave of 0, times a power of
+// two. Below -126 it is 2^-126.
 template <int TOP>
 static inline vec exp2_of(vec x) {
     x = x > -126.f ? x : vec{} - 126.f;
-    ints whole = __builtin_convertvector(x - (TOP + .5f), ints) + TOP;  // towards 0, so to the nearest
+    ints whole = __builtin_convertvector(x - (TOP + .5f), ints) + TOP;  // truncates upwards, so rounds to nearest
     vec f = x - __builtin_convertvector(whole, vec);
     vec p = f * 0.0001534581242594868f + 0.0013399930903688073f;
     p = p * f + 0.009618489071726799f;
@@ -67,7 +67,7 @@ static inline vec exp_of_minus(vec x) {
     return exp2_of<126>(octaves < 126.f ? octaves : vec{} + 126.f);
 }
 
-// 0 where exp(-x) is beyond 2^126
+// 0 if exp(-x) exceeds 2^126
 static inline vec sigmoid(vec x) {
     const vec y = x * -1.442695041f < 126.f ? 1.f / (1.f + exp_of_minus(x)) : vec{};
     return x == x ? y : x;
@@ -75,7 +75,7 @@ static inline vec sigmoid(vec x) {
 
 static inline vec silu(vec x) { return x / (1.f + exp_of_minus(x)); }
 
-// The vector at `from`, of which `count` numbers are there, then zeros; and the same numbers put back.
+// Load `count` numbers and zeros as a vector; store the first `count` numbers of one.
 static inline vec load_some(const float* from, i64 count) {
     vec v = {};
     memcpy(&v, from, count * sizeof(float));
@@ -90,7 +90,7 @@ static inline void each_vector(const float* from, float* to, i64 count, F f) {
     if (count) store_some(to, f(load_some(from, count)), count);
 }
 
-// What is read after this, asked for meanwhile: `bytes` for each product of a number and its heads.
+// Data to prefetch meanwhile, because it is read next: `bytes` for each product of a number and its heads.
 struct Next { const char* from; i64 bytes; };
 
 // c [rows][width] += a b, where a[m][k] is at a + m row + k step, and b is [depth][width]: M rows, W vectors.
@@ -135,7 +135,7 @@ static inline void product(const float* a, i64 row, i64 step, i64 rows, const fl
     if (at < width) strip<1>(a, row, step, rows, b + at, width, depth, c + at, next);
 }
 
-// `count` numbers as float32: where they are, or widened into `room`.
+// Return `count` numbers as float32: in place, or widened into `room`.
 static inline const float* widened(const float* from, i64, float*) { return from; }
 static inline const float* widened(const uint16_t* from, i64 count, float* room) {
     i64 i = 0;

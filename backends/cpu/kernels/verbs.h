@@ -1,5 +1,5 @@
-// The functions that Python calls; each is explained where it is defined. Every file that defines one includes
-// this, so that the compiler compares the two.
+// The functions that Python calls, each explained at its definition. Every file that defines one includes this header,
+// so that the compiler compares declaration and definition.
 #pragma once
 #include <cstdint>
 
