@@ -3,10 +3,10 @@
     cpu_backend("bfloat16", threads=2) -> refengine.spec.ops.Backend
 
     verbs      every verb, one call each          program    the addresses of a whole model, for steps
-    steps      a decoding step in one call        state      what a layer remembers
-    weights    from the memory map, not copied    native     the library: found, or compiled on first use
+    steps      a decoding step in one call        state      states of layers
+    weights    from the memory map, not copied    native     the library: found, or compiled at first use
     interface  what Python and C++ both declare   arrays     addresses of NumPy's and PyTorch's arrays
-    memory     of results, used again
+    memory     buffers of results, for reuse
 
 Weights are float32, float16, bfloat16 or packed, as the file has them; everything else is float32.
 """
@@ -36,7 +36,7 @@ def cpu_backend(
     kv: str | None = None,
     ssm: str | None = None,
 ) -> Backend:
-    """Return a backend with weights in `dtype` at most; InputError where the loops cannot be had.
+    """Return a backend with weights in `dtype` or narrower; raise InputError if there are no compiled loops.
 
     threads  that a call may use
     steady   no logit depends on how many rows are computed beside it, nor on where a prompt is cut, if that

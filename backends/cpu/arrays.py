@@ -1,7 +1,6 @@
-"""Arrays of NumPy and of PyTorch alike, as the compiled loops see them: an address, and the kind of a number.
-Packed weights too.
+"""Addresses and kinds of arrays of NumPy and PyTorch, and of packed weights, for the compiled loops.
 
-The loops do not know which library made an array, so the program of a model and its steps serve both.
+The loops need no more than these, so the program of a model and its steps serve both libraries.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from refengine.backends.cpu.interface import filled
 from refengine.spec.arrays import PackedWeight
 from refengine.spec.quant import Packed
 
-KINDS = {"float32": 0, "float16": 1, "bfloat16": 2}  # as structures.h numbers them
+KINDS = {"float32": 0, "float16": 1, "bfloat16": 2}  # with the numbers of structures.h
 PACKED = {"FP8": 3, "MXFP8": 4, "NVFP4": 5}
 BLOCK = 16  # columns that share a scale in the first three
 BLOCKS = {
@@ -24,31 +23,31 @@ BLOCKS = {
 
 
 def address(a) -> int | None:
-    """Return where the numbers of an array or a tensor begin; None of None."""
+    """Return the address of the first number of an array or a tensor; None for None."""
     if a is None:
         return None
     return a.__array_interface__["data"][0] if isinstance(a, np.ndarray) else a.data_ptr()
 
 
 def kind_of(a) -> int | None:
-    """Return the number of an array's dtype among KINDS, or None if it has none."""
+    """Return the index of an array's dtype in KINDS, or None if it is not there."""
     return kind_of_dtype(a.dtype)
 
 
 @cache
 def kind_of_dtype(dtype) -> int | None:
-    """Return the number of a dtype of NumPy or PyTorch among KINDS, or None."""
+    """Return the index of a dtype of NumPy or PyTorch in KINDS, or None."""
     return KINDS.get(str(dtype).removeprefix("torch."))
 
 
 def in_order(a) -> bool:
-    """Return whether the numbers of an array or a tensor lie in order without gaps."""
+    """Return whether an array or a tensor is contiguous in row-major order."""
     return a.flags.c_contiguous if isinstance(a, np.ndarray) else a.is_contiguous()
 
 
 def matrix(a):
-    """Return the structure Matrix of a weight; raises TypeError for one that the loops cannot read."""
-    if not isinstance(a, np.ndarray) and isinstance(a, PackedWeight):  # the second test takes long
+    """Return the structure Matrix of a weight; raise TypeError if the loops cannot read it."""
+    if not isinstance(a, np.ndarray) and isinstance(a, PackedWeight):  # the second test is slow
         return packed_matrix(a)
     kind = kind_of(a)
     if kind is None or not in_order(a):
@@ -57,7 +56,7 @@ def matrix(a):
 
 
 def packed_matrix(a):
-    """Return the structure Matrix of a packed weight; raises TypeError for one that the loops cannot read."""
+    """Return the structure Matrix of a packed weight; raise TypeError if the loops cannot read it."""
     if isinstance(a, Packed) and a.codes.flags.c_contiguous and a.scale.flags.c_contiguous:
         if a.kind == "FP8":  # the loops read 2^-8 of a code's value
             return filled("Matrix", address(a.codes), PACKED[a.kind], None, 256 * float(a.scale))

@@ -1,6 +1,6 @@
-"""Compile the loops: for this processor, or for each level of x86-64 that a wheel carries.
+"""Compile the loops for this processor, or for each level of x86-64 that a wheel contains.
 
-The standard library alone, because setup.py runs this file before anything is installed.
+This file imports only the standard library, because setup.py runs it before anything is installed.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ LEVELS = {  # of a wheel: what the flags of the processor must have, the best fi
     "x86-64-v3": ("avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"),
     "x86-64": (),
 }
-PATIENCE = 300  # seconds that a compiler may take for a file, with a processor to itself
-LOOK = 5  # seconds after which the load of the machine is looked at again
+PATIENCE = 300  # seconds that a compiler may take for a file on an idle processor
+LOOK = 5  # seconds between looks at the machine's load
 
 
 def sources() -> list[Path]:
-    """Return the files that are compiled."""
+    """Return the source files."""
     return sorted(KERNELS.glob("*.cpp"))
 
 
 def compiled(compiler: str, flags: Iterable[str], path: Path) -> None:
-    """Write the library to `path`, in one move; SubprocessError or OSError where that fails."""
-    from concurrent.futures import ThreadPoolExecutor  # not where the library is there already
+    """Write the library to `path`, in one rename; raise SubprocessError or OSError if that fails."""
+    from concurrent.futures import ThreadPoolExecutor  # imported only to compile
 
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         objects, whole = [f"{scratch}/{source.stem}.o" for source in sources()], Path(scratch) / "whole.so"
@@ -48,9 +48,9 @@ def compiled(compiler: str, flags: Iterable[str], path: Path) -> None:
 
 
 def run(command: list[str]) -> None:
-    """Run a compiler; SubprocessError where it fails or takes too long.
+    """Run a compiler; raise SubprocessError if it fails or takes too long.
 
-    On a busy machine it may take longer, by as much as there is more work than processors.
+    The time limit grows with the number of running processes for each processor.
     """
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         left = float(PATIENCE)
@@ -68,8 +68,8 @@ def run(command: list[str]) -> None:
 
 
 def busy() -> float:
-    """Return how many processes there are to run for each processor, at least 1."""
+    """Return the number of running processes for each processor, at least 1."""
     try:
         return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-    except (AttributeError, OSError):  # a system that does not count them
+    except (AttributeError, OSError):  # a system without this count
         return 1.0

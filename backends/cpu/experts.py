@@ -1,4 +1,4 @@
-"""Experts where they lie, perhaps in a memory map, as structures for the compiled loops."""
+"""Experts in place, perhaps in a memory map, as structures for the compiled loops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Listed(NamedTuple):
     """Experts as matrices of any array library, or packed.
 
     matrices  (up, down) of each
-    up, down  E structures Matrix; None where the loops cannot read them
+    up, down  E structures Matrix; None if the loops cannot read them
     """
 
     matrices: list
@@ -22,7 +22,7 @@ class Listed(NamedTuple):
 
     @classmethod
     def of(cls, up: list, down: list) -> Listed:
-        """Return the experts of these matrices; the loops read them if all up are of a kind, and all down."""
+        """Return the experts of these matrices; readable if all up, and all down, are of one kind."""
         try:
             parts = [[matrix(m) for m in part] for part in (up, down)]
         except TypeError:
@@ -33,7 +33,7 @@ class Listed(NamedTuple):
 
     @property
     def readable(self) -> bool:
-        """Return whether the loops can read them."""
+        """Return whether the loops can read the experts."""
         return self.up is not None
 
     @property

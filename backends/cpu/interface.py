@@ -1,6 +1,6 @@
-"""Functions and structures that Python and the C++ loops share, and the check that both declare them alike.
+"""Functions and structures that Python and the C++ loops share, and a check that both declarations agree.
 
-A missing argument or field makes C++ read memory that is something else, without an error. So the library
+A missing argument or field would make C++ read unrelated memory without an error. So the library
 describes its own functions and structures (kernels/interface.cpp), and `declared` compares them with these
 tables when it is loaded.
 """
@@ -56,7 +56,7 @@ def fields(text: str) -> list[tuple[str, str]]:
 
 
 def structures(table: dict[str, str]) -> dict[str, type[ctypes.Structure]]:
-    """Return a ctypes structure for each entry; a field may be a structure that stands before."""
+    """Return a ctypes structure for each entry; a field may be an earlier structure."""
     made: dict[str, type[ctypes.Structure]] = {}
     for name, text in table.items():
         members = [(field, made.get(kind) or KINDS[kind]) for field, kind in fields(text)]
@@ -76,7 +76,7 @@ def filled(name: str, *values) -> ctypes.Structure:
 
 
 def described() -> dict[str, list[str]]:
-    """Return what interface.cpp should say: the arguments of each function, the fields of each structure."""
+    """Return the expected text of interface.cpp: arguments of functions and fields of structures."""
     said = {f"function {name}": [SHORT[kind] for kind in kinds] for name, kinds in SIGNATURES.items()}
     for name, made in STRUCTURES.items():
         items = [f"{field} {kind} at {getattr(made, field).offset}" for field, kind in fields(FIELDS[name])]
@@ -87,7 +87,7 @@ def described() -> dict[str, list[str]]:
 def declared(built: ctypes.CDLL) -> ctypes.CDLL:
     """Return the library with the argument types of its functions set.
 
-    InputError names the first function or structure that the library declares differently.
+    The first function or structure that the library declares differently raises InputError.
     """
     describe = getattr(built, "interface", None)
     if describe is None:

@@ -1,7 +1,7 @@
-"""Memory of results: what one array no longer needs is kept for the next.
+"""Reuse the memory of results: the buffer of a freed array is kept for the next one.
 
 The system clears fresh memory, a page at a time, when it is first written. For a large array that can take
-as long as the work on it.
+as long as the computation.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from threading import Lock
 
 import numpy as np
 
-LARGE = 2**14  # numbers from which an array is worth keeping
-MOST = 2**24  # numbers that are kept, at most
+LARGE = 2**14  # numbers of the smallest array that is kept
+MOST = 2**24  # most numbers that are kept
 
 
 class Kept:
-    """Memory for reuse, the latest last."""
+    """Buffers for reuse; the latest is the last."""
 
     def __init__(self, most: int = MOST):
         self.most, self.size = most, 0
@@ -24,7 +24,7 @@ class Kept:
         self.lock = Lock()
 
     def take(self, count: int) -> np.ndarray:
-        """Return memory for `count` numbers, used before or fresh; at most twice what is needed."""
+        """Return memory for `count` numbers, reused (at most twice the size) or fresh."""
         with self.lock:
             for i in reversed(range(len(self.free))):
                 if count <= self.free[i].size <= 2 * count:
@@ -33,7 +33,7 @@ class Kept:
         return np.empty(count, np.float32)
 
     def give(self, memory: np.ndarray) -> None:
-        """Keep memory that nothing uses any longer, in place of the oldest where that is too much."""
+        """Keep unused memory; drop the oldest buffers if it is too much."""
         with self.lock:
             self.free.append(memory)
             self.size += memory.size
@@ -45,7 +45,7 @@ KEPT = Kept()
 
 
 class Lent:
-    """Owns the memory of an array and its views, and gives it back when the last of them is gone."""
+    """Owns the memory of an array and its views, and returns it when the last of them is freed."""
 
     def __init__(self, memory: np.ndarray, kept: Kept):
         self.memory, self.kept = memory, kept
@@ -56,7 +56,7 @@ class Lent:
 
 
 def empty(shape: tuple[int, ...], kept: Kept = KEPT) -> np.ndarray:
-    """Return a new array of float32, whose numbers are undefined."""
+    """Return a new float32 array with undefined contents."""
     count = math.prod(shape)
     if count < LARGE:
         return np.empty(shape, np.float32)

@@ -1,13 +1,13 @@
-"""The compiled loops as a library: the one that a wheel carries, or one compiled on first use and kept.
+"""Load the compiled loops as a library: that of the wheel, or one that is compiled at first use and kept.
 
-A wheel has a library for each level of x86-64, of which the best that the processor has is loaded.
-Otherwise the loops are compiled for this processor, which takes some seconds, and are kept in the user's
-cache under a name that says of which sources, compiler and processor they are. The file ends with the
-digest of all before it, so a damaged one is seen and compiled again. One process at a time compiles into the
-cache, and the others wait; where files cannot be locked, each moves a whole file into place. Where the cache
-cannot be written, or its disk is full, the loops are compiled into a temporary directory, each time.
+A wheel has a library for each level of x86-64; the best one that the processor supports is loaded. Otherwise
+the loops are compiled for this processor, which takes some seconds, and kept in the user's cache. The file
+name is a digest of sources, compiler and processor. The file ends with the digest of its contents, so a
+damaged one is detected and compiled again. One process at a time compiles into the cache, and the others
+wait; without file locks, each process compiles and renames a whole file into place. If the cache cannot be
+written, or its disk is full, the loops are compiled into a temporary directory, each time.
 
-Without a compiler, or where the result does not run, `load()` is None.
+`load()` returns None if there is no compiler, or if the library does not run.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-BUILT = Path(__file__).parent / "built"  # where a wheel has its libraries
-LEVEL = "REFENGINE_CPU_LEVEL"  # a variable that chooses among them, or the level to compile for; for tests
-DIGEST = 64  # bytes at the end of a file
-ROOM = 2**24  # bytes that a compiler may need on a disk
+BUILT = Path(__file__).parent / "built"  # the libraries of a wheel
+LEVEL = "REFENGINE_CPU_LEVEL"  # environment variable: the level to load or to compile for; for tests
+DIGEST = 64  # bytes of the digest at the end of a file
+ROOM = 2**24  # bytes of disk that a compiler may need
 
 
 @lru_cache(maxsize=1)
 def load() -> ctypes.CDLL | None:
     """Return the compiled loops, or None.
 
-    InputError if they do not fit interface.py, or if a level was chosen that there is not.
+    Raises InputError if they do not match interface.py, or if the chosen level does not exist.
     """
     level = os.environ.get(LEVEL)
     if level and level not in build.LEVELS:
@@ -69,7 +69,7 @@ def load() -> ctypes.CDLL | None:
 
 
 def carried() -> Path | None:
-    """Return the library of a wheel for the best level that the processor has, or None."""
+    """Return the wheel's library for the best level that the processor supports, or None."""
     for level in build.LEVELS:
         path = BUILT / f"{level}.so"
         chosen = (os.environ.get(LEVEL) or level) == level
@@ -79,12 +79,12 @@ def carried() -> Path | None:
 
 
 def has(level: str) -> bool:
-    """Return whether the processor has what a level needs."""
+    """Return whether the processor supports a level."""
     return set(processor().split()).issuperset(build.LEVELS[level])
 
 
 def opened(compiler: str) -> ctypes.CDLL:
-    """Return the library from the cache, or from a temporary directory where the cache cannot be used."""
+    """Return the library from the cache, or from a temporary directory if the cache cannot be used."""
     try:
         return declared(ctypes.CDLL(str(library(compiler))))
     except OSError as error:
@@ -100,9 +100,9 @@ def cache() -> Path:
 
 
 def library(compiler: str, folder: Path | None = None) -> Path:
-    """Return the shared object for these sources, compiler and processor, compiled if it is not there whole.
+    """Return the library for these sources, compiler and processor; compile it if missing or damaged.
 
-    OSError where the folder, by default the cache, cannot be written or its disk is full.
+    Raises OSError if the folder (by default the cache) cannot be written, or if its disk is full.
     """
     folder = folder or cache()
     path = folder / f"cpu-{name(compiler)}.so"
@@ -127,13 +127,13 @@ def library(compiler: str, folder: Path | None = None) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time compile into a folder, so that ranks compile once together."""
+    """Hold a lock, so that one process at a time compiles into a folder and ranks compile once."""
     if fcntl is None:
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without locks: each compiles for itself
+        with suppress(OSError):  # a file system without locks: each process compiles
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
@@ -141,13 +141,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def flags() -> tuple[str, ...]:
-    """Return the flags for this processor, or for the level that was chosen."""
+    """Return the compiler flags for this processor, or for the chosen level."""
     level = os.environ.get(LEVEL)
     return (f"-march={level}",) if level else build.HERE
 
 
 def name(compiler: str) -> str:
-    """Return a digest of all that the library depends on."""
+    """Return a file name: a digest of everything that the library depends on."""
     found = hashlib.sha256()
     for path in sorted(build.KERNELS.glob("*.*")):
         found.update(path.name.encode() + path.read_bytes())
@@ -157,12 +157,12 @@ def name(compiler: str) -> str:
 
 
 def digest(data: bytes) -> bytes:
-    """Return the bytes with which a file of these ends."""
+    """Return the digest that follows these bytes at the end of the file."""
     return hashlib.sha256(data).hexdigest().encode()
 
 
 def whole(path: Path) -> bool:
-    """Return whether there is a library of this user, as it was written."""
+    """Return whether the file exists, belongs to this user or root, and is not damaged."""
     try:
         data = path.read_bytes()
         mine = not hasattr(os, "getuid") or path.stat().st_uid in (0, os.getuid())
@@ -173,7 +173,7 @@ def whole(path: Path) -> bool:
 
 @lru_cache(maxsize=1)
 def processor() -> str:
-    """Return what -march=native depends on: the processor's features."""
+    """Return the processor's features, on which -march=native depends."""
     try:
         with open("/proc/cpuinfo") as lines:
             return next(line for line in lines if line.startswith(("flags", "Features")))

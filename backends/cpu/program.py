@@ -1,4 +1,4 @@
-"""The structures of addresses and sizes from which kernels/mixers.cpp reads a model."""
+"""Fill the structures of addresses and sizes from which kernels/mixers.cpp reads a model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from refengine.backends.cpu.arrays import address, in_order, kind_of
 from refengine.backends.cpu.arrays import matrix as described
 from refengine.backends.cpu.interface import STRUCTURES, filled
 
-MOST = 3e38  # stands for infinity
-NONE = filled("Matrix", None, 0, None, 1.0)  # in place of a matrix
+MOST = 3e38  # used for infinity
+NONE = filled("Matrix", None, 0, None, 1.0)  # instead of a matrix
 LOG2E = math.log2(math.e)
 
 
 class Unknown(Exception):
-    """A model that the loops cannot serve."""
+    """Raised for a model that the loops cannot serve."""
 
 
 class Program(NamedTuple):
@@ -25,14 +25,14 @@ class Program(NamedTuple):
 
     kinds: str
     whole: ctypes.Structure
-    kept: tuple  # what it points to
-    recorded: list[int]  # numbers that a recorded call keeps of a position, for each layer
+    kept: tuple  # arrays that the structures point to, kept alive
+    recorded: list[int]  # numbers of a record for one position, of each layer
 
 
 def compiled(model, alone: bool = True) -> Program | None:
-    """Return the program of a model, or None if the loops cannot serve it; of a rank, without the head.
+    """Return the program of a model, or None if the loops cannot serve it; without the head for a rank.
 
-    A rank has a part of every matrix, so widths are those of the arrays.
+    A rank has a part of every matrix, so widths come from the arrays.
     """
     cfg = model.cfg
     blocks = [model.weights[f"layers.{i}"] for i in range(len(cfg.layers))]
@@ -49,7 +49,7 @@ def compiled_head(model) -> Program | None:
 
 
 def of_layers(model, kinds: str, blocks: list, last_norm, alone: bool = True) -> Program | None:
-    """Return the program of some layers, of a norm after them, and of the output layer."""
+    """Return the program of some layers, the norm after them, and the output layer."""
     cfg, top = model.cfg, model.weights[""]
     head = top["embeddings.weight" if cfg.tie_word_embeddings else "lm_head.weight"]
     try:
@@ -68,7 +68,7 @@ def of_layers(model, kinds: str, blocks: list, last_norm, alone: bool = True) ->
 
 
 def matrix(weight) -> ctypes.Structure:
-    """Return the structure of a matrix; Unknown if the loops cannot read it."""
+    """Return the structure of a matrix; raise Unknown if the loops cannot read it."""
     try:
         return described(weight)
     except (AttributeError, TypeError):
@@ -76,15 +76,17 @@ def matrix(weight) -> ctypes.Structure:
 
 
 def vector(weight) -> int | None:
-    """Return the address of a small weight, float32 in order."""
+    """Return the address of a small weight, as contiguous float32."""
     if kind_of(weight) != 0 or not in_order(weight):
         raise Unknown
     return address(weight)
 
 
 def taps(weight) -> int | None:
-    """Return the address of a convolution's weight, whose channels of one tap lie side by side: k c,
-    or c 1 k."""
+    """Return the address of a convolution's weight, with the channels of one tap contiguous.
+
+    The weight is k c or c 1 k.
+    """
     return vector(weight if weight.ndim == 2 else weight.permute(2, 1, 0))
 
 

@@ -1,9 +1,9 @@
 """The state of a layer, as NumPy arrays that the compiled loops may write in place.
 
-Keys and values of a sequence lie in pages of PAGE positions, so a cache grows without a copy, and takes
-no more memory than its positions. Sequences join and leave a batch by their lists of pages, which forks
-share. A page is appended to in place by the cache that ends where the page was last written; any other
-copies it first. The first page of a sequence is shorter, and grows by copies.
+Keys and values of a sequence lie in pages of PAGE positions, so a cache grows without a copy and takes no
+more memory than its positions. A batch is a list of pages for each sequence, so sequences join and leave
+without a copy, and forks share pages. A cache that ends where the page was last written appends in place;
+any other cache copies the page first. The first page of a sequence is shorter, and grows by copies.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PAGE = 1920  # positions
 FIRST = 64  # of the first page of a sequence; it grows by GROWTH
 GROWTH = 4
 FULL = Stored(np.dtype(np.float32))
-KINDS = {np.dtype(np.float32): 0, KV_DTYPES["bfloat16"]: 2, FP8: 8}  # as structures.h numbers them
+KINDS = {np.dtype(np.float32): 0, KV_DTYPES["bfloat16"]: 2, FP8: 8}  # with the numbers of structures.h
 
 
 def with_rows(a: np.ndarray, rows, values: np.ndarray) -> np.ndarray:
@@ -36,25 +36,25 @@ def with_rows(a: np.ndarray, rows, values: np.ndarray) -> np.ndarray:
 
 @dataclass(eq=False)
 class Row:
-    """An array of one sequence. shared: another state reads it too, so a write in place copies it first."""
+    """An array of one sequence. shared: another state reads it too, so it is copied before a write."""
 
     data: np.ndarray
     shared: bool = False
 
     def own(self) -> Row:
-        """Return this row, or a copy of one that is shared."""
+        """Return this row, or a copy if it is shared."""
         return Row(self.data.copy()) if self.shared else self
 
     def share(self) -> Row:
-        """Return this row, which is shared from now on."""
+        """Mark this row as shared and return it."""
         self.shared = True
         return self
 
 
 class Rows(Sequence):
-    """An array of each sequence of a batch, each in memory of its own; as a whole an array b ..
+    """One array for each sequence of a batch, each in separate memory; together an array b ..
 
-    What a verb returned stays in one array until its rows are asked for.
+    The result of a verb stays in one array until its rows are requested.
     """
 
     def __init__(self, whole: np.ndarray | None, rows: tuple[Row, ...] = ()):
@@ -62,9 +62,9 @@ class Rows(Sequence):
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """Return the rows, each apart."""
+        """Return the rows as separate arrays."""
         if self.whole is not None:
-            alone = len(self.whole) == 1  # else a row that stays would keep the memory of all
+            alone = len(self.whole) == 1  # otherwise one row would keep the memory of all
             self.kept = tuple(Row(a if alone else a.copy()) for a in self.whole)
             if self.kept:
                 self.whole = None
@@ -77,27 +77,27 @@ class Rows(Sequence):
 
     @cached_property
     def place(self) -> int | None:
-        """Return where the addresses are."""
+        """Return a pointer to the addresses."""
         return address(self.addresses)
 
     def own(self) -> Rows:
-        """Return the same rows in memory that may be written."""
+        """Return the same rows in writable memory: shared rows are copied."""
         if not any(row.shared for row in self.rows):
             return self
         return Rows(None, tuple(row.own() for row in self.rows))
 
     def fork(self) -> Rows:
-        """Return the same rows, which are shared from now on."""
+        """Return the same rows, now marked as shared."""
         return self.take(slice(None))
 
     def take(self, rows) -> Rows:
-        """Return some of the rows, which are shared from now on."""
+        """Return some of the rows, now marked as shared."""
         if not len(self):
             return self
         return Rows(None, tuple(self.rows[at].share() for at in np.arange(len(self))[rows]))
 
     def put(self, rows, other: Rows) -> Rows:
-        """Return rows of which these are those of `other`; all are shared from now on."""
+        """Return a copy in which these rows are those of `other`; all are now marked as shared."""
         new = list(self.fork().rows)
         for at, row in zip(np.arange(len(new))[rows], other.fork().rows, strict=True):
             new[at] = row
@@ -105,7 +105,7 @@ class Rows(Sequence):
 
     @property
     def array(self) -> np.ndarray:
-        """Return the rows as one array, a copy where there are several."""
+        """Return the rows as one array, a copy if there are several."""
         if self.whole is not None:
             return self.whole
         return self.kept[0].data[None] if len(self.kept) == 1 else np.stack([row.data for row in self.kept])
@@ -151,7 +151,7 @@ class Recurrent:
 
     tail: Rows
     S: Rows
-    key: np.ndarray | None = None  # b uint32, of its rounding
+    key: np.ndarray | None = None  # b uint32, for random rounding
     position: np.ndarray | None = None  # b, positions read
 
     def __post_init__(self):
@@ -170,12 +170,12 @@ class Recurrent:
         return cls(Rows(tail), Rows(np.zeros(shape, np.float16)), rounding_key(none, 0), none)
 
     def keyed(self, seeds, layer: int) -> Recurrent:
-        """Return this state with the keys of sequences with these seeds, in this layer."""
+        """Return this state with the rounding keys of sequences with these seeds, in this layer."""
         return self if self.key is None else replace(self, key=rounding_key(seeds, layer))
 
     def take(self, rows) -> Recurrent:
         """Return the states of these rows."""
-        rows = np.arange(len(self.S))[rows]  # a slice would give views, and share what is not shared
+        rows = np.arange(len(self.S))[rows]  # a slice would return views of arrays that must not be shared
         more = (a if a is None else a[rows] for a in self.of_float16.values())
         return Recurrent(self.tail.take(rows), self.S.take(rows), *more)
 
@@ -190,9 +190,9 @@ class Recurrent:
 
     @staticmethod
     def joined(states: list[Recurrent], chosen: list[tuple[int, int]]) -> Recurrent:
-        """Return a state whose row i is row chosen[i][1] of states[chosen[i][0]]; no row is copied.
+        """Return a state whose row i is row r of states[p], where (p, r) = chosen[i]; no row is copied.
 
-        The rows that are chosen are no longer those of the states.
+        The states lose the chosen rows.
         """
         tail, S = (
             Rows(None, tuple(getattr(states[n], name).rows[row] for n, row in chosen))
@@ -209,7 +209,7 @@ class Recurrent:
 
     @property
     def of_float16(self) -> dict[str, np.ndarray | None]:
-        """Return the arrays that a state in float16 has beside the others, by name."""
+        """Return the arrays that only a state in float16 has, by name."""
         return {"key": self.key, "position": self.position}
 
     def read(self) -> np.ndarray | Recurrent:
@@ -221,11 +221,11 @@ class Recurrent:
         return Recurrent(tail, S, self.key, None if self.position is None else self.position + count)
 
     def advanced(self, count=1) -> Recurrent:
-        """Return the state after `count` more positions have been read, in place."""
+        """Return the state after `count` more positions, which were read in place."""
         return self if self.position is None else replace(self, position=self.position + count)
 
     def fork(self) -> Recurrent:
-        """Return a second state of this point, in the same arrays."""
+        """Return another state with the same contents, in the same arrays."""
         return replace(self, tail=self.tail.fork(), S=self.S.fork())
 
     def tentative(self) -> Recurrent:
@@ -233,7 +233,7 @@ class Recurrent:
         return self
 
     def own(self) -> Recurrent:
-        """Return the same state in arrays that may be written."""
+        """Return the same state in writable arrays."""
         tail, S = self.tail.own(), self.S.own()
         return self if tail is self.tail and S is self.S else replace(self, tail=tail, S=S)
 
@@ -247,11 +247,11 @@ class Page:
 
     @property
     def room(self) -> int:
-        """Return the number of positions that it has memory for."""
+        """Return the number of positions that fit into the page."""
         return self.data.shape[2]
 
     def copied(self, used: int, room: int) -> Page:
-        """Return a page with room for so many positions, and the first `used` of this one."""
+        """Return a page with `room` positions, and a copy of the first `used` positions of this one."""
         _, kv, _, e = self.data.shape
         data = np.empty((2, kv, room, e), self.data.dtype)
         data[:, :, :used] = self.data[:, :, :used]
@@ -262,8 +262,8 @@ class Page:
 class Cache:
     """Keys and values of each row: `length[b]` positions in its pages.
 
-    lasting: whether positions that are appended count as written. A cache for which they do not serves a call
-    whose positions are overwritten by the next append.
+    lasting: whether appended positions count as written. If not, the next append overwrites them; a tentative
+    call uses such a cache.
     """
 
     stored: Stored
@@ -299,7 +299,7 @@ class Cache:
 
     @cached_property
     def structure(self):
-        """Return the structure Cache for the loops; it stays as long as the pages do."""
+        """Return the structure Cache for the loops; it is valid as long as the pages."""
         count = max(1, *map(len, self.pages)) if self.pages else 1
         table = np.zeros((len(self.pages), count, 3), np.int64)  # structures Page
         for row, pages in zip(table, self.pages, strict=True):
@@ -322,7 +322,7 @@ class Cache:
     def append(self, k: np.ndarray, v: np.ndarray, lengths=None) -> Cache:
         """Return the cache with k and v, b l kv e, appended; lengths[b] of the positions are real.
 
-        The others are written too, since the queries beside them read them.
+        The others are written too, since queries of the same call read them.
         """
         more = k.shape[1]
         cache = self.reserve(more)
@@ -338,10 +338,10 @@ class Cache:
         return cache.advanced(more if lengths is None else np.asarray(lengths))
 
     def reserve(self, more: int) -> Cache:
-        """Return the same cache, with room for so many more positions of each row that no other has."""
+        """Return the same cache, with room for `more` positions of each row that no other row shares."""
         rows, taken, changed = list(self.pages), set[int](), False
         for row, (pages, length) in enumerate(zip(self.pages, self.length.tolist(), strict=True)):
-            used = length - (len(pages) - 1) * PAGE  # of the last page
+            used = length - (len(pages) - 1) * PAGE  # in the last page
             if (
                 not pages
                 or self.stale(pages[-1], used)
@@ -354,14 +354,14 @@ class Cache:
         return replace(self, pages=tuple(rows)) if changed else self
 
     def stale(self, page: Page, used: int) -> bool:
-        """Return whether a page holds other positions after the first `used` than this cache may overwrite.
+        """Return whether the page holds positions after the first `used` that this cache must not overwrite.
 
-        Positions that do not count as written are in use by one cache at a time, so a page may hold less.
+        Positions that do not count as written belong to one cache at a time, so a page may also hold fewer.
         """
         return page.written > used or (self.lasting and page.written < used)
 
     def with_room(self, pages: tuple[Page, ...], length: int, more: int, taken: set[int]) -> tuple[Page, ...]:
-        """Return the pages of a row with room for `more`; a last page that another wrote to is copied."""
+        """Return the pages of a row with room for `more`; copy a last page that another cache wrote to."""
         pages = pages[: -(-length // PAGE)]
         used = length - (len(pages) - 1) * PAGE
         if pages and used < PAGE:
@@ -375,7 +375,7 @@ class Cache:
         return pages
 
     def room(self, index: int, needed: int) -> int:
-        """Return the positions of a new page, the index-th of its row."""
+        """Return the number of positions of a new page, number `index` of its row."""
         if index:
             return PAGE
         room = FIRST
@@ -412,12 +412,12 @@ class Cache:
 
     @staticmethod
     def joined(states: list[Cache], chosen: list[tuple[int, int]]) -> Cache:
-        """Return a cache whose row i is row chosen[i][1] of states[chosen[i][0]]."""
+        """Return a cache whose row i is row r of states[p], where (p, r) = chosen[i]."""
         pages = tuple(states[n].pages[row] for n, row in chosen)
         return replace(states[0], pages=pages, length=np.array([states[n].length[row] for n, row in chosen]))
 
     def fork(self) -> Cache:
-        """Return a second state of this point; they share pages until both go on."""
+        """Return another cache with the same contents; both share pages until each has appended."""
         return replace(self)
 
     def tentative(self) -> Cache:

@@ -1,12 +1,10 @@
-"""A whole decoding step in compiled loops: one call instead of a hundred.
+"""Run a whole decoding step in compiled loops: one call instead of a hundred.
 
-A step of a small model is a hundred verbs and some three hundred arrays,
-which Python takes milliseconds to make,
-the more so as all the weights that have just been read have driven it out of the processor's caches. Here the
-addresses of a model's weights are collected once (program.py), and those of what its layers remember in every
-step. It serves up to FEW rows, and computes in float32 even where activations are bfloat16 elsewhere, for a
-step waits for the weights; what a layer remembers stays in its dtype. Anything else takes the step through
-the verbs.
+A step of a small model is a hundred verbs and some three hundred arrays, which take Python milliseconds, and
+more because reading the weights has evicted Python from the processor's caches. Here the addresses of a
+model's weights are collected once (program.py), and those of its states in every step. Up to FEW rows are
+served. The computation is in float32 even where activations are otherwise bfloat16, because memory limits a
+step; states keep their dtype. Other calls take the step through the verbs.
 """
 
 from __future__ import annotations
@@ -24,8 +22,8 @@ from refengine.backends.cpu.program import Program, compiled, compiled_head
 from refengine.backends.cpu.state import Rows
 
 REDUCE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)
-FEW = 32  # rows that a step serves
-MANY = 512  # positions of a call that verifies
+FEW = 32  # most rows of a step
+MANY = 512  # most positions of a call that verifies drafts
 
 
 def same(a):
@@ -39,11 +37,11 @@ class Steps:
     run        the structure Run of the calls
     few        rows up to which the loops serve
     alone      whether no other rank has a part of the model
-    host       from the backend's activations to NumPy arrays, in the same memory if they are float32
-    here       the other way round
+    host       from activations of the backend to NumPy arrays, in the same memory if they are float32
+    here       from NumPy arrays to activations of the backend
     writable   (kind of layer, state) -> the state in arrays that may be written, with room for a position
-    written    (kind of layer, the state before, that after) -> the state that is returned
-    taken      None, or 128 doubles to which seconds are added, by the letter of a layer's kind; 0: the head's
+    written    (kind of layer, state before, state after) -> the state that is returned
+    taken      None, or 128 doubles to which seconds are added, indexed by the letter of a layer; 0: the head
     """
 
     def __init__(
@@ -84,8 +82,8 @@ class Steps:
     def verify(self, model, rows: list[list[int]], states: list):
         """Return logits [l v] and hidden states [l d] of each row of tokens, and the record of the call.
 
-        record(states, counts) returns the states after the first counts[b] tokens; until then they stay as
-        they were. None where the loops do not serve the model, or so many tokens.
+        record(states, counts) returns the states after the first counts[b] tokens; until then they do not
+        change. Returns None if the loops do not serve the model, or so many tokens.
         """
         program, count = self.program(model), np.array(list(map(len, rows)), np.int64)
         if program is None or not 0 < count.sum() <= MANY:
@@ -121,8 +119,8 @@ class Steps:
     def predict(self, model, v, lengths, states: list, logits: bool = True):
         """Return o [b 1 d] and logits [b v] at the last position of each row of the head, and next states.
 
-        v: what the head's layers read [rows d], lengths[b] positions of each row side by side. None where the
-        loops do not serve the head, or so many positions.
+        v: the input of the head's layers [rows d], lengths[b] positions of each row one after another.
+        Returns None if the loops do not serve the head, or so many positions.
         """
         program, count = self.program(model, head=True), np.asarray(lengths, np.int64)
         if program is None or not 0 < len(v) <= MANY:
@@ -139,7 +137,7 @@ class Steps:
         return o, out, after
 
     def program(self, model, head: bool = False) -> Program | None:
-        """Return the program of the model, or of its prediction head, or None; those of a model are kept."""
+        """Return the program of the model or of its prediction head, or None; the latest are kept."""
         if self.latest is not model.weights:
             self.latest, self.programs = model.weights, {}
         if head not in self.programs:
@@ -148,14 +146,14 @@ class Steps:
 
 
 class Call:
-    """The structures of one call: the model, its sequences, and what their layers remember.
+    """The structures of one call: the model, its sequences and their states.
 
     count: positions of each sequence.
     """
 
     def __init__(self, program: Program, states: list, count: np.ndarray):
         self.program, self.states, length = program, (STRUCTURES["State"] * len(states))(), None
-        self.kept: list = [states]  # what is pointed to
+        self.kept: list = [states]  # arrays that the structures point to, kept alive
         for place, kind, state in zip(self.states, program.kinds, states, strict=True):
             if kind == "M":
                 place.tail, place.S = self.addresses(state.tail), self.addresses(state.S)
@@ -167,7 +165,7 @@ class Call:
         self.kept += count, length
 
     def addresses(self, a) -> int | None:
-        """Return where the addresses of the rows of an array or a tensor are."""
+        """Return a pointer to the addresses of the rows of an array or a tensor."""
         if isinstance(a, Rows):
             return a.place
         self.kept.append(address(a) + np.arange(len(a), dtype=np.int64) * (a.nbytes // max(1, len(a))))
@@ -180,7 +178,7 @@ class Call:
 
 
 class Record:
-    """Holds what a call of several positions read that changes states, layer by layer."""
+    """Holds, for each layer, the inputs of a call of several positions that change its state."""
 
     def __init__(self, steps: Steps, program: Program, count: np.ndarray):
         self.steps, self.program, self.count = steps, program, count
@@ -202,7 +200,7 @@ class Record:
 
 
 class Reduce:
-    """The sum over ranks after each layer, called from the loops; what it raises is raised after them."""
+    """The sum over ranks after each layer, called from the loops; its exception is raised after they end."""
 
     def __init__(self, all_reduce, delta: np.ndarray, here, host):
         self.all_reduce, self.delta, self.here, self.host = all_reduce, delta, here, host
@@ -218,14 +216,14 @@ class Reduce:
         return self.failed is not None
 
     def checked(self, model, out: np.ndarray) -> np.ndarray:
-        """Return the logits on the host by the head of the model, or raise what was raised in the loops."""
+        """Return the logits of the model's head on the host, or raise the exception of a callback."""
         if self.failed:
             raise self.failed
         return model.backend.fetch(model.head(self.here(out)))
 
 
 def own(kind: str, state, more: int = 1):
-    """Return a state in arrays that may be written, with room for so many positions."""
+    """Return a state in writable arrays, with room for this many positions."""
     if kind == "M":
         return state.own()
     return state.reserve(more) if kind == "*" else state

@@ -1,7 +1,7 @@
-"""The vocabulary of refengine.spec.ops over NumPy arrays, each verb one call of the compiled loops.
+"""The operations of refengine.spec.ops on NumPy arrays, each one call of the compiled loops.
 
-Activations are float32. A verb accepts any array of the right shape; what does not lie as the loops read it
-is copied first. Every result is a new array.
+Activations are float32. A verb accepts any array of the right shape, and copies one whose layout the loops
+cannot read. Every result is a new array.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ from refengine.spec.ops import Ops
 
 
 def in_order(a) -> np.ndarray:
-    """Return an array's numbers as float32, in order."""
+    """Return an array as contiguous float32."""
     return np.ascontiguousarray(a, np.float32)
 
 
 def rows_of(a, inner: int) -> tuple[np.ndarray, int]:
-    """Return b l .. as b l `inner`, float32, each position's numbers side by side; and the step between
-    positions.
+    """Return b l .. as b l `inner`, float32, contiguous within a position, and the step between positions.
 
-    A part of a wider array, such as B of x|B|C, stays where it is.
+    A part of a wider array, such as B of x|B|C, is not copied.
     """
     a = np.asarray(a, np.float32)
     b, l = a.shape[:2]
@@ -46,7 +45,7 @@ def rows_of(a, inner: int) -> tuple[np.ndarray, int]:
 
 
 class Verbs:
-    """The verbs. built: the compiled loops; threads: that a call may use; steady: see cpu_backend."""
+    """The verbs. built: the compiled loops; threads: most threads of a call; steady: see cpu_backend."""
 
     def __init__(self, built: ctypes.CDLL, threads: int, steady: bool = False):
         self.built = built
@@ -116,7 +115,7 @@ class Verbs:
     def gated_rms_norm(self, y, z, weight, eps: float, groups: int, mean=None):
         """Return y silu(z), normalised over each group of channels, times weight: b l c.
 
-        Where this is only a part of a group, `mean` turns the mean of squares here into the group's.
+        If this rank has only a part of a group, `mean` turns the local mean of squares into the group's.
         """
         if mean is not None:
             return norm.gated_rms_norm(in_order(y), in_order(z), weight, eps, groups, mean)
@@ -198,5 +197,5 @@ class Verbs:
 
 
 def whole(lengths) -> np.ndarray | None:
-    """Return lengths [b] as the loops read them."""
+    """Return lengths [b] as contiguous int64."""
     return None if lengths is None else np.ascontiguousarray(lengths, np.int64)

@@ -1,4 +1,4 @@
-"""Weights: from the memory map to the loops without a copy, wherever the file has a form that they read."""
+"""Pass weights from the memory map to the loops, without a copy if the loops can read the file's form."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ NARROW = {"bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"]}
 def place(group, values: list[Weight], *, dtype: str):
     """Return a matrix, a tuple (q, k, v), or the experts as a Listed.
 
-    Matrices stay in the form of the file, packed or not: a product is in float32 whatever that is, so a wider
-    copy of a weight would have the same numbers. Only `dtype` bfloat16 and float16 round a matrix that the
-    file has wider. Small tensors are float32; a convolution's weight c 1 k is kept as k c.
+    Matrices stay in the form of the file, packed or not: every product is in float32, so a wider copy of a
+    weight would have the same numbers. Only a `dtype` of bfloat16 or float16 rounds a matrix that is wider in
+    the file. Small tensors are float32; a convolution's weight c 1 k is kept as k c.
     """
     if group.rows[0].precision == "small":
         small = [np.ascontiguousarray(widen(value, np.dtype(np.float32))) for value in values]
@@ -35,7 +35,7 @@ def place(group, values: list[Weight], *, dtype: str):
 
 
 def matrix(value: Weight, dtype: str) -> Weight:
-    """Return a matrix that the loops read: in the file's form, or narrower where `dtype` is."""
+    """Return a matrix that the loops can read: in the file's form, or narrower if `dtype` is."""
     if isinstance(value, Packed):
         if value.kind == "FP8":
             return replace(value, codes=np.ascontiguousarray(value.codes))
@@ -44,11 +44,11 @@ def matrix(value: Weight, dtype: str) -> Weight:
             codes, scale = np.ascontiguousarray(value.codes), np.ascontiguousarray(value.scale)
             return replace(value, codes=codes, scale=scale)
     elif not isinstance(value, np.ndarray):
-        from refengine.spec.blocks import Blocks  # only a GGUF file has them
+        from refengine.spec.blocks import Blocks  # only GGUF files have them
 
         if isinstance(value, Blocks) and value.kind in BLOCKS:
             return replace(value, data=np.ascontiguousarray(value.data))
-    if not isinstance(value, np.ndarray):  # a kind without a loop, or a cut within a block
+    if not isinstance(value, np.ndarray):  # a kind without a loop, or a cut inside a block
         value = value.dequantize(NARROW.get(dtype, np.dtype(np.float32)))
     if dtype in NARROW and value.dtype != NARROW[dtype]:
         value = value.astype(NARROW[dtype])

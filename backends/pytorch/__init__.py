@@ -7,14 +7,13 @@ Where each verb is:
     products   embed, linear, linear_pair, mlp, logits       scan       ssd_scan
     layers     rms_norm, gated_rms_norm, causal_conv         attention  attention, and its cache
     experts    route, experts                                weights    place, array, fetch
-    loops      on a CPU with float32 activations all of them, by the compiled loops of backends/cpu
-    steps      a whole step of decoding in these
+    loops      all verbs by the compiled loops of backends/cpu, on a CPU with float32 activations
+    steps      a whole decoding step in these loops
 
-Weights stay in `dtype`: where the file has it already they are used from the memory map, without a copy.
-Packed weights stay packed (packed.py). What
-an activation is made of depends on what the machine multiplies fast (`products.activations`): a processor
-without bfloat16 matrix units takes the weights as bfloat16 and computes in float32, which is faster there,
-and nearer.
+Weights stay in `dtype`; if the file has that dtype, they are read from the memory map without a copy. Packed
+weights stay packed (packed.py). The dtype of activations is one that the machine multiplies fast
+(`products.activations`): on a processor without bfloat16 matrix units, weights are bfloat16 and the
+computation is in float32, which is faster there and more accurate.
 """
 
 from __future__ import annotations
@@ -55,11 +54,11 @@ def torch_backend(
 ) -> Backend:
     """Return a backend with weights in `dtype` on `device`: cpu, cuda, cuda:N, auto (cuda if there is one).
 
-    threads        of the processor that products may use, in this process; None: as PyTorch is set
+    threads        most CPU threads of a product, in this process; None: PyTorch's setting
     deterministic  the same bits on every run (on CUDA: no atomic additions, no timing-dependent algorithms)
     resident       False: weights stay in the file's dtype, and a piece at a time is widened when it is used
-    compute        dtype of the activations; None: what the machine is fast in
-    compiled       use the loops of backends/cpu on a CPU, where they can be had
+    compute        dtype of the activations; None: the fastest of the machine
+    compiled       use the loops of backends/cpu on a CPU, if there are any
     kv             dtype of keys and values in the cache: float32, bfloat16, fp8; None: the activations'
     ssm            dtype of S: float32, or float16, which is rounded at random; None: float32
     """
@@ -118,7 +117,7 @@ def new_state(kind: str, cfg, batch: int, *, dtype, device, kv, half: bool) -> R
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device called `name`; InputError if there is none."""
+    """Return the device called `name`; raise InputError if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")

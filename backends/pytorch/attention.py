@@ -1,10 +1,10 @@
 """Attention and its cache.
 
-Keys and values lie as b kv t e with room to grow, so that a head's are contiguous and appending copies
-nothing but the new ones. They are in the dtype of the activations or another; FP8 as bytes of E4M3, which
-hold them divided by a scale. Key heads are never repeated in memory: for one position the query heads that
-share a key head become rows of one product (on a CPU in the compiled loops, where there are any); for more
-the library's fused attention knows the groups.
+Keys and values lie as b kv t e with room to grow, so that those of a head are contiguous and an append copies
+only the new ones. Their dtype is that of the activations or another; FP8 is stored as bytes of E4M3, divided
+by a scale. Key heads are never repeated in memory. For one position, the query heads that share a key head
+become rows of one product (on a CPU in the compiled loops, if there are any); for more positions, PyTorch's
+fused attention takes the groups.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def roomy(room: int) -> int:
 
 
 class Tip:
-    """The last owner of a buffer. Only the state that owns it may append in place."""
+    """The owner of a buffer's end. Only the state that owns it may append in place."""
 
     def __init__(self):
         self.owner = self
@@ -35,8 +35,8 @@ class Tip:
 class Cache:
     """The first `length[b]` positions of a buffer that forks share.
 
-    `most` is a bound on every length that the host knows without asking the device; `even` says that all
-    lengths are equal to it, so that nothing needs a mask.
+    `most` is an upper bound of the lengths that the host knows without a read from the device. `even`: all
+    lengths equal `most`, so no mask is needed.
     """
 
     k: torch.Tensor  # b kv t e, room for more positions than are used
@@ -44,8 +44,8 @@ class Cache:
     length: torch.Tensor  # b
     most: int = 0
     even: bool = True
-    tip: Tip = field(default_factory=Tip)  # of the buffer, the same in all forks
-    mark: object = None  # what tip.owner is while this state stands at the tip
+    tip: Tip = field(default_factory=Tip)  # the buffer's owner, the same object in all forks
+    mark: object = None  # equals tip.owner while this state owns the buffer's end
     scales: tuple[float, float] = (1.0, 1.0)  # of k and v in FP8, whose dtype here is uint8
 
     @classmethod
@@ -59,13 +59,13 @@ class Cache:
 
     @property
     def structure(self):
-        """Return the structure Cache of the loops of the CPU backend: a page a row."""
+        """Return the structure Cache for the loops of the CPU backend, with one page for each row."""
         b, kv, room, e = self.k.shape
         size = kv * room * e * self.k.element_size()
         table = np.array(
             [(self.k.data_ptr() + i * size, self.v.data_ptr() + i * size, room * e) for i in range(b)]
         )
-        kind = {torch.bfloat16: 2, torch.uint8: 8}.get(self.k.dtype, 0)  # as structures.h numbers them
+        kind = {torch.bfloat16: 2, torch.uint8: 8}.get(self.k.dtype, 0)  # with the numbers of structures.h
         made = filled("Cache", table.ctypes.data, 1, max(1, room), kind, *self.scales)
         made.table = table  # kept alive
         return made
@@ -75,15 +75,15 @@ class Cache:
         return replace(self, scales=(k_scale, v_scale)) if self.k.dtype == torch.uint8 else self
 
     def narrow(self, x, scale: float):
-        """Return x as it is stored, rounded to nearest even; in FP8 at most 448 scale in magnitude."""
+        """Return x in the stored dtype, rounded to nearest even; in FP8 at most 448 scale in magnitude."""
         if self.k.dtype != torch.uint8:
             return x.to(self.k.dtype)
-        if x.dtype == torch.uint8:  # it is stored already
+        if x.dtype == torch.uint8:  # already in the stored dtype
             return x
         return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
 
     def upto(self, t: int, dtype) -> tuple:
-        """Return keys and values of the first t positions, b kv t e, as they are read."""
+        """Return keys and values of the first t positions, b kv t e, in the dtype of the computation."""
         k, v = self.k[:, :, :t], self.v[:, :, :t]
         if self.k.dtype != torch.uint8:
             return k.to(dtype), v.to(dtype)
@@ -107,13 +107,13 @@ class Cache:
         if lengths is None:
             return replace(cache, length=self.length + added, most=self.most + added, mark=mark)
         length = self.length + lengths
-        if length.is_cuda:  # its values stay there; the bound is all that is known here
+        if length.is_cuda:  # lengths stay on the device; only the bound is known here
             return replace(cache, length=length, most=self.most + added, even=False, mark=mark)
         most = int(length.max())
         return replace(cache, length=length, most=most, even=bool((length == most).all()), mark=mark)
 
     def reserve(self, added: int) -> Cache:
-        """Return the same cache, with room for more, in a buffer at whose tip it stands."""
+        """Return the same cache with room for more, in a buffer whose end it owns."""
         free = self.most + added <= self.k.shape[2] and self.tip.owner is self.mark
         return self if free else self.copied(self.most + added)
 
@@ -123,9 +123,9 @@ class Cache:
         return replace(self, length=self.length + 1, most=self.most + 1, mark=mark)
 
     def copied(self, room: int) -> Cache:
-        """Return a copy with `room`, and some more so that few appends copy.
+        """Return a copy with `room` and some more, so that few appends copy.
 
-        Zeros, because positions that a shorter row has not reached are read, and weighed with 0."""
+        Unused positions are zero, because those beyond a shorter row are read and multiplied by 0."""
         b, kv, _, e = self.k.shape
         k, v = (self.k.new_zeros(b, kv, roomy(room), e) for _ in "kv")
         k[:, :, : self.most], v[:, :, : self.most] = self.k[:, :, : self.most], self.v[:, :, : self.most]
@@ -146,7 +146,7 @@ class Cache:
         return Cache(k, v, length, most, even, scales=self.scales)
 
     def fork(self) -> Cache:
-        """Return a second state of this point; they share the buffer until both go on."""
+        """Return another cache with the same contents; both share the buffer until both have appended."""
         return replace(self)
 
     def tentative(self) -> Cache:
@@ -175,6 +175,6 @@ def attention(q, k, v, cache: Cache, lengths=None):
 
 
 def visible(before: Cache, l: int, t: int):
-    """Return b 1 l t bool: which positions each one sees, those up to its own."""
+    """Return the causal mask b 1 l t, bool."""
     position = before.length[:, None] + torch.arange(l, device=before.length.device)  # b l
     return (torch.arange(t, device=position.device) <= position[..., None])[:, None]

@@ -1,9 +1,9 @@
-"""Experts: tokens are sorted by the expert they were sent to, and each expert that was hit is read once.
+"""Experts: tokens are sorted by expert, and each chosen expert is read once.
 
-On a CPU that is a loop over the experts that were hit, here or in the loops of the CPU backend. On CUDA
-nothing may wait for the host, so all of them are one grouped product over the stacked matrices, with the
-borders of the groups computed on the device. Packed experts take the loop on CUDA too: the host waits for the
-numbers of those that were hit, and one at a time is dequantized.
+On a CPU this is a loop over the chosen experts, here or in the loops of the CPU backend. On CUDA nothing may
+wait for the host, so all experts are one grouped product over the stacked matrices, and the borders of the
+groups are computed on the device. Packed experts take the loop on CUDA too: the host waits for the numbers of
+the chosen experts, and dequantizes one at a time.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def route(h, gate, bias, cfg) -> Routing:
 
 
 def largest(c, k: int):
-    """Return the indices of the k largest, best first; equal ones in order (topk promises no order)."""
+    """Return the indices of the k largest, best first, equal ones in order (topk does not guarantee it)."""
     return torch.sort(c, dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 def only_best_groups(c, groups: int, keep: int):
-    """Return c, -inf outside the `keep` best groups; a group scores the sum of its two best experts."""
+    """Return c, -inf outside the `keep` best groups; the score of a group is the sum of its two best."""
     by_group = c.unflatten(-1, (groups, -1))
     best = largest(by_group.topk(2, dim=-1).values.sum(-1), keep)
     kept = torch.zeros(by_group.shape[:-1], dtype=torch.bool, device=c.device).scatter_(-1, best, True)
@@ -52,7 +52,7 @@ class Stacked(NamedTuple):
 
 
 class Apart(NamedTuple):
-    """Experts as matrices, some of them packed."""
+    """Experts as separate matrices, possibly packed."""
 
     matrices: list  # (up, down) of each
 
@@ -60,7 +60,7 @@ class Apart(NamedTuple):
 class Experts:
     """(u [b l x], placed experts, routing) -> sum over the chosen of  weight relu(u up')^2 down'
 
-    `experts` are numbers `first` .. of those that the routing chose among; the others contribute nothing.
+    `experts` has the routed experts from number `first` on; experts of other ranks contribute nothing.
     """
 
     def __init__(self, products: Products):
@@ -77,7 +77,7 @@ class Experts:
         return y.to(u.dtype).view(u.shape)
 
     def listed(self, tokens, experts: Listed | Apart, expert, weight, k):
-        """Return the weighted sum [tokens x] float32, by a loop over the experts that were hit."""
+        """Return the weighted sum [tokens x] float32, by a loop over the chosen experts."""
         matrices, count = experts.matrices, len(experts.matrices)
         order = expert.argsort(stable=True)
         token, weight, start = order // k, weight[order], 0
@@ -92,15 +92,15 @@ class Experts:
 
 
 def here(expert, first: int, count: int):
-    """Return numbers within the experts first .. first + count - 1, and `count` for any other."""
+    """Return expert numbers relative to `first`; `count` for those outside first .. first + count - 1."""
     local = expert - first
     return local.masked_fill_((local < 0) | (local >= count), count)
 
 
 def grouped(tokens, matrices: Stacked, expert, weight, k):
-    """Return the weighted sum by grouped products: sums in a fixed order, nothing asked of the device.
+    """Return the weighted sum by grouped products: sums in a fixed order, without waiting for the device.
 
-    Choices of an expert that is not here come last and belong to no group: their rows hold anything.
+    Choices of an expert of another rank come last and belong to no group: their rows are undefined.
     """
     order = expert.argsort(stable=True)
     ends = torch.searchsorted(expert[order], torch.arange(len(matrices.up), device=tokens.device), right=True)
@@ -125,5 +125,5 @@ def product(rows, stacked, ends):
 
 
 def aligned(stacked) -> bool:
-    """Return whether rows of both sides begin on 16 bytes, as the grouped kernel needs."""
+    """Return whether the rows of both operands are aligned to 16 bytes, as the grouped kernel requires."""
     return all(size * stacked.element_size() % 16 == 0 for size in stacked.shape[1:])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 def rms_norm(x, delta, weight, eps: float):
     """Return norm(x + delta) weight, and x + delta: both in float32, beside bfloat16 activations too.
 
-    Products round what they multiply (`Products.linear`). The residual stream and the router's input are not
+    Products round their inputs (`Products.linear`). The residual stream and the router's input are not
     rounded: that would be the larger part of the error, and would change which experts are chosen.
     """
     x = x.float() if delta is None else x.float() + delta
@@ -19,7 +19,8 @@ def rms_norm(x, delta, weight, eps: float):
 def gated_rms_norm(y, z, weight, eps: float, groups: int, mean=None):
     """Return y silu(z), normalised over each group of channels, times weight: b l c.
 
-    Where this is only a part of a group, `mean` turns the mean of squares here, b l g 1, into the group's.
+    If this rank has only a part of a group, `mean` turns the local mean of squares, b l g 1, into the
+    group's.
     """
     u = F.silu(z.float()).mul_(y)
     u = u.view(*u.shape[:-1], groups, -1)
@@ -39,7 +40,7 @@ def causal_conv(x, weight, bias, tail, lengths=None):
     for j in range(1, remembered + 1):
         y.addcmul_(w[:, j], window[:, j : j + length])
     if lengths is None:
-        tail = window[:, length:].clone()  # a copy, so that the window can go
+        tail = window[:, length:].clone()  # a copy, so that the window can be freed
     else:
         at = lengths[:, None] + torch.arange(remembered, device=x.device)
         tail = window.gather(1, at[..., None].expand(-1, -1, x.shape[2]))

@@ -1,6 +1,6 @@
-"""The verbs on a CPU by the compiled loops of the CPU backend, on tensors.
+"""Run the verbs on a CPU in the compiled loops of the CPU backend, on tensors.
 
-Tensors and NumPy arrays share their memory, so nothing is copied on the way there and back.
+Tensors and NumPy arrays share their memory, so nothing is copied in either direction.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHARED = (
 
 
 def array(a):
-    """Return a tensor, or the tensors of a tuple or a Routing, as NumPy arrays; anything else as it is."""
+    """Return a tensor, or the tensors of a tuple or a Routing, as NumPy arrays; other values unchanged."""
     if isinstance(a, torch.Tensor):
         a = a.detach()
         if a.dtype == torch.bfloat16:
@@ -48,7 +48,7 @@ def tensor(a):
 
 
 def with_loops(ops: Ops, verbs: Verbs) -> Ops:
-    """Return the vocabulary by the compiled loops; what they do not know stays as it is in `ops`."""
+    """Return the operations in the compiled loops; those that the loops lack are taken from `ops`."""
 
     def shared(name: str):
         verb = getattr(verbs, name)
@@ -65,12 +65,12 @@ def with_loops(ops: Ops, verbs: Verbs) -> Ops:
         return tensor(verbs.experts(array(u), listed, array(routing), first))
 
     def gated_rms_norm(y, z, weight, eps, groups, mean=None):
-        if mean is not None:  # of several ranks, whose means are tensors
+        if mean is not None:  # `mean` of several ranks takes tensors
             return ops.gated_rms_norm(y, z, weight, eps, groups, mean=mean)
         return tensor(verbs.gated_rms_norm(array(y), array(z), array(weight), eps, groups))
 
     def causal_conv(x, weight, bias, tail, lengths=None):
-        taps = np.ascontiguousarray(array(weight)[:, 0].T)  # k c, as `place` keeps them
+        taps = np.ascontiguousarray(array(weight)[:, 0].T)  # k c, as `place` stores them
         return tensor(verbs.causal_conv(array(x), taps, array(bias), array(tail), array(lengths)))
 
     def attention(q, k, v, cache, lengths=None):

@@ -1,12 +1,12 @@
-"""Packed weights beside tensors: they stay as in the files, and pieces are dequantized when they are used.
+"""Packed weights beside tensors: they keep the form of the files, and pieces are dequantized when used.
 
     weight[first:last].dequantize(torch.bfloat16)
 
-Where the loops of the CPU backend multiply by weights they read packed ones themselves (weights.py).
-Elsewhere on a CPU the weight of the host is kept, of any kind, perhaps in a memory map (`OnHost`). On another
-device its codes and scales are tensors (`OnDevice`), and its numbers those of `Packed.dequantize` in
-refengine/spec/quant.py, bit by bit: computed in float32, in the same order, then rounded to the dtype that is
-asked for. No value is read on the host. `OnDevice` is tested on a CPU; it has not been run on CUDA.
+If the loops of the CPU backend multiply by weights, they read packed ones directly (weights.py). Otherwise,
+on a CPU, a weight of any kind stays in host memory, perhaps in a memory map (`OnHost`). On another device its
+codes and scales are tensors (`OnDevice`), and its values equal those of `Packed.dequantize` in
+refengine/spec/quant.py bit by bit: computed in float32, in the same order, then rounded to the requested
+dtype. No value is read on the host. `OnDevice` is tested on a CPU; it has not been run on CUDA.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TINY = 0x00400000  # bits of 2^-127, a subnormal number
 
 @dataclass(frozen=True, eq=False)
 class OnHost:
-    """A packed weight [o i] of the host; rows of it are packed weights too."""
+    """A packed weight [o i] in host memory; rows of it are packed weights too."""
 
     weight: PackedWeight
 
@@ -53,7 +53,7 @@ class OnDevice:
     kind     "NVFP4", "FP8" or "MXFP8"
     codes    uint8 [o i/2] (NVFP4), else [o i]
     scale    uint8 [o i/block]; None for FP8
-    scale_2  of the whole matrix; 1 for MXFP8
+    scale_2  scale of the whole matrix; 1 for MXFP8
     """
 
     kind: str

@@ -1,9 +1,9 @@
-"""Matrix products: an activation meets a weight, which may be in a narrower dtype.
+"""Matrix products of activations and weights, which may be in a narrower dtype.
 
-A product of equal dtypes is the library's. Where activations are wider than the weight, a piece of the
-weight that stays in cache is widened, multiplied, and forgotten, so no activation is rounded. Of a packed
-weight a piece is dequantized in the same way. On a CPU with float32 activations the loops of the CPU backend
-do this instead (loops.py), where they can be had.
+A product of equal dtypes is PyTorch's. If activations are wider than the weight, one piece of the weight at a
+time is widened, multiplied and dropped, and stays in cache meanwhile; so no activation is rounded. A packed
+weight is dequantized in pieces in the same way. On a CPU with float32 activations the loops of the CPU
+backend do this instead (loops.py), if there are any.
 
 docs/torch.md has the measurements behind `activations`.
 """
@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from refengine.backends.pytorch.packed import PACKED
 
 PIECE = 1 << 20  # values of a weight that are widened at a time: 4 MB
-LARGE_PIECE = 1 << 25  # of a packed one on another device than a CPU, where a small product costs a launch
+LARGE_PIECE = 1 << 25  # of a packed weight on a device, where each small product costs a launch
 
 
 def activations(weights: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype of activations for weights of this dtype: their own where the device has units for it.
+    """Return the dtype of activations for weights of this dtype: the same if the device has units for it.
 
-    Not float16: the squares of relu^2 pass its largest number, 65504.
+    Never float16, because the squares of relu^2 exceed its largest number, 65504.
     """
     if weights != torch.bfloat16:
         return torch.float32
@@ -40,13 +40,13 @@ def has_bfloat16_units() -> bool:
 
 
 def relu2(x):
-    """Return max(x, 0)^2; overwrites x."""
+    """Return max(x, 0)^2, computed in place."""
     x = torch.relu_(x)
     return x.mul_(x)
 
 
 class Products:
-    """The verbs that multiply by weights. dtype: of activations."""
+    """The verbs that multiply by weights. dtype: that of activations."""
 
     def __init__(self, dtype: torch.dtype):
         self.dtype, self.scratch = dtype, threading.local()
@@ -70,7 +70,7 @@ class Products:
         return self.widened(x.reshape(rows, -1), weight).view(*x.shape[:-1], -1)
 
     def few(self, x, weight):
-        """Return a product of few rows, in the order of operands that is faster for them."""
+        """Return a product of few rows, with the faster order of operands."""
         return (weight @ x.reshape(-1, x.shape[-1]).t()).t().reshape(*x.shape[:-1], -1)
 
     def widened(self, x, weight):
@@ -93,7 +93,7 @@ class Products:
         return y
 
     def buffer(self, like, row: int):
-        """Return room for a piece, each thread's own, kept: fresh pages cost more than the product."""
+        """Return this thread's buffer for a piece, reused: fresh pages cost more than the product."""
         kept: dict[tuple, torch.Tensor] = vars(self.scratch).setdefault("kept", {})
         key, size = (like.device, like.dtype), max(PIECE, row)
         if key not in kept or kept[key].numel() < size:
@@ -109,5 +109,5 @@ class Products:
         return self.linear(relu2(self.linear(h, up)), down)
 
     def logits(self, h, lm_head):
-        """Return a number for each token, [.. v] float32."""
+        """Return logits [.. v], float32."""
         return self.linear(h, lm_head).float()

@@ -1,9 +1,9 @@
-"""The state-space scan: one position by the recurrence, many by chunks of matrix products.
+"""The state-space scan: the recurrence for one position, chunks of matrix products for more.
 
-Letters and equations are those of spec/scan.py. A call of one position is the recurrence; any longer one goes
-through `chunks`, which computes all that does not need the state for all chunks at once, and then walks over
-the chunks with it. The state S and everything that decays it are float32; sums of dt A are float64, because
-what counts is the difference of two long ones.
+Letters and equations are those of spec/scan.py. A call of one position computes the recurrence. A longer call
+uses `chunks`: everything that does not need the state is computed for all chunks at once, then a loop passes
+the state over the chunks. S and its decays are float32. Sums of dt A are float64, because differences of two
+long sums are used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SPAN = 32  # positions at a time on a CPU, at most: work within a chunk grows wi
 
 
 def ssd_scan(x, dt, A_log, B, C, D, dt_bias, S, lengths=None, dt_limit=(0.0, math.inf), chunk: int = 128):
-    """Returns (y b l h p, the state after the last real position of each row)."""
+    """Return y b l h p, and the state after the last real position of each row."""
     dt = F.softplus(dt.float() + dt_bias)  # b l h
     if tuple(dt_limit) != (0.0, math.inf):
         dt = dt.clamp(*dt_limit)
@@ -36,7 +36,7 @@ def one_position(x, dt, A, B, C, D, S, chunk):
     g, n = B.shape[2:]
     r = h // g * p  # rows of S that share B and C
     x, dt = x[:, 0], dt[:, 0]  # b h p   b h
-    S = S * torch.exp(dt * A)[..., None, None]  # b h p n, a new array: the old state stays good for its forks
+    S = S * torch.exp(dt * A)[..., None, None]  # b h p n, a new array: forks may use the old one
     rows = S.view(b * g, r, n)
     rows.baddbmm_((dt[..., None] * x).reshape(b * g, r, 1), B.reshape(b * g, 1, n))
     y = torch.bmm(rows, C.reshape(b * g, n, 1)).view(b, h, p)
@@ -44,7 +44,7 @@ def one_position(x, dt, A, B, C, D, S, chunk):
 
 
 def chunks(x, dt, A, B, C, D, S, chunk):
-    """Return y and S by chunks; the rest is padded with positions that do nothing (dt = 0)."""
+    """Return y and S by chunks; the last chunk is padded with positions of dt = 0, which change nothing."""
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
     r, q = h // g, min(chunk, l) if x.is_cuda else min(chunk, l, SPAN)
     pad = -l % q

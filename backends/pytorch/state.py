@@ -25,9 +25,8 @@ def with_rows(a, rows, values):
 class Recurrent:
     """The state of a Mamba layer: tail b t c in the dtype of the activations, S b h p n in float32.
 
-    Or S in float16, with the keys of its rounding and the positions read.
-
-    `forked` is shared with every fork: once it holds anything, a write in place copies first.
+    S may be float16, with rounding keys and the positions read. `forked` is shared with every fork: once it
+    is not empty, the arrays are copied before a write.
     """
 
     tail: torch.Tensor
@@ -47,7 +46,7 @@ class Recurrent:
         return cls(tail, S.half(), none, none).keyed([0] * batch, 0)
 
     def keyed(self, seeds, layer: int) -> Recurrent:
-        """Return this state with the keys of sequences with these seeds, in this layer."""
+        """Return this state with the rounding keys of sequences with these seeds, in this layer."""
         if self.key is None:
             return self
         key = torch.from_numpy(rounding_key(seeds, layer).astype(np.int64))
@@ -80,7 +79,7 @@ class Recurrent:
         return Recurrent(tail, to_half(S, self.key, position), self.key, position)
 
     def fork(self) -> Recurrent:
-        """Return a second state of this point, in the same arrays."""
+        """Return another state with the same contents, in the same arrays."""
         self.forked.append(True)
         return replace(self)
 
@@ -89,7 +88,7 @@ class Recurrent:
         return self
 
     def own(self) -> Recurrent:
-        """Return the same state in arrays that may be written."""
+        """Return the same state in writable arrays."""
         return replace(self, tail=self.tail.clone(), S=self.S.clone(), forked=[]) if self.forked else self
 
 
@@ -97,7 +96,7 @@ WORD = 2**32 - 1
 
 
 def mix(x):
-    """Return whole numbers below 2^32 mixed, as refengine.spec.numerics does; int64: uint32 has no sums."""
+    """Return integers below 2^32 mixed as in refengine.spec.numerics, in int64: uint32 has no sums."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & WORD
     x = (x ^ (x >> 15)) * 0x846CA68B & WORD
     return x ^ (x >> 16)

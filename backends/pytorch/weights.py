@@ -1,4 +1,4 @@
-"""Weights and arrays: from the host's memory map to tensors, without a copy wherever that can be."""
+"""Pass weights and arrays from the host's memory map to tensors, without a copy if possible."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ BF16 = DTYPES["BF16"]
 
 
 def tensor(a: np.ndarray) -> torch.Tensor:
-    """Return the same memory as a tensor. (A bfloat16 goes over as a 16-bit integer, which both know.)"""
+    """Return the same memory as a tensor (bfloat16 is passed as 16-bit integers, which both have)."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not writable.*")  # weights are only read
+        warnings.filterwarnings("ignore", message=".*not writable.*")  # weights are never written
         if a.dtype == BF16:
             return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(a)
@@ -29,8 +29,8 @@ def tensor(a: np.ndarray) -> torch.Tensor:
 def place(group, values, *, dtype, device, resident: bool, loops: bool = False):
     """Return a matrix; a tuple (q, k, v) or the matrix of all three; the experts, listed or stacked.
 
-    Packed weights stay packed, and lie as the compiled loops read them if `loops` (of backends/cpu) multiply
-    by weights; if not, q, k and v, or the experts of a layer, lie apart.
+    Packed weights stay packed. If `loops` (of backends/cpu) multiply by weights, they are in the form of the
+    compiled loops; otherwise q, k and v, and the experts of a layer, are separate.
     """
     small = group.rows[0].precision == "small"
     if small:
@@ -57,7 +57,7 @@ def place(group, values, *, dtype, device, resident: bool, loops: bool = False):
 
 
 def on_device(value: Weight, device, dtype) -> torch.Tensor | OnHost | OnDevice:
-    """Return a weight of the host on a device: packed as it is, else in `dtype` (None: in its own)."""
+    """Return a host weight on a device: packed unchanged, others in `dtype` (None: their own)."""
     if not isinstance(value, np.ndarray):
         if device.type == "cpu":
             return OnHost(value)
@@ -68,7 +68,7 @@ def on_device(value: Weight, device, dtype) -> torch.Tensor | OnHost | OnDevice:
 
 
 def packed_on(weight: Packed, device) -> OnDevice:
-    """Return a packed weight of the host as tensors on a device."""
+    """Return a packed host weight as tensors on a device."""
     codes, scale = (tensor(np.ascontiguousarray(a)).to(device) for a in (weight.codes, weight.scale))
     if weight.kind == "FP8":
         return OnDevice("FP8", codes, None, float(weight.scale))
@@ -76,7 +76,7 @@ def packed_on(weight: Packed, device) -> OnDevice:
 
 
 def by_tap(weight):
-    """Return c 1 k with the channels of one tap side by side in memory, as the convolution reads them."""
+    """Return c 1 k with the channels of one tap contiguous in memory, as the convolution reads them."""
     return weight.permute(2, 1, 0).contiguous().permute(2, 1, 0)
 
 
