@@ -164,19 +164,19 @@ class Drawing:
             self.generator.random()
 
 
-def draw_each(drawings: Sequence[Drawing], logits: np.ndarray) -> list[Draw | InputError]:
-    """Return what each sequence draws from its row of logits [b v], or the error of drawing.
+def draw_greedily(drawings: Sequence[Drawing], logits: np.ndarray) -> list[Draw] | None:
+    """Return what sequences draw from their rows of logits [b v], chosen for all at once; None if one cannot.
 
-    Greedy choices are made for all rows at once: a choice of its own takes longer than a small model's step.
+    A choice of its own for each takes longer than its share of a small model's step.
     """
-    if len(drawings) > 1 and all(drawing.greedy for drawing in drawings):
-        best = logits.argmax(axis=-1)  # a NaN counts as largest
-        if np.isfinite(logits[np.arange(len(best)), best]).all():
-            tokens = best.tolist()
-            for drawing, token in zip(drawings, tokens, strict=True):
-                drawing.ids.append(token)
-            return list(map(Draw, tokens))
-    return [drawing.attempt(row) for drawing, row in zip(drawings, logits, strict=True)]
+    if len(drawings) < 2 or not all(drawing.greedy for drawing in drawings):
+        return None
+    best = logits.argmax(axis=-1)  # a NaN counts as largest
+    if not np.isfinite(logits[np.arange(len(best)), best]).all():
+        return None
+    for drawing, token in zip(drawings, tokens := best.tolist(), strict=True):
+        drawing.ids.append(token)
+    return list(map(Draw, tokens))
 
 
 @dataclass

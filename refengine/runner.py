@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from refengine.generation import Draw, Drawing, draw_each
+from refengine.generation import Draw, Drawing, draw_greedily
 from refengine.machine import available_memory, peak_memory
 from refengine.progress import progress
 from refengine.spec import mtp, state
@@ -456,12 +456,12 @@ class LocalRunner:
             slots, rows, fresh, any(wanted) or width == 1, width, self.drafts(slots, prompts)
         )
         self.drafter.follow(slots, rows, self.seat(slots, fresh), self.latest, prompts)
-        drawn: list[Draw | InputError | None] = [None] * len(slots)
-        at = [i for i, want in enumerate(wanted) if want]
-        rows_of = logits if len(at) == len(slots) else logits[at]
-        for i, draw in zip(at, draw_each([self.drawings[slots[i]] for i in at], rows_of), strict=True):
-            drawn[i] = draw
-        return drawn
+        if all(wanted) and (draws := draw_greedily([self.drawings[slot] for slot in slots], logits)):
+            return list(draws)
+        return [
+            self.drawn(slot, logits[i]) if want else None
+            for i, (slot, want) in enumerate(zip(slots, wanted, strict=True))
+        ]
 
     def drafts(self, slots: list[int], prompts: bool) -> bool:
         """Return whether hidden states of a call are needed: of prompts, if one may have drafts."""

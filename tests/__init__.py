@@ -1,1 +1,4 @@
-"""The laws, the witness and the planted faults. Start at cases.py, then test_laws.py, then test_teeth.py."""
+"""Tests of the laws, comparisons with transformers, and planted faults.
+
+Start at support/cases.py, then book/test_laws.py.
+"""

@@ -1,4 +1,4 @@
-"""Shared by all tests: the tiers, how hard Hypothesis tries, and the backends under test.
+"""Shared by all tests: the tiers, the number of examples of Hypothesis, and the backends under test.
 
     pytest -m "not slow"    quick: aims at 3 minutes on two quiet cores
     pytest                  default: aims at 10 minutes
@@ -6,7 +6,7 @@
     pytest --hunt 10        ten times the examples, new ones in each run; all other runs draw the same ones
 
 `tests/support/tries.py` chooses the number of examples by the tier.
-A backend joins the laws and the recorded vectors by one line in `tests/support/benches.py`.
+A line in `tests/support/benches.py` runs the laws and the recorded vectors on another backend.
 """
 
 import os
@@ -38,7 +38,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Choose the profile before the tests are imported: they read the number of examples from it."""
+    """Choose the profile before the tests are imported, because they read the number of examples from it."""
     if times := config.getoption("--hunt"):
         settings.register_profile("hunt", max_examples=times * EXAMPLES, print_blob=True, **COMMON)
         settings.load_profile("hunt")
@@ -78,7 +78,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def backend(request):
-    """One backend in one precision: all of refengine.spec.ops.Backend, and `dtype`."""
+    """Return a backend in one precision: all of refengine.spec.ops.Backend, and `dtype`."""
     from tests.support.benches import BENCHES
 
     return BENCHES[request.param]()

@@ -1,4 +1,4 @@
-"""Attention without positions: softmax over all that was said, wherever it stood."""
+"""Attention without position encoding: a softmax over all earlier tokens, independent of their positions."""
 
 import numpy as np
 from hypothesis import given

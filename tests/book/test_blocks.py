@@ -1,4 +1,4 @@
-"""The blocks of GGUF files mean what the package gguf says; slices of them are slices of their matrix."""
+"""Blocks of GGUF files have the values of the package gguf; slices of them are slices of their matrix."""
 
 from __future__ import annotations
 

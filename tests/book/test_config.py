@@ -1,4 +1,4 @@
-"""Every spelling of a config.json is one configuration; every key of a release has a stated meaning."""
+"""All spellings of a config.json give one configuration; every key of a release has a stated meaning."""
 
 import json
 import math
@@ -82,7 +82,7 @@ def test_a_head_that_is_applied_repeatedly_is_one_head():
 
 
 def test_a_wrapper_gives_its_text_model_and_what_holds_for_all():
-    """The newer key goes before the older; what the text model does not say is taken from the wrapper."""
+    """The newer key takes precedence; keys missing in the text model come from the wrapper."""
     inner = {key: value for key, value in NANO.items() if key not in ("model_type", "eos_token_id")}
     outer = {"model_type": "nemotron_h_omni", "llm_config": inner, "eos_token_id": [2, 11], "vocab_size": 5}
     notes: list[str] = []
@@ -119,7 +119,7 @@ def test_the_keys_that_transformers_writes_leave_no_note():
 
 @pytest.mark.parametrize("key", keys.REFUSED)
 def test_a_key_that_would_change_results_is_accepted_where_it_does_not(key):
-    """Neutral values, null, and keys of a prediction head where there is none."""
+    """Neutral values, null, and keys of a prediction head without a head are accepted."""
     full = key.replace("*", "size")
     notes: list[str] = []
     for value in (None, *keys.REFUSED[key]):

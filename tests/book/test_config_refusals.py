@@ -1,7 +1,7 @@
 """Impossible values are refused before any array is made, in one sentence that names the key.
 
-Here the import hook of the shape checks would refuse a wrong type first, which it does not do for a user; so
-the refusals are read in a process without it.
+In the test process the shape checks would refuse a wrong type first, which does not happen for a user. So the
+refusals are produced in a process without them.
 """
 
 import json
@@ -56,7 +56,7 @@ def the_reader_ends_with_us():
 
 @pytest.mark.parametrize("key", NANO_NEEDS)
 def test_a_missing_key_is_named(key):
-    """Never a default: the class defaults of other programs belong to no released model."""
+    """No default is assumed: the class defaults of other programs belong to no released model."""
     assert key in refused({k: v for k, v in NANO.items() if k != key})
     if key != "num_key_value_heads":  # where null has a meaning
         assert key in refused(NANO | {key: None})
@@ -88,7 +88,7 @@ def test_no_layers_at_all_are_named():
 
 @pytest.mark.parametrize("key", FIXED)
 def test_another_model_in_the_same_clothes_is_refused(key):
-    """A gated activation, a bias, a sliding window: the same file format, but not this family."""
+    """A gated activation, a bias, a sliding window: the same format, but not this family."""
     other = {bool: not FIXED[key], int: 2, str: "gelu"}.get(type(FIXED[key]), 4096)
     assert key in refused(NANO | {key: other})
 

@@ -1,4 +1,4 @@
-"""A configuration that is written is read back, whatever its constants, from JSON that any program reads."""
+"""A written configuration is read back with all its constants, from JSON that any program can parse."""
 
 import json
 from dataclasses import replace

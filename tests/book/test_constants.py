@@ -1,8 +1,8 @@
 """Every constant of the configuration is obeyed, at values that no release has, by a literal reading of it.
 
-`Literal` is the whole model and its prediction head once more, for one sequence, in float64; it shares no
-line with the book. So a constant that is fixed at the released value anywhere goes red, and a test shows that
-each constant makes a difference far beyond rounding.
+`Literal` is an independent implementation of the whole model and its prediction head, for one sequence in
+float64; it shares no code with the book. So a constant that is fixed at the released value in any place fails
+a test. Another test shows that each constant makes a difference far beyond rounding.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ NO_CONSTANTS = {"layers", "mtp_layers", "bos_token_id", "eos_token_id", "pad_tok
 
 
 class Literal:
-    """The model of a configuration, read off the equations for one sequence of ids.
+    """The model of a configuration, written from the equations for one sequence of ids.
 
-    margin: by how much the closest choice of the router was won; stretch: how much the smallest group of a
-    gated norm was enlarged, and the rounding before it with it.
+    margin: the distance of the closest choice of the router. stretch: the largest factor by which a gated norm
+    enlarged a group, and so the rounding before it.
     """
 
     def __init__(self, cfg: Config, read):
@@ -56,7 +56,7 @@ class Literal:
         return h @ last.T, self.head(h[:-1], table[ids[1:]]) @ last.T
 
     def head(self, h, following):
-        """Return what the prediction head makes of h [l d] and the embeddings of the next tokens."""
+        """Return the output of the prediction head for h [l d] and the embeddings of the next tokens."""
         if not self.cfg.mtp_layers:
             return h[:0]
         first, end = "mtp.layers.0", f"mtp.layers.{len(self.cfg.mtp_layers) - 1}"
@@ -67,12 +67,12 @@ class Literal:
         return self.norm(v, f"{end}.final_layernorm")
 
     def norm(self, x, name: str):
-        """Return each row of x over its root mean square, times a weight."""
+        """Return each row of x divided by its root mean square, times a weight."""
         square = (x**2).mean(axis=-1, keepdims=True)
         return x / np.sqrt(square + self.cfg.layer_norm_epsilon) * self.read(f"{name}.weight")
 
     def mixer(self, kind: str, name: str, x):
-        """Return what one layer adds to the stream x [l d]."""
+        """Return the output of one layer for the stream x [l d]."""
         h = self.norm(x, f"{name}.norm")
         reading = {"M": self.mamba, "*": self.attention, "E": self.experts, "-": self.mlp}[kind]
         return reading(f"{name}.mixer.", h)
@@ -146,7 +146,7 @@ class Literal:
         return self.best(open_to, self.cfg.num_experts_per_tok)
 
     def best(self, value: dict, count: int) -> list[int]:
-        """Return the keys of the largest values, the first of equal ones, and note how clear that was."""
+        """Return the keys of the largest values, the first of equal ones, and record the margin."""
         order = sorted(value, key=lambda key: -value[key])
         if count < len(order):
             self.margin = min(self.margin, value[order[count - 1]] - value[order[count]])
@@ -158,7 +158,7 @@ LAYERS = st.sampled_from(("M", "E", "*M", "ME", "M*E-"))
 
 @st.composite
 def odd(draw) -> tuple[Case, dict]:
-    """A case of few tokens, and a value for each constant of its configuration but the tied embedding."""
+    """Draw a case of few tokens, and a value for each constant except the tied embedding."""
     case = draw(cases(LAYERS, max_length=9, mtp_layers="*E", tied=draw(st.booleans())))
     names = ("layer_norm_epsilon", "time_step_limit", "routed_scaling_factor", "norm_topk_prob", "topk_group")
     chosen = {name: draw(st.sampled_from(CONSTANTS[name])) for name in names}
@@ -181,7 +181,7 @@ def answers(backend, case: Case, cfg: Config, pieces: list[slice]) -> tuple[np.n
 
 
 def check(backend, case: Case, cfg: Config, pieces: list[slice]) -> None:
-    """Check both against the literal reading of each row, unless rounding decides which expert is chosen."""
+    """Check both against the literal reading of each row, unless rounding decides a choice of experts."""
     trunk, head = answers(backend, case, cfg, pieces)
     size = terms(cfg, case.length)
     for row in range(case.batch):

@@ -1,4 +1,4 @@
-"""The experts: two matrices each, relu^2 between them; in the latent width where there is one."""
+"""The experts: two matrices each with relu^2 between them, in the latent width if there is one."""
 
 from refengine.conformance.checks import experts as operations_experts
 from refengine.conformance.checks import layers

@@ -1,7 +1,7 @@
-"""Forks of a batch that go on by turns, each row by its own number of tokens: none of them sees another's.
+"""Forks of a batch continue in turns, each row by its own number of tokens, without affecting each other.
 
-A fork shares a buffer with the others until it writes; whether it may write in place depends on every row and
-on every turn, not on the first or the last. Rows may read nothing in a turn.
+A fork shares a buffer with the others until it writes. Whether it may write in place depends on every row and
+on every turn, not only on the first or the last. Rows may read nothing in a turn.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ SECOND_ROW_ONLY = [(0, [0, 1, 0]), (1, [0, 1, 1]), (0, [1, 1, 0]), (1, [1, 0, 1]
 
 
 class Futures:
-    """Three futures of a batch that has read a little, and what each row of each of them has read."""
+    """Three forks of a batch that has read a little, and the tokens that each row of each fork has read."""
 
     def __init__(self, backend, case: Case, start: list[int]):
         self.backend, self.case, self.rng = backend, case, case.rng(17)
@@ -29,7 +29,7 @@ class Futures:
         self.futures = [(states if i == 0 else state.fork(states), list(known)) for i in range(3)]
 
     def read(self, states, known, n):
-        """Feed n[row] tokens to each row; return logits, states and what has been read."""
+        """Feed n[row] tokens to each row; return logits, states and the tokens read."""
         give, width = self.backend.array, max(1, *n)
         ids = self.rng.integers(0, self.case.cfg.vocab_size, (len(n), width))
         h, states = self.model.blocks(self.model.embed(give(ids)), states, give(np.array(n)))
@@ -37,7 +37,7 @@ class Futures:
         return self.backend.fetch(self.model.head(h)), states, known
 
     def turn(self, which: int, n: list[int]) -> None:
-        """Let one future go on, and check what its rows are told."""
+        """Continue one fork, and check the logits of its rows."""
         states, known = self.futures[which]
         logits, states, known = self.read(states, known, n)
         self.futures[which] = states, known

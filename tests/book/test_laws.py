@@ -1,4 +1,4 @@
-"""Laws of the whole model: no answer depends on how a sequence was cut, or on who shared its batch."""
+"""Laws of the whole model: results depend neither on the cut of a sequence nor on the rest of its batch."""
 
 from refengine.conformance.checks import laws, models
 from tests.support.checks import test_of

@@ -1,4 +1,4 @@
-"""The prediction head. Its witness is the fact sheet read literally: transformers leaves the head out."""
+"""The prediction head agrees with a literal reading of the fact sheet; transformers has no head."""
 
 import numpy as np
 

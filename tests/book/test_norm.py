@@ -12,6 +12,6 @@ test_the_gate_comes_before_the_norm_of_each_group = test_of(
 
 
 def test_a_vector_of_zeros_stays_zeros(backend):
-    """eps is under the root: nothing is divided by nothing."""
+    """eps is under the root, so 0 is not divided by 0."""
     operations.a_vector_of_zeros_stays_zeros(backend)
     operations.a_gated_vector_of_zeros_stays_zeros(backend)

@@ -57,7 +57,7 @@ def test_activations_do_not_overflow(dtype):
 
 
 def test_softplus_keeps_its_small_values():
-    """dt of 1e-30 is not 0 (trap 1: nothing holds it up from below)."""
+    """A dt of 1e-30 is not rounded to 0, and there is no lower limit (trap 1)."""
     x = np.array([-69.0], np.float32)
     assert np.isclose(softplus(x)[0], np.exp(-69.0), rtol=float(np.finfo(np.float32).eps) * 69, atol=0)
 
@@ -69,7 +69,7 @@ def test_a_tolerance_grows_with_the_root_of_the_terms():
 
 @given(case=cases(max_length=8), disk=st.sampled_from(("BF16", "F16", "F32")), tied=st.booleans())
 def test_weights_that_stay_in_the_file_dtype_mean_the_same(case, disk, tied):
-    """Widened once or at every use; tied embeddings are their own head."""
+    """Widened once or at every use; tied embeddings serve as the output layer."""
     case = replace(case, disk=disk, tied=tied)
     for dtype in (np.float32, np.float64):
         for resident in (True, False):
@@ -81,7 +81,7 @@ def test_weights_that_stay_in_the_file_dtype_mean_the_same(case, disk, tied):
 
 
 def test_a_mapped_matrix_is_the_file_array_itself():
-    """Not widened until it is used: a model larger than memory runs."""
+    """It is not widened until it is used, so a model larger than memory runs."""
     in_proj = next(g for g in groups(table(Case(layers="M").cfg)) if g.name == "in_proj.weight")
     matrix = np.zeros((3, 2), DTYPES["BF16"])
     assert numpy_backend(np.float32, resident=False).place(in_proj, [matrix]) is matrix

@@ -1,4 +1,4 @@
-"""Inputs of packed weights are packed as in W4A4, W4A8 and W8A8, where a weight has a scale for it."""
+"""Inputs of packed weights are packed as in W4A4, W4A8 and W8A8 if a weight has a scale for them."""
 
 from dataclasses import replace
 
@@ -34,13 +34,13 @@ def e4m3(value):
 
 
 def e2m1(value):
-    """Return the nearest of the values, of two as near that with the even code."""
+    """Return the nearest value; of two equally near values, the one with the even code."""
     distances = [(abs(abs(float(value)) - each), code % 2, code) for code, each in enumerate(E2M1)]
     return np.copysign(F32(E2M1[min(distances)[2]]), value)
 
 
 def literally(form, x, scale):
-    """Return a vector as it is after packing, number by number in Python."""
+    """Return a vector after packing, computed number by number in Python."""
     out = np.empty_like(x)
     if form != "W4A4":
         for i, value in enumerate(x):
@@ -87,7 +87,7 @@ def test_every_verb_multiplies_packed_inputs(form, seed):
 @each
 @given(seed=SEED, first=st.sampled_from((0, 2)))
 def test_each_chosen_expert_packs_its_inputs(form, seed, first):
-    """One token at a time; what lies between is exact, so that no code depends on an order of sums."""
+    """One token at a time; the intermediate sums are exact, so that codes do not depend on their order."""
     rng, ops = np.random.default_rng(seed), with_packed_inputs(REFERENCE)
     u = rng.integers(-2, 3, (2, 3, 32)).astype(F32)
     ones = [replace(FORMATS[form]((rng.integers(-1, 2, shape) * 6).astype(F32)), input_scale=F32(scale))
@@ -114,7 +114,7 @@ def test_weights_without_a_scale_of_inputs_and_plain_ones_take_inputs_as_they_ar
 
 @pytest.mark.parametrize("form", ["W4A4", "W4A8"])
 def test_a_slice_of_a_weight_packs_its_inputs_as_the_whole_does(form):
-    """Also where a cut between two ranks makes the blocks of the weight smaller."""
+    """Also if a cut between two ranks makes the blocks of the weight smaller."""
     x = np.random.default_rng(0).standard_normal((2, 96)).astype(F32)
     w = weight(form, 0, 8, 96)
     whole = rounded_inputs(x, w)
@@ -130,7 +130,7 @@ def test_a_slice_of_a_weight_packs_its_inputs_as_the_whole_does(form):
 
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory):
-    """A copy of the embedded model, partly in NVFP4 and partly in FP8, with scales of inputs."""
+    """Return a copy of the embedded model, partly in NVFP4 and partly in FP8, with scales of inputs."""
     out = tmp_path_factory.mktemp("copy") / "out"
     quantize("tiny", out, recipe_of("super"), texts=["Once upon a time, there was a small fox."])
     return out

@@ -1,4 +1,4 @@
-"""Packed weights compute what the matrices compute that they stand for, on every backend."""
+"""Packed weights give the results of their dequantized matrices, on every backend."""
 
 from dataclasses import replace
 from functools import partial
@@ -29,13 +29,13 @@ test_packed_experts_are_a_weighted_sum = test_of(packed.packed_experts_are_a_wei
 
 @pytest.mark.parametrize("name", [name for name in BENCHES if name in ("cpu-bfloat16", "torch-float32")])
 def test_other_backends_compute_what_the_matrices_compute(name):
-    """In few cases; the CUDA backend gets matrices in bfloat16, as tests of them do."""
+    """A few cases; the CUDA backend gets matrices in bfloat16, as in its tests."""
     (row,) = report(BENCHES[name](), ["packed"], Plan(examples=6))
     assert row.verdict == "pass", row.why
 
 
 def swapped_halves(weight):
-    """The odd column from the low half of a byte."""
+    """Read the odd column from the low half of a byte."""
     if weight.kind != "NVFP4":
         return weight
     return replace(weight, codes=weight.codes << 4 | weight.codes >> 4)
@@ -54,13 +54,13 @@ def divided(weight):
 
 
 def codes_at_zero(weight):
-    """Zeros are taken for codes, which the format allows to be anything."""
+    """Read the codes of a matrix of zeros as values; the format allows any codes there."""
     return replace(weight, scale_2=np.float32(1e-3)) if weight.scale_2 == 0 else weight
 
 
 @pytest.mark.parametrize("wrong", [swapped_halves, forgotten, one_block_later, divided, codes_at_zero])
 def test_a_wrong_reading_of_packed_weights_is_a_wrong_row(wrong):
-    """As a backend that misreads them when it places them; a plain product is right."""
+    """The backend misreads weights when it places them; a plain product is right."""
 
     def place(right, group, values):
         return right(group, [v if isinstance(v, np.ndarray) else wrong(v) for v in values])

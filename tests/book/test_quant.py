@@ -1,4 +1,4 @@
-"""Packed weights: what every code and scale means, how values are rounded, and how a matrix is cut."""
+"""Packed weights: the value of every code and scale, the rounding of values, and the cuts of a matrix."""
 
 import ml_dtypes
 import numpy as np
@@ -87,7 +87,7 @@ def test_to_e2m1_is_the_nearest_of_all():
 
 @pytest.mark.parametrize("layout", ["NVFP4", "FP8", "MXFP8"])
 def test_packing_is_exact_once_packed(layout):
-    """A packed matrix is packed again without loss, unless the largest scale of all is rounded."""
+    """A packed matrix is packed again without loss, unless the largest of all scales is rounded."""
     pack = LAYOUTS[layout]
     once = pack(matrix(dtype=np.float32)).dequantize()
     assert np.abs(pack(once).dequantize() - once).max() <= 2e-7 * np.abs(once).max()

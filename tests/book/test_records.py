@@ -1,4 +1,4 @@
-"""Recorded calls: several positions are read, and any number of them is kept, without a copy of S."""
+"""A recorded call reads several positions, and any number of them can be committed without a copy of S."""
 
 import numpy as np
 from hypothesis import given
@@ -23,7 +23,7 @@ test_the_prediction_head_keeps_a_part_of_a_recorded_call_too = test_of(
 
 @given(case=cases("M*", max_length=9), k=st.integers(2, 4))
 def test_keeping_a_part_of_a_record_copies_no_cache(backend, case, k):
-    """A recorded call and what is kept of it are written where there is room, as single steps are."""
+    """A recorded call and its commit write into free room in place, as single steps do."""
     call = Recorded(backend, case, 1, k)
     states = call.model.commit(call.states, call.records, call.counts(k))
     for _ in range(3):
@@ -35,7 +35,7 @@ def test_keeping_a_part_of_a_record_copies_no_cache(backend, case, k):
 
 
 def place(array):
-    """Return the address of an array of any backend; of a cache in pages, all of theirs."""
+    """Return the address of an array of any backend, or those of all pages of a cache."""
     if hasattr(array, "cache"):
         return [page.data.ctypes.data for row in array.cache.pages for page in row]
     for name in ("pointer", "data_ptr", "ctypes"):

@@ -1,4 +1,4 @@
-"""The router: which experts read a token, and how much each counts."""
+"""The router chooses the experts of each token, and their weights."""
 
 import numpy as np
 
@@ -22,7 +22,7 @@ test_experts_that_all_score_nothing_weigh_nothing = test_of(
 
 
 def test_a_tie_is_seen_and_set_apart():
-    """Two experts with one gate: a token that selects only one of them could have had the other."""
+    """Two experts have the same gate: a token that selects one of them could have selected the other."""
     case = Case(layers="E", length=40, batch=1)
     h, gate = case.normal(0, 1, 40, case.hidden_size), case.exact("gate.weight")
     gate[3] = gate[4]

@@ -1,4 +1,4 @@
-"""Sampling: what each filter keeps, and that tokens come as often as the probabilities say."""
+"""Each sampling filter keeps the right tokens, and tokens are drawn as often as their probabilities state."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ penalties = st.sampled_from((1.0, 1.3, 0.7))
 
 @st.composite
 def logits(draw, ties=True):
-    """Some numbers, perhaps with many ties, and some tokens ruled out."""
+    """Draw numbers, possibly with many ties, and exclude some tokens."""
     generator = np.random.default_rng(draw(seeds))
     x = generator.normal(size=draw(st.integers(1, 40))) * draw(st.sampled_from((0.1, 1, 5)))
     x = np.round(2 * x) / 2 if ties and draw(st.booleans()) else x

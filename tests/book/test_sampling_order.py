@@ -43,7 +43,7 @@ CASES = [(logits, Sampling(**(SHARP | how)), seen) for logits, how, seen in DECI
 
 @st.composite
 def drawn(draw_):
-    """Logits, all five options at once, and a text that may be far longer than any window."""
+    """Draw logits, all five options at once, and a text that may be far longer than any window."""
     generator = np.random.default_rng(draw_(st.integers(0, 2**32)))
     size = draw_(st.integers(1, 40))
     logits = generator.normal(size=size) * draw_(st.sampled_from((0.3, 1.0, 4.0)))
@@ -96,7 +96,7 @@ def test_the_token_is_where_one_uniform_number_falls_among_those_that_are_kept(c
 
 
 class Fixed(np.random.Generator):
-    """A generator whose next uniform number is given."""
+    """A random generator that returns a given uniform number next."""
 
     def __init__(self, u: float):
         super().__init__(np.random.Philox(0))
@@ -108,7 +108,7 @@ class Fixed(np.random.Generator):
 
 @given(log2=st.integers(0, 4), data=st.data())
 def test_a_border_belongs_to_what_follows_it(log2, data):
-    """Equal tokens have exact probabilities: a sum of exactly top_p is enough, and u at a border is past."""
+    """With equal tokens, a sum of exactly top_p is enough, and u at a border selects the next token."""
     size = 2**log2
     k = data.draw(st.integers(1, size))
     p = probabilities(np.zeros(size), Sampling(top_p=k / size), [])

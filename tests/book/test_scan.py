@@ -1,4 +1,4 @@
-"""The scan: the recurrence, the chunked theorem, and a reading of the equation that is neither."""
+"""The recurrence and the chunked scan agree with an independent reading of the equation."""
 
 from refengine.conformance.checks import layers
 from refengine.conformance.checks import mamba as operations_mamba

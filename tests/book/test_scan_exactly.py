@@ -1,6 +1,6 @@
-"""The scan stays exact where fast steps come before slow ones: a decay is the difference of two long sums.
+"""The scan stays exact if small steps follow large ones: a decay comes from the difference of two sums.
 
-A sum of dt A over a chunk reaches tens of thousands, where float32 has steps of a hundredth; the decay from
+A sum of dt A over a chunk reaches tens of thousands, where float32 has steps of a hundredth. The decay from
 one later position to the next is the exponential of a difference of such sums, and close to 1.
 """
 
@@ -16,7 +16,7 @@ from refengine.spec.ops import DEFINITION
 @example(case=Case(layers="M", chunk_size=64), fast=40, slow=60)
 @example(case=Case(layers="M", batch=1), fast=9, slow=20)
 def test_slow_steps_after_fast_ones_are_as_exact_as_ever(backend, case, fast, slow):
-    """Outputs and state after `fast` steps of some hundreds each, then `slow` ones of about 1/400."""
+    """Outputs and state after `fast` steps of some hundreds each, then `slow` steps of about 1/400."""
     c, b, t = case.cfg, case.batch, fast + slow
     h, p, g, n = c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size
     x, dt, S = case.normal(0, b, t, h, p), case.normal(1, b, t, h), case.normal(2, b, h, p, n)

@@ -1,4 +1,4 @@
-"""A scan of one position steps as far as softplus says, for every size of dt: tiny, about one, large."""
+"""A scan of one position uses the softplus of dt, for every size of dt: tiny, about one, large."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Ranks hold every number of a checkpoint, as often as its cut requires; impossible cuts are refused."""
+"""The ranks together hold every number of a checkpoint, as often as the cut requires."""
 
 import re
 from collections import Counter
@@ -29,7 +29,7 @@ def shards(layout: Layout):
 
 
 def copies(row, cfg, layout: Layout) -> np.ndarray:
-    """By how many ranks each number of a tensor is held; along its first axis, or for all of it."""
+    """Return by how many ranks each number of a tensor is held, along its first axis or for all of it."""
     tp, ep = layout.tp, layout.ep
     B = ep * max(1, tp // cfg.n_groups) if cfg.n_groups else 0
     conv = [np.full(width, n) for width, n in zip(cfg.conv_widths, (ep, B, B), strict=True)]
@@ -72,7 +72,7 @@ def test_every_number_is_held_as_often_as_its_cut_says(layout, data):
 
 @given(layout=LAYOUT, case=CASE)
 def test_parts_of_a_segment_end_to_end_are_the_segment(layout, case):
-    """z of all ranks is z, x is x, and so on; B and C are there once for each rank that shares them."""
+    """The parts of z of all ranks make z, and so on; B and C occur once for each rank that shares them."""
     cfg, in_proj = case.cfg, next(row for row in table(case.cfg) if row.cut == "z|x|B|C|dt")
     whole, share = case.read(in_proj.name), max(1, layout.tp // cfg.n_groups)
     parts = []
@@ -136,7 +136,7 @@ def test_the_released_models_may_be_cut_by_every_power_of_two_up_to_32(cfg: Conf
 
 
 def test_the_bytes_of_all_ranks_are_those_of_the_file_and_of_what_is_repeated():
-    """Nano, four by two: experts once, the router by all, a key head by two of each four."""
+    """Nano, four by two: experts occur once, the router on all ranks, a key head on two of each four."""
     cfg, whole, total = replace(NANO, layers="M*E"), Counter(), Counter()
     for row in table(cfg):
         whole[row.role] += row.size * DTYPES[row.dtype].itemsize

@@ -1,4 +1,4 @@
-"""States as slots: sequences join, leave, change places and fork, and none of them notices the others."""
+"""Sequences join, leave, change rows and fork without affecting each other's states."""
 
 import numpy as np
 from hypothesis import given
@@ -29,7 +29,7 @@ def test_a_forked_cache_shares_its_memory_until_one_of_them_goes_on(case, slots)
 
 @given(case=cases("M*", max_length=1), slots=st.integers(2, 4))
 def test_taking_a_run_of_slots_is_taking_each_of_them(case, slots):
-    """`rows` may be a slice: what was taken goes on without writing where the others are."""
+    """`rows` may be a slice: the taken states continue without writing into the others."""
     cfg = case.cfg
     k = case.normal(0, slots, 3, cfg.num_key_value_heads, cfg.head_dim)
     cache = new_state("*", cfg, slots, np.float64).append(k, k)

@@ -1,4 +1,4 @@
-"""Check stored dtypes: FP8 and bfloat16 by definition, float16 rounded at random without a bias."""
+"""Stored FP8 and bfloat16 agree with their definitions; random rounding to float16 is unbiased."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ HALVES = np.arange(2**16, dtype=np.uint16).view(np.float16)
 
 @given(st.floats(-65504, 65504, width=32) | st.floats(-(2.0**-13), 2.0**-13, width=32))
 def test_over_all_random_numbers_the_mean_is_the_number(x):
-    """Of the two float16 next to x each is chosen as often as x is near to it, to one part in 2^13."""
+    """Each of the two float16 next to x is chosen in proportion to its nearness, to one part in 2^13."""
     x = np.float32(x)
     found = to_half(np.full(2**13, x), ALL).astype(np.float64)
     low, high = found.min(), found.max()
@@ -63,7 +63,7 @@ def test_random_numbers_are_even_and_go_by_key_position_and_element():
 
 
 def scanned(state, amount: float, length: int = 1):
-    """The state after `length` positions that only add `amount` to each number of S."""
+    """Return the state after `length` positions that only add `amount` to each number of S."""
     (b, h, p, n), one = state.S.shape, np.float32
     dt, still = np.zeros((b, length, h), one), np.full(h, -1e4, one)
     B, x = np.ones((b, length, 1, n), one), np.full((b, length, h, p), amount, one)
@@ -73,7 +73,7 @@ def scanned(state, amount: float, length: int = 1):
 
 
 def test_additions_below_half_a_unit_add_up():
-    """To nearest they are all lost; at random none is lost on average, and each sequence goes its own way."""
+    """Rounding to nearest loses all of them; random rounding loses none on average, and sequences differ."""
     state = new_state("M", Case(layers="M", heads_per_group=8).cfg, 2, np.float32, ssm="float16")
     state = keyed([replace(state, S=np.ones_like(state.S))], [7, 8])[0]
     for _ in range(60):

@@ -1,4 +1,4 @@
-"""The tensor table counts what was published: tensors, parameters, shapes (docs/model.md, "Parameters")."""
+"""The tensor table has the published numbers of tensors, parameters and shapes (docs/model.md)."""
 
 from functools import lru_cache
 
@@ -15,7 +15,7 @@ def rows_of(model: str):
 
 
 def counted(rows) -> tuple[int, int, int]:
-    """Tensors, parameters, and parameters of the prediction head."""
+    """Return the numbers of tensors, parameters, and parameters of the prediction head."""
     return len(rows), parameters(rows), parameters(row for row in rows if row.name.startswith("mtp."))
 
 
@@ -40,7 +40,7 @@ def test_the_totals_are_the_published_ones(model, tensors, total, head):
     ],
 )
 def test_the_active_parameters_are_the_published_ones(model, body, with_head, with_embedding):
-    """Billions that one token meets: the body; with lm_head; with the embedding too. To the digits given."""
+    """Billions that one token uses: the body; with lm_head; with the embedding too. To the digits given."""
     cfg, digits = CONFIGS[model], 3 if body < 10 else 2
     vocabulary, active = cfg.vocab_size * cfg.hidden_size, active_parameters(cfg)
     found = [round((active + i * vocabulary) / 1e9, digits) for i in range(3)]
@@ -76,7 +76,7 @@ def test_only_the_router_bias_is_float32_on_disk():
     ],
 )
 def test_the_shapes_are_the_published_ones(key, nano, super_, ultra):
-    """Trap 4 among them: Nano's inner width is 4096, not expand x hidden = 5376."""
+    """Nano's inner width is 4096, not expand x hidden = 5376 (trap 4)."""
     for model, shape in (("nano", nano), ("lightning", nano), ("super", super_), ("ultra", ultra)):
         found = {row.name: row.shape for row in rows_of(model)}
         assert found.get(f"backbone.layers.{key}") == shape
@@ -108,7 +108,7 @@ def test_every_tensor_is_placed_once_and_no_two_share_a_name(case):
 
 
 def test_no_two_axes_of_the_test_models_are_equal():
-    """Or a transposed weight would go unseen."""
+    """With equal axes a transposed weight would not be detected."""
     other = Case(hidden_size=28, n_groups=8, heads_per_group=1, mamba_head_dim=9, moe_latent_size=None)
     for case in (Case(), other):
         for row in table(case.cfg):

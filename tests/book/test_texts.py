@@ -1,4 +1,4 @@
-"""Sampling, the tokenizer and the chat template, against second readings; no backend has a part in them."""
+"""Sampling, the tokenizer and the chat template agree with independent readings, without a backend."""
 
 import numpy as np
 import pytest
@@ -23,6 +23,6 @@ test_a_conversation_is_written_as_the_chapter_says = test_of(
 
 
 def test_a_filter_at_its_border_is_told_apart():
-    """0.5 + 0.5: whether the second token is needed for top_p = 0.5 is a matter of rounding."""
+    """For 0.5 + 0.5, rounding decides whether top_p = 0.5 includes the second token."""
     with pytest.raises(texts.AtABorder):
         texts.filtered(np.log([0.25, 0.25, 0.5]), texts.Sampling(top_p=0.5), [])

@@ -1,7 +1,7 @@
-"""Ties of the router, on every backend and for any number of positions: the lowest index, group by group too.
+"""Ties of the router go to the lowest index, on every backend, for any number of positions and for groups.
 
-For h = 0 every expert scores exactly one half, and biases in eighths are added to it exactly: experts with
-the same bias tie to the last bit, whatever the order of summation, and so do groups of them.
+For h = 0 every expert has the score 1/2 exactly, and biases in eighths are added to it exactly. So experts
+with the same bias tie to the last bit, whatever the order of summation, and so do groups of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BIASES = st.lists(st.integers(-3, 3), min_size=12, max_size=12)
 
 
 def chosen(backend, bias, k: int, groups: int, keep: int, shape, score: float = 0.5) -> np.ndarray:
-    """Return the experts [.. k] that the backend chooses where every expert scores the same: 1/2 or 0."""
+    """Return the experts [.. k] that the backend chooses if every expert has the same score: 1/2 or 0."""
     case = Case(layers="E", n_routed_experts=12, n_group=groups if groups > 1 else 1)
     cfg = replace(case.cfg, n_group=groups, topk_group=keep, num_experts_per_tok=k)
     d = cfg.hidden_size
@@ -67,7 +67,7 @@ def test_of_equal_experts_the_lowest_is_chosen_by_any_call(backend, bias, k, lim
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 3), (1, 40)])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_nothing_and_minus_nothing_are_equal(backend, groups, shape):
-    """A score of 0 plus a bias of -0.0 is no less than one plus 0.0, and ties are no matter of bits."""
+    """A score of 0 plus a bias of -0.0 equals one plus 0.0: ties do not depend on the bits of zero."""
     bias = np.array([-0.0, 0.0, 0.0, -0.0] * 3)
     experts = chosen(backend, bias, 4, groups, max(1, groups - 1), shape, score=0.0)
     assert (experts == [0, 1, 2, 3]).all()

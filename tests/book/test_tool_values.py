@@ -1,4 +1,4 @@
-"""The value of an argument whose schema lists values, by a literal reading: JSON tells true from 1."""
+"""A tool argument with listed values agrees with a literal reading; JSON distinguishes true from 1."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ AS_JSON = {"True": "true", "False": "false", "None": "null"}
 
 
 def kind(value) -> str:
-    """Return how JSON calls a scalar; 1 and 1.0 are told apart as the schema's words do."""
+    """Return the JSON type of a scalar; 1 and 1.0 are different, as in the words of a schema."""
     return {bool: "boolean", int: "integer", float: "number", str: "string"}.get(type(value), "other")
 
 
 def readings(text: str) -> list:
-    """Return what a text may mean, in the order in which a meaning is chosen."""
+    """Return the possible values of a text, in the order of preference."""
     try:
         value = json.loads(AS_JSON.get(text.strip(), text))
     except ValueError:
@@ -35,7 +35,7 @@ def readings(text: str) -> list:
 
 
 def read_off(text: str, listed: list):
-    """Return the first meaning that is a value, else the first of the kind of one, else the text."""
+    """Return the first reading that is a listed value, else the first of a listed type, else the text."""
     for value in readings(text):
         if any(value == one and (kind(value) == "boolean") == (kind(one) == "boolean") for one in listed):
             return value

@@ -1,4 +1,4 @@
-"""Every shipped right answer is ours too, in every backend; every recorded one is the definition's."""
+"""Every backend reproduces every shipped vector, and the definition reproduces every recorded one."""
 
 import json
 from dataclasses import replace
@@ -105,7 +105,7 @@ def test_a_manifest_is_one_case_a_line():
 
 @pytest.mark.parametrize("name", [name for name in ENTRIES if name.startswith("packed/unpack")])
 def test_packed_weights_by_a_literal_reading(name):
-    """Bits to numbers, times the scale of the block; the low half of a byte comes first."""
+    """The bits of a code give a number, times the scale of the block; the low half of a byte comes first."""
     given, right = Vector(name).part("in"), Vector(name).arrays["out.w"]
     kind, width = Vector(name).constants["kind"], right.shape[1]
     mine = np.zeros_like(right)

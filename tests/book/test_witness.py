@@ -1,4 +1,4 @@
-"""Our logits are those of transformers, on random checkpoints of every layer kind at odd sizes."""
+"""Our logits agree with transformers, on random checkpoints of every layer kind at odd sizes."""
 
 import json
 from dataclasses import replace
@@ -47,7 +47,7 @@ def run(case: Case, backend, pieces: list[slice]) -> np.ndarray:
 
 
 def compare(case: Case, ours, expected, what: str, record_property):
-    """Up to the first token whose experts could have been others; what is set apart is counted."""
+    """Compare up to the first token with a near tie of experts; count the sequences that end early."""
     for row in range(case.batch):
         sure = truth(case, row).sure(np.float32, terms(case.cfg, case.length))
         error = np.abs(ours[row, :sure] - expected[row, :sure]).max(initial=0)
@@ -79,7 +79,7 @@ def test_logits_are_those_of_transformers(name, seed, record_property):
 
 @each
 def test_prefill_decode_and_a_second_prefill_are_those_of_transformers(name, seed, record_property):
-    """On the kept state, theirs and ours; and theirs agrees with reading it all at once."""
+    """Both continue from their states, and transformers agrees with its own single call."""
     case = replace(MODELS[name], seed=seed + 100)
     ends = [0, case.length // 3, *range(case.length // 3 + 1, case.length // 2 + 1), case.length]
     pieces = [slice(a, b) for a, b in pairwise(ends)]
@@ -112,7 +112,7 @@ def rms(a) -> float:
 
 
 def test_their_clamp_of_dt_changes_their_result_and_not_ours(record_property):
-    """Trap 1. As shipped they hold dt up at 0.001 in prefill and not in decode; steps here are of 0.0001."""
+    """As shipped, transformers holds dt at 0.001 or more in prefill only (trap 1); steps here are 0.0001."""
     case = Case(layers="MM*-", length=37, seed=3)
 
     def read(name):
@@ -133,6 +133,6 @@ def test_their_clamp_of_dt_changes_their_result_and_not_ours(record_property):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_config_that_transformers_saved_is_read_back(name):
-    """With its names of layer kinds, and its way of writing infinity."""
+    """Its names of layer kinds and its spelling of infinity are read."""
     cfg = MODELS[name].cfg
     assert Config.from_hf(json.loads(theirs(cfg, MODELS[name].read).config.to_json_string())) == cfg

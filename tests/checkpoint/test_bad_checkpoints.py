@@ -1,4 +1,4 @@
-"""Other things than checkpoints are refused in a sentence: directories, links, pipes, names, formats."""
+"""Paths that are no checkpoints are refused in one sentence: directories, links, pipes, names, formats."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.support.checkpoints import CONFIGS, alter_json, random_checkpoint, re
 
 @pytest.fixture
 def model(tmp_path) -> Path:
-    """A good checkpoint in one file."""
+    """Return a good checkpoint in one file."""
     return random_checkpoint(tmp_path / "model", CONFIGS["latent"])
 
 

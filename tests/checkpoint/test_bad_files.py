@@ -1,4 +1,4 @@
-"""A safetensors file that is damaged or lies is refused in one sentence, which says what to do."""
+"""A damaged or untruthful safetensors file is refused in one sentence, which states the remedy."""
 
 import json
 import struct
@@ -14,7 +14,7 @@ EMBEDDING, NORM = "backbone.embeddings.weight", "backbone.norm_f.weight"
 
 @pytest.fixture
 def weights(tmp_path) -> Path:
-    """The one file of a good checkpoint."""
+    """Return the only file of a good checkpoint."""
     return random_checkpoint(tmp_path, CONFIGS["latent"]) / "model.safetensors"
 
 

@@ -1,4 +1,4 @@
-"""An index of several files is believed only where it is true, and never leads out of its directory."""
+"""An index of several files is used only if it is true, and never leads out of its directory."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ EMBEDDING, NORM = "backbone.embeddings.weight", "backbone.norm_f.weight"
 
 @pytest.fixture
 def sharded(tmp_path) -> Path:
-    """A good checkpoint in three files and an index."""
+    """Return a good checkpoint in three files and an index."""
     return random_checkpoint(tmp_path / "sharded", CONFIGS["latent"], shards=3)
 
 

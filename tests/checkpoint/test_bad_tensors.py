@@ -1,4 +1,4 @@
-"""Files that do not hold what config.json calls for are refused: too little, too much, or another thing."""
+"""Files whose tensors do not match config.json are refused: missing, extra or different tensors."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tests.support.checkpoints import CONFIGS, add, alter, alter_json, random_ch
 
 @pytest.fixture
 def weights(tmp_path) -> Path:
-    """The one file of a good checkpoint."""
+    """Return the only file of a good checkpoint."""
     return random_checkpoint(tmp_path, CONFIGS["latent"]) / "model.safetensors"
 
 
@@ -74,7 +74,7 @@ PACKED = {
 @pytest.mark.parametrize("scales", [True, False])
 @pytest.mark.parametrize("kind", PACKED)
 def test_packed_weights_are_called_so_whatever_the_metadata_says(kind, scales, weights):
-    """Small as they are, they are not taken for an incomplete download."""
+    """Although they are small, they are not reported as an incomplete download."""
     (name, dtype, sentence), old = PACKED[kind], "backbone.layers.0.mixer.in_proj.weight"
     keep = {"A_log", "conv1d.weight", "norm_f.weight"}
     rename(
@@ -91,7 +91,7 @@ def test_packed_weights_are_called_so_whatever_the_metadata_says(kind, scales, w
     ("name", "dtype"), [("attention_mask", "U8"), ("in_proj.weight", "I64"), ("A_log", "I8")]
 )
 def test_a_tensor_of_another_kind_is_not_called_packed(name, dtype, weights):
-    """A mask of bytes or a damaged dtype is refused, in another sentence."""
+    """A mask of bytes or a damaged dtype is refused with another sentence."""
     name = f"backbone.layers.0.mixer.{name}"
     rename(weights, lambda each: None if each == name else each)
     add(weights, name, np.ones(8, np.uint8), "U8")

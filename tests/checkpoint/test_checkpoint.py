@@ -1,4 +1,4 @@
-"""A checkpoint that is written is read back unchanged, in every layout, without copies and at once."""
+"""A written checkpoint is read back unchanged, in every layout, without copies and without delay."""
 
 import sys
 import tracemalloc
@@ -111,7 +111,7 @@ def test_a_tensor_at_an_odd_offset_is_read_right(tmp_path):
 
 @pytest.mark.parametrize(("name", "shards", "tensors"), [("nano", 13, 6243), ("ultra", 100, 51023)])
 def test_opening_takes_a_few_calls_a_tensor(name, shards, tensors, tmp_path, record_property):
-    """Calls are counted, not seconds: they are the same on a loaded machine."""
+    """Calls are counted instead of seconds, because they do not depend on the load of the machine."""
     write_sparse(tmp_path, releases.CONFIGS[name], shards=shards)
     calls = 0
 
@@ -161,7 +161,7 @@ def test_arrays_outlive_release_and_close(tmp_path):
 
 
 def test_release_gives_memory_back(tmp_path):
-    """16 MiB of embedding, of which the process holds nothing after release."""
+    """After release, the process holds none of the 16 MiB of an embedding."""
     cfg = Config.from_hf(CONFIGS["attention"].to_hf() | {"vocab_size": 16 * 2**20 // (2 * 26)})
     checkpoint = Checkpoint.open(random_checkpoint(tmp_path, cfg))
     weights = checkpoint.read("backbone.embeddings.weight").view(np.uint16)

@@ -1,4 +1,4 @@
-"""Checkpoints as exporters leave them load with the right values; notes say what was settled or not read."""
+"""Checkpoints of various exporters load with the right values; notes name contradictions and extras."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def test_a_prediction_head_that_is_not_declared_is_noted(tmp_path):
 
 
 def index_of(directory):
-    """The weight_map of a directory: written from its files where it has none."""
+    """Return the weight_map of a directory, made from its files if it has none."""
     names = {name: path.name for path in sorted(directory.glob("*.safetensors")) for name in parts(path)[0]}
     names.pop("__metadata__", None)
     (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
@@ -82,7 +82,7 @@ def test_a_shard_that_holds_only_the_head_may_be_absent(tmp_path):
 @pytest.mark.parametrize("declared", [0, 1, 2, 3])
 @pytest.mark.parametrize("stored", [0, 1, 2])
 def test_of_prediction_heads_those_that_are_there_count(declared, stored, tmp_path):
-    """Layers of further heads follow in one numbering: mtp.layers.2 begins the second of pattern *E."""
+    """Layers of all heads share one numbering: mtp.layers.2 begins the second head of pattern *E."""
     cfg = CONFIGS["head"]
     path = random_checkpoint(tmp_path, cfg) / "model.safetensors"
     if stored == 2:
@@ -122,7 +122,7 @@ def test_the_rows_of_both_tables_count_and_not_a_stale_vocabulary(tmp_path):
 )
 @pytest.mark.parametrize("hidden", [24, 26])
 def test_attention_heads_are_those_of_the_projections(hidden, keys, tmp_path):
-    """Also where the hidden size is no multiple of the heads, and where no number of them is given."""
+    """Also if the hidden size is no multiple of the heads, and if no number of heads is given."""
     cfg = Case(layers="*M*", hidden_size=hidden).cfg
     random_checkpoint(tmp_path, cfg)
     text = json.loads((tmp_path / "config.json").read_text()) | keys
@@ -143,7 +143,7 @@ def test_neither_head_dim_nor_key_value_heads_are_needed_where_there_are_project
 
 @pytest.mark.parametrize("keys", [{"head_dim": 5}, {"num_attention_heads": 12}, {"head_dim": 60}])
 def test_attention_heads_that_the_projections_leave_open_are_refused(keys, tmp_path):
-    """Sixty rows are 6 heads of 10 as well as 12 of 5: what config.json says of both must agree."""
+    """Sixty rows are 6 heads of 10 or 12 of 5, so the two keys of config.json must agree."""
     random_checkpoint(tmp_path, CONFIGS["attention"])
     alter_json(tmp_path / "config.json", **keys)
     assert "where config.json calls for" in refusal(tmp_path)
@@ -160,7 +160,7 @@ def test_attention_heads_that_the_projections_leave_open_are_refused(keys, tmp_p
     ],
 )
 def test_key_value_heads_with_two_readings_are_refused_with_both(heads, size, kv, given, other, tmp_path):
-    """128 rows of q and 64 of k are 8 heads of 16, 4 of keys, as well as 4 heads of 32, 2 of keys."""
+    """128 rows of q and 64 of k are 8 heads of 16 with 4 of keys, or 4 heads of 32 with 2 of keys."""
     sizes = {"num_attention_heads": heads, "head_dim": size, "num_key_value_heads": kv}
     random_checkpoint(tmp_path, replace(CONFIGS["attention"], **sizes))
     alter_json(tmp_path / "config.json", num_key_value_heads=given)
@@ -170,7 +170,7 @@ def test_key_value_heads_with_two_readings_are_refused_with_both(heads, size, kv
 
 
 def test_no_number_of_key_value_heads_means_the_rows_of_k(tmp_path):
-    """A null is as many as query heads, unless k_proj has fewer rows."""
+    """A null means as many as query heads, unless k_proj has fewer rows."""
     cfg = CONFIGS["attention"]
     random_checkpoint(tmp_path, cfg)
     text = json.loads((tmp_path / "config.json").read_text()) | {"num_key_value_heads": None}
@@ -323,7 +323,7 @@ def test_a_prefix_that_is_not_known_is_named(tmp_path):
 
 
 def wrapped(directory, cfg, key, **outer):
-    """A wrapper with images and sound around a text model: as released, or as transformers saves it."""
+    """Return a wrapper with images and sound around a text model, as released or as transformers saves it."""
     path = random_checkpoint(directory, cfg) / "model.safetensors"
     rename(path, lambda name: "language_model." + name)
     for name in ("vision_model.radio_model.model.blocks.0.norm1.weight", "mlp1.0.weight", "mlp1.1.weight"):
@@ -342,7 +342,7 @@ def wrapped(directory, cfg, key, **outer):
 
 @pytest.mark.parametrize("key", ["llm_config", "text_config"])
 def test_the_text_model_of_a_wrapper_is_read(key, tmp_path):
-    """Its other parts may be packed; that says nothing of the text model."""
+    """Other parts may be packed; this does not affect the text model."""
     cfg = CONFIGS["head"]
     checkpoint = Checkpoint.open(wrapped(tmp_path, cfg, key, sound_config={}))
     assert checkpoint.config == cfg
@@ -385,7 +385,7 @@ def test_a_wrapper_of_another_text_model_is_refused(tmp_path):
 
 
 def test_links_to_files_elsewhere_are_followed(tmp_path):
-    """The download cache of the Hugging Face hub is made of them."""
+    """The download cache of the Hugging Face hub consists of such links."""
     stored = random_checkpoint(tmp_path / "blobs", CONFIGS["mamba"])
     (tmp_path / "snapshot").mkdir()
     for path in stored.iterdir():

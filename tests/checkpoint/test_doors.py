@@ -1,4 +1,4 @@
-"""The embedded model as exporters and fine-tuners leave it generates the text of the unmodified one."""
+"""The embedded model in the forms of exporters and fine-tuners generates the text of the original."""
 
 import json
 import shutil

@@ -1,7 +1,7 @@
-"""Whatever happens to a file, opening it works or is refused in one line: no traceback, no wait, no memory.
+"""A damaged file is opened or refused in one line: no traceback, no wait, no memory.
 
-A good checkpoint is damaged in a few places, the same in each run, new ones with `--hunt`; Hypothesis shrinks
-what fails. Where a file is accepted, all of it can be read, and `safetensors` accepts it.
+A good checkpoint is damaged in a few places, the same in each run, and new ones with `--hunt`; Hypothesis
+shrinks failures. If a file is accepted, all of it can be read, and `safetensors` accepts it too.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CHANGES = st.lists(CHANGE, min_size=1, max_size=3)
 
 
 def edited(raw: bytes, edits, start: int = 0) -> bytes:
-    """Bytes after a few edits at or beyond `start`."""
+    """Return bytes after a few edits at or beyond `start`."""
     for kind, where, piece in edits:
         at = start + where % max(1, len(raw) - start)
         size = len(piece)
@@ -64,7 +64,7 @@ def edited(raw: bytes, edits, start: int = 0) -> bytes:
 
 
 def changed(value, changes):
-    """A JSON value after a few changes, each at one of its inner places."""
+    """Return a JSON value after a few changes, each at one of its inner places."""
     value, changes = deepcopy((value, changes))
     for kind, where, new in changes:
         inner = places(value)
@@ -87,7 +87,7 @@ def changed(value, changes):
 
 
 def places(value) -> list[tuple]:
-    """Every (holder, key) below a JSON value."""
+    """Return every (holder, key) below a JSON value."""
     found, todo = [], [value]
     while todo:
         holder = todo.pop()
@@ -113,7 +113,7 @@ def works_or_is_refused(directory: Path) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def little_memory():
-    """Beyond MEMORY more than there is now, an allocation fails, and that is not an InputError."""
+    """Limit memory to MEMORY more than now: a larger allocation fails, with another error than InputError."""
     statm, limits = Path("/proc/self/statm"), resource.getrlimit(resource.RLIMIT_AS)
     if statm.exists():
         now = int(statm.read_text().split()[0]) * resource.getpagesize()
@@ -124,7 +124,7 @@ def little_memory():
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
-    """A directory with a good checkpoint in one file, of which a test damages the copies it makes."""
+    """Return a directory with a good checkpoint in one file; tests damage copies of it."""
     return random_checkpoint(tmp_path_factory.mktemp("one"), CFG)
 
 
@@ -135,7 +135,7 @@ def many(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """A copy of a checkpoint, its file `name` replaced; the same place each time."""
+    """Return a copy of a checkpoint with its file `name` replaced, in the same place each time."""
     place = tmp_path_factory.mktemp("damaged")
 
     def damaged(good: Path, name: str, raw: bytes) -> Path:
@@ -151,7 +151,7 @@ def copy(tmp_path_factory):
 
 
 def agrees_with_the_library(path: Path) -> None:
-    """`safetensors` accepts every file that we accept; it may accept more."""
+    """Check that `safetensors` accepts a file that we accept; it may accept more."""
     try:
         ours = SafetensorsFile(path)
     except InputError:

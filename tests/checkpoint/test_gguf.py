@@ -1,6 +1,6 @@
-"""GGUF files as llama.cpp made them: each tensor, the configuration and the texts are those of the original.
+"""GGUF files of llama.cpp have each tensor, the configuration and the texts of the original model.
 
-The files in `gguf/` are recorded by tools/write/gguf_files.py; their models are made again here from a seed.
+tools/write/gguf_files.py recorded the files in `gguf/`; their models are made again here from a seed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ERRORS = {  # the largest relative rms error of a matrix in blocks of a type, wi
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory) -> dict[str, Path]:
-    """The directories of the two models."""
+    """Return the directories of the two models."""
     folder = tmp_path_factory.mktemp("originals")
     return {name: original(folder / name, name) for name in ("experts", "dense")}
 
@@ -44,7 +44,7 @@ def wide(weight) -> Array:
 
 @pytest.mark.parametrize("name", FILES)
 def test_each_tensor_of_a_recorded_file_is_that_of_the_original(name, originals):
-    """Exactly where it is not packed; with the error of its type where it is."""
+    """Exactly if it is not packed, otherwise within the error of its type."""
     ours, theirs = Checkpoint.open(HERE / f"{name}.gguf"), Checkpoint.open(originals[FILES[name][0]])
     for row in table(ours.config):
         at, exact = ours.stored[row.name], wide(theirs.read(row.name))
@@ -88,7 +88,7 @@ def test_the_configuration_and_the_texts_are_those_of_the_original(name, origina
 
 
 def renamed(metadata, entries, data):
-    """Return a file as Ollama has written it: other names for the latent projections."""
+    """Return a file as Ollama writes it, with other names for the latent projections."""
     names = {"ffn_latent_down": "ffn_latent_in", "ffn_latent_up": "ffn_latent_out"}
     for old, new in names.items():
         entries = [at._replace(name=at.name.replace(old, new)) for at in entries]
@@ -96,7 +96,7 @@ def renamed(metadata, entries, data):
 
 
 def as_stripped(metadata, entries, data):
-    """Return a file whose prediction head was left out, though its metadata declares it."""
+    """Return a file without its prediction head, though its metadata declares one."""
     return metadata, [at for at in entries if not at.name.startswith("blk.3.")], data
 
 

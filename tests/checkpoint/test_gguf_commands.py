@@ -1,4 +1,4 @@
-"""Every command takes a GGUF file for a model."""
+"""Every command accepts a GGUF file as a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.processes import mpiexec
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
-    """The embedded model in two types."""
+    """Return the embedded model in two types."""
     folder = tmp_path_factory.mktemp("commands")
     for kind in ("bf16", "q8_0"):
         convert("tiny", folder / f"{kind}.gguf", kind)
@@ -85,7 +85,7 @@ def test_convert_writes_a_file_and_compares_it_with_the_model(tmp_path):
 
 
 def test_a_trace_and_a_state_belong_to_the_file(files):
-    """The fingerprint is of bytes and sizes: small tensors are F32 in a file, and its context is another."""
+    """The fingerprint is of bytes and sizes: a file has small tensors in F32, and another context."""
     made = [refengine.load(each, backend="numpy") for each in (files["bf16"], files["bf16"], "tiny")]
     ours, again, theirs = (engine.fingerprint for engine in made)
     assert ours == again != theirs
@@ -102,7 +102,7 @@ def test_a_bench_counts_packed_bytes(files):
 
 @pytest.mark.slow
 def test_two_ranks_write_the_text_of_one_process(files):
-    """With blocks of 32 columns, some of which the ranks cut."""
+    """With blocks of 32 columns, some of which lie across the cut between ranks."""
     how = ("generate", "Once upon a time", "-n", 24, "-t", 0, "--dtype", "float32", "--backend", "numpy")
     arguments = [*map(str, how), "-m", files["q8_0"]]
     job = mpiexec(2, *arguments, "--tp", 2)

@@ -29,7 +29,7 @@ STORY = "Once upon a time"
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
-    """The embedded model in each type."""
+    """Return the embedded model in each type."""
     folder = tmp_path_factory.mktemp("files")
     for kind in KINDS:
         convert("tiny", folder / f"{kind}.gguf", kind)
@@ -102,7 +102,7 @@ def test_the_real_vocabulary_comes_back(tmp_path):
 
 
 def test_packed_weights_keep_their_codes_in_nvfp4(tmp_path):
-    """Of a directory in NVFP4, where rows are blocks of 64; the other matrices are packed again."""
+    """From a directory in NVFP4, if rows are blocks of 64; the other matrices are packed again."""
     cfg = replace(CFG, layers="M*EM")
     directory = packed_checkpoint(tmp_path / "packed", all_in("NVFP4"), cfg)
     convert(directory, tmp_path / "out.gguf", "nvfp4")

@@ -1,4 +1,4 @@
-"""Whatever happens to a GGUF file, it is read, or refused in one line: no traceback, no wait, no memory."""
+"""A damaged GGUF file is read, or refused in one line: no traceback, no wait, no memory."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def good(tmp_path_factory):
 
 
 def damaged(examples: int):
-    """Return the test with so many examples: wrong bytes, mostly of the header, or a wrong header."""
+    """Return the test with this many examples: wrong bytes, mostly of the header, or a wrong header."""
 
     @tries(examples, suppress_health_check=list(HealthCheck))
     @given(edits=EDITS, changes=st.lists(CHANGE, min_size=1, max_size=3), what=st.integers(0, 5))
@@ -110,7 +110,7 @@ def damaged(examples: int):
 
 @pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.thorough) for part in (1, 2))])
 def test_a_value_of_another_type_is_refused_in_one_line_for_every_key(good, part):
-    """A third of the values for each key, others for the next."""
+    """Each key takes a third of the values, and the next key the next third."""
     path, _, (metadata, entries, data) = good
     arch = metadata["general.architecture"]
     known = (*config.SIZES.values(), *config.OF_LAYERS.values(), *config.NEUTRAL, "attention.value_length")

@@ -1,7 +1,7 @@
-"""With llama.cpp at hand: files that it makes of the embedded model, and what it makes of ours.
+"""llama.cpp, if installed, makes files of the embedded model that we read, and reads the files that we write.
 
 Set LLAMA_CPP to its source (with convert_hf_to_gguf.py) and LLAMA_CPP_BIN to the folder of llama-quantize and
-llama-completion. Elsewhere the recorded files of test_gguf.py stand for it.
+llama-completion. Without it, the recorded files of test_gguf.py are tested.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def logits(model, **how) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory) -> dict[str, Path]:
-    """The embedded model as the converter writes it."""
+    """Return the embedded model as the converter writes it."""
     folder = tmp_path_factory.mktemp("wide")
     return {kind: converted(SOURCE, TINY, folder / f"{kind}.gguf", kind) for kind in ("f32", "bf16")}
 
@@ -73,7 +73,7 @@ def test_its_packed_file_computes_what_its_matrices_compute(kind, wide, tmp_path
 
 
 def test_its_file_of_native_fp4_has_the_weights_of_the_directory(tmp_path):
-    """In a model whose widths are all blocks of 64, as the converter needs them."""
+    """In a model whose widths are multiples of 64, as the converter requires."""
     sizes = {"moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 64}
     quantize(original(tmp_path / "model", "experts", **sizes), tmp_path / "fp4", recipe_of("ultra"))
     path = converted(SOURCE, tmp_path / "fp4", tmp_path / "x.gguf", "bf16")
@@ -89,7 +89,7 @@ def test_its_file_of_native_fp4_has_the_weights_of_the_directory(tmp_path):
 
 
 def completion(path: Path, count: int) -> str:
-    """Return what llama.cpp continues greedily."""
+    """Return the greedy continuation of llama.cpp."""
     how = [
         "-m",
         path,
@@ -116,7 +116,7 @@ def completion(path: Path, count: int) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_continues_our_file(kind, tmp_path):
-    """With the same greedy text where the weights are those of the model; with some text where not."""
+    """With the same greedy text if the weights are those of the model, else with some text."""
     path = tmp_path / "x.gguf"
     convert("tiny", path, kind)
     with refengine.load(path, backend="numpy") as engine:

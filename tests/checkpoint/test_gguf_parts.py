@@ -1,4 +1,4 @@
-"""A model in several GGUF files is opened by its first, in the time that its headers take."""
+"""A model in several GGUF files is opened by its first file, in the time that its headers take."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GOOD = Path(__file__).parent / "gguf" / "experts-q8_0.gguf"
 
 
 def split(folder: Path, count: int = 3, path: Path = GOOD) -> Path:
-    """Write a file in several; return the path of the first."""
+    """Write a file as several; return the path of the first."""
     metadata, entries, data = parts(path)
     names = [f"m-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)]
     for i, name in enumerate(names):
@@ -70,7 +70,7 @@ def test_parts_of_two_models_are_refused(tmp_path):
 
 
 def sparse(folder: Path, cfg: Config, kind: str, count: int) -> Path:
-    """Write the headers of a model in several files over holes of its size; return the path of the first."""
+    """Write the headers of a model in several files with holes for the data; return the path of the first."""
     rows = [(piece.name, piece.shape[::-1], NUMBER[piece.type.name], piece.nbytes) for piece in
             pieces(cfg, lambda name: np.zeros(0), kind)]  # fmt: skip
     tokens = [f"t{i}" for i in range(cfg.vocab_size)]

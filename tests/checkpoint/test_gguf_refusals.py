@@ -21,7 +21,7 @@ ARCH = "nemotron_h_moe"
 
 
 def keys(**changed):
-    """Return a change of keys: `ssm__state_size` is that of the architecture, None takes one out."""
+    """Return a change of keys: `ssm__state_size` is that of the architecture, None removes one."""
 
     def change(metadata, entries, data):
         names = {name: name.replace("__", ".") for name in changed}
@@ -37,7 +37,7 @@ def keys(**changed):
 
 
 def entry(name: str, /, **changed):
-    """Return a change of what the header says of one tensor."""
+    """Return a change of the header's entry of one tensor."""
 
     def change(metadata, entries, data):
         return metadata, [at._replace(**changed) if at.name == name else at for at in entries], data

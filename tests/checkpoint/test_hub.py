@@ -1,4 +1,4 @@
-"""The local Hugging Face cache: a model is found by its name, or by the folder of the cache."""
+"""A model in the local Hugging Face cache is found by its name, or by its folder in the cache."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ NAME = "nvidia/a-model"
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The folder of a model in a cache with two snapshots, of which main is the first."""
+    """Return the folder of a model in a cache with two snapshots; main is the first."""
     for variable in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))

@@ -1,4 +1,4 @@
-"""`refengine inspect` names its model as an argument or as every other command does, and shows the notes."""
+"""`refengine inspect` takes its model as an argument or as every other command does, and prints the notes."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Packed checkpoints are read as they are, every kind in any mix, and computed with."""
+"""Packed checkpoints of any mix of kinds are read without unpacking, and run."""
 
 import json
 import tracemalloc
@@ -63,7 +63,7 @@ def logits(model):
 
 
 def test_packed_weights_stay_packed_when_they_are_placed(tmp_path):
-    """The memory of a placed weight is that of the file, whatever `resident` says."""
+    """A placed weight takes the memory of the file, whatever `resident` is."""
     checkpoint = Checkpoint.open(packed_checkpoint(tmp_path))
     model = Model.build(CFG, checkpoint.read, numpy_backend(np.float32, resident=True))
     up, down = model.weights["layers.2"]["mixer"]["experts"][0]
@@ -72,7 +72,7 @@ def test_packed_weights_stay_packed_when_they_are_placed(tmp_path):
 
 
 def in_form(form, w):
-    """Return a matrix in a form that is widened: bfloat16, or packed."""
+    """Return a matrix in a form that must be widened: bfloat16, or packed."""
     w = w.astype(ml_dtypes.bfloat16)
     return FORMATS[form](w) if form in FORMATS else w
 
@@ -80,7 +80,7 @@ def in_form(form, w):
 @pytest.mark.parametrize("form", ["BF16", *(form for form in FORMATS if form != "W4A8")])
 @pytest.mark.parametrize("strip", [1, 200, 64 * 40, 10**6])
 def test_strips_of_a_matrix_make_the_same_product(form, strip):
-    """Exactly, where all numbers are small integers, so that no order of additions matters."""
+    """Exactly, because all numbers are small integers and the order of additions does not matter."""
     rng = np.random.default_rng(strip)
     w = 6 * rng.integers(-1, 2, (40, 64))  # exact in every form: each block has a 6 but for zeros
     w[:, ::16] = 6
@@ -121,7 +121,7 @@ def test_a_large_matrix_is_never_widened_whole(form):
 
 
 def test_beside_packed_weights_plain_ones_stay_in_the_file_too(tmp_path):
-    """So the memory of a model is that of its files, however much is free."""
+    """So a model takes the memory of its files, however much memory is free."""
     model = refengine.load(packed_checkpoint(tmp_path)).model
     assert all(part.dtype == ml_dtypes.bfloat16 for part in model.weights["layers.1"]["mixer"]["qkv_proj"])
 
@@ -169,7 +169,7 @@ def test_metadata_that_agrees_leaves_no_note(tmp_path):
 
 
 def test_what_modelopt_writes_besides_does_no_harm(tmp_path):
-    """Names that are not there, experts once a layer, and patterns that match other layers too."""
+    """Unknown names, one entry for the experts of a layer, and patterns that match other layers too."""
     path = packed_checkpoint(tmp_path)
     layers = {
         "\0backbone.pt_name_sentinel": {"quant_algo": "FP8"},

@@ -1,4 +1,4 @@
-"""Whatever happens to a packed file, it is read, or refused in one line: no traceback."""
+"""A damaged packed file is read, or refused in one line: no traceback."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPES = st.lists(st.sampled_from([0, 1, 2, 16, 32, 48, 64, 96, 128, 160]), max_
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """A mixed checkpoint and the bytes of its file."""
+    """Return a mixed checkpoint and the bytes of its file."""
     path = packed_checkpoint(tmp_path_factory.mktemp("packed"), mixed)
     return path, (path / "model.safetensors").read_bytes()
 
@@ -41,7 +41,7 @@ def read_or_refused(path, raw: bytes) -> None:
 
 
 def damaged(examples: int):
-    """Return the test with so many examples of damage: bytes anywhere, or an entry of the header."""
+    """Return the test with this many examples of damage: bytes anywhere, or an entry of the header."""
 
     @tries(examples, suppress_health_check=list(HealthCheck))
     @given(edits=EDITS, entry=st.integers(0, 10**6), dtype=DTYPES, shape=SHAPES, what=st.integers(0, 3))

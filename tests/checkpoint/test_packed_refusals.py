@@ -14,12 +14,12 @@ EXPERT = "backbone.layers.2.mixer.experts.3.up_proj"
 
 @pytest.fixture(params=["NVFP4", "FP8", "MXFP8"])
 def packed(request, tmp_path):
-    """The kind of all matrices, and the file that holds them."""
+    """Return the kind of all matrices, and the file that holds them."""
     return request.param, packed_checkpoint(tmp_path, all_in(request.param)) / "model.safetensors"
 
 
 def replace(path, name, array, dtype):
-    """Put another tensor in the place of one."""
+    """Replace one tensor by another."""
     rename(path, lambda each: None if each == name else each)
     add(path, name, np.asarray(array), dtype)
 
@@ -104,7 +104,7 @@ def test_an_exponent_that_is_no_number_is_named(tmp_path):
 
 
 def test_zeros_as_modelopt_spells_them_are_read(tmp_path):
-    """A matrix of zeros: scale_2 is 0, every other scale NaN, every code 7; in FP8 the codes are NaN."""
+    """In a matrix of zeros, scale_2 is 0, other scales are NaN, and codes are 7 (in FP8: NaN)."""
     path = packed_checkpoint(tmp_path) / "model.safetensors"
     codes, dtype = scale_of(path, f"{EXPERT}.weight")
     replace(path, f"{EXPERT}.weight", np.full_like(codes, 0x77), dtype)
@@ -159,7 +159,7 @@ def test_other_tools_are_named(end, tool, tmp_path):
 
 
 def test_the_tool_that_config_json_names_is_in_the_sentence(tmp_path):
-    """Its tensors may have the names that modelopt's have, as in FP8 of compressed-tensors."""
+    """Its tensors may have modelopt's names, as in FP8 of compressed-tensors."""
     path = packed_checkpoint(tmp_path, all_in("FP8")) / "model.safetensors"
     replace(path, f"{BASE}.weight_scale", np.ones((5, 1), np.uint16), "BF16")
     alter_json(tmp_path / "config.json", quantization_config={"quant_method": "compressed-tensors"})

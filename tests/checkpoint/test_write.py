@@ -1,4 +1,4 @@
-"""Writing leaves a whole model or nothing; random weights behave like trained ones."""
+"""Writing leaves a whole model or nothing, and random weights have the scale of trained ones."""
 
 import numpy as np
 import pytest

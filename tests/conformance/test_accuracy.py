@@ -1,4 +1,4 @@
-"""docs/accuracy.md: its tables are complete, its bars hold, and an error is measured as it says."""
+"""docs/accuracy.md has complete tables, its bars hold, and its way to measure an error is right."""
 
 import re
 from dataclasses import replace
@@ -35,7 +35,7 @@ def test_an_exact_engine_has_no_error(operation):
 
 
 def test_the_error_of_a_known_change_is_its_size():
-    """A factor of 1.001 on an operation is an error of 0.001."""
+    """A factor of 1.001 on an operation is measured as an error of 0.001."""
 
     def mlp(*given):
         return 1.001 * DEFINITION.mlp(*given)

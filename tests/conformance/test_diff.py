@@ -1,4 +1,4 @@
-"""The first wrong layer and its cause: of real programs, of one formula, near ties, and the two commands."""
+"""`refengine diff` names the first wrong layer and its cause, for real programs, formulas and near ties."""
 
 import json
 from dataclasses import replace
@@ -34,7 +34,7 @@ IDS = " ".join(str(i) for i in range(3, 26))
 
 @pytest.fixture
 def cli(capsys):
-    """Run a command in this process: (exit code, stdout, stderr)."""
+    """Return (exit code, stdout, stderr) of a command that runs in this process."""
 
     def call(*args):
         code, _ = refengine.cli.run(lambda: refengine.cli.command([str(a) for a in args]), False)
@@ -45,7 +45,7 @@ def cli(capsys):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A random model of all kinds of layers, with a head, on disk; some of its steps dt are below 0.001."""
+    """Return a random model on disk with all kinds of layers and a head; some of its dt are below 0.001."""
     where = tmp_path_factory.mktemp("model")
     cfg = Case(layers="M*EM" if OLD else "M*EM-", mtp_layers="*E").cfg
 
@@ -94,7 +94,7 @@ def test_transformers_without_its_clamp_agrees(cli, model, tmp_path, dtype):
 
 
 def test_the_head_as_llama_cpp_reads_it_is_named_from_its_formula():
-    """Its final norm subtracts the mean: computed here from the formula, not by our table."""
+    """Its final norm subtracts the mean; the test computes it from the formula, not from our table."""
     case = Case(layers="M*", mtp_layers="*E", seed=7)
     trace = clean(case, numpy_backend(np.float32))
     x = trace.arrays["mtp.layers.1.output"].astype(np.float64)
@@ -112,7 +112,7 @@ def test_the_head_as_llama_cpp_reads_it_is_named_from_its_formula():
 
 
 def tied_case() -> Case:
-    """A model whose router has two experts with the same weights: every choice between them is a tie."""
+    """Return a model whose router has two experts with the same weights: every choice of them is a tie."""
     return Case(layers="E", length=15, seed=8, num_experts_per_tok=1)
 
 
@@ -131,7 +131,7 @@ def read_of(case):
 
 @pytest.mark.parametrize("form", [lambda trace: trace, outside], ids=["whole", "outside"])
 def test_a_near_tie_of_the_router_is_no_error(form):
-    """The engine took the other of two equal experts; and where it took a third one, that is an error."""
+    """The other of two equal experts is no error; a third expert is one."""
     from refengine.conformance.traces.record import record
     from refengine.spec.model import Model
     from refengine.spec.moe import Routing
@@ -159,7 +159,7 @@ def test_a_near_tie_of_the_router_is_no_error(form):
 
 @pytest.mark.slow
 def test_what_a_trace_does_not_show_is_told_apart():
-    """In bfloat16 an eps of 1e-6 for 1e-5 is below rounding; padding is not exercised by one row."""
+    """In bfloat16, an eps of 1e-6 for 1e-5 is below rounding; one row has no padding."""
     torch_backend = pytest.importorskip("refengine.backends.pytorch").torch_backend
     case = Case(layers="M*E", length=13, batch=1)
     model_of = {
@@ -185,7 +185,7 @@ def test_activations_of_another_dtype_than_asked_for_are_noted(cli, tmp_path):
 
 
 def test_an_unknown_name_is_noted(cli, model, tmp_path):
-    """A misspelled array would silently not be compared."""
+    """Otherwise a misspelled array would not be compared, without a message."""
     assert cli("trace", model, "--ids", IDS, "-o", tmp_path / "t", "--backend", "numpy")[0] == 0
     made = load(tmp_path / "t")
     arrays = {name.replace("layers.1.attention", "layers.1.attn"): made.array(name) for name in made.arrays}
@@ -196,13 +196,13 @@ def test_an_unknown_name_is_noted(cli, model, tmp_path):
 
 @pytest.fixture(scope="module")
 def clean_trace():
-    """A case of five layers and its trace, by NumPy in float32, in one call."""
+    """Return a case of five layers and its trace, by NumPy in float32, in one call."""
     case = Case(layers="MEM*-", seed=3, batch=1, length=11)
     return case, clean(case, numpy_backend(np.float32), steps=0, cut=None)
 
 
 def changed(trace, name: str, change) -> dict:
-    """Return the arrays of a trace, one of them changed."""
+    """Return the arrays of a trace with one of them changed."""
     return dict(trace.arrays) | {name: change(np.array(trace.arrays[name]))}
 
 
@@ -214,7 +214,7 @@ def changed(trace, name: str, change) -> dict:
     ],
 )
 def test_a_stream_that_breaks_between_layers_is_the_first_wrong_place(clean_trace, name, where):
-    """Each layer agrees with its own input: only the border between two of them is wrong."""
+    """Each layer agrees with its own input, but the stream changes between two of them."""
     case, trace = clean_trace
     after = "layers.4.input" if name != "embeddings" else "layers.0.input"
     of = replace(trace, arrays=changed(trace, after, lambda a: 1.5 * a))
@@ -249,7 +249,7 @@ def test_an_earlier_fault_is_named_before_a_number_that_is_not_finite(cli, clean
 
 
 def test_a_fault_of_the_same_layer_is_named_before_a_number_that_is_not_finite(clean_trace):
-    """The convolution is wrong, and the scan after it is NaN."""
+    """The convolution is wrong, and the scan after it gives NaN."""
     case, trace = clean_trace
     arrays = changed(trace, "layers.2.conv", lambda a: a + 1)
     for name in ("layers.2.scan", "layers.2.gated_norm", "layers.2.output", "layers.3.input"):
@@ -302,7 +302,7 @@ def test_an_array_of_a_coarser_dtype_than_the_header_is_noted(cli, clean_trace, 
 @pytest.mark.parametrize("engine", ["numpy", "cpu", "torch"])
 @pytest.mark.parametrize("recipe", ["nvfp4", "fp8"])
 def test_a_clean_trace_of_packed_weights_agrees(cli, tmp_path, engine, recipe):
-    """A backend that dequantizes to bfloat16 says so in the header, and is held to that."""
+    """A backend that dequantizes to bfloat16 states it in the header, and is compared accordingly."""
     if engine == "torch":
         pytest.importorskip("torch")
     assert cli("quantize", "tiny", tmp_path / "q", "--no-evaluate", "--recipe", recipe, "-q")[0] == 0

@@ -1,4 +1,4 @@
-"""Each known mistake, planted in a random model, is named; none is named where nothing is wrong."""
+"""Each known mistake, planted in a random model, is named; a correct model gets no name."""
 
 from functools import partial
 from importlib.util import find_spec
@@ -76,7 +76,7 @@ def test_nothing_is_named_where_nothing_is_wrong(name, case, form, record_proper
 
 
 def test_a_mistake_in_one_layer_of_several_is_found_there(monkeypatch):
-    """The layers before it agree, and so do those after it: each is recomputed from the trace's input."""
+    """All other layers agree, because each is recomputed from its input in the trace."""
     mistake = named("the norm is over all of the inner width")
     case = Case(layers="M*MM", length=13)
 

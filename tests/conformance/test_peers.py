@@ -1,4 +1,4 @@
-"""Other engines on whole models: llama.cpp and mlx-lm, where they are installed, and the files they read."""
+"""Other engines, if installed, agree on whole models: llama.cpp and mlx-lm, and the files that they read."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_a_gguf_file_holds_every_tensor_under_the_names_of_the_page(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not (LLAMA and shutil.which("c++")), reason="needs LLAMA_CPP=FOLDER and a C++ compiler")
 def test_the_program_of_the_page_writes_a_trace_of_llama_cpp(tmp_path):
-    """docs/traces.md: its program is compiled, and every layer of its trace agrees."""
+    """The program of docs/traces.md is compiled, and every layer of its trace agrees."""
     text = (DOCS / "traces.md").read_text().split("## From llama.cpp")[1]
     program, packing = (text.split(f"```{language}\n")[1].split("```")[0] for language in ("cpp", "py"))
     (tmp_path / "trace.cpp").write_text(program)
@@ -96,7 +96,7 @@ class Layer:
         self.model, ((self.kind, self.w),) = model, model.layers(index, index + 1)
 
     def delta(self, x):
-        """Return what the layer adds to the stream x [b l d], a tensor."""
+        """Return the output of the layer for the stream x [b l d], as a tensor."""
         import torch
 
         cfg, ops, x = self.model.cfg, self.model.backend.ops, x.numpy()
@@ -106,7 +106,7 @@ class Layer:
 
 
 class AsInVLLM(Layer):
-    """A layer as vLLM and SGLang call it: tokens in rows, and the stream in two parts."""
+    """A layer with the interface of vLLM and SGLang: tokens in rows, and the stream in two parts."""
 
     def forward(self, hidden_states, residual):
         residual = hidden_states if residual is None else hidden_states + residual
@@ -127,7 +127,7 @@ def as_in_megatron(model: Model, index: int):
 
 
 def test_the_hooks_of_the_page_run_on_stand_ins(tmp_path):
-    """The blocks for vLLM, SGLang and Megatron, on layers that are called as theirs are: not on theirs."""
+    """The blocks for vLLM, SGLang and Megatron run on layers with the same interface, not on theirs."""
     torch = pytest.importorskip("torch")
     case = Case(layers="M*E-", length=11, batch=1)
     model = Model.build(case.cfg, case.read, numpy_backend(np.float32))

@@ -1,4 +1,4 @@
-"""A trace: what is recorded, what a file of one may hold, and whose model it is."""
+"""A trace records the right arrays, its file is checked, and it names its model."""
 
 import json
 from dataclasses import replace
@@ -52,7 +52,7 @@ def test_the_stream_runs_from_layer_to_layer():
 
 
 def test_pieces_rows_and_steps_are_one_call_of_each_row():
-    """Read in pieces of 6, with a shorter second row, and decoded; against each row in one call."""
+    """Pieces of 6, a shorter second row, and decoding agree with each row in one call."""
     parts = traced(dtype=np.float64)
     assert parts.calls == [[6, 6], [6, 5], [5, 0], [1, 1], [1, 1]]
     model = Model.build(CASE.cfg, CASE.read, numpy_backend(np.float64))
@@ -210,7 +210,7 @@ def test_whole_numbers_are_refused_by_the_name_of_their_array(file):
 
 
 def test_a_part_of_the_prompt_is_refused(file):
-    """Activations of fewer positions than token_ids has."""
+    """Activations have fewer positions than token_ids."""
     alter(file, lambda h, d: (said(h, token_ids=json.dumps([[1] * 20, [2] * 20]), calls=None), d))
     assert "is expected" in refusal(file)
 
@@ -240,7 +240,7 @@ def test_a_header_of_absurd_length_is_refused(file):
 
 
 def test_another_form_of_one_sequence_is_read(tmp_path):
-    """[position, width] without an axis of sequences, as hooks of an engine give it; no calls."""
+    """[position, width] without an axis of sequences, as hooks of an engine record it; no calls."""
     case = replace(SINGLE, batch=1)
     made = outside(clean(case, numpy_backend(np.float32), steps=0, cut=None))
     replace(made, arrays={k: v[0] for k, v in made.arrays.items()}).save(tmp_path / "t")

@@ -1,4 +1,4 @@
-"""`refengine vectors`: what it writes is read back and judged, also by programs in C and JavaScript."""
+"""The output of `refengine vectors` is read back and judged, also by programs in C and JavaScript."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ SCANS_AND_ROUTES = [e["name"] for e in manifest(SHIPPED) if e["operation"] in ("
 
 
 def run(*words):
-    """Return what `refengine vectors` printed, and its exit code; errors of ours are raised."""
+    """Return the output of `refengine vectors` and its exit code; our errors are raised."""
     done = CliRunner().invoke(vectors, [str(word) for word in words])
     if isinstance(done.exception, Exception) and not isinstance(done.exception, SystemExit):
         raise done.exception
@@ -32,7 +32,7 @@ def run(*words):
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """A set of the shipped vectors, and a folder of outputs that NumPy computed in float32."""
+    """Return a set of the shipped vectors, and a folder of outputs that NumPy computed in float32."""
     folder = tmp_path_factory.mktemp("vectors")
     run("write", folder / "set")
     run("compute", folder / "set", "--outputs", folder / "outputs")
@@ -112,7 +112,7 @@ def test_a_manifest_of_another_format_is_refused(tmp_path):
 
 
 def case_of(folder, **changes):
-    """Write a set of one case, route/bias, whose entry in the manifest is changed; None takes a key away."""
+    """Write a set of one case, route/bias, with changes to its entry in the manifest; None removes a key."""
     run("write", folder, "--op", "route/bias")
     (described,) = manifest(folder)
     changed = {key: value for key, value in (described | changes).items() if value is not None}
@@ -201,7 +201,7 @@ def test_more_cases_of_one_operation(tmp_path):
 
 
 def program(tmp_path, language):
-    """Return the command of a consumer, compiled if need be."""
+    """Return the command of a consumer, which is compiled if necessary."""
     if language == "JavaScript":
         if not (node := shutil.which("node")):
             pytest.skip("node is not installed: apt-get install nodejs")

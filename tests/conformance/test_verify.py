@@ -1,4 +1,4 @@
-"""The rows of `refengine verify`: right candidates pass, wrong ones are named, by the nearest check."""
+"""`refengine verify` passes right candidates, and names wrong ones by the most specific check."""
 
 import importlib
 from pathlib import Path

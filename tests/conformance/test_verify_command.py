@@ -1,4 +1,4 @@
-"""`refengine verify` as a command: exit codes, JSON, candidates that hang or crash, prefill and decode."""
+"""`refengine verify` has the right exit codes and JSON, also for candidates that hang or crash."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ LEAVES, INTERRUPTS, NAN = ({"mlp": f} for f in (leaves, interrupts, nothing))
 
 
 def run(tmp_path, *args, expected: int):
-    """Return stdout and stderr of the command, in a folder with a module of a user."""
+    """Return stdout and stderr of the command, run in a folder with a user's module."""
     (tmp_path / "mine.py").write_text(MINE)
     line = [sys.executable, "-m", "refengine", "verify", *args]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300)

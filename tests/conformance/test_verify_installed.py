@@ -1,6 +1,6 @@
-"""`refengine verify` from a wheel: an environment and a directory that hold nothing else.
+"""`refengine verify` works from a wheel, in an environment and a directory with nothing else.
 
-Needs a package index for NumPy and the rest; skips without one.
+It needs a package index for NumPy and the rest, and is skipped without one.
 """
 
 import json
@@ -26,7 +26,7 @@ def gated_rms_norm(y, z, weight, eps, groups):
 
 @pytest.fixture(scope="module")
 def installed(source, tmp_path_factory) -> Path:
-    """Return the folder of the programs of an environment with refengine[verify], and nothing else."""
+    """Return the programs' folder of an environment that has only refengine[verify]."""
     work = tmp_path_factory.mktemp("installed")
     pip("wheel", source, "-w", work, env=os.environ | {"REFENGINE_LEVELS": ""})
     (wheel,) = work.glob("*.whl")
@@ -50,7 +50,7 @@ def installed(source, tmp_path_factory) -> Path:
 
 
 def verify(installed: Path, folder: Path, *words: str) -> subprocess.CompletedProcess:
-    """Return the finished process of the command, run in a folder without variables of Python."""
+    """Return the finished process of the command, run in a folder without environment variables of Python."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     command = [str(installed / "refengine"), "verify", *words]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)

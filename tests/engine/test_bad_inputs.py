@@ -1,4 +1,4 @@
-"""Whatever is handed in: one sentence on stderr, exit code 1 (2 where the command is wrong), no traceback."""
+"""Any bad input gives one sentence on stderr, exit code 1 (2 for a wrong command), and no traceback."""
 
 import json
 import os
@@ -138,7 +138,7 @@ def test_every_command_that_help_lists_is_one(tmp_path, monkeypatch):
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """A directory of files that cannot be used, which is the current one."""
+    """Return a directory of unusable files, and make it the current one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     texts = {
@@ -228,7 +228,7 @@ INPUTS = [
 
 
 def one_sentence(result, code: int) -> str:
-    """Return the sentence of a command that failed; a usage error has the usage before it."""
+    """Return the sentence of a failed command; a usage error prints the usage before it."""
     err = fails(result, code)
     lines = err.strip().splitlines()
     if code == 2:

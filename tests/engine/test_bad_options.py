@@ -1,4 +1,4 @@
-"""Options that cannot hold are refused in a sentence, and figures of a run are those of this run."""
+"""Impossible options are refused in one sentence, and the statistics of a run belong to that run."""
 
 import inspect
 import json
@@ -97,7 +97,7 @@ def test_statistics_of_several_texts_are_numbered_and_summed_up(cli, tmp_path): 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="there is no /proc/self/status")
 def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
-    """A parent that holds 400 MB starts `generate`, which needs a quarter of that."""
+    """A parent of 400 MB starts `generate`, which needs a quarter of that."""
     child = [sys.executable, "-m", "refengine", "generate", "x", "-n", "1", "--json"]
     parent = f"import subprocess; held = b'x' * 400_000_000; subprocess.run({child!r}, check=True)"
     out = subprocess.run([sys.executable, "-c", parent], capture_output=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""The commands of a conversation, in any order, leave it as a literal reading of /help says."""
+"""The commands of a conversation, in any order, have the effects that /help describes."""
 
 import json
 from unittest import mock
@@ -17,7 +17,7 @@ LINES = st.sampled_from(
 
 
 class Literal:
-    """A conversation, and what each reply was asked with: the messages before it, its seed, its thinking."""
+    """A conversation, and the inputs of each reply: the messages before it, its seed, its thinking."""
 
     def __init__(self, seed):
         self.history, self.seed, self.thinking, self.asked = [], seed, True, []
@@ -48,7 +48,7 @@ class Literal:
 
 
 def answered(talk: Talk, asked: list):
-    """Return a stand-in for `answer`, which notes what it was asked with."""
+    """Return a stand-in for `answer` that records its arguments."""
 
     def answer():
         messages = [(m["role"], m["content"]) for m in talk.history]

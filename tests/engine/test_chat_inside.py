@@ -1,4 +1,4 @@
-"""Only the end of a prompt decides whether a reply begins in a thought: texts that mention tags open none."""
+"""Only the end of a prompt decides whether a reply begins inside reasoning; tags in messages do not."""
 
 from functools import lru_cache
 
@@ -16,7 +16,7 @@ TEXTS = PIECES.map("".join).map(lambda text: text or "word")
 
 @lru_cache
 def templates() -> list[ChatTemplate]:
-    """The template of the embedded model, and the book's, which serves a checkpoint without one."""
+    """Return the template of the embedded model, and the book's, for checkpoints without a template."""
     with refengine.load("tiny") as engine:
         own = engine.chat_template
     return [own, ChatTemplate({})]

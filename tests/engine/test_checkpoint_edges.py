@@ -1,4 +1,4 @@
-"""Checkpoints at the edges: a layer of one expert, and a fingerprint that any byte at either end changes."""
+"""A layer may have one expert, and a byte at either end of a file changes the fingerprint."""
 
 import shutil
 
@@ -39,7 +39,7 @@ def test_any_number_of_experts_is_read_back_from_any_layout(
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_byte_at_either_end_of_any_file_changes_the_fingerprint(tmp_path, shards):
-    """Ranks that hold different weights are told apart by it; an equal copy is not."""
+    """So ranks with different weights are detected; an equal copy has the same fingerprint."""
     case = Case(layers="M*" * 24, hidden_size=28)
     tensors = random_tensors(case.cfg, 3)
     write(tmp_path / "model", case.cfg, lambda row: tensors[row.name], shards=shards)

@@ -1,4 +1,4 @@
-"""The command line: what a user types gives what they meant, or one sentence and the right exit code."""
+"""Each command line gives the intended result, or one sentence and the right exit code."""
 
 import inspect
 import json
@@ -22,14 +22,14 @@ REFENGINE = [sys.executable, "-m", "refengine"]
 
 
 def piped(args, data: bytes = b""):
-    """Run a command in a process of its own, with `data` on standard input."""
+    """Return a finished command, run in a separate process with `data` on standard input."""
     done = subprocess.run([*REFENGINE, *args], input=data, capture_output=True)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
 @pytest.fixture
 def cli(capsys, monkeypatch):
-    """Run a command in this process: (exit code, stdout, stderr)."""
+    """Return (exit code, stdout, stderr) of a command that runs in this process."""
 
     def call(*args):
         args = [str(arg) for arg in args]
@@ -40,7 +40,7 @@ def cli(capsys, monkeypatch):
 
 
 def fails(result, code=1):
-    """One sentence on stderr, nothing on stdout, no traceback."""
+    """Check for one sentence on stderr, nothing on stdout, and no traceback."""
     got, out, err = result
     assert got == code and out == "" and "Traceback" not in err
     if code == 1:

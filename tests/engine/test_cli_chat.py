@@ -20,7 +20,7 @@ TINY = ("-t", "0", "-n", "40")
 
 
 class Terminal:
-    """A command in a terminal of its own."""
+    """A command in a separate terminal."""
 
     def __init__(self, *args):
         self.pid, self.fd = pty.fork()
@@ -37,7 +37,7 @@ class Terminal:
                 os.waitpid(self.pid, 0)
 
     def until(self, text: str, seconds: float = 120) -> str:
-        """Return what is printed up to `text`, and forget it."""
+        """Return the output up to `text`, and remove it from the buffer."""
         end = time.monotonic() + seconds
         while text not in self.seen:
             assert time.monotonic() < end, f"no {text!r} in {self.seen!r}"
@@ -50,9 +50,9 @@ class Terminal:
         os.write(self.fd, line.encode() + b"\n")
 
     def interrupt(self, at_prompt: bool = False) -> None:
-        """Send what Ctrl-C sends; at a prompt, only once the command waits for a key.
+        """Send Ctrl-C; at a prompt, only once the command waits for a key.
 
-        A signal between the prompt and the wait would be noticed with the next key only.
+        A signal between the prompt and the wait would be noticed only with the next key.
         """
         end = time.monotonic() + 120
         while at_prompt and not self.waits() and time.monotonic() < end:
@@ -154,7 +154,7 @@ def test_ctrl_c_stops_a_reply_and_keeps_the_talk_and_twice_it_leaves(tmp_path):
 
 
 def test_only_ctrl_c_after_ctrl_c_leaves():
-    """A line between the two is a beginning anew, also one inside a text of several lines."""
+    """A line between the two starts the count anew, also a line of a longer text."""
     talk = Terminal("chat", *TINY)
     talk.until("> ")
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Manners of the command line: notes, environment, hints, delimiters, ids, versions, completion."""
+"""The command line has notes, environment variables, hints, delimiters, ids, versions and completion."""
 
 import contextlib
 import json
@@ -53,7 +53,7 @@ def test_a_model_without_a_tokenizer_generates_from_and_to_ids(cli, tmp_path):  
 
 
 def test_a_model_without_a_tokenizer_serves_ids_in_python_too(tmp_path):
-    """Its end tokens and its advice on sampling are those of the other files."""
+    """End tokens and sampling defaults come from the other files."""
     for name in ("config.json", "model.safetensors", "generation_config.json", "chat_template.jinja"):
         shutil.copy(TINY / name, tmp_path)
     ours, whole = refengine.load(tmp_path), refengine.load("tiny")
@@ -162,7 +162,7 @@ def test_auto_is_one_rule_in_python_and_on_the_command_line(disk, auto, tmp_path
 
 @pytest.mark.parametrize("found", ["numpy", "torch", "cpu"])
 def test_auto_means_the_dtype_of_the_backend_that_auto_means(found, monkeypatch):
-    """Also where there is nothing but NumPy, which has no bfloat16."""
+    """Also if there is only NumPy, which has no bfloat16."""
     monkeypatch.setattr("refengine.backend.find_spec", lambda name: name == "torch" and found == "torch")
     monkeypatch.setattr("refengine.backends.cpu.native.load", lambda: found == "cpu")
     if found == "torch":
@@ -264,7 +264,7 @@ def test_an_interrupted_run_prints_the_json_it_has():
 
 
 def test_score_shows_how_far_it_is(tmp_path):
-    """The bar counts every token of the text, and changes nothing of the scores."""
+    """The progress bar counts every token of the text, and does not change the scores."""
     engine = refengine.load("tiny")
     text = "Once upon a time. " * 150
     counts = []

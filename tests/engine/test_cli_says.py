@@ -1,4 +1,4 @@
-"""Every number and text that a command prints is the one that the engine gives, field by field."""
+"""Every number and text that a command prints equals that of the engine, field by field."""
 
 import json
 import math
@@ -17,7 +17,7 @@ HOW = ["--seed", "3", "-t", "0.9", "-n", "12", "--ignore-eos"]
 
 @pytest.fixture
 def cli(capsys):
-    """Run a command in this process, and return what it prints on stdout."""
+    """Return the stdout of a command that runs in this process."""
 
     def call(*args) -> str:
         code, _ = refengine.cli.run(lambda: refengine.cli.command([str(arg) for arg in args]), False)
@@ -107,7 +107,7 @@ def test_generate_prints_every_event_of_the_engine(cli, engine, tmp_path, n):
 
 
 def test_a_text_is_printed_as_the_engine_gives_it_whatever_its_prompt_ends_with(cli, engine, tmp_path):
-    """Of a file only the line end at its end is no part of the prompt; blanks before it are."""
+    """Only the last line end of a file is not part of the prompt; blanks before it are."""
     for prompt, end in (("The cat ", "\n"), ("The cat\t", "\r\n"), ("The cat\n", "\n"), ("The cat", "")):
         (tmp_path / "prompt").write_bytes((prompt + end).encode())
         [[*tokens, last]] = events(engine, [prompt], ignore_eos=True)

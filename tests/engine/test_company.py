@@ -1,8 +1,8 @@
-"""Every number of the engine is that of a literal reading: more prompts than slots, long ones beside short.
+"""Every number of the engine agrees with a literal reading, with more prompts than slots, long and short.
 
-A text is replayed alone: each token is drawn from the teacher-forced logits and from all that stands before
-it, by the literal reading of the sampling chapter, with one number of its own generator a token. `score` is
-held against one call over the whole text, and against one position at a time.
+A text is replayed alone: each token is drawn from the teacher-forced logits and all tokens before it, by the
+literal reading of the sampling chapter, with one number of its generator for each token. `score` is compared
+with one call over the whole text, and with one position at a time.
 """
 
 from dataclasses import fields
@@ -32,7 +32,7 @@ NEAR = 1e-9  # of float64 logits, whatever the order of summation
 
 @lru_cache
 def tiny():
-    """The embedded model in float64, with five slots."""
+    """Return the embedded model in float64, with five slots."""
     return refengine.load("tiny", dtype="float64", batch=5)
 
 
@@ -46,7 +46,7 @@ def text(seed: int, length: int, engine) -> list[int]:
 
 
 def events(engine, prompts, options) -> dict[int, list]:
-    """Return the events of each prompt, all asked for at once."""
+    """Return the events of each prompt, all submitted at once."""
     found: dict[int, list] = {i: [] for i in range(len(prompts))}
     for i, event in engine.generate_batch(prompts, options=options):
         found[i].append(event)
@@ -59,7 +59,7 @@ def log_softmax(row):
 
 
 def replayed(engine, prompt: list[int], told: list, how: Sampling, seed: int, n: int) -> int:
-    """Check the events of one text; return how many tokens come before one that rounding decides."""
+    """Check the events of one text; return how many tokens precede one that rounding decides."""
     *tokens, end = told
     assert isinstance(end, End)
     ids = prompt + [token.id for token in tokens]
@@ -94,7 +94,7 @@ LIKELIEST = (0, 1, 3, 40)  # how many alternatives are asked for
 
 
 def test_every_number_of_every_text_is_that_of_the_text_read_alone(engine):
-    """More prompts than slots, of 1 to 1030 tokens: a short one steps while long ones are read in pieces."""
+    """Prompts of 1 to 1030 tokens, more than slots: short ones step while long ones are read in pieces."""
     prompts = [text(i, length, engine) for i, length in enumerate(LENGTHS)]
     own = [{"max_tokens": 2 + i % 4, "seed": 900 + i, "logprobs": LIKELIEST[i % 4], "ignore_eos": True} | HOW
            for i in range(len(prompts))]  # fmt: skip
@@ -107,7 +107,7 @@ def test_every_number_of_every_text_is_that_of_the_text_read_alone(engine):
 
 
 def test_the_penalty_sees_the_whole_text_the_prompt_included(engine):
-    """A prompt in two calls that repeats no token near its end, greedy, so that nothing else decides."""
+    """A prompt of two calls repeats no token near its end; greedy, so that only the penalty decides."""
     prompt = text(7, 700, engine)
     how = {"temperature": 0, "repetition_penalty": 5.0}
     options = how | {"max_tokens": 40, "logprobs": 1, "ignore_eos": True}
@@ -135,7 +135,7 @@ def test_prompt_number_i_has_the_seed_plus_i_however_many_there_are(first, count
 
 
 def one_by_one(m, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return ln p by trunk and head, one position a call."""
+    """Return ln p of trunk and head, by calls of one position."""
     here, states, further = m.backend, m.new_states(1), mtp.new_states(m, 1)
     trunk, head = [], []
     for i in range(len(ids) - 1):
@@ -197,7 +197,7 @@ OPTIONS = st.fixed_dictionaries({}, optional={name: st.sampled_from(menu) for na
 @given(shared=OPTIONS, own=st.lists(OPTIONS, min_size=1, max_size=4), pairs=st.booleans())
 @example(shared={"seed": 5, "temperature": 0.5}, own=[{}, {"seed": 0, "temperature": 0}], pairs=False)
 def test_options_of_a_prompt_go_before_the_shared_ones_and_those_before_the_advice(shared, own, pairs):
-    """Zero, False and an empty list are values; None is as the checkpoint recommends."""
+    """Zero, False and an empty list are values; None means the checkpoint's recommendation."""
     engine, asked, shared = tiny(), [], {"seed": 9} | {k: v for k, v in shared.items() if v is not None}
     advice = engine.tokenizer.generation
     with mock.patch.object(Loop, "add", lambda self, i, ids, options, *rest: asked.append(options)):

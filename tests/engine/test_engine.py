@@ -1,4 +1,4 @@
-"""The engine adds nothing to the model: what it generates is what the logits say, however it is asked."""
+"""The engine adds nothing to the model: generated text follows from the logits, by every interface."""
 
 import gc
 import os
@@ -37,13 +37,13 @@ def text_of(events):
 
 
 def close(a, b, engine, times=1):
-    """Equal, but for what a different order of summation rounds differently."""
+    """Return whether results are equal up to the rounding of another order of summation."""
     slack = times * tolerance(np.float32, engine.config.hidden_size)
     assert np.abs(a - b).max() <= slack * np.abs(b).max()
 
 
 def with_context(engine, context: int):
-    """The same engine, with room for fewer tokens."""
+    """Return the same engine with a shorter context."""
     model = replace(engine.model, cfg=replace(engine.config, max_position_embeddings=context))
     return replace(engine, runner=LocalRunner(model))
 
@@ -236,7 +236,7 @@ def test_a_choice_there_is_not_is_refused_in_one_sentence(choice, says):
 
 @pytest.mark.parametrize("which", ["numpy", "cpu", "torch"])
 def test_an_engine_that_is_deleted_is_freed_at_once(which):
-    """Without the garbage collector, which may run much later: an engine is in no circle of references."""
+    """An engine is in no reference cycle, so it is freed without the garbage collector."""
     if which == "torch":
         pytest.importorskip("torch")
     if which == "cpu" and automatic("cpu")[0] != "cpu":
@@ -260,7 +260,7 @@ def test_an_engine_that_is_deleted_is_freed_at_once(which):
 
 
 def test_a_single_rank_is_the_engine():
-    """refengine.ranks.load, without a launcher, has no other rank."""
+    """refengine.ranks.load without a launcher has no other ranks."""
     from refengine.ranks.load import load as load_rank
 
     alone, engine = load_rank("tiny"), refengine.load("tiny")

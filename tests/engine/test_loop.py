@@ -1,4 +1,4 @@
-"""A text is the same whenever it joins, whatever shares its batch or leaves it, however its prompt is cut."""
+"""A text does not depend on when it joins, on the other sequences, or on the cut of its prompt."""
 
 import asyncio
 import threading
@@ -37,7 +37,7 @@ LAYOUTS = [
 
 
 class Letters:
-    """A tokenizer for models without one: a token is a letter."""
+    """A tokenizer for models without one: each token is a letter."""
 
     stop_ids = frozenset({0})
 
@@ -91,7 +91,7 @@ PLANS = st.lists(
 
 
 def played(runner, case: Case, plans: list, slots: int, chunk: int, loop: Loop | None = None) -> list[list]:
-    """Return the events of each plan, run together in so many slots with prompts cut into chunks."""
+    """Return the events of each plan, run together in this many slots with prompts cut into chunks."""
     loop = loop or Loop(runner, Letters, size=slots)
     inboxes, running, turn = [deque() for _ in plans], {}, 0
     with mock.patch("refengine.runner.PREFILL", chunk):
@@ -113,7 +113,7 @@ def played(runner, case: Case, plans: list, slots: int, chunk: int, loop: Loop |
 
 
 def check(case: Case, plan: Plan, together: list, alone: list, dtype) -> None:
-    """The events are the same, or the first that differs is a near-tie in float64."""
+    """Check that events are equal, or that the first difference is a near tie in float64."""
     ended = [event.reason for event in together if isinstance(event, End)]
     for i, (one, other) in enumerate(zip(together, alone, strict=False)):
         if isinstance(one, End) and isinstance(other, End) and one.reason == other.reason:
@@ -215,7 +215,7 @@ def test_a_bad_prompt_of_an_iterator_is_raised_after_those_before_it(engine):
 
 
 def test_the_prompts_after_a_bad_one_of_an_iterator_go_on(engine):
-    """Each bad one is raised once, by its number, after those before it; there may be more than slots."""
+    """Each bad prompt raises once, with its number, after those before it; there may be more than slots."""
     bad = [InputError("found wrong already"), "", [10**6], ("The", {"top_p": 7}), ("The", 1.5), "", 5]
     given = [*bad[:5], "Once", *bad[5:], "The", "", "A"]
     events, ended, refused = engine.generate_batch(iter(given), max_tokens=3, temperature=0), [], []
@@ -282,7 +282,7 @@ def test_two_threads_share_the_slots_and_get_their_own_texts(engine):
 @pytest.mark.parametrize("how", ["cancel", "close"])
 @pytest.mark.parametrize("waiting", [False, True])
 def test_a_batch_may_be_cancelled_by_another_thread(engine, how, waiting):
-    """While its prompt is read, or while it waits for a slot: the thread that iterates over it ends."""
+    """While its prompt is read, or while it waits for a slot; the thread that iterates over it ends."""
     others = [engine.generate([7] * 9, max_tokens=10**5, ignore_eos=True) for _ in range(3 * waiting)]
     for other in others:
         next(other)

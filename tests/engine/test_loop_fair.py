@@ -1,4 +1,4 @@
-"""In the loop no sequence harms another: not by an error, and not by going before it for ever."""
+"""In the loop no sequence harms another: neither by an error nor by starvation."""
 
 from collections import deque
 from unittest import mock
@@ -31,7 +31,7 @@ class Letters:
 
 
 class Breaking(LocalRunner):
-    """A runner whose logits cannot be drawn from for some sequences, after some tokens each."""
+    """A runner whose logits become unusable for some sequences, each after some tokens."""
 
     def __init__(self, made, breaks: dict[int, int]):
         super().__init__(made)
@@ -48,7 +48,7 @@ LENGTH = 3  # tokens of each prompt
 
 
 def played(count: int, breaks: dict[int, int], slots: int) -> list[list]:
-    """Return the events of so many sequences, number i with a prompt that begins with i."""
+    """Return the events of this many sequences; the prompt of number i begins with i."""
     loop = Loop(Breaking(model(CASE, numpy_backend("float64")), breaks), Letters, size=slots)
     inboxes = [deque() for _ in range(count)]
     for i, inbox in enumerate(inboxes):
@@ -78,7 +78,7 @@ def test_an_error_of_one_sequence_ends_that_one_alone(breaks, slots):
 
 @given(chunks=st.integers(1, 4), length=st.integers(1, 5))
 def test_a_long_prompt_is_read_however_many_short_ones_come(chunks, length):
-    """A new short prompt each turn: the long one is passed over PATIENCE times for each of its parts."""
+    """With a new short prompt each turn, each part of the long prompt is delayed PATIENCE times at most."""
     loop = Loop(LocalRunner(model(CASE, numpy_backend("float64"))), Letters, size=3)
     options, inbox = Options(max_tokens=1, temperature=0, seed=0), deque()
     with mock.patch("refengine.runner.PREFILL", 11):

@@ -1,4 +1,4 @@
-"""The states of slots stay with their slots, in whatever company they are stored, asked for and dropped."""
+"""The states of slots stay with their slots, whatever slots are stored, taken and dropped together."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from tests.support.tries import tries
 
 @dataclass(frozen=True)
 class Named:
-    """The state of a layer: a name for each row, and how often each went on."""
+    """A stand-in for the state of a layer: a name for each row, and the number of its steps."""
 
     rows: tuple
 
@@ -51,7 +51,7 @@ LEFT = [
 @example(moves=LEFT)
 @example(moves=[("read", ORDER, 4), ("step", ORDER[3::-1] + ORDER[4:], 4)])
 def test_whoever_is_asked_for_gets_its_own_states(moves):
-    """A layer with a state and one without; a dropped slot begins anew; a batch goes with its last slot."""
+    """A layer with a state and one without; a dropped slot starts anew; a batch ends with its last slot."""
     slots, known, fresh = Slots(), {}, 0
     for move, order, count in moves:
         if move == "read":  # new sequences, one call

@@ -1,4 +1,4 @@
-"""Greedy text with drafts is greedy text without, and the states after it are those of plain decoding."""
+"""Greedy text is the same with and without drafts, and so are the states after it."""
 
 from dataclasses import dataclass, replace
 from unittest import mock
@@ -25,7 +25,7 @@ GREEDY = Sampling(temperature=0)
 
 @dataclass(frozen=True)
 class Drafted(Plan):
-    """A sequence that is drafted: by so many tokens a call, or auto."""
+    """A sequence with drafts: this many tokens a call, or auto."""
 
     speculate: int | str | None = None
 
@@ -67,7 +67,7 @@ def alone(case: Case, backend, plans: list[Drafted]) -> list[list]:
 
 
 def oracle_of(case: Case, plans: list[Drafted], runs: list[list], rate: float, seed: int = 0):
-    """Return a patch by which a share of the drafts is right."""
+    """Return a patch with which a given share of the drafts is right."""
     texts = {
         tuple(plan.prompt(case)): [event.id for event in run if hasattr(event, "id")]
         for plan, run in zip(plans, runs, strict=True)
@@ -98,7 +98,7 @@ def test_greedy_text_with_drafts_is_greedy_text_without(backend, case, plans, sl
 
 
 def test_right_drafts_are_accepted(backend):
-    """With drafts that are all right, k of them a call, a text of n tokens takes n / (k + 1) calls."""
+    """If all drafts are right, k in each call, a text of n tokens takes n / (k + 1) calls."""
     case = Case(layers="M*", mtp_layers="*E", batch=1)
     plan = Drafted(9, 13, 0.0, 1, speculate=3)
     runs = alone(case, backend, [plan])
@@ -141,7 +141,7 @@ class Speculated(Sequences):
     rate=st.sampled_from((0.5, 1.0)),
 )
 def test_after_accepts_and_rejects_the_state_is_that_of_plain_decoding(backend, case, turns, rate):
-    """Slots are drafted for and stepped in any company; the logits after it are those of the tokens kept."""
+    """Slots draft and step in any combination; the logits after it are those of the kept tokens."""
     sequences = Speculated(backend, case)
     for slot in range(3):
         sequences.join(slot)
@@ -149,7 +149,7 @@ def test_after_accepts_and_rejects_the_state_is_that_of_plain_decoding(backend, 
     exact, rng = model(case, numpy_backend(np.float64)), case.rng(17)
 
     def right(logits, sampling, seen, generator):
-        """Return the token that the model draws next, or another one."""
+        """Return the next token that the model draws, or another one."""
         token = int(np.argmax(LocalRunner(exact).logits(seen)[-1]))
         token = token if rng.random() < rate else (token + 1) % case.cfg.vocab_size
         return drafting.Guess(token, *drafting.NOTHING)
@@ -166,7 +166,7 @@ def test_after_accepts_and_rejects_the_state_is_that_of_plain_decoding(backend, 
 
 @pytest.mark.parametrize("kind", ["whole", "window"])
 def test_the_head_reads_every_row_from_the_trunk(kind):
-    """Its cache after prompts in pieces, accepts and rejects is that of one call over the whole sequence."""
+    """Its cache after pieces, accepts and rejects equals that of one call over the whole sequence."""
     backend = numpy_backend(np.float64)
     case = Case(layers="M*", mtp_layers="*E", batch=1)
     m = model(case, backend)

@@ -1,4 +1,4 @@
-"""Drafts through the engine: stops, log-probabilities, end tokens, the context's end, seeds, bad options."""
+"""Drafts in the engine keep stops, log-probabilities, end tokens, context limits, seeds and errors."""
 
 from dataclasses import replace
 from unittest import mock
@@ -22,7 +22,7 @@ def engine():
 
 
 def told(events) -> tuple[list, tuple]:
-    """Return the id, the text and the likeliest of each token, and the reason and the rest of the text."""
+    """Return id, text and likeliest tokens of each token, and the reason and the rest of the text."""
     *tokens, end = events
     return [(t.id, t.text, [i for i, _ in t.top]) for t in tokens], (end.reason, end.text)
 
@@ -52,7 +52,7 @@ def test_greedy_events_are_those_without_drafts(engine, options, k):
 
 
 def test_a_text_ends_in_the_middle_of_accepted_drafts(engine):
-    """Everything after an end token, or the last token of max_tokens or of the context, is left out."""
+    """Tokens after an end token, or beyond max_tokens or the context, are dropped."""
     prompt = engine.ids(PROMPTS[2])
     how = {"temperature": 0, "ignore_eos": True}
     text = [t.id for t in engine.generate(prompt, max_tokens=9, **how) if not isinstance(t, End)]
@@ -182,7 +182,7 @@ def test_a_pace_is_the_engines():
 
 @pytest.fixture
 def cli(capsys):
-    """Run a command in this process: (exit code, stdout, stderr)."""
+    """Return (exit code, stdout, stderr) of a command that runs in this process."""
 
     def call(*args):
         code, _ = refengine.cli.run(lambda: refengine.cli.command([str(arg) for arg in args]), False)
@@ -208,7 +208,7 @@ def test_the_command_line_refuses_other_numbers_of_drafts(cli, wrong):
 
 
 def test_a_reused_prefix_and_a_saved_state_go_on_with_drafts():
-    """The head has not read what was reused; the text is the same, and so is the state at its end."""
+    """The head has not read the reused tokens; text and final state are the same."""
     with mock.patch("refengine.runner.PREFILL", 32):
         engine = refengine.load("tiny", backend="auto", cache=10**8)
         prompt, how = PROMPTS[2] * 4, {"max_tokens": 10, "temperature": 0, "ignore_eos": True}

@@ -1,4 +1,4 @@
-"""`auto` drafts where that pays and not where it does not, with costs and acceptance that are given here."""
+"""`auto` drafts only if it saves time, with costs and acceptance rates given here."""
 
 from dataclasses import dataclass, field
 
@@ -23,7 +23,7 @@ class Waiting:
 class Machine:
     """A runner with costs in plain steps: a call with k drafts takes cost(k); its clock is the only time.
 
-    compiled: whether a plain step gives no hidden state, so that the next call has no drafts.
+    compiled: whether a plain step returns no hidden state, so that the next call has no drafts.
     held_up: how many of 40 calls in a row take four times as long, as beside other work.
     """
 
@@ -53,7 +53,7 @@ class Machine:
         return Run([Draw(0)] * (right + 1), count)
 
     def keep(self, slots, counts):
-        """Do nothing: its time is in the cost."""
+        """Do nothing; the time of a commit is part of the cost."""
 
     def spend(self, cost: float) -> None:
         slow = 4.0 if self.calls % 40 < self.held_up else 1.0
@@ -64,7 +64,7 @@ class Machine:
 def seconds(cost, sequences: list[Waiting], pace: Pace | None = None, held_up: int = 0) -> float:
     """Return the time in which all sequences are written, in plain steps of all.
 
-    With `held_up`, the time that the same calls take on a quiet machine.
+    With `held_up`, the time of the same calls on a quiet machine.
     """
     machine = Machine(cost, sequences, held_up=held_up)
     pace = pace or Pace(machine.clock)
@@ -111,7 +111,7 @@ def test_auto_is_within_a_tenth_of_the_best_number_of_drafts(cost, rates, record
 
 
 def test_text_that_is_drafted_badly_never_costs_more_than_three_hundredths():
-    """Several texts, one after the other and side by side, short ones too."""
+    """Several texts, in turn and side by side, and short ones too."""
     for cost in COSTS.values():
         for size, tokens in ((1, 256), (4, 300)):
             pace = Pace()

@@ -1,4 +1,4 @@
-"""Sampled text with drafts has the distribution of text without: by enumeration of all texts, with power."""
+"""Sampled text with drafts has the distribution of plain text: tested by enumeration of all texts."""
 
 import math
 from collections import Counter
@@ -39,7 +39,7 @@ def exact() -> dict[tuple, float]:
 
 
 def drawn(batches: int, seed: int = 0) -> Counter:
-    """Return how often each text comes out with drafts of two tokens a call."""
+    """Return the frequency of each text with drafts of two tokens a call."""
     runner, texts = LocalRunner(model(CASE, numpy_backend(np.float64))), Counter()
     slots = list(range(SLOTS))
     for batch in range(batches):
@@ -59,7 +59,7 @@ def written(runner, slot: int) -> list[int]:
 
 
 def surprise(texts: Counter) -> float:
-    """Return how many standard deviations the chi-square statistic of the texts lies above its mean."""
+    """Return by how many standard deviations the chi-square statistic of the texts exceeds its mean."""
     total, expected = sum(texts.values()), exact()
     assert set(texts) <= set(expected), "a text that the filters rule out"
     frequent = [text for text, p in expected.items() if p * total >= 5]
@@ -78,7 +78,7 @@ def test_sampled_text_has_the_distribution_of_text_without_drafts(record_propert
 
 
 def equal(ids, p, draft, generator):
-    """Accept a draft if it is what the trunk would draw with a number of its own: too seldom, but right."""
+    """Accept a draft if the trunk draws it with a separate number: too rarely, but correct."""
     return int(ids[sample.draw(p, generator)]), 1
 
 
@@ -97,7 +97,7 @@ def test_another_right_rule_stays_green(monkeypatch):
 
 
 def test_filters_of_the_head_without_those_of_the_trunk_go_red(monkeypatch):
-    """The trunk's side without filters lets texts through that they rule out."""
+    """Without its filters, the trunk admits texts that they exclude."""
     unfiltered = lambda logits, how, seen: sample.likely(logits, Sampling(), seen)  # noqa: E731
     monkeypatch.setattr(acceptance, "likely", unfiltered)
     with pytest.raises(AssertionError):

@@ -1,4 +1,4 @@
-"""Check the dtypes of stored states from the command line and Python: defaults, refusals, same text."""
+"""Dtypes of stored states have the right defaults, refusals and texts, on the command line and in Python."""
 
 import json
 
@@ -83,7 +83,7 @@ def test_dtypes_that_there_are_not_are_refused(choice):
 
 @pytest.mark.parametrize("name", ["numpy", pytest.param("cpu", marks=compiled)])
 def test_text_in_few_bits_is_the_same_again_and_in_company(name):
-    """Random rounding goes by the seed of a sequence, not by what ran before or runs beside it."""
+    """Random rounding depends on the seed of a sequence, not on earlier or concurrent sequences."""
     invariant = {"batch_invariant": True} if name == "cpu" else {}
     engine = refengine.load("tiny", name, kv_dtype="fp8", ssm_dtype="float16", **invariant)
     prompts, how = ["Once upon a time", "One day", "The cat"], {"seed": 5, "max_tokens": 12}
@@ -110,7 +110,7 @@ def test_the_cpu_backend_stores_what_inspect_tells(tmp_path):
 
 
 def held(cache) -> int:
-    """Return the bytes that a cache has memory for."""
+    """Return the bytes of memory that a cache has."""
     if hasattr(cache, "pages"):
         return sum(page.data.nbytes for pages in cache.pages for page in pages)
     return cache.k.nbytes + cache.v.nbytes
@@ -128,7 +128,7 @@ def held(cache) -> int:
     ],
 )
 def test_a_long_context_takes_what_inspect_says(name, kv):
-    """Caches are filled, not read, as far as 65,536, 262,144 and 1,048,576 positions."""
+    """Caches are filled without reading, up to 65,536, 262,144 and 1,048,576 positions."""
     if name == "torch":
         pytest.importorskip("torch")
     engine = refengine.load("tiny", name, dtype="float32", kv_dtype=kv)

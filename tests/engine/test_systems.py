@@ -1,4 +1,4 @@
-"""The NumPy backend needs nothing that only Linux, or only Unix, has."""
+"""The NumPy backend uses nothing that exists only on Linux, or only on Unix."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Several tokens at once, of which a part is kept: the same as so many single steps, slot by slot."""
+"""Tokens that are verified at once and kept in part leave the states of single steps, slot by slot."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from tests.support.sequences import Sequences
     case=cases(max_length=1), most=st.integers(1, 5), keeps=st.lists(st.booleans(), min_size=1, max_size=4)
 )
 def test_what_is_kept_of_verified_tokens_is_so_many_steps(backend, case, most, keeps):
-    """Slots are read, verified, kept and stepped in any company."""
+    """Slots are read, verified, kept and stepped in any combination."""
     sequences = Sequences(backend, case)
     sequences.turns(most, keeps)
     sequences.verify([2, 0, 1], [sequences.tokens(1) for _ in range(3)])
@@ -65,7 +65,7 @@ def test_a_fork_and_its_origin_go_separate_ways(backend, case, turns):
 
 
 def test_a_fork_draws_what_its_origin_draws():
-    """Each goes on with a generator and tokens of its own, whatever the other has drawn by then."""
+    """Each has a separate generator and tokens, whatever the other has drawn."""
     case = Case(layers="M*")
     runner = LocalRunner(Model.build(case.cfg, case.read, numpy_backend(np.float64)))
     how = How(Sampling(temperature=1.0, repetition_penalty=1.3), seed=5)

@@ -1,4 +1,4 @@
-"""Planted faults in what sequences share: slots, forks, calls of `score`, ties. Each makes a law go red."""
+"""Each planted fault in shared slots, forks, calls of `score` and ties fails a law."""
 
 from dataclasses import replace
 
@@ -43,7 +43,7 @@ def alone():
 
 
 def guard_of_the_first_row(patch):
-    """The other rows are taken for unwritten, whatever a fork has appended to them."""
+    """Treat the other rows as unwritten, whatever a fork has appended to them."""
     right = state.Cache.append
 
     def append(self, k, v, lengths=None):
@@ -124,7 +124,7 @@ def test_a_planted_fault_goes_red(plant, law, monkeypatch):
 
 
 def highest_of_equals(backend):
-    """Return the backend, whose router prefers the later of equal experts in a call of one position."""
+    """Return a backend whose router prefers the later of equal experts in a call of one position."""
 
     def route(h, gate, bias, cfg):
         if h.shape[1] > 1:

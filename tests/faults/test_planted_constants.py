@@ -1,4 +1,4 @@
-"""Planted faults in the constants: each, fixed at its usual value in one place, makes a law go red."""
+"""Each constant, fixed at its usual value in one place, fails a law."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ def bench() -> Backend:
 
 
 def with_fixed_eps(backend: Backend, verb: str, at: int, position: int) -> Backend:
-    """Return the backend whose call number `at` of a verb, in a model and its head, has an eps of 1e-5."""
+    """Return a backend in which call number `at` of a verb, in a model and its head, has an eps of 1e-5."""
     right, calls = getattr(backend.ops, verb), []
 
     def wrong(*args):
@@ -74,7 +74,7 @@ ASSUMED = {
 
 @pytest.mark.parametrize("name", ASSUMED)
 def test_a_constant_that_is_assumed_goes_red(name, monkeypatch):
-    """The model is built with another configuration than it has."""
+    """The model is built with another configuration than that of its checkpoint."""
     right = Model.build
 
     def build(cfg, read, backend):
@@ -87,7 +87,7 @@ def test_a_constant_that_is_assumed_goes_red(name, monkeypatch):
 
 
 def test_a_head_that_reads_itself_goes_red(monkeypatch):
-    """The head's second layer is left out, as if it had one."""
+    """The head's second layer is left out."""
     right = mtp.head_layers
     monkeypatch.setattr(mtp, "head_layers", lambda model: right(model)[:1] * 2)
     with pytest.raises((AssertionError, KeyError)):

@@ -1,4 +1,4 @@
-"""Planted faults in the order and the reach of the sampling filters: the literal reading goes red."""
+"""Each planted fault in the order and the range of the sampling filters fails the literal reading."""
 
 import numpy as np
 import pytest

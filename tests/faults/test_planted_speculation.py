@@ -1,4 +1,4 @@
-"""Each known mistake of speculation, planted, makes its check go red; without it the check is green."""
+"""Each known mistake of speculation, planted, fails its check; without it the check passes."""
 
 import pytest
 

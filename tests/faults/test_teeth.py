@@ -1,6 +1,6 @@
-"""The tests have teeth: each of these planted faults makes a recorded vector or a law go red.
+"""Each of these planted faults fails a recorded vector or a law.
 
-Here those of the Mamba, the stream and the attention; test_teeth_experts.py has the rest.
+These are faults of Mamba, the stream and attention; test_teeth_experts.py has the rest.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""More planted faults that must go red: the experts, the prediction head, and the reading of a checkpoint."""
+"""Each planted fault in the experts, the prediction head and the reading of a checkpoint fails a test."""
 
 from functools import partial
 
@@ -79,7 +79,7 @@ def test_a_planted_fault_goes_red(fault, monkeypatch):
 
 
 def test_enough_faults_are_planted_and_the_traps_among_them():
-    """All ten but trap 8, which is about packed weights."""
+    """All ten traps except trap 8, which is about packed weights."""
     said = [fault.what for fault in test_teeth.FAULTS + FAULTS]
     assert len(set(said)) == len(said) >= 20
     assert all(any(what.startswith(f"trap {i}:") for what in said) for i in (1, 2, 3, 4, 5, 6, 7, 9, 10))

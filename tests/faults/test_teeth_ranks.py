@@ -1,4 +1,4 @@
-"""Plant faults in the cuts and in the messages of ranks: each makes a law of test_shards_sum.py go red."""
+"""Each planted fault in the cuts and in the messages of ranks fails a law of test_shards_sum.py."""
 
 from dataclasses import replace
 from functools import partial
@@ -34,7 +34,7 @@ def cut_as(**other):
 
 
 def verbs(change):
-    """change(ops before, ops of this rank, cfg, shard, comm) -> verbs that are wrong."""
+    """Return wrong verbs: change(ops before, ops of this rank, cfg, shard, comm)."""
     right = ranks.sharded
 
     def sharded(backend, cfg, here, comm, split=None):
@@ -45,7 +45,7 @@ def verbs(change):
 
 
 def sum_over(count):
-    """Sums over count(kind, tp, ep) ranks."""
+    """Sum over count(kind, tp, ep) ranks."""
 
     def change(plain, ops, cfg, here, comm):
         def all_reduce(x, kind):
@@ -94,7 +94,7 @@ def keeps_its_experts_to_itself(plain, ops, cfg, here, comm):
 
 
 def sums_experts_twice(plain, ops, cfg, here, comm):
-    """In the latent width, and then again over everyone."""
+    """Sum in the latent width, and then again over all ranks."""
 
     def experts(u, matrices, routing):
         return comm.all_reduce(ops.experts(u, matrices, routing), here.peers(here.layout.tp * here.layout.ep))
@@ -119,7 +119,7 @@ def hands_back_rows_of_others(patch):
 
 
 def asks_with_its_own_choice(patch):
-    """The latents of all rows, but the experts that this rank's rows chose."""
+    """Send the latents of all rows, but the experts that this rank's rows chose."""
     right = Ranks.all_gather
 
     def all_gather(self, x, peers, sizes, axis):
@@ -130,7 +130,7 @@ def asks_with_its_own_choice(patch):
 
 
 def shares_in_turn(patch):
-    """Of two groups, ranks 0 and 2 take the first; it should be 0 and 1."""
+    """Give the first of two groups to ranks 0 and 2 instead of 0 and 1."""
     right = shard.span
 
     def span(size, parts, i, unit=1):

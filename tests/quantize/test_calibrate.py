@@ -1,4 +1,4 @@
-"""Scales of inputs and of an FP8 cache come from what a model reads in a text."""
+"""Scales of inputs and of an FP8 cache come from the activations of a model on a text."""
 
 import json
 
@@ -39,7 +39,7 @@ def largest(tiny):
 
 
 def literally(source, texts):
-    """Return the same by the definition in float64, token by token; weights are told apart by their bytes."""
+    """Return the same by the definition in float64, token by token; weights are identified by their bytes."""
     found: dict[str, float] = {}
     names = {source.read(row.name).tobytes(): row.name for row in table(source.config)}
     attentions = [i for i, kind in enumerate(source.config.layers) if kind == "*"]
@@ -116,7 +116,7 @@ def test_every_matrix_of_the_trunk_has_one(tiny, largest):
 
 
 def scales(path):
-    """Return the single scales that calibration adds, as the file has them."""
+    """Return the single scales that calibration adds, as stored in the file."""
     ends = (".input_scale", ".k_scale", ".v_scale")
     (path,) = path.glob("*.safetensors")
     tensors = SafetensorsFile(path).tensors
@@ -214,7 +214,7 @@ def test_an_empty_text_and_a_model_without_a_tokenizer_are_one_sentence(tiny, tm
 
 
 def test_an_expert_is_measured_on_the_tokens_that_chose_it():
-    """The first of two tokens goes to expert 0, and is the smaller one; the second goes to expert 1."""
+    """The smaller of two tokens chooses expert 0, and the other chooses expert 1."""
     case = Case(layers="E")
     backend, found = recording(numpy_backend(np.float32))
     experts = Model.build(case.cfg, case.read, backend).weights["layers.0"]["mixer"]["experts"]

@@ -27,7 +27,7 @@ def copies(tmp_path_factory):
 
 
 def alone(*arguments) -> str:
-    """Return the output of a process."""
+    """Return the output of one process."""
     command = [sys.executable, "-m", "refengine", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -35,7 +35,7 @@ def alone(*arguments) -> str:
 
 
 def over_ranks(n, *arguments) -> str:
-    """Return the output of a job of n processes, all of which ended."""
+    """Return the output of a job of n processes, all of which have ended."""
     job = mpiexec(n, *arguments)
     assert (job.code, job.left) == (0, ()) and not job.said, job.err
     return job.out

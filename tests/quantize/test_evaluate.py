@@ -121,7 +121,7 @@ def test_too_little_text_is_one_sentence(copy):
 
 @pytest.mark.slow
 def test_the_copy_is_compared_with_the_model_that_was_read_wherever_it_lies(tmp_path, monkeypatch):
-    """A directory that is written may have the name by which the model was found."""
+    """A new directory may have the name by which the original model was found."""
     monkeypatch.chdir(tmp_path)
     refused = run("tiny", "tiny", "--recipe", "nvfp4")
     assert refused.exit_code == 1 and "give another name" in str(refused.exception)

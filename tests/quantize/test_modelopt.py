@@ -1,6 +1,6 @@
-"""Packed weights are those of NVIDIA's modelopt, byte by byte: recorded, and live where it is installed.
+"""Packed weights equal those of NVIDIA's modelopt byte by byte: recorded, and live if it is installed.
 
-So are, up to rounding, the scales that calibration finds (`python -m tools.write.modelopt_calibration`).
+Up to rounding, so do the scales of calibration (`python -m tools.write.modelopt_calibration`).
 """
 
 import json
@@ -23,7 +23,7 @@ PACK = {"nvfp4": nvfp4, "w4a8": lambda w: nvfp4(w, block=32, top=TOP_W4A8), "fp8
 
 
 def check(layout, weight, tensors, matrix):
-    """Compare our packed weight and its matrix with what modelopt made of the same numbers."""
+    """Compare our packed weight and its matrix with those of modelopt for the same numbers."""
     with np.errstate(invalid="ignore"):
         packed = PACK[layout](weight)
         found = packed.dequantize()

@@ -1,4 +1,4 @@
-"""`refengine quantize` writes what it read, in the format of each recipe, whole or not at all."""
+"""`refengine quantize` writes the model in the format of each recipe, whole or not at all."""
 
 import errno
 import json
@@ -86,7 +86,7 @@ def test_the_tensors_count_as_those_of_the_released_files(model, recipe, matrice
 
 
 def test_supers_recipe_is_a_file_of_names(tmp_path):
-    """It was searched for layer by layer; the sums are published, and some of the layers."""
+    """It was found by a search layer by layer; the sums and some of the layers are published."""
     cfg, path = CONFIGS["super"], tmp_path / "super.toml"
     kinds = {kind: [i for i, each in enumerate(cfg.layers) if each == kind] for kind in "M*E"}
     layers = {
@@ -105,7 +105,7 @@ def test_supers_recipe_is_a_file_of_names(tmp_path):
 
 
 def test_four_over_six_gains_on_the_embedded_model(tmp_path):
-    """About 16 percent of the median squared error of the experts' matrices, and worse in none."""
+    """The median squared error of the experts' matrices falls by about 16 percent, and rises in none."""
     errors = quantize("tiny", tmp_path / "46", recipe_of("ultra"))
     assert 0.15 < errors["routed_expert"]["gain"] < 0.18
     quantize("tiny", tmp_path / "six", recipe_of("super"))
@@ -155,7 +155,7 @@ def test_files_are_cut_at_a_size_and_have_an_index(model, tmp_path):
 
 
 def test_it_goes_on_after_a_stop(model, tmp_path, monkeypatch):
-    """Whatever file it stops in, nothing half is taken for whole, and the result is the same."""
+    """Wherever it stops, no partial file counts as whole, and the result is the same."""
     quantize(model, tmp_path / "whole", recipe_of("ultra"), shard=20_000)
     wanted, out = files(tmp_path / "whole"), tmp_path / "out"
     calls, stops = [], {5 * n * (n + 1) // 2 for n in range(1, 12)}  # after 5, 10, 15, ... more

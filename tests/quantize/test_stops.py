@@ -1,4 +1,4 @@
-"""`refengine quantize` may be killed, or meet a full disk, at any moment: nothing half, nothing lost."""
+"""`refengine quantize` may be killed, or meet a full disk, at any moment, without a partial or lost file."""
 
 import os
 import random
@@ -32,7 +32,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory):
-    """The files of a run that nothing stopped."""
+    """Return the files of an undisturbed run."""
     out = tmp_path_factory.mktemp("whole") / "out"
     quantize(model, out, recipe_of("ultra"), shard=SHARD)
     return files(out)
@@ -43,7 +43,7 @@ def files(path):
 
 
 def started(work) -> int:
-    """Return the process that does this work; on an InputError it prints that, and its exit code is 3."""
+    """Return the process of this work; on an InputError it prints the error and exits with 3."""
     if process := os.fork():
         return process
     with suppress(BaseException):
@@ -56,14 +56,14 @@ def started(work) -> int:
 
 
 def ended(process: int) -> int:
-    """Return the exit code of a process, or the negative number of the signal that killed it."""
+    """Return the exit code of a process, or minus the number of the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def killed_again_and_again(model, out, whole, kills: int, seed: int) -> int:
     """Kill runs at random moments until one ends; return how many were killed.
 
-    A timer kills: this process might be late on a busy machine.
+    A timer kills, because this process might be late on a busy machine.
     """
     rng, done = random.Random(seed), 0
 
@@ -107,7 +107,7 @@ def test_runs_that_are_killed_a_hundred_times_go_on(model, whole, tmp_path):
 def test_where_a_file_cannot_grow_it_is_one_sentence_and_the_next_run_goes_on(
     room, model, whole, tmp_path, capfd
 ):
-    """A limit on the size of files is met as a full disk is: by an error of a write."""
+    """A limit on file sizes acts like a full disk: a write fails."""
     before, out = files(model), tmp_path / "out"
 
     def work():
@@ -156,7 +156,7 @@ def test_a_kill_while_the_state_was_first_written_is_no_obstacle(model, whole, t
 
 
 def test_a_run_that_wrote_nothing_does_not_hold_the_directory(model, whole, tmp_path):
-    """There is no tokenizer, so calibration ends at once; another command may use the same directory."""
+    """Without a tokenizer calibration ends at once; another command may then use the directory."""
     with pytest.raises(InputError, match=r"tokenizer\.json does not exist"):
         quantize(model, tmp_path / "out", recipe_of("fp8"), texts=["Once upon a time"])
     assert set(files(tmp_path / "out")) == {STATE}
@@ -165,7 +165,7 @@ def test_a_run_that_wrote_nothing_does_not_hold_the_directory(model, whole, tmp_
 
 
 def test_code_beside_the_model_is_copied_with_it(model, tmp_path):
-    """config.json may name classes in it, which other programs run; nothing here does."""
+    """config.json may name classes in it that other programs run; nothing runs them here."""
     source = tmp_path / "model"
     source.mkdir()
     for name, raw in files(model).items():

@@ -1,9 +1,9 @@
 """Run a library of compiled loops on random small models, and compare each with the definition in float64.
 
     python -m tests.backends.cpu.loops LIBRARY COUNT THREADS
-    python -m tests.backends.cpu.loops LIBRARY overflow|race    a mistake that a sanitizer has to see
+    python -m tests.backends.cpu.loops LIBRARY overflow|race    a planted fault that a sanitizer must report
 
-It needs NumPy and ml_dtypes alone, so that it runs on an emulated processor too.
+It imports only NumPy and ml_dtypes, so that it also runs on an emulated processor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def library(folder: Path, compiler: str, *flags: str) -> Path:
-    """Return the loops compiled so, from `folder` where they are kept for the next run."""
+    """Return the loops compiled with these flags, from `folder` if a former run kept them there."""
     parts = [compiler, *build.FLAGS, *flags, *(path.read_text() for path in sorted(build.KERNELS.iterdir()))]
     path = folder / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
     if not path.exists():
@@ -40,7 +40,7 @@ def library(folder: Path, compiler: str, *flags: str) -> Path:
 
 
 def case_of(number: int, wide: bool) -> Case:
-    """Return a random case; a wide one has enough work in each call for several threads."""
+    """Return a random case; a wide case has enough work in each call for several threads."""
     rng = np.random.default_rng(number)
 
     def one(menu):
@@ -58,9 +58,9 @@ def case_of(number: int, wide: bool) -> Case:
 
 
 def run(number: int, threads: int) -> None:
-    """Read a prompt in two parts, the last two positions by steps or by a recorded call that is kept.
+    """Read a prompt in two parts, then two more positions by steps or by a recorded call.
 
-    Compare with the definition. A recorded call of ragged rows, of which a part is kept, comes last.
+    Compare with the definition. The last call is recorded, with ragged rows, and a part of it is committed.
     """
     case = case_of(number, threads > 1)
     here = cpu_backend(DTYPES[case.disk], threads, steady=number % 3 == 0, kv="float32")

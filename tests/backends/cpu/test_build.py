@@ -1,4 +1,4 @@
-"""A compiler may take longer where the machine is busy."""
+"""The time limit of a compiler grows with the load of the machine."""
 
 import subprocess
 

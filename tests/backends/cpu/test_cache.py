@@ -1,4 +1,4 @@
-"""The cache of the CPU backend lies in pages: it grows, forks and changes rows without copying them."""
+"""The cache of the CPU backend lies in pages: it grows, forks and changes rows without a copy of them."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ class Sizes:
 
 
 def numbers(seed: int, b: int, l: int):
-    """Keys and values that bfloat16 holds, b l kv e."""
+    """Return keys and values that bfloat16 represents exactly, b l kv e."""
     rng = np.random.default_rng([seed, b, l])
     return [rng.integers(-99, 99, (b, l, 2, 4)).astype(np.float32) for _ in "kv"]
 
@@ -33,7 +33,7 @@ def definition(b: int) -> Definition:
 
 
 def same(here: Cache, there: Definition) -> None:
-    """Every row of both caches holds the same keys and values."""
+    """Check that every row of both caches has the same keys and values."""
     np.testing.assert_array_equal(here.length, there.length)
     for row, end in enumerate(there.length):
         for mine, theirs in ((here.k, there.k), (here.v, there.v)):
@@ -53,7 +53,7 @@ STEPS = st.lists(
 
 @given(steps=STEPS)
 def test_pages_hold_what_the_definition_holds_through_forks_and_changes_of_rows(steps):
-    """Several futures of one beginning go on by turns; none sees what another appended."""
+    """Several forks append in turns; no fork sees the positions that another appended."""
     futures = [(Cache.empty(Sizes, 3, BFLOAT16), definition(3))]
     for what, which, seed in steps:
         here, there = futures[which % len(futures)]
@@ -117,7 +117,7 @@ def test_a_stored_cache_is_attention_over_rounded_keys_and_values(kv, seed, cut,
 @pytest.mark.parametrize("kv", KV_DTYPES)
 @pytest.mark.parametrize("length", [47, 48, 95, 96, 97, 479, 480, 481, 1919, 1920, 1921, 2500])
 def test_a_step_and_a_call_agree_around_every_border(kv, length):
-    """Blocks of keys, pieces of the context, pages: what a step adds is what a longer call says there."""
+    """At borders of key blocks, pieces of the context and pages, a step agrees with a longer call."""
     case = Case(layers="*", batch=2, length=4, head_dim=128, attention=(32, 2))
     backend, cfg = cpu_backend(threads=2, kv=kv), case.cfg
     k, v = (case.normal(i, 2, length, 2, 128).astype(np.float32) for i in (1, 2))
@@ -140,7 +140,7 @@ def test_a_state_in_float16_is_that_of_the_definition(seed, head_dim):
 
 @pytest.mark.parametrize("kv, ssm", [("bfloat16", None), ("fp8", "float16"), (None, "float16")])
 def test_a_whole_step_is_the_verbs_one_after_another(kv, ssm):
-    """States too: what is stored is rounded in the same way on both ways."""
+    """States agree too: both ways round stored numbers in the same way."""
     from refengine.backends.cpu.steps import plain
 
     case = Case(layers="M*E-M*", batch=3, length=9)

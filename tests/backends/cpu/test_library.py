@@ -1,4 +1,4 @@
-"""The library is found, or compiled once and kept; what goes wrong with it is seen, and costs one line."""
+"""The library is found, or compiled once and kept; each fault of it is detected and printed in one line."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ needs_compiler = pytest.mark.skipif(not COMPILER, reason="there is no compiler f
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """One short file in place of the loops, and a cache of its own."""
+    """Use one short source file instead of the loops, and a separate cache."""
     kernels, cache = tmp_path / "kernels", tmp_path / "cache"
     kernels.mkdir()
     (kernels / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
@@ -78,7 +78,7 @@ def test_a_cache_that_cannot_be_written_does_no_harm(small, tmp_path, monkeypatc
 
 @needs_compiler
 def test_a_disk_that_is_full_does_no_harm(small, tmp_path, monkeypatch, capfd):
-    """The compiler fails in the cache, where no room is left, and not elsewhere."""
+    """The compiler fails in the full cache, and works in the temporary directory."""
     compiler = script(
         tmp_path, f'case "$*" in *{small}*) echo no room >&2; exit 1;; esac; exec {COMPILER} "$@"'
     )
@@ -94,7 +94,7 @@ def test_a_disk_that_is_full_does_no_harm(small, tmp_path, monkeypatch, capfd):
 @needs_compiler
 @pytest.mark.parametrize("locks", [True, False])
 def test_several_may_compile_at_once(small, monkeypatch, capfd, locks):
-    """One compiles for all; where files cannot be locked, each for itself."""
+    """One process compiles for all; without file locks, each process compiles."""
     if not locks:
         monkeypatch.setattr(native, "fcntl", None)
     found = []
@@ -109,7 +109,7 @@ def test_several_may_compile_at_once(small, monkeypatch, capfd, locks):
 
 
 def script(folder, commands: str):
-    """Return the path of a compiler that runs these commands of a shell."""
+    """Return the path of a compiler that runs these shell commands."""
     path = folder / "cc"
     path.write_text(f"#!/bin/sh\n{commands}\n")
     path.chmod(0o755)

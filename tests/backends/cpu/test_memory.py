@@ -1,4 +1,4 @@
-"""Memory of results is used again only when no array lies in it any longer."""
+"""The memory of a result is reused only after the last array in it is freed."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""Packed weights of every kind compute what their matrices compute, in verbs and in whole models."""
+"""Packed weights of every kind give the results of their matrices, in verbs and in whole models."""
 
 from dataclasses import replace
 
@@ -39,7 +39,7 @@ def verbs(threads: int = 2, steady: bool = False) -> Verbs:
 
 
 def packed(kind: str, rng, outs: int, n: int):
-    """Return random weights of about 1 / sqrt(n), placed, and the same in float64."""
+    """Return random weights of about 1 / sqrt(n), placed on the backend, and the same weights in float64."""
     if kind in FORMATS:
         made = FORMATS[kind]((rng.standard_normal((outs, n)) / np.sqrt(n)).astype(ml_dtypes.bfloat16))
     else:
@@ -58,14 +58,14 @@ def packed(kind: str, rng, outs: int, n: int):
 
 
 def near(found, x, w):
-    """Assert that found is x w' up to the rounding of a float32 sum, and of x to 24 bits of its largest."""
+    """Check that `found` is x w' up to the rounding of a float32 sum and of x to 24 bits."""
     bound = 4e-7 * np.abs(x).astype(np.float64) @ np.abs(w).T
     bound += 6e-8 * np.abs(x).max(axis=1, keepdims=True) * np.abs(w).sum(axis=1)
     assert np.all(np.abs(found - x.astype(np.float64) @ w.T) <= bound + 1e-30)
 
 
 def drawn(rng, *shape):
-    """Return activations with a few that are large."""
+    """Return activations, a few of them large."""
     x = rng.standard_normal(shape).astype(np.float32)
     return np.where(rng.random(shape) < 0.01, 60 * x, x).astype(np.float32)
 
@@ -84,7 +84,7 @@ def test_products_of_few_and_many_rows(kind, outs, some):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_mlp_and_experts(kind):
-    """The sum over experts of an mlp each; expert 0 is chosen by every token, two are of another rank."""
+    """Experts are a sum of mlps: every token chooses expert 0, and another rank has two of them."""
     rng = np.random.default_rng(7)
     d, width, count, first = 2 * STEP[kind], 3 * STEP[kind], 6, 2
     each = [(packed(kind, rng, width, d), packed(kind, rng, d, width)) for _ in range(count)]
@@ -148,7 +148,7 @@ IDS = np.array([[3, 99, 41, 7, 100, 12, 64, 5, 3, 77, 20, 8], [90, 1, 4, 4, 30, 
 
 
 def compare(cfg, made: dict, steady: bool = False):
-    """Assert that prompts and steps have the logits of NumPy with the same weights in float64."""
+    """Check that prompts and steps have the logits of NumPy with the same weights in float64."""
     exact = Model.build(cfg, made.__getitem__, numpy_backend(np.float64))
     model = Model.build(cfg, made.__getitem__, cpu_backend("float32", 2, steady))
     assert model.backend.step.program(model) is not None
@@ -175,7 +175,7 @@ def test_a_whole_model(choice, steady):
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_packed_weights_take_the_memory_of_their_file(choice, tmp_path):
-    """Codes lie in the memory map; only scales of blocks that are not of 16 columns are repeated."""
+    """Codes stay in the memory map; only scales of blocks other than 16 columns are repeated."""
     checkpoint = Checkpoint.open(packed_checkpoint(tmp_path, CHOICES[choice]))
     model = Model.build(CFG, checkpoint.read, cpu_backend("bfloat16"))
     blocks_of = [block["mixer"] for name, block in model.weights.items() if name]
@@ -190,7 +190,7 @@ def test_packed_weights_take_the_memory_of_their_file(choice, tmp_path):
 
 @pytest.mark.parametrize("kinds", [("q4_0", "q5_0"), ("nvfp4", "q8_0"), ("q4_k", "q6_k"), ("q5_1", "iq4_nl")])
 def test_a_whole_model_of_blocks(kinds):
-    """Projections down in the second kind and all other matrices in the first, as llama.cpp mixes them."""
+    """Down projections have the second kind and all other matrices the first, as in files of llama.cpp."""
     wide = max(STEP[kind] for kind in kinds)
     sizes = Case(layers="M*E-", hidden_size=wide, mamba_head_dim=wide, head_dim=wide, moe_latent_size=None)
     cfg = replace(

@@ -54,7 +54,7 @@ def test_mlp(kind, width, d):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [1, 40, 500])
 def test_experts_that_many_and_few_tokens_choose(kind, tokens):
-    """Expert 0 is in every row, so it has many of them; the others few; two of them are elsewhere."""
+    """Every row chooses expert 0; few rows choose each other expert; two experts are on another rank."""
     rng = np.random.default_rng(tokens)
     d, width, count, first = 61, 35, 20, 2
     matrices = [(weights(rng, kind, width, d), weights(rng, kind, d, width)) for _ in range(count)]

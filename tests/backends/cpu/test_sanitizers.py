@@ -1,4 +1,4 @@
-"""The compiled loops read and write nothing that is not theirs, by the sanitizers of GCC."""
+"""The compiled loops access only memory of their arrays, and without races: checked by GCC's sanitizers."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ REPORTS = ("ERROR: AddressSanitizer", "runtime error", "WARNING: ThreadSanitizer
 
 
 def run(request, sanitizer: str, *what) -> subprocess.CompletedProcess:
-    """Return how tests/backends/cpu/loops.py ended; the library is kept for the next run."""
+    """Return the finished process of tests/backends/cpu/loops.py; the library is kept for the next run."""
     runtimes = [
         subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
         for name in RUNTIMES[sanitizer]

@@ -26,7 +26,7 @@ def wide(*arrays) -> list[np.ndarray]:
 
 
 def real_of(rng, b: int, l: int) -> np.ndarray | None:
-    """Some rows that are shorter, one of them empty; None in half of the cases."""
+    """Return lengths of rows, some shorter and one zero; None in half of the cases."""
     return np.array([l, 0, *rng.integers(0, l + 1, b - 2)]) if rng.random() < 0.5 else None
 
 
@@ -70,7 +70,7 @@ def test_scan(l, h, p, g, s):
 
 @pytest.mark.parametrize(("count", "groups"), [(1, 1), (5, 1), (48, 1), (49, 7), (130, 1)])
 def test_the_choice_of_experts_and_its_weights(count, groups):
-    """The best by sigmoid and bias; the weights are those of the sigmoid alone, to its rounding."""
+    """Experts are chosen by sigmoid plus bias; their weights come from the sigmoid alone."""
     rng = np.random.default_rng([count, groups])
     rows, k = 70, min(count, 4)
     logits, bias = 6 * drawn(rng, rows, count), drawn(rng, count)

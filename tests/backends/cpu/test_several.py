@@ -1,4 +1,4 @@
-"""Several positions of several sequences in one compiled call, and states that stay where they are."""
+"""One compiled call reads several positions of several sequences; recorded calls leave states unchanged."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def near(mine, theirs) -> None:
 
 
 def rows_of(states: list) -> list[int]:
-    """Return where the rows of S and of the tails lie."""
+    """Return the addresses of the rows of S and of the tails."""
     return [row.data.ctypes.data for s in states if hasattr(s, "S") for a in (s.tail, s.S) for row in a.rows]
 
 
@@ -36,7 +36,7 @@ def rows_of(states: list) -> list[int]:
 @settings(max_examples=5)
 @given(seed=st.integers(0, 99), counts=st.lists(st.integers(1, 9), min_size=3, max_size=3))
 def test_a_compiled_call_of_several_positions_is_so_many_steps(kv, ssm, seed, counts):
-    """Ragged, of which the first tokens are kept; the states stay as they were until then."""
+    """Rows are ragged, and their first tokens are committed; until then the states do not change."""
     m, states = read(CASE, kv=kv, ssm=ssm)
     rng = np.random.default_rng(seed)
     rows = [rng.integers(0, CASE.cfg.vocab_size, count).tolist() for count in counts]
@@ -65,7 +65,7 @@ def test_a_compiled_call_of_several_positions_is_so_many_steps(kv, ssm, seed, co
 
 
 def test_replayed_positions_are_single_steps_to_the_last_bit():
-    """Of one Mamba layer, whose sums do not depend on how many rows a product has in the steady mode."""
+    """One Mamba layer in the steady mode, in which sums do not depend on the number of rows of a product."""
     case = Case(layers="M", batch=2, length=3)
     m, states = read(case, steady=True)
     other = state.take(states, [0, 1])
@@ -110,7 +110,7 @@ def test_a_fork_is_copied_when_either_goes_on():
 @settings(max_examples=5)
 @given(seed=st.integers(0, 99), lengths=st.lists(st.integers(0, 4), min_size=2, max_size=3))
 def test_drafts_by_a_compiled_call_are_those_of_the_verbs(seed, lengths):
-    """The rows that the head reads are ragged, and may be none."""
+    """Rows of the head are ragged, and some are empty."""
     m, _ = read(CASE)
     b, width, rng = len(lengths), max(1, *lengths), np.random.default_rng(seed)
     h = rng.standard_normal((b, width, CASE.cfg.hidden_size)).astype(np.float32)

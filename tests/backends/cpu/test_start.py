@@ -1,4 +1,4 @@
-"""The command line imports little before its first token, and nothing that takes long and is not needed."""
+"""The command line imports no slow module before its first token unless it needs it."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""In the steady mode no logit moves by a bit with the batch, its company, or where a prompt is cut."""
+"""In the steady mode logits have the same bits for any batch and for any cut of a prompt into calls."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ STEADY = partial(cpu_backend, "float32", 2, steady=True)
 
 
 def read(m: Model, ids: np.ndarray, ends: list[int], lengths=None):
-    """The logits of a prompt in parts that end there, and the states after it."""
+    """Return the logits of a prompt that is cut at these positions, and the states after it."""
     states, told, start = m.new_states(len(ids)), [], 0
     for end in ends:
         n = None if lengths is None else np.clip(lengths - start, 0, end - start)
@@ -38,7 +38,7 @@ def same(one, other):
 @tries(200, 66)
 @given(case=cases(max_length=70), steps=st.integers(0, 2), which=st.integers(0, 9))
 def test_no_logit_moves_with_company_or_cuts(case: Case, steps, which):
-    """Each row alone and whole, in the padded batch, and in parts of some chunks; then steps."""
+    """Each row alone and uncut, in a padded batch, and in parts of whole chunks; then steps."""
     m, n = Model.build(case.cfg, case.read, STEADY()), case.lengths
     chunk = max(1, case.cfg.chunk_size) * (1 + which % 3)  # 0 without a Mamba layer
     ends = [*range(chunk, case.length, chunk), case.length]
@@ -86,7 +86,7 @@ def engine():
 
 
 def told(events) -> list[tuple]:
-    """Each new token with its log-probability and those of the likeliest."""
+    """Return each new token with its log-probability and those of the likeliest tokens."""
     return [(e.id, e.logprob, *e.top) for e in events if hasattr(e, "id")]
 
 

@@ -1,4 +1,4 @@
-"""In the steady mode, over ranks too, no draw moves by a bit with the sequences beside it."""
+"""In the steady mode, over ranks too, draws have the same bits whatever other sequences run."""
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +17,7 @@ STEPS = 2
 
 
 def drawn(runner, prompts: dict[int, list[int]], following: dict[int, list[int]]) -> dict[int, list]:
-    """Return by slot the draws after the prompt and each step, with all log-probabilities."""
+    """Return, by slot, the draws after the prompt and after each step, with all log-probabilities."""
     how, slots = How(Sampling(temperature=0), 0, runner.config.vocab_size), list(prompts)
     calls = [runner.read([Part(slot, ids, how, True) for slot, ids in prompts.items()])]
     for step in range(STEPS):

@@ -1,4 +1,4 @@
-"""Results do not depend on the threads: how many there are, who else computes, or what was forked."""
+"""Results depend neither on the number of threads, nor on other computing threads, nor on a fork."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ WIDE = Case(layers="ME*-", batch=3, length=70, hidden_size=1300, head_dim=60, mo
 
 
 def told(threads: int, case: Case = WIDE) -> np.ndarray:
-    """The logits of a prompt in two parts, then of three steps."""
+    """Return the logits of a prompt in two parts, then of three steps."""
     m = Model.build(case.cfg, case.read, cpu_backend("float32", threads))
     states, all_ = m.new_states(case.batch), []
     for part in (slice(0, 50), slice(50, 67)):

@@ -1,4 +1,4 @@
-"""Attention on CUDA is the definition's, in pieces of any size."""
+"""Attention on CUDA agrees with the definition, in pieces of any size."""
 
 from itertools import pairwise
 
@@ -34,7 +34,7 @@ PIECES = st.lists(st.sampled_from((1, 1, 2, 5, 30)) | st.integers(1, 45), min_si
 @example(seed=1, b=3, kv=1, r=5, e=66, pieces=[45, 40, 1], ragged=True)
 @example(seed=2, b=1, kv=1, r=32, e=128, pieces=[70, 1, 5, 1, 20], ragged=True)
 def test_attention_in_pieces_is_the_definition(device, build, seed, b, kv, r, e, pieces, ragged):  # noqa: F811
-    """Padding is not a number, and neither is what a cache holds beyond its length."""
+    """Padding, and cache positions beyond the length, are NaN."""
     Case(build, seed, b, kv, r, e, pieces).check(device, ragged)
 
 
@@ -64,7 +64,7 @@ def test_very_large_scores_do_not_overflow(device, build):  # noqa: F811
 @on_both
 @pytest.mark.parametrize("blocks", [1, 8, 30])
 def test_into_how_many_parts_a_context_is_cut_does_not_matter(device, build, blocks, monkeypatch):  # noqa: F811
-    """One part of many tiles, some parts of a few, and parts that are empty."""
+    """One part of many tiles, several parts of a few tiles, and empty parts."""
     monkeypatch.setattr(cuda, "BLOCKS", blocks)
     Case(build, 4, b=1, kv=2, r=2, e=16, pieces=(300, 1, 3)).check(device)
 
@@ -112,7 +112,7 @@ def test_a_planted_fault_is_seen(tmp_path, fault):
 
 @needs_compiler
 def test_a_block_that_ends_before_its_copies_is_seen(tmp_path):
-    """One without a key has fetched its queries for nothing."""
+    """A block without keys must wait for the queries that it fetched."""
     broken = planted(tmp_path, "attention_decode.cu", "copies.wait<0>();  // for the queries", "//")
     with pytest.raises(EmulationError, match="of its copies were under way"):
         Case(FLOAT32, 3, e=24, pieces=(70, 1)).check(broken)

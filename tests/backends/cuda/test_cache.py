@@ -1,4 +1,4 @@
-"""The cache of attention on CUDA is shared by forks, changes its rows, and serves a captured step."""
+"""The attention cache on CUDA supports forks, changes of rows, and a captured step."""
 
 import numpy as np
 from hypothesis import given
@@ -16,7 +16,7 @@ from tests.support.cuda_verbs import exact, on_both
     seed=st.integers(0, 9999), twice=st.booleans(), pieces=st.sampled_from(((1,), (30,), (4, 1), (40, 12)))
 )
 def test_forks_and_slots_of_a_cache_do_not_see_each_other(device, build, seed, pieces, twice):  # noqa: F811
-    """Both go on from the same buffer, one of them twice in a row; then their rows change places."""
+    """Both forks continue from the same buffer, one of them twice in a row; then their rows are exchanged."""
     case, more = Case(build, seed, pieces=pieces), Case(build, seed + 1, pieces=(1, 2, 3))
     here, known = case.check(device, ragged=True)
     one, other = (here, known.fork()), (here.fork(), known.fork())
@@ -31,7 +31,7 @@ def test_forks_and_slots_of_a_cache_do_not_see_each_other(device, build, seed, p
 
 @on_both
 def test_a_buffer_that_nobody_shares_is_not_copied_to_append(device, build):  # noqa: F811
-    """Neither when rows have left or joined, nor when it was made; but that of a fork is."""
+    """Neither a new buffer nor one whose rows left or joined is copied; that of a fork is copied."""
     case = Case(build, 1, pieces=(5,))
     here, _ = case.check(device)
     for cache in (here, here.take([1]), here.put([0], here.take([1]))):
@@ -42,7 +42,7 @@ def test_a_buffer_that_nobody_shares_is_not_copied_to_append(device, build):  # 
 
 
 class Recorder:
-    """A device that can repeat what was launched, as a captured graph does: the same arguments again."""
+    """A device that repeats its launches with the same arguments, as a captured graph does."""
 
     def __init__(self, device):  # noqa: F811
         self.device, self.launches = device, []

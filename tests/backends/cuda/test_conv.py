@@ -1,4 +1,4 @@
-"""The convolution of the CUDA backend: real positions only, and a tail that goes on where a call ended."""
+"""The convolution of the CUDA backend reads real positions only, and its tail continues the call before."""
 
 # ruff: noqa: F401, F811 (fixtures are imported, and are arguments of that name)
 
@@ -29,7 +29,7 @@ AROUND = st.sampled_from(((0, 0), (8, 16), (3, 1)))  # columns before and after,
 
 
 def convolved(device, build, seed, b, l, c, k, around=(0, 0), ragged=True):
-    """One call against the definition; padding is poisoned."""
+    """Compare one call with the definition; padding is NaN."""
     x, tail, n = build.values(seed, b, l, c), build.values(seed + 1, b, k - 1, c), lengths(seed, b, l)
     w, bias = small(seed, c, 1, k), small(seed, c)
     given_x = within(device, poisoned(x, n) if ragged else x, *around)

@@ -1,4 +1,4 @@
-"""device.py without a device: CuPy has what it uses, and what a machine lacks is one sentence."""
+"""device.py without a device: CuPy has every name that it uses, and a missing part is a one-line error."""
 
 import ast
 import inspect
@@ -16,7 +16,7 @@ from refengine.spec.config import InputError
 
 
 def chains(tree, start: str):
-    """Every a.b.c in the source that begins with the name `start` (or self.`start`)."""
+    """Return every a.b.c in the source that begins with the name `start` (or self.`start`)."""
     for node in ast.walk(tree):
         names, inner = [], node
         while isinstance(inner, ast.Attribute):
@@ -84,7 +84,7 @@ def test_dtypes_have_the_numbers_that_cuda_gives_them():
 
 
 def compiled(nvrtc, code: str, options) -> tuple[bytes, str]:
-    """Return the result of CuPy's NVRTC for a source, without a device; or its log of errors."""
+    """Return the result of CuPy's NVRTC for a source, without a device, or its log of errors."""
     program = nvrtc.createProgram(code, "source.cu", (), ())
     try:
         nvrtc.compileProgram(program, (*options, "-arch=sm_90", "-ftz=true"))
@@ -97,7 +97,7 @@ def compiled(nvrtc, code: str, options) -> tuple[bytes, str]:
 
 @pytest.mark.parametrize("file, defines", [("rms_norm", ()), ("embed", ("REAL_BF16",))])
 def test_the_compiler_that_cupy_calls_takes_a_kernel_as_it_is_given(file, defines):
-    """The headers are found, and an error names the kernel's own line."""
+    """The compiler finds the headers, and an error names the line in the kernel file."""
     try:
         nvrtc = pytest.importorskip("cupy").cuda.nvrtc
         nvrtc.getVersion()
@@ -140,7 +140,7 @@ def test_without_a_device_there_is_one_sentence():
 
 
 def test_without_cublas_or_nvrtc_there_is_one_sentence():
-    """CuPy comes without them."""
+    """CuPy is installed without these libraries."""
     cupy = pytest.importorskip("cupy")
     try:
         assert cupy.cuda.cublas.CUBLAS_OP_N == 0 and cupy.cuda.nvrtc.getVersion() >= (12, 0)

@@ -1,4 +1,4 @@
-"""Arrays on a device are what NumPy's would be, on the emulator and, under -m gpu, on a real one."""
+"""Device arrays agree with NumPy arrays, on the emulator and, under -m gpu, on a real device."""
 
 import math
 
@@ -18,13 +18,13 @@ DTYPE = st.sampled_from(sorted(DTYPES))
 
 
 def numbers(shape, dtype="float32"):
-    """No two alike where the dtype can tell so many apart."""
+    """Return numbers that are all different, as far as the dtype has enough values."""
     return np.arange(1, math.prod(shape) + 1).reshape(shape).astype(DTYPES[dtype])
 
 
 @st.composite
 def keys(draw, shape):
-    """Integers and slices, of some or all axes."""
+    """Return integers and slices, for some or all axes."""
     key = []
     for length in shape[: draw(st.integers(0, len(shape)))]:
         if length and draw(st.booleans()):
@@ -67,7 +67,7 @@ def test_splitting_the_last_axis_makes_no_copy(device):  # noqa: F811
 
 
 def test_an_axis_of_one_is_as_wide_as_what_it_holds(device):  # noqa: F811
-    """So that a kernel may read whole vectors of a single row, as it does of many."""
+    """The stride of an axis of size 1 is that of a contiguous array, so that kernels read whole vectors."""
     x = device.from_host(numbers((2, 3, 16)))
     assert x[:1, :1, 4:12].reshape(1, 8).strides == (8, 1)
     assert x[:, :1, 4:12].reshape(2, 1, 2, 4).strides == (48, 8, 4, 1)
@@ -109,7 +109,7 @@ def test_a_sum_is_rounded_once(device, shape, dtype, seed):  # noqa: F811
     apart=st.sampled_from((0, 3)),
 )
 def test_a_product_is_summed_in_float32(device, sizes, seed, dtype, wide, apart):  # noqa: F811
-    """Rows may stand apart; the result is in the dtype of x, or as wide as `out`."""
+    """Rows may be strided; the result has the dtype of x, or that of `out`."""
     (m, i, o), rng = sizes, np.random.default_rng(seed)
     x, w = (rng.standard_normal((rows, i + apart)).astype(DTYPES[dtype]) for rows in (m, o))
     out = device.empty((m, o), "float32") if wide else None
@@ -150,7 +150,7 @@ def test_host_and_device_memory_do_not_mix(device):  # noqa: F811
 
 
 def test_a_graph_does_again_what_was_captured(device):  # noqa: F811
-    """At every replay, with the values that are there then; nothing is done while it is captured."""
+    """Every replay reads the current values; the capture itself runs nothing."""
     x, y = device.zeros((4,), "float32"), device.zeros((4,), "float32")
     device.matmul(x.reshape(1, 4), x.reshape(1, 4))  # the library is ready before a capture
     products = device.empty((1, 1), "float32")
@@ -186,7 +186,7 @@ FILES = sorted(KERNELS.glob("*.cu"))
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_parameters_of_every_kernel_are_understood(path):
-    """And every __global__ function is one that can be launched."""
+    """Every __global__ function can be launched."""
     found = signatures(path)
     assert len(found) == path.read_text().count("__global__") > 0
     for parameters in found.values():

@@ -1,4 +1,4 @@
-"""Of a table's rows the first and the last are there; an id before or behind them makes a row of NaN."""
+"""The first and the last row of a table can be looked up; an id outside the table gives a row of NaN."""
 
 # ruff: noqa: F401, F811 (fixtures are imported, and are arguments of that name)
 

@@ -1,4 +1,4 @@
-"""The emulator finds mistakes, planted here, that a GPU would not report."""
+"""The emulator finds planted faults that a GPU would not report."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The experts of the CUDA backend are those of the definition, for few tokens and for many."""
+"""The experts of the CUDA backend agree with the definition, for few tokens and for many."""
 
 from itertools import pairwise
 
@@ -25,7 +25,7 @@ HELD = st.integers(1, 12)
 
 
 class Case:
-    """Tokens and experts; `popular`: all tokens go to the same few."""
+    """Tokens and experts. popular: all tokens choose the same few experts."""
 
     def __init__(self, build, seed, tokens, x=24, i=16, total=9, k=4, popular=False):
         self.build, self.total, k = build, total, min(k, total)
@@ -46,7 +46,7 @@ class Case:
         return device.to_host(Experts(device, self.build.defines).experts(u, stacked, routing, first))
 
     def expected(self, first=0, held=None, down=None):
-        """In float64; an expert that is not held adds nothing."""
+        """Return the result in float64; an expert of another rank adds nothing."""
         u, up, down, weight = exact(self.u, self.up, self.down if down is None else down, self.weight)
         here = np.arange(self.total) - first
         down[(here < 0) | (here >= (self.total if held is None else held))] = 0
@@ -98,7 +98,7 @@ def test_ranks_that_hold_a_range_of_the_experts_sum_to_the_whole(device, build, 
 @on_both
 @given(seed=SEED, tokens=st.sampled_from((4, 30, 90)), popular=st.booleans())
 def test_a_token_does_not_see_its_company(device, build, seed, tokens, popular):  # noqa: F811
-    """Not even when the others are not numbers; and what order threads run in does not show."""
+    """Not even if other tokens are NaN; and results do not depend on the order of threads."""
     case = Case(build, seed, tokens, popular=popular)
     whole, alone = case.run(device), np.random.default_rng(seed).random(tokens) < 0.5
     u = np.where(alone[None, :, None], case.u, np.array(np.nan, build.dtype))

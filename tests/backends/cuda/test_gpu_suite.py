@@ -1,4 +1,4 @@
-"""The suite for a GPU reads what its tools print, keeps to its time, and says so where there is no GPU."""
+"""The suite for a GPU reads the output of its tools, keeps its time limit, and reports a missing GPU."""
 
 import sys
 

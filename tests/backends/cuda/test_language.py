@@ -1,4 +1,4 @@
-"""The emulator computes what the CUDA manual says, and takes no launch that a device would not."""
+"""The emulator follows the CUDA manual, and refuses every launch that a device would refuse."""
 
 import platform
 import re

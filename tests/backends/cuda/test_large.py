@@ -1,7 +1,7 @@
-"""Places that 32 bits do not hold: rows far apart, long stacks and caches.
+"""Kernels address memory beyond 32 bits: rows far apart, long stacks and long caches.
 
-Memory that is never touched costs nothing, so arrays of many gigabytes are made of pages that are not there.
-A verb has to give the same bits for rows that lie far apart as for the same rows side by side.
+Untouched memory costs nothing, so arrays of many gigabytes consist of pages that are never written. A verb
+must give the same bits for rows far apart as for the same rows side by side.
 """
 
 # ruff: noqa: F401, F811 (fixtures are imported, and are arguments of that name)
@@ -28,7 +28,7 @@ FAR = 1 << 32  # elements from the first row to the last
 
 
 def apart(device, a: np.ndarray, far: bool, axes: int = 1):
-    """`a` on the device; far: the rows of its first axes are so far apart that the last begins at FAR."""
+    """Return `a` on the device; far: rows of the first axes are so far apart that the last begins at FAR."""
     rows = a.reshape(math.prod(a.shape[:axes]), -1)
     stride = -(-FAR // max(1, len(rows) - 1) // 8) * 8 if far else rows.shape[1]
     x = device.empty((len(rows), stride), "float32")[:, : rows.shape[1]]
@@ -38,7 +38,7 @@ def apart(device, a: np.ndarray, far: bool, axes: int = 1):
 
 
 def same(device, verb):
-    """The same bits near and far; verb(place) gives arrays of what place(array) put there."""
+    """Check for the same bits near and far; verb(place) returns arrays computed from place(array)."""
     near, far = (
         [device.to_host(y) for y in verb(lambda a, axes=1, far=far: apart(device, a, far, axes))]
         for far in (False, True)
@@ -106,7 +106,7 @@ def test_attention_counts_positions_and_cached_rows_beyond_32_bits(device, l):
 @needs_compiler
 @pytest.mark.parametrize("tokens", [2, 9])
 def test_the_experts_count_tokens_and_matrices_beyond_32_bits(device, tokens):
-    """Of a stack of 1,024 whose last one alone is chosen."""
+    """Tokens choose only the last expert of a stack of 1,024."""
     count, i, x = 1024, 320, 1 << 13
     up, down = FLOAT32.values(1, i, x, scale=x**-0.5), FLOAT32.values(2, x, i)
     u, expert = FLOAT32.values(3, 1, tokens, x), np.full((1, tokens, 1), count - 1, np.int32)

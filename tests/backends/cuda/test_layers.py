@@ -1,4 +1,4 @@
-"""The norms of the CUDA backend are those of the definition, at any width and stride."""
+"""The norms of the CUDA backend agree with the definition, at any width and stride."""
 
 # ruff: noqa: F401, F811 (fixtures are imported, and are arguments of that name)
 
@@ -19,7 +19,7 @@ AROUND = st.sampled_from(((0, 0), (8, 16), (3, 1)))  # columns before and after,
 
 
 def norms(device, build, seed, b, l, groups, width, around=(0, 0), fresh=False):
-    """Both norms of one case, against the definition of what an activation holds."""
+    """Check both norms of one case against the definition, on values that an activation can hold."""
     verbs, c = Layers(device, build.defines), groups * width
     x, delta, w = build.values(seed, b, l, c), build.values(seed + 1, b, l, c), small(seed, c)
     x_here, delta_here, w_here = device.from_host(x), within(device, delta, *around), device.from_host(w)
@@ -52,7 +52,7 @@ def test_the_norm_reads_the_rounded_sum_and_the_gate_comes_first(
 @on_both
 @given(seed=SEED, l=st.integers(1, 4), groups=st.integers(1, 3), width=WIDTH)
 def test_ranks_that_share_a_group_normalise_it_as_one(device, build, seed, l, groups, width):
-    """Each knows only half of every group, and both are told the mean of all squares."""
+    """Each rank has half of every group, and both get the mean of all squares."""
     verbs, c = Layers(device, build.defines), 2 * groups * width
     y, z, w = build.values(seed, 2, l, c), build.values(seed + 1, 2, l, c), small(seed, c)
     halves = [

@@ -1,4 +1,4 @@
-"""The whole model through the CUDA kernels, on the emulator (and on a GPU under -m gpu)."""
+"""The CUDA kernels compute the whole model, on the emulator (and on a GPU under -m gpu)."""
 
 from functools import lru_cache
 
@@ -30,7 +30,7 @@ def engine(device, dtype: str) -> Engine:  # noqa: F811
 
 
 def greedy(engine, count: int):
-    """Ids of the likeliest continuation of each prompt."""
+    """Return the ids of the greedy continuation of each prompt."""
     ids = [[] for _ in PROMPTS]
     for i, event in engine.generate_batch(PROMPTS, temperature=0, max_tokens=count, ignore_eos=True):
         if hasattr(event, "id"):
@@ -40,7 +40,7 @@ def greedy(engine, count: int):
 
 @pytest.mark.slow
 def test_the_embedded_model_tells_the_same_story(device):  # noqa: F811
-    """Two prompts of different lengths in one batch, read and continued, token for token."""
+    """Two prompts of different lengths in one batch, read and continued, agree token for token."""
     expected = greedy(reference(), 6)
     assert greedy(engine(device, "float32"), 6) == expected
     assert len(set(map(tuple, expected))) == 2
@@ -48,7 +48,7 @@ def test_the_embedded_model_tells_the_same_story(device):  # noqa: F811
 
 @pytest.mark.slow
 def test_in_bfloat16_it_says_nearly_the_same(device):  # noqa: F811
-    """Logits of a prompt, against the spec: as near as weights and activations of 8 bits allow."""
+    """Logits of a prompt agree with the definition within the rounding of 8-bit significands."""
     ids = reference().ids("Once upon a time, there was a little")
     expected, actual = reference().logits(ids), engine(device, "bfloat16").logits(ids)
     assert actual.dtype == np.float32
@@ -93,7 +93,7 @@ def test_a_device_that_is_too_small_says_what_fits():
 
 @needs_compiler
 def test_weights_that_are_packed_multiply_by_themselves():
-    """The seam for FP8 and NVFP4: whatever has `matmul(x, out)` can stand where a matrix does."""
+    """An object with `matmul(x, out)` can replace any matrix, as FP8 and NVFP4 weights will."""
     device = EmulatedDevice()  # noqa: F811
     ops = cuda_backend("float32", device).ops
     w = np.arange(12, dtype=np.float32).reshape(4, 3)

@@ -1,4 +1,4 @@
-"""Registers and shared memory of the CUDA kernels, compiled without a GPU: no spill, no excess, no drift."""
+"""Registers and shared memory of the CUDA kernels, compiled without a GPU, do not spill, exceed or drift."""
 
 import re
 
@@ -49,7 +49,7 @@ def planted(tmp_path, nvrtc):
 
 @pytest.mark.thorough
 def test_the_page_says_what_the_compiler_says(nvrtc, pytestconfig):
-    """Every kernel, build and architecture; no spill, and nothing that no multiprocessor could hold."""
+    """The page lists every kernel, build and architecture, without a spill or an impossible block."""
     text = PAGE.read_text()
     if f"with NVRTC {nvrtc}." not in text:
         pytest.skip(f"docs/cuda_resources.md was not written with NVRTC {nvrtc}, which is installed")
@@ -109,7 +109,7 @@ def test_without_the_compiler_a_sentence_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize("arch", SHARED)
 def test_a_block_that_no_multiprocessor_holds_is_named(arch):
-    """Registers are handed out eight a thread."""
+    """Registers are allocated in units of eight per thread."""
 
     def said(bound, registers, shared, *block):
         use = Use("file", "kernel", "float32", arch, bound, registers, shared, 0, 0)

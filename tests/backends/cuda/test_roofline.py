@@ -1,4 +1,4 @@
-"""The rooflines count what the backend launches, and the weights that the tensor table has."""
+"""The rooflines count the launches of the backend and the weights of the tensor table."""
 
 from collections import Counter
 from dataclasses import replace
@@ -64,7 +64,7 @@ def test_the_matrices_of_a_prompt_cost_two_operations_a_weight_and_token(cfg):
 @pytest.mark.parametrize("call", CALLS, ids=str)
 @pytest.mark.parametrize("cfg", LAUNCHED.values(), ids=LAUNCHED)
 def test_the_backend_launches_what_the_roofline_counts(cfg, call):
-    """As many kernels, and arrays of as many bytes, where a kernel goes through all of its arrays."""
+    """The number of kernels agrees, and their bytes where a kernel reads all of its arrays."""
     counts, moved, expected_counts, expected = Counter(), Counter(), Counter(), Counter()
     for launch in launches(cfg, *call):
         name = COUNTED_AS.get(launch.kernel, launch.kernel)
@@ -97,6 +97,6 @@ def test_the_rooflines_in_the_documentation_are_current():
 
 @pytest.mark.parametrize("batch, length, context", [(1, 1 << 22, 0), (4096, 1, 1 << 16), (64, 128, 1 << 20)])
 def test_long_prompts_and_large_batches_are_grids_that_a_device_takes(batch, length, context):
-    """Every launch is checked; one layer of each kind."""
+    """Every launch of one layer of each kind has a grid that a device accepts."""
     cfg = replace(CONFIGS["super"], layers="M*E", mtp_layers="")
     assert len(launches(cfg, batch, length, context)) > 20

@@ -1,4 +1,4 @@
-"""A float16 state of the CUDA scan is rounded at random: no step is lost on average, and none is biased."""
+"""Random rounding of a float16 state on CUDA is unbiased, so small steps are not lost on average."""
 
 # ruff: noqa: F401, F811 (fixtures are imported, and are arguments of that name)
 
@@ -22,7 +22,7 @@ LENGTH = st.sampled_from((1, 2, 20))  # of a call: a step, a few, a chunk
 
 
 def added(verbs, S, amount, length=1, position=0):
-    """S + amount, added at a position by a scan that neither decays nor does anything else."""
+    """Return S + amount, added at a position by a scan without decay."""
     device, (b, h, p, n) = verbs.device, S.shape
     x, dt = np.zeros((b, length, h, p), np.float32), np.zeros((b, length, h), np.float32)
     x[:, 0] = amount
@@ -46,7 +46,7 @@ def state(device, value, shape):
     length=LENGTH,
 )
 def test_rounding_goes_up_as_often_as_the_value_is_near(device, share, start, shape, length):
-    """By a chi of 4; and whether one value goes up says nothing of its neighbours."""
+    """Frequencies are within four standard deviations, and neighbouring elements are independent."""
     unit = max(2.0**-24, 2.0 ** np.floor(np.log2(max(abs(start), 2.0**-24))) * 2.0**-10)
     after = added(Scan(device, HALF.defines), state(device, start, shape), share * unit, length)
     up = (device.to_host(after).astype(np.float64) - start) / unit

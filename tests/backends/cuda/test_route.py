@@ -1,4 +1,4 @@
-"""The router of the CUDA backend: float32 whatever an activation is; ties go to the lowest index."""
+"""The router of the CUDA backend computes in float32 for any activations; ties go to the lowest index."""
 
 # ruff: noqa: F401, F811 (fixtures are imported, and are arguments of that name)
 
@@ -37,7 +37,7 @@ def routed(device, build, h, gate, bias, cfg):
 
 
 def check(device, build, seed, tokens, d, experts, cfg, around=(0, 0)):
-    """Experts in order of choice and their weights, wherever the choice is clearer than float32 is exact."""
+    """Check experts in order of choice and their weights, where float32 rounding cannot change the choice."""
     h, gate = build.values(seed, 2, tokens, d), small(seed, experts, d) / np.float32(d**0.5)
     bias = small(seed, experts) / 10
     expert, weight = routed(device, build, within(device, h, *around), gate, bias, cfg)
@@ -74,7 +74,7 @@ def test_the_router_chooses_and_weighs_as_the_definition(
 @on_both
 @given(k=st.integers(1, 22), repeated=st.sampled_from((1, 2, 5, 40)), tokens=st.sampled_from((1, 40)))
 def test_a_tie_goes_to_the_lowest_index(device, build, k, repeated, tokens):
-    """Expert i scores as i // repeated does, and the higher the better, to the last bit."""
+    """Scores depend on i // repeated, so that equal scores are equal to the last bit."""
     h, gate = np.ones((1, tokens, 3), build.dtype), np.zeros((40, 3), np.float32)
     bias = (np.arange(40) // repeated).astype(np.float32)
     expert, _ = routed(device, build, h, gate, bias, config(k))
@@ -91,7 +91,7 @@ def test_groups_that_tie_go_to_the_lowest_index_too(device):
 @on_both
 @pytest.mark.parametrize("tokens", [2, 40])
 def test_what_is_not_a_number_gets_different_experts_and_spoils_no_other_token(device, build, tokens):
-    """Padding may hold anything; what reads the routing must stay within the experts."""
+    """Padding may be NaN; the chosen indices must still be valid experts."""
     h, gate, bias = build.values(1, 1, tokens, 24), small(2, 16, 24), small(3, 16)
     alone, _ = routed(device, build, h, gate, bias, config(5))
     h[0, 1] = np.nan

@@ -1,4 +1,4 @@
-"""The scan of the CUDA backend is the recurrence, in one step and in chunks, and its state is float32."""
+"""The scan of the CUDA backend agrees with the recurrence, by steps and by chunks, with a float32 state."""
 
 # ruff: noqa: F401, F811 (fixtures are imported, and are arguments of that name)
 
@@ -105,7 +105,7 @@ def test_dt_is_clamped_to_the_limit_and_to_nothing_else(device, build, seed, l, 
 @on_both
 @given(seed=SEED, l=st.sampled_from((3, 130, 200)), faster=st.sampled_from((3, 20, 200)))
 def test_a_fast_decay_forgets_and_does_not_overflow(device, build, seed, l, faster):
-    """The differences of the sum of dt A are right even where the sum is -30000."""
+    """Differences of the sum of dt A are accurate even if the sum is -30000."""
     x, dt, A_log, B, C, D, bias, S = drawn(build, seed, 1, l, (1, 2), (8, 16))
     bias = np.full_like(bias, faster)
     for slower in (0, np.log(np.float32(faster))):
@@ -114,7 +114,7 @@ def test_a_fast_decay_forgets_and_does_not_overflow(device, build, seed, l, fast
 
 @on_both
 def test_chunks_that_take_turns_are_the_scan(device, build, monkeypatch):
-    """A call whose states between chunks would take too much memory: a few chunks at a time."""
+    """If the states between chunks need too much memory, a call computes a few chunks at a time."""
     arrays = drawn(build, 4, 2, 400, (1, 2), (5, 12))
     monkeypatch.setattr(module, "SCRATCH", 1)
     check(device, build, arrays)

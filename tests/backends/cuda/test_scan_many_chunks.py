@@ -1,4 +1,4 @@
-"""A prompt of many chunks whose states last: each chunk decays by its own steps, none is forgotten."""
+"""In a prompt of many chunks with slow decay, each chunk decays by its own steps, and none is lost."""
 
 # ruff: noqa: F401, F811 (fixtures are imported, and are arguments of that name)
 

@@ -1,6 +1,6 @@
-"""Copies from and to the host go through pinned memory, and nothing there is overwritten while it is read.
+"""Copies from and to the host use pinned buffers, and no buffer is overwritten while it is read.
 
-The runtime here puts a copy off until somebody waits for it, as a device is free to do.
+The runtime here delays a copy until a wait for it, as a device may.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ from refengine.backends.cuda import device as module
 
 
 class Queue:
-    """A stream: copies that have been asked for and not been made."""
+    """A stream with copies that were requested and are not done yet."""
 
     ptr = 0
 

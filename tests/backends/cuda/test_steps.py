@@ -1,5 +1,6 @@
-"""Small random models through the CUDA kernels: the same bits in any order of threads, nothing to find for a
-sanitizer, and a decode step as a graph that is the step."""
+"""Small random models on the CUDA kernels give the same bits in any order of threads, without a sanitizer's
+report, and a decoding step as a graph agrees with the plain step.
+"""
 
 from functools import lru_cache
 
@@ -21,7 +22,7 @@ EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7}
 
 @lru_cache
 def models(case: Case, device, dtype="float32"):  # noqa: F811
-    """A random model on the device, and in float64."""
+    """Return a random model on the device, and the same in float64."""
     return (
         Model.build(case.cfg, case.read, cuda_backend(dtype, device)),
         Model.build(case.cfg, case.read, numpy_backend(np.float64)),
@@ -34,7 +35,7 @@ def near(case: Case, actual, expected, dtype="float32"):
 
 
 def decoded(model: Model, ids, states):
-    """Logits of one more token of each, and the states, by the plain calls."""
+    """Return the logits of one more token of each row, and the states, by plain calls."""
     here = model.backend
     h, states = model.blocks(model.embed(here.array(ids[:, None])), states)
     return here.fetch(model.head(h))[:, 0], states
@@ -44,7 +45,7 @@ SMALL = Case(layers="M*E-", batch=2, length=5)
 
 
 def told(device, dtype: str = "float32"):  # noqa: F811
-    """All logits of a small model: of rows of two lengths, then of a step."""
+    """Return all logits of a small model: of rows of two lengths, then of a step."""
     model, _ = models(SMALL, device, dtype)
     here, n = model.backend, np.array([5, 3])
     h, states = model.blocks(model.embed(here.array(SMALL.ids)), model.new_states(2), here.array(n))
@@ -71,7 +72,7 @@ STEPS = Case(layers="M*E-", batch=3, length=70, num_experts_per_tok=9)
 
 
 def test_a_captured_step_is_the_step(device):  # noqa: F811
-    """As long as the batch stays, when one of it leaves, and when the cache has grown beyond its room."""
+    """With the same batch, after a row has left, and after the cache has been enlarged."""
     (model, exact), ids = models(STEPS, device), STEPS.ids
     step = model.backend.step
     states, true = model.new_states(3), exact.new_states(3)
@@ -85,7 +86,7 @@ def test_a_captured_step_is_the_step(device):  # noqa: F811
 
 
 def test_steps_by_turns_are_told_apart_by_where_their_states_lie(device):  # noqa: F811
-    """Two futures of one past through the same graphs' cache; the states go on by plain calls too."""
+    """Two forks share the cache of graphs; their states continue by plain calls too."""
     (model, exact), ids = models(STEPS, device), STEPS.ids
     step, futures = model.backend.step, []
     for row in (0, 1):
@@ -114,7 +115,7 @@ def test_only_a_few_graphs_are_kept(device):  # noqa: F811
 @settings(max_examples=4)
 @given(seed=st.integers(0, 99), cut=st.integers(1, 8), dtype=st.sampled_from(("float32", "bfloat16")))
 def test_reading_then_stepping_is_reading_all(device, seed, cut, dtype):  # noqa: F811
-    """Any layers of the kinds there are; every token visits every expert, so that none can flip."""
+    """Layers of any kinds; every token visits every expert, so that no choice can flip."""
     case = Case(layers="EM*M-", seed=seed, length=9, num_experts_per_tok=9)
     model, exact = models(case, device, dtype)
     here = model.backend
@@ -127,7 +128,7 @@ def test_reading_then_stepping_is_reading_all(device, seed, cut, dtype):  # noqa
 
 
 def test_a_state_in_float16_forgets_little(device):  # noqa: F811
-    """Rounded at random, over 40 steps of one sequence; the step is captured after the first."""
+    """It is rounded at random over 40 steps of one sequence; the step is captured after the first."""
     case = Case(layers="MM", batch=1, length=40, seed=3)
     model = Model.build(case.cfg, case.read, cuda_backend("float32", device, state="float16"))
     exact, states = models(case, device)[1], model.new_states(1)

@@ -1,4 +1,4 @@
-"""Keys and values stored on CUDA in another dtype than the activations: the definition's rounding."""
+"""Keys and values stored on CUDA in another dtype than the activations are rounded as in the definition."""
 
 import numpy as np
 import pytest
@@ -15,13 +15,13 @@ from tests.support.stored import check_cache, check_scan
 @pytest.mark.parametrize("kv", KV_DTYPES)
 @given(seed=st.integers(0, 99), cut=st.sampled_from((1, 3, 40)), ragged=st.booleans())
 def test_a_stored_cache_is_attention_over_rounded_keys_and_values(device, kv, seed, cut, ragged):  # noqa: F811
-    """A step and a few positions go by parts of the context; 40 positions of 16 heads by tiles of queries."""
+    """Steps and short calls use parts of the context; 40 positions of 16 heads use tiles of queries."""
     case = Case(layers="*", seed=seed, length=cut + 2, attention=((6, 2), (16, 1))[seed % 2])
     check_cache(cuda_backend("float32", device, kv=kv), kv, case, cut, ragged, near=4.0)
 
 
 def test_fp8_has_the_bytes_of_the_definition(device):  # noqa: F811
-    """Every magnitude of E4M3 and what lies between, ties and the ends."""
+    """All magnitudes of E4M3, values between them, ties, and the limits."""
     cfg = Case(layers="*", attention=(6, 2)).cfg
     codes = np.arange(127, dtype=np.uint8).view(FP8).astype(np.float32)
     x = np.concatenate([codes, (codes[1:] + codes[:-1]) / 2, codes * 1.01, [500, 1e9, 1e-9, -0.0]]).astype(
@@ -53,6 +53,6 @@ def test_activations_in_bfloat16_read_a_cache_in_fp8(device):  # noqa: F811
 
 @given(seed=st.integers(0, 99), n=st.sampled_from((4, 5, 16)))
 def test_a_state_in_float16_is_that_of_the_definition(device, seed, n):  # noqa: F811
-    """By steps and by chunks, alone and packed by fours: the random numbers of the book."""
+    """By steps and by chunks, one at a time and packed by fours, with the random numbers of the book."""
     case = Case(layers="M", seed=seed, ssm_state_size=n, mamba_head_dim=(7, 8)[seed % 2])
     check_scan(cuda_backend("float32", device, state="float16"), case)

@@ -28,7 +28,7 @@ class Sizes(NamedTuple):
 
 
 def drawn(how, seed, b, heads, e, longest):
-    """q, k, v of a position, and keys, values and lengths of a cache; scores are larger towards its end."""
+    """Return q, k, v of a position, and keys, values and lengths of a cache; scores grow towards its end."""
     r, kv = heads
     length = np.random.default_rng(seed).integers(0, longest + 1, b)
     length[seed % b] = longest
@@ -39,7 +39,7 @@ def drawn(how, seed, b, heads, e, longest):
 
 
 def exact(K, V, length):
-    """The cache of the definition, in float64."""
+    """Return the cache of the definition, in float64."""
     nothing, zero = np.zeros((len(K), 0, *K.shape[2:])), np.zeros(len(K), np.int64)
     return state.Cache(nothing, nothing, zero, zero.copy()).append(K, V, length)
 
@@ -47,7 +47,7 @@ def exact(K, V, length):
 @on_all
 @given(seed=SEED, b=st.integers(1, 3), heads=HEADS, e=st.sampled_from((1, 10, 33)), longest=LENGTH)
 def test_a_step_reads_what_each_row_knows(how, seed, b, heads, e, longest):
-    """Rows of different lengths, some of which do not go on; then a second step, from where each is."""
+    """Rows have different lengths and some read nothing; a second step continues from each length."""
     here, (q, k, v, K, V, length) = how(), drawn(how, seed, b, heads, e, longest)
     n = np.random.default_rng([seed, 1]).integers(0, 2, b)
     there, cache = exact(K, V, length), here.new_state("*", Sizes(heads[1], e), b)
@@ -91,7 +91,7 @@ def test_a_cache_that_grows_by_single_positions_seldom_moves():
 @pytest.mark.parametrize("length", [1, 64])
 @pytest.mark.parametrize("compute, compiled", [("float32", True), ("float32", False), ("bfloat16", True)])
 def test_no_key_head_is_repeated_in_memory(compute, compiled, length):
-    """Beside 6,000 positions that 16 query heads share, a call allocates less than three times these."""
+    """With 6,000 positions that 16 query heads share, a call allocates less than three times their memory."""
     how = Torch("shared", compute, compute, compiled=compiled)
     here, q = how(), how().give(values(how, 1, 1, length, 16, 64))
     keys, k = here.give(values(how, 0, 1, 6000, 1, 64)), here.give(values(how, 2, 1, length, 1, 64))

@@ -1,4 +1,4 @@
-"""`refengine bench` counts every byte a step must read, and contexts are as long as it says."""
+"""`refengine bench` counts every byte that a step must read, and its contexts have the stated lengths."""
 
 import numpy as np
 import pytest

@@ -1,8 +1,8 @@
-"""The error bar: ours over transformers', both against the definition in float64, at the same dtype.
+"""Our errors are at most those of transformers, both against the definition in float64, at the same dtype.
 
 `python -m tests.backends.torch.test_errors` prints the table of all cases. In two thirds of them every token
-visits every expert; in the others experts are chosen, and a case where that was close is set apart: one
-flipped expert is not rounding. Models as transformers initialises them are those of docs/accuracy.md.
+visits every expert. In the others experts are chosen, and cases with a close choice are counted separately,
+because a flipped expert is not rounding. docs/accuracy.md has models as transformers initialises them.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def ours(case: Case, how: Torch, one_by_one: bool = False) -> np.ndarray:
 
 @lru_cache(None)  # two benches have the same dtype
 def theirs(case: Case, dtype: str) -> np.ndarray:
-    """The same of transformers, whose limit of dt is set right."""
+    """Return the logits of transformers, with its limit of dt corrected."""
     return witness.logits(witness.hf_model(case.cfg, case.read, dtype), case.ids)[0]
 
 
 def compare(case: Case, how: Torch) -> tuple[float, float, float, bool]:
-    """Our rms error, ours when read a token at a time, theirs; and whether an expert was all but a tie."""
+    """Return our rms error, that of reading token by token, theirs, and whether a choice was nearly a tie."""
     true = truth(case, 0)
     errors = [
         rms(logits - true.logits)
@@ -95,7 +95,7 @@ def test_errors_are_no_larger_than_those_of_transformers(how, record_property, p
 @pytest.mark.slow
 @pytest.mark.skipif(not witness.available(), reason="needs transformers")
 def test_errors_on_models_as_transformers_initialises_them(record_property):
-    """The single bar holds where neither chose another expert than float64 does."""
+    """The single bar applies where both choose the experts of float64."""
     rows = [accuracy.compare(case) for case in accuracy.initialised_cases()]
     ratio = np.array([row.ratio for row in rows])
     mean = float(np.exp(np.log(ratio).mean()))

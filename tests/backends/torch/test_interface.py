@@ -1,4 +1,4 @@
-"""Python and C++ declare the same functions and structures; a difference is one sentence on loading."""
+"""Python and C++ declare the same functions and structures; a difference is a one-line error at loading."""
 
 import shutil
 
@@ -25,7 +25,7 @@ def test_where_there_is_a_compiler_the_loops_compile():
 
 @pytest.mark.parametrize("name", interface.described())
 def test_one_argument_or_field_more_on_one_side_is_a_sentence(name):
-    """In C++ more, in C++ less, and in another place; what is equal is accepted."""
+    """One more in C++, one less, and one in another place are refused; equal declarations are accepted."""
     ours = interface.described()
     interface.compare(said(ours), ours)
     for items in ([*ours[name], "int"], ours[name][:-1], ["extra float at 0", *ours[name]]):

@@ -1,7 +1,7 @@
-"""The laws of the whole model on the torch backend, in every precision.
+"""The laws of the whole model hold on the torch backend, in every precision.
 
-Every token visits every expert here (a coarse dtype may choose another one, which is not rounding; the router
-has its own tests), so that what a sequence is told can be held against the definition in float64.
+Every token visits every expert here, so that results can be compared with the definition in float64: a coarse
+dtype may choose another expert, which is not rounding. The router has separate tests.
 """
 
 import numpy as np
@@ -23,20 +23,20 @@ def model(how, case):
 
 
 def step(m, ids, states, n=None):
-    """Logits of these ids, and what is remembered then."""
+    """Return the logits of these ids, and the states after them."""
     here = m.backend
     h, states = m.blocks(m.embed(here.array(ids)), states, None if n is None else here.array(n))
     return here.fetch(m.head(h)), states
 
 
 def truth(case, ids):
-    """Each sequence alone, whole, in float64."""
+    """Return the logits of each sequence alone, read at once, in float64."""
     m = model(TRUTH, case)
     return [step(m, row[None], m.new_states(1))[0][0] for row in ids]
 
 
 def same(how, case, logits, expected, ids=None):
-    """The rounding that is allowed grows where the gated norm of a row of `ids` divides by little."""
+    """Check equality; more rounding is allowed where the gated norm of a row of `ids` divides by little."""
     stretch = max(truth_of(case, row[None]).stretch for row in (case.ids if ids is None else ids))
     how.near(logits, expected, terms(case.cfg, case.length) if len(expected) else 1, stretch=stretch)
 
@@ -73,7 +73,7 @@ def test_padding_is_invisible(how, case, cuts):
 @tries(12, 5)
 @given(case=CASES, order=st.permutations(range(3)))
 def test_sequences_join_and_leave_a_batch(how, case, order):
-    """Read in one order, go on in another, the last one alone: the results stay the same."""
+    """Rows are read in one order and continued in another, the last one alone; results do not change."""
     m, ids, half = model(how, case), case.ids, case.length // 2
     order = [row for row in order if row < case.batch]
     _, states = step(m, ids[:, :half], m.new_states(case.batch)) if half else (None, m.new_states(case.batch))
@@ -88,7 +88,7 @@ def test_sequences_join_and_leave_a_batch(how, case, order):
 @tries(12, 5)
 @given(case=CASES)
 def test_forks_do_not_disturb_each_other(how, case):
-    """Three futures of one past, taken in turns, a token at a time."""
+    """Three forks of one state continue in turns, a token at a time."""
     m, ids, half = model(how, case), case.ids, case.length // 2
     states = m.new_states(case.batch)
     if half:

@@ -1,4 +1,4 @@
-"""Packed weights on the torch backend compute what their matrices compute, and stay packed."""
+"""Packed weights on the torch backend give the results of their dequantized matrices, and stay packed."""
 
 from types import SimpleNamespace
 
@@ -40,7 +40,7 @@ A_FEW = settings(max_examples=max(3, settings.default.max_examples // 6))
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Small products on several threads wait for each other, long on a busy machine."""
+    """Use one thread: small products on several threads wait long for each other on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -48,13 +48,13 @@ def one_thread():
 
 
 def packed(kind: str, seed: int, rows: int, columns: int) -> Packed:
-    """Return random numbers in a format."""
+    """Return random numbers packed in a format."""
     w = np.random.default_rng([seed, rows, columns]).standard_normal((rows, columns)) * columns**-0.5
     return FORMATS[kind](w.astype(ml_dtypes.bfloat16))
 
 
 def place(how, *given, form="host", name="in_proj.weight"):
-    """Return placed weights; as on another device than the CPU, where the form is so."""
+    """Return placed weights, in the form of a device other than the CPU if the parameter has it."""
     group = Group("layers.0", True, name, [SimpleNamespace(precision="matrix")])
     if form == "host":
         return how().place(group, list(given))
@@ -165,7 +165,7 @@ def test_a_packed_model_computes_as_on_numpy(choice, dtype, tmp_path):
 
 
 def test_packed_weights_stay_in_the_memory_map(tmp_path):
-    """With the loops and without them."""
+    """With the compiled loops and without them."""
     path = packed_checkpoint(tmp_path)
     checkpoint, rows = Checkpoint.open(path), groups(table(CFG))
     for how in BENCHES:

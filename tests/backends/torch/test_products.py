@@ -1,4 +1,4 @@
-"""Products of the torch backend equal those of the definition, at odd sizes."""
+"""Products of the torch backend agree with those of the definition, at odd sizes."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -77,7 +77,7 @@ def test_the_experts_add_up(how, seed, tokens, x, E, k):
 @on_all
 @given(seed=SEED, E=st.sampled_from((6, 12, 128)), k=st.sampled_from((1, 4)), n_group=st.sampled_from((1, 3)))
 def test_router_ties_go_to_the_lowest_index(how, seed, E, k, n_group):
-    """Many experts with three scores between them, of whole numbers, so that sums are exact in any order."""
+    """Many experts share three scores, which are integers, so that sums are exact in any order."""
     here, rng, d = how(), np.random.default_rng(seed), 8
     E -= E % 3
     which = rng.integers(0, 3, E)
@@ -105,7 +105,7 @@ def test_a_weight_in_the_dtype_of_the_file_is_not_copied(kind, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @given(seed=SEED, tokens=SIZE)
 def test_stacked_experts_are_the_listed_ones(dtype, x, width, seed, tokens):
-    """The form that experts have on CUDA, here on whatever there is."""
+    """The form of experts on CUDA, tested here on any device."""
     from refengine.backends.pytorch.experts import Stacked
 
     how, rng = Torch(dtype, dtype, compute=dtype), np.random.default_rng(seed)
@@ -124,7 +124,7 @@ def test_stacked_experts_are_the_listed_ones(dtype, x, width, seed, tokens):
 @on_all
 @given(seed=SEED, d=st.integers(20, 90), E=st.sampled_from((6, 12)))
 def test_the_router_rounds_no_score(how, seed, d, E):
-    """Whatever activations are made of. Every expert is chosen, so that each shows what it weighs."""
+    """For any dtype of activations. Every expert is chosen, so that every weight is compared."""
     here, cfg = how(), replace(Case(n_group=1).cfg, num_experts_per_tok=E, n_routed_experts=E)
     h, gate, bias = values(how, seed, 2, 5, d), values(how, seed, E, d, scale=d**-0.5), values(how, seed, E)
 

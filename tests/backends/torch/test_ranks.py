@@ -1,4 +1,4 @@
-"""Check on the torch backend that every layout of up to eight ranks computes the whole."""
+"""Every layout of up to eight ranks on the torch backend computes the whole model."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def one_thread_a_rank():
 
 
 def by_ranks(case, layout, how, cuts, split) -> list:
-    """Return the logits from every rank of the last stage; split: those of its own rows."""
+    """Return the logits of every rank of the last stage; split: those of its own rows."""
     case.read("backbone.norm_f.weight")  # so that one thread makes the checkpoint
     here = how()
 
@@ -114,7 +114,7 @@ def as_on_a_device(listed):
 @on_all
 @given(seed=SEED, l=LENGTH, groups=st.integers(1, 3), parts=st.integers(1, 4), width=SIZE)
 def test_ranks_that_share_a_norm_group_normalise_it_together(how, seed, l, groups, parts, width):
-    """Each rank has `width` channels of every group, and only the mean over the ranks is the group's."""
+    """Each rank has `width` channels of every group; the mean over the ranks is the mean of the group."""
     here, shape = how(), (2, l, groups, parts, width)
     y, z = (values(how, seed + i, *shape) for i in range(2))
     w = 1 + values(how, seed, *shape[2:]) / 5
@@ -135,7 +135,7 @@ def test_ranks_that_share_a_norm_group_normalise_it_together(how, seed, l, group
 
 
 def test_a_sum_of_bfloat16_is_added_in_float32():
-    """256 + 1 is no bfloat16, and 256 + 1 + 1 is one."""
+    """256 + 1 cannot be represented in bfloat16, and 256 + 1 + 1 can."""
 
     def rank(comm):
         x = torch.tensor([256.0 if comm.rank == 0 else 1.0], dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""On a CPU a run gives the same bits as the last one: every sum has its order, whatever the threads do."""
+"""On a CPU every run gives the same bits: the order of each sum does not depend on threads."""
 
 import numpy as np
 import pytest

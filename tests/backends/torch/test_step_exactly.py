@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(native.load() is None, reason="there is no compi
 
 @given(case=cases("*", max_length=1, batch=3), steps=st.integers(1, 5))
 def test_what_a_step_appends_to_a_bfloat16_cache_is_the_nearest_to_what_it_computed(case, steps):
-    """Of each key and value: within half of the distance of two bfloat16, and not below it on average."""
+    """The error of each key and value is at most half a unit in the last place, and zero on average."""
     m = Model.build(case.cfg, case.read, torch_backend("bfloat16", compute="bfloat16"))
     true = Model.build(case.cfg, case.read, numpy_backend(np.float64))
     ids, mine, theirs = case.rng(19).integers(0, 61, (steps, case.batch)), m.new_states(3), true.new_states(3)
@@ -42,7 +42,7 @@ def test_what_a_step_appends_to_a_bfloat16_cache_is_the_nearest_to_what_it_compu
 
 @given(drawn=odd(), middle=st.integers(1, 8))
 def test_a_step_obeys_every_constant(drawn, middle):
-    """The rest of a prompt after `middle` tokens, a step each, against a literal reading of the model."""
+    """Read `middle` tokens, then step through the rest, and compare with a literal reading of the model."""
     case, chosen = drawn
     case = replace(case, n_group=1, length=max(2, case.length))
     cfg = replace(case.cfg, **chosen | {"topk_group": 1})

@@ -1,4 +1,4 @@
-"""A decoding step in compiled loops is the step: the same logits and states, for every kind of layer."""
+"""A decoding step in compiled loops gives the logits and states of the verbs, for every kind of layer."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def exact(case: Case) -> Model:
 
 
 def read(m: Model, ids: np.ndarray, n=None) -> list:
-    """The states after some positions, n [b] of them real."""
+    """Return the states after some positions, n [b] of which are real."""
     here = m.backend
     n = None if n is None else here.array(n)
     return m.blocks(m.embed(here.array(ids)), m.new_states(len(ids)), n)[1]
@@ -55,7 +55,7 @@ STEPS = cases(n_group=1, max_length=12)
 
 @given(case=STEPS, tied=st.booleans(), count=st.integers(1, 4))
 def test_reading_and_then_stepping_is_what_the_definition_says(case, tied, count):
-    """Rows of different lengths before it; the plain calls may go on from the states at any time."""
+    """Rows have different lengths before the step; plain calls can continue from its states."""
     m, true, ids = built(case), exact(case), case.ids
     assert m.backend.step.program(m), "the loops serve it"
     mine, theirs = read(m, ids, case.lengths), read(true, ids, case.lengths)
@@ -84,7 +84,7 @@ def test_a_fork_and_its_origin_go_their_own_ways():
 
 
 def test_sequences_leave_and_caches_grow():
-    """A cache begins with room for 64."""
+    """A cache starts with room for 64 positions."""
     m, true, ids = built(BOTH), exact(BOTH), BOTH.ids
     mine, theirs = m.new_states(3), true.new_states(3)
     for t in range(70):

@@ -1,4 +1,4 @@
-"""States stored in fewer bits on PyTorch: the rounding of the definition, by the loops and by the library."""
+"""States stored in fewer bits on PyTorch are rounded as in the definition, by the loops and by PyTorch."""
 
 from functools import lru_cache
 

@@ -1,4 +1,4 @@
-"""A faulty torch verb goes red: each fault is one that a real port of this model made, or could."""
+"""A faulty torch verb fails a test: each fault is one that a port of this model had, or could have."""
 
 from dataclasses import replace
 
@@ -115,7 +115,7 @@ FAULTS = [
 
 
 def agrees(fault) -> bool:
-    """Whether a model with this fault, read in three calls, still says what the definition says."""
+    """Return whether a model with this fault, read in three calls, agrees with the definition."""
     here = HOW()
     here = replace(here, ops=replace(here.ops, **fault(here.ops)))
     m, pieces = Model.build(CASE.cfg, CASE.read, here), []

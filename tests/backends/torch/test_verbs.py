@@ -1,4 +1,4 @@
-"""The norms, the convolution and the scan of the torch backend are those of the definition, at odd sizes."""
+"""The norms, the convolution and the scan of the torch backend agree with the definition, at odd sizes."""
 
 import math
 
