@@ -37,8 +37,8 @@ NO_CONSTANTS = {"layers", "mtp_layers", "bos_token_id", "eos_token_id", "pad_tok
 class Literal:
     """The model of a configuration, written from the equations for one sequence of ids.
 
-    margin: the distance of the closest choice of the router. stretch: the largest factor by which a gated norm
-    enlarged a group, and so the rounding before it.
+    margin: the distance of the closest choice of the router. stretch: the largest factor by which a gated
+    norm enlarged a group, and so the rounding before it.
     """
 
     def __init__(self, cfg: Config, read):

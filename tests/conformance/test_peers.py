@@ -114,7 +114,7 @@ class AsInVLLM(Layer):
 
 
 def as_in_megatron(model: Model, index: int):
-    """Return a layer as Megatron calls it: a module over [position, sequence, hidden] that returns a pair."""
+    """Return a layer with Megatron's interface: a module on [position, sequence, hidden] returning a pair."""
     from torch.nn import Module
 
     class AsInMegatron(Module):

@@ -50,7 +50,7 @@ class Letters:
 
 @dataclass(frozen=True)
 class Plan:
-    """A sequence: prompt, options, the turn at which it joins, and after how many events it leaves."""
+    """A sequence: prompt, options, the turn at which it joins, and the number of events until it leaves."""
 
     length: int
     max_tokens: int

@@ -1,4 +1,4 @@
-"""refengine bench on ranks: contexts are as long as it says, also of sequences that a rank has for itself."""
+"""`refengine bench` on ranks has contexts of the stated length, also for sequences of a single rank."""
 
 import numpy as np
 import pytest

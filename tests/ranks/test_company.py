@@ -1,4 +1,4 @@
-"""Ranks in company, in the quick tier: every number of every text, and sums with the same bits on every rank.
+"""Texts over ranks agree in every number, and sums have the same bits on every rank, in the quick tier.
 
 Sequences join and leave so that the ranks of ep have other sequences from one call to the next, as many in
 all: the rank that draws for a sequence changes while it runs, and so does the split of the rows.
@@ -72,7 +72,7 @@ def test_every_number_of_every_text_is_that_of_one_process(name, layout, slots, 
 
 
 def test_every_token_of_the_vocabulary_is_looked_up_once_and_has_its_logit():
-    """The borders between the parts of ranks among them."""
+    """Also the tokens at the borders between the parts of ranks."""
     ids = list(range(CASE.cfg.vocab_size))
     expected = LocalRunner(model(CASE, EXACT)).logits(ids)
     for layout in (Layout(2), Layout(2, 2)):

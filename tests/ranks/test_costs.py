@@ -1,4 +1,4 @@
-"""Compare the bytes of the cost model with the bytes that ranks send."""
+"""The cost model and the ranks agree on the bytes that are sent."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ SIZES = [*((layout, 1) for layout in LAYOUTS), *((layout, 400) for layout in LAR
 
 @pytest.mark.parametrize(("layout", "length"), SIZES, ids=str)
 def test_bytes_sent_are_those_of_the_formula(layout, length):
-    """Of 400 tokens a sum is larger than 64 KB, and goes in slices."""
+    """A sum for 400 tokens is larger than 64 KB, so it is sent in slices."""
     tp = layout.tp
     case = Cuttable(
         layers="ME*M-" + "M" * (layout.pp - 5),

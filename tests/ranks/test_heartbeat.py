@@ -1,4 +1,4 @@
-"""Heartbeats: which ranks are considered dead, and when."""
+"""Heartbeats decide which ranks are considered dead, and when."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -24,7 +24,7 @@ RANKS = range(4)
 
 
 class Clock:
-    """Time that a test sets."""
+    """A clock that a test sets."""
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.now = 100.0
@@ -75,7 +75,7 @@ def test_a_rank_without_heartbeat_is_dead_after_the_timeout_and_not_before(clock
 
 
 def test_the_same_heartbeat_twice_counts_once(clock):
-    """A store still holds the last one of a rank that is gone."""
+    """A store keeps the last heartbeat of a rank that has ended."""
     mine, since = Heartbeat(0, TIMEOUT), clock.now
     for _ in range(9):
         clock.now += TIMEOUT / 4
@@ -84,7 +84,7 @@ def test_the_same_heartbeat_twice_counts_once(clock):
 
 
 def wait(clock, ranks, chain: list[int], works: int | None, seconds: float, since: float) -> list:
-    """Return the ranks that one of a chain, each waiting for the next, considers dead; `works` computes."""
+    """Return the ranks that one rank of a waiting chain considers dead; `works` is the one that computes."""
     until = clock.now + seconds
     while clock.now < until:
         clock.now += TIMEOUT / 16

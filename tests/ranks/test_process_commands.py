@@ -1,4 +1,4 @@
-"""Compare score, bench and inspect on ranks with one process; each prints once."""
+"""score, bench and inspect on ranks print what one process prints, once."""
 
 import json
 
@@ -14,7 +14,7 @@ from tests.support.processes import ended_badly, mpiexec, torchrun
 
 @pytest.fixture
 def scored(tmp_path):
-    """Return arguments that score a text of several calls, by the head too, with a float32 cache."""
+    """Return arguments that score a text of several calls, with the head too and a float32 cache."""
     (tmp_path / "text").write_text(LONG + ONCE)
     return ["score", tmp_path / "text", "--json", "--tokens", "--dtype", "float32"]
 
@@ -30,7 +30,7 @@ def same_scores(out: str, expected: str) -> None:
 
 @pytest.mark.parametrize("layout", ["--tp=2 --ep=2", "--tp=2 --pp=2", "--ep=4", "--pp=4"])
 def test_ranks_score_a_text_as_one_process_does(layout, scored):
-    """By the prediction head too, which is on the last stage."""
+    """With the prediction head too, which is on the last stage."""
     same_scores(printed(mpiexec(4, *scored, *layout.split())), alone(*scored))
 
 

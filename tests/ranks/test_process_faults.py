@@ -1,7 +1,8 @@
-"""Check that a job ends soon when a rank fails, and that every other rank prints the reason once.
+"""A job ends soon after a rank fails, and every other rank prints the reason once.
 
-A fault is (rank, when, what) of faulty_rank.py. mpiexec kills all ranks as soon as it sees that one has died,
-before they can print anything. So some die unseen ("vanish"), as if their host were lost.
+A fault is (rank, when, what) of faulty_rank.py. mpiexec kills all ranks as soon as it notices a dead one,
+before they can print anything. So some faults hide the death from mpiexec ("vanish"), as if the host were
+lost.
 """
 
 import contextlib
@@ -98,7 +99,7 @@ def life() -> float:
 
 
 def ranks(mark: str) -> list[int]:
-    """Return the processes of a job that are ranks, or their guards."""
+    """Return the processes of a job that are ranks or their guards."""
     return [pid for pid in living(mark) if "-m refengine" in name(pid) and "mpiexec" not in name(pid)]
 
 
@@ -119,7 +120,7 @@ def test_a_rank_may_load_for_longer_than_the_timeout(job):
     ],
 )
 def test_a_rank_may_compute_for_longer_than_the_timeout(job, layout, rank, when):
-    """It sends heartbeats between two layers; so do the ranks that wait for it, for which others wait."""
+    """It sends heartbeats between two layers, and so do the ranks that wait for it."""
     done = job(rank, when, "dawdle", layout=layout)
     assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > TIMEOUT
     assert done.out == job(rank, "is", refengine.__version__).out

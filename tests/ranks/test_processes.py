@@ -1,4 +1,4 @@
-"""Compare the text of ranks under mpiexec and torchrun with that of a single process."""
+"""Ranks under mpiexec and torchrun write the text of a single process."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def printed(job) -> str:
 
 
 def records(out: str) -> list[dict]:
-    """Return the JSON lines by index, without what is measured."""
+    """Return the JSON lines by index, without measured values."""
     lines = [json.loads(line) for line in out.splitlines()]
     for line in lines:
         del line["statistics"]
@@ -40,7 +40,7 @@ def records(out: str) -> list[dict]:
 
 
 def split(records: list[dict]) -> tuple[list, list]:
-    """Return the log-probabilities of the records, and all else."""
+    """Return the log-probabilities of the records, and everything else."""
     numbers = [
         [top.pop("logprob") for token in record["logprobs"] for top in (token, *token["top"])]
         for record in records
@@ -49,7 +49,7 @@ def split(records: list[dict]) -> tuple[list, list]:
 
 
 def same(out: str, expected: str, dtype="float32") -> None:
-    """Check for the same tokens and texts, and for log-probabilities within rounding."""
+    """Check for the same tokens and texts, and for log-probabilities that agree within rounding."""
     (mine, words), (theirs, expected_words) = split(records(out)), split(records(expected))
     assert words == expected_words
     near = tolerance(ml_dtypes.finfo(dtype).dtype, 160)  # the width of the stream
@@ -156,7 +156,7 @@ def test_ranks_of_torchrun_write_the_texts_of_one_process(n, layout, several):
 
 @pytest.mark.slow
 def test_torch_ranks_speak_mpi_too_and_have_the_logits_of_one_process_in_bfloat16(tmp_path):
-    """Of the first new token only: later ones may be others, after a near tie."""
+    """Only for the first new token: a near tie may change later ones."""
     (tmp_path / "prompts").write_text(f"{ONCE}\nOne day, Lily\n{LONG}")
     args = [
         "generate",

@@ -1,7 +1,7 @@
-"""Compare the bytes that a rank touches in a checkpoint with refengine.ranks.load.bytes_read.
+"""A rank touches as many bytes of a checkpoint as refengine.ranks.load.bytes_read states.
 
-Counted by the kernel, in a fresh process: the pages of the file's map that were filled, from a file that is
-not in memory yet, and page by page. (By default Linux reads ahead: more comes from the disk.)
+The kernel counts them in a fresh process: the pages of the file's map that were filled, from a file that is
+not in memory yet, page by page. (By default Linux reads ahead, so the disk reads more.)
 """
 
 import json

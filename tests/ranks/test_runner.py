@@ -11,7 +11,7 @@ from refengine.spec.shard import Shard
 
 
 def test_ranks_wait_with_a_timeout_exactly_while_a_sequence_has_a_slot():
-    """Rank 0 may rest for ever between texts; in the midst of one, its silence must end the job."""
+    """Rank 0 may be idle without limit between texts; during a text, its silence must end the job."""
     checkpoint, waits = Checkpoint.open("tiny"), []
 
     def rank(comm):

@@ -1,4 +1,4 @@
-"""Check that every layout of up to eight ranks computes what one rank computes."""
+"""Every layout of up to eight ranks computes what one rank computes."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ LAYOUT = st.shared(st.sampled_from(LAYOUTS), key="layout")
 @A_FEW
 @given(data=st.data(), cuts=CUTS, ragged=st.booleans())
 def test_shards_sum_to_the_whole(layout, data, cuts, ragged):
-    """All kinds of layer, in one call or several, rows of one length or of several."""
+    """All kinds of layer, in one call or several, with rows of equal or different lengths."""
     case = data.draw(cuttable(layout))
     sums_to_the_whole(case, layout, cuts, case.lengths if ragged else None)
 
@@ -57,7 +57,7 @@ def test_the_prediction_head_on_the_last_stage_is_the_whole_one(layout, case, cu
 
 
 def traffic(case, layout) -> dict:
-    """Return by rank the operations of one token: (name, peers, number of elements)."""
+    """Return, by rank, the operations of one token: (name, peers, number of elements)."""
     said = {}
 
     def watch(shard, words):
@@ -84,7 +84,7 @@ SAID = [
 
 @pytest.mark.parametrize(("kind", "layout", "expected"), SAID)
 def test_a_layer_says_what_docs_ranks_says(kind, layout, expected):
-    """One sum of hidden_size values a token, of the latent width over ep; one value more for a norm group."""
+    """One sum of hidden_size values a token, of the latent width over ep; one more value for a norm group."""
     case = Cuttable(layers=kind, batch=1, length=1, heads_per_group=4, attention=(8, 2))
     for rank, words in traffic(case, layout).items():
         words = [(verb, len(peers), values) for verb, peers, values in words]

@@ -1,4 +1,4 @@
-"""Drafts over ranks: the texts of one process, greedy and sampled."""
+"""Texts with drafts over ranks are those of one process, greedy and sampled."""
 
 from dataclasses import replace
 
@@ -42,7 +42,7 @@ def ids_of(events: list) -> list[int]:
     rate=st.sampled_from((0.0, 0.7)),
 )
 def test_ranks_write_with_drafts_the_texts_of_one_process(layout, data, plans, temperature, slots, rate):
-    """With `auto` the drafts depend on times, so sampled texts of it are not compared."""
+    """With `auto` the drafts depend on times, so its sampled texts are not compared."""
     case = data.draw(cuttable(layout))
     case = replace(case, mtp_layers="*E")
     plans = [replace(plan, temperature=temperature, leaves=99) for plan in plans]

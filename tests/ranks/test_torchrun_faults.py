@@ -1,7 +1,7 @@
-"""Check under torchrun that what ends one rank ends all, and that the other prints the reason.
+"""Under torchrun, a fault in one rank ends all ranks, and the other rank prints the reason.
 
-The agent of torchrun keeps the store by which ranks meet and report why they stop: when a rank dies unseen
-("vanish"), the agent is stopped, and the store with it.
+The agent of torchrun holds the store through which ranks connect and report why they stop. If a rank dies
+unnoticed ("vanish"), the agent is stopped, and the store with it.
 """
 
 import pytest
@@ -14,7 +14,7 @@ TIMEOUT = 6  # seconds: importing torch takes some
 
 
 def thorough(*values):
-    """Return a case of the thorough tier: each takes half a minute."""
+    """Return a case of the thorough tier; each takes half a minute."""
     return pytest.param(*values, marks=pytest.mark.thorough)
 
 
@@ -67,7 +67,7 @@ def test_the_other_rank_says_why_from_within_a_compiled_step():
 
 @pytest.mark.parametrize("when", [thorough("meet"), "decode"])
 def test_a_rank_that_is_killed_ends_the_job(job, when):
-    """torchrun ends the other one, which may not have come so far that it can speak."""
+    """torchrun ends the other rank, possibly before it can print anything."""
     ended_badly(job(1, when, "kill"))
 
 

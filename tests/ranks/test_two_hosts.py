@@ -1,7 +1,7 @@
-"""Run ranks on two hosts: network namespaces with their own addresses, joined by a cable.
+"""Ranks run on two hosts: network namespaces with their own addresses, joined by a virtual cable.
 
-mpiexec starts a rank on the other host through a program in place of ssh; torchrun is started on both. UCX,
-on which MPICH runs, would use shared memory, and is set to use the cable; so is gloo.
+mpiexec starts a rank on the other host through a replacement of ssh; torchrun is started on both hosts. UCX,
+on which MPICH runs, would use shared memory, so it is set to use the cable, and so is gloo.
 """
 
 import os
@@ -29,7 +29,7 @@ ENDLESS = ["generate", ONCE, "-n", 9000, "-t", 0, "--ignore-eos"]
 
 
 class Hosts:
-    """Hold two network namespaces and the cable between them."""
+    """Two network namespaces and the cable between them."""
 
     def __init__(self, directory: Path):
         self.names = [f"re{os.getpid()}{side}" for side in "ab"]
@@ -106,7 +106,7 @@ def hosts(tmp_path):
 
 
 def ranks_end(processes: list[subprocess.Popen], within: float) -> bool:
-    """Return whether all ranks of a job end in time, whatever their launchers wait for."""
+    """Return whether all ranks of a job end in time, even if their launchers still wait."""
     until = time.monotonic() + within
     rank = re.compile(rf"{re.escape(sys.executable)} (-u )?-m refengine ")
     while any(rank.match(name(pid)) for process in processes for pid in living(process.mark)):

@@ -1,4 +1,4 @@
-"""Several tokens at once, of which a part is kept, and forks: over ranks the same as in one process."""
+"""Verified tokens, of which a part is kept, and forks give the same results over ranks as in one process."""
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +14,7 @@ LAYOUTS = [Layout(2), Layout(1, 3), Layout(1, 1, 2), Layout(2, 2), Layout(1, 2, 
 
 
 def drawn(layout: Layout):
-    """Return a strategy of (case that the layout can cut, tokens verified at most, whether some are kept)."""
+    """Return a strategy of (case that the layout can cut, most tokens verified, whether some are kept)."""
     return st.tuples(cuttable(layout), st.integers(1, 4), st.lists(st.booleans(), min_size=1, max_size=3))
 
 

@@ -1,4 +1,4 @@
-"""Imports run one way, refengine.spec <- refengine.backends <- the rest, and the book keeps its order."""
+"""Imports have one direction, refengine.spec <- refengine.backends <- the rest, in the order of the book."""
 
 import ast
 import subprocess
@@ -18,7 +18,7 @@ MODULES = {"refengine/*.py": 16, "tests/*.py": 6, "tools/*.py": 8}  # more is a 
 
 
 def package_of(module: str) -> str:
-    """Return the package of ORDER that a module of ours belongs to, or the top-level name of another's."""
+    """Return the package of ORDER to which one of our modules belongs, or another module's top-level name."""
     top, *rest = module.split(".")
     return rest[0] if top == "refengine" and rest and rest[0] in ORDER[:2] else top
 
@@ -34,7 +34,7 @@ def is_for_types_only(node) -> bool:
 
 
 def imports(path: Path, at_import_time: bool = False):
-    """Names of the modules a file imports: all of them, or those it cannot be imported without."""
+    """Return the modules that a file imports: all of them, or only those that it needs to be imported."""
     tree = ast.parse(path.read_text())
     nodes = list(ast.walk(tree))
     if at_import_time:
@@ -78,7 +78,7 @@ def test_what_the_user_may_choose_is_imported_only_when_chosen(path):
 
 
 def test_importing_refengine_brings_no_heavy_library():
-    """In a process of its own, where nothing has been imported yet."""
+    """In a separate process, in which nothing has been imported yet."""
     script = (
         "import sys, refengine.spec, refengine, refengine.cli; print(*{m.split('.')[0] for m in sys.modules})"
     )
@@ -101,7 +101,7 @@ def test_a_chapter_uses_only_earlier_ones(chapter):
 
 
 def test_no_import_circle():
-    """Among what is imported when a module is; an import inside a function is made later."""
+    """Only imports at module level count; an import inside a function happens later."""
     arrows = {module_of(path): set(imports(path, at_import_time=True)) & NAMES for path in FILES}
     done: set[str] = set()
 

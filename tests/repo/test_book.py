@@ -1,4 +1,4 @@
-"""The book in docs/ is the book in spec/."""
+"""The pages in docs/book are made from the chapters in spec/ and are up to date."""
 
 import ast
 import re
@@ -53,12 +53,12 @@ def docstring_of(node):
 
 
 def code(node):
-    """A statement without its docstring, if more is left of it."""
+    """Return a statement without its docstring, unless nothing else would be left."""
     if docstring_of(node) and len(node.body) > 1:
         node.body = node.body[1:]
     return ast.unparse(node)
 
 
 def words(text):
-    """The words of a text; the target of a link is none."""
+    """Return the words of a text, without the targets of links."""
     return re.findall(r"\w+", re.sub(r"\]\([^)]*\)", "", text))

@@ -1,4 +1,4 @@
-"""The documentation holds: links lead somewhere, cited sections exist, and the code in it runs."""
+"""Links in the documentation have targets, cited sections exist, and the code in it runs."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ def of(pages):
 
 
 def links(page):
-    """(file, section) of each link to a file of ours; brackets in code are no links."""
+    """Return (file, section) of each link to one of our files; brackets in code are not links."""
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.S | re.M)
     for target in re.findall(r"\]\(([^)\s]+)\)", prose):
         if not re.match(r"\w+:", target):
@@ -32,7 +32,7 @@ def headings(page):
 
 
 def anchors(page):
-    """Return the anchors of a page: its headings as GitHub spells them, and its own."""
+    """Return the anchors of a page: its headings in GitHub's spelling, and explicit ones."""
     spelled = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings(page)}
     return spelled | set(re.findall(r'<a id="([^"]+)">', page.read_text()))
 
@@ -66,7 +66,7 @@ def test_pages_and_sections_that_code_cites_exist():
 
 @pytest.mark.parametrize("page", **of([p for p in sorted(DOCS.glob("*.md")) if BLOCKS.search(p.read_text())]))
 def test_code_in_the_documentation_runs(page, monkeypatch):
-    """Its `python` blocks in order, in one namespace; a `text` block right after one is what it prints."""
+    """`python` blocks run in order, in one namespace; a `text` block after one is its output."""
     monkeypatch.chdir(ROOT)
     namespace = {"__name__": page.stem}
     for code, printed in BLOCKS.findall(page.read_text()):

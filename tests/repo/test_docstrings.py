@@ -1,4 +1,4 @@
-"""Every public name of the package says in its docstring what it returns or is."""
+"""Every public name of the package has a docstring, which begins without a riddle."""
 
 import ast
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ FOLDERS = ("refengine", "spec", "backends")
 
 
 def sources() -> list[Path]:
-    """The modules of the package, each once: refengine/spec and refengine/backends are links."""
+    """Return the modules of the package, each once: refengine/spec and refengine/backends are links."""
     links = [ROOT / "refengine" / name for name in ("spec", "backends")]
     found = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
     return [path for path in found if not any(link in path.parents for link in links)]
 
 
 def public(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, str | None]]:
-    """Names and docstrings of the classes, methods and functions that a module offers."""
+    """Yield names and docstrings of the public classes, methods and functions of a module."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             if node.name.startswith("_"):

@@ -1,4 +1,4 @@
-"""Only `refengine` is installed; a `spec.py` or a `backends/` beside a script does not break it."""
+"""Only `refengine` is installed, and a `spec.py` or a `backends/` beside a script does not break it."""
 
 import os
 import shutil
@@ -20,20 +20,20 @@ print(refengine.__file__)
 
 
 def run(*command, **how) -> str:
-    """Return what a command printed; fail with its errors where it fails."""
+    """Return the output of a command; fail with its errors if it fails."""
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, **how)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def pip(*arguments, **how) -> str:
-    """Without the network: all that is needed is installed already."""
+    """Run pip without the network; all requirements are installed already."""
     return run(sys.executable, "-m", "pip", *arguments, "--no-deps", "--no-build-isolation", "-q", **how)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A copy of the tracked files, so that a build leaves nothing behind in the checkout."""
+    """Return a copy of the tracked files, so that a build leaves nothing behind in the checkout."""
     pytest.importorskip("setuptools", minversion="77")
     folder = tmp_path_factory.mktemp("source")
     names = run("git", "-C", ROOT, "ls-files", "-z").split("\0")
@@ -51,7 +51,7 @@ def source(tmp_path_factory) -> Path:
     params=["tree", *(pytest.param(way, marks=pytest.mark.thorough) for way in ("wheel", "sdist"))],
 )
 def site(request, source, tmp_path_factory) -> Path:
-    """A folder in which nothing but this project is installed."""
+    """Return a folder in which only this project is installed."""
     work = tmp_path_factory.mktemp(request.param)
     what = source
     levels = "x86-64" if request.param == "wheel" else ""  # compiled loops, which take half a minute a level
@@ -82,7 +82,7 @@ def test_only_refengine_is_installed_with_all_its_files(site):
 
 @pytest.fixture
 def beside(tmp_path) -> Path:
-    """A folder with a user's script, and with files that would break an import of `spec` or `backends`."""
+    """Return a folder with a user's script, and with files that could shadow `spec` or `backends`."""
     (tmp_path / "backends").mkdir()
     for name in ("spec.py", "backends/__init__.py"):
         (tmp_path / name).write_text("raise RuntimeError('a file of the user')\n")

@@ -1,4 +1,4 @@
-"""The names that `import refengine` gives are few, listed, and called by that name in a traceback."""
+"""`import refengine` has few names, all listed, and a traceback shows them by the same names."""
 
 import pickle
 import subprocess

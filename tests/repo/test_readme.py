@@ -1,4 +1,4 @@
-"""The README shows what the program prints. (The story: tests/engine/test_cli.py.)"""
+"""The README shows the real output of the program. (The story: tests/engine/test_cli.py.)"""
 
 import re
 import shlex
@@ -26,7 +26,7 @@ def test_the_talk_is_what_chat_prints():
 
 @pytest.mark.slow
 def test_the_verdict_is_what_verify_prints():
-    """The error and the seconds are those of a machine."""
+    """The error and the seconds depend on the machine and are not compared."""
     command, shown = re.search(r"```console\n\$ (refengine verify.*?)\n(.*?)```", README, re.S).groups()
 
     def without_measures(text):

@@ -1,6 +1,6 @@
-"""A wheel computes where there is neither a compiler nor PyTorch, at each level of x86-64 that it carries.
+"""A wheel computes without a compiler and without PyTorch, at each level of x86-64 that it contains.
 
-The process sees the wheel and its declared dependencies alone: no site-packages, nothing on PATH.
+The process has only the wheel and its declared dependencies: no site-packages, nothing on PATH.
 """
 
 import os
@@ -29,7 +29,7 @@ LEVELS = [level for level in build.LEVELS if native.has(level)]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """A folder in which only the wheel and links to its dependencies are."""
+    """Return a folder with only the wheel and links to its dependencies."""
     pytest.importorskip("setuptools", minversion="77")
     work = tmp_path_factory.mktemp("wheel")
     files = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True)
@@ -49,7 +49,7 @@ def site(tmp_path_factory) -> Path:
 
 
 def dependencies(name: str) -> set[str]:
-    """Return the names of a distribution and of all that it needs, extras left out, as far as installed."""
+    """Return the names of a distribution and of its installed requirements, without extras."""
     found, more = set(), [name]
     while more:
         try:
@@ -71,7 +71,7 @@ def link(name: str, folder: Path) -> None:
 
 
 def run(site: Path, *arguments, level: str = "") -> subprocess.CompletedProcess:
-    """Return how the command line of the wheel ended, with nothing on PATH."""
+    """Return the finished process of the wheel's command line, with nothing on PATH."""
     here = {"PATH": str(site / "nothing"), "HOME": str(site.parent), "PYTHONPATH": str(site)}
     here |= {native.LEVEL: level} if level else {}
     command = [sys.executable, "-S", "-m", "refengine", *arguments]

@@ -15,7 +15,7 @@ SEEDED = ("--seed", 3, "--ignore-eos")
 
 
 def test_a_text_is_saved_and_goes_on(cli, tmp_path):  # noqa: F811
-    """With a prompt it is read on, without one the text goes on where it ended, on another backend too."""
+    """With a prompt, reading continues; without one, the text continues, on another backend too."""
     whole = cli("generate", TEXT, "-n", 20, *SEEDED)[1]
     code, first, err = cli("generate", TEXT, "-n", 8, *SEEDED, "--save-state", tmp_path / "f")
     assert (code, err) == (0, "") and whole.startswith(first.rstrip("\n"))

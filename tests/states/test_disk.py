@@ -1,4 +1,4 @@
-"""Prefixes in a directory: used by later processes, whatever else lies there, and within the budget."""
+"""Prefixes in a directory serve later processes, whatever other files it has, and keep the budget."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ HOW = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
 
 
 def told(folder, count: int, backend: str = "numpy", cache: int = 2**30) -> list[tuple[list[int], int]]:
-    """Return (new tokens, tokens reused) of prompts that go on from each other, by a new engine."""
+    """Return (new tokens, reused tokens) of prompts that continue each other, by a new engine."""
     found = []
     with refengine.load("tiny", backend, "float32", cache=cache, cache_dir=folder) as engine:
         for i in range(1, count + 1):

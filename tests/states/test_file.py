@@ -1,4 +1,4 @@
-"""A file of a state: any dtype bit for bit, every kind of damage noticed, and never damaged by writing."""
+"""A file of a state has any dtype bit for bit, shows every damage, and is never damaged by writing."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ RNG = np.random.default_rng(0)
 
 
 def small(seed: int = 0, size: int = 40) -> State:
-    """Return a state of no model, about size KB large."""
+    """Return a state of no model, of about size KB."""
     rng = np.random.default_rng(seed)
     arrays = {"layers.0.S": rng.standard_normal((size, 16, 16)).astype(np.float32)}
     arrays["layers.1.k"] = rng.standard_normal((7, 2, 5)).astype(ml_dtypes.bfloat16)
@@ -161,7 +161,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_says_why(tmp_path, monkeypatc
 
 
 def limited(path, room: int) -> str:
-    """Return what saving says in a process that may write no file larger than `room` bytes."""
+    """Return the output of saving in a process that may write no file larger than `room` bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
     try:
@@ -172,7 +172,7 @@ def limited(path, room: int) -> str:
 
 
 def child(work) -> int:
-    """Return the id of a forked process that runs work() and ends with the code that it returns."""
+    """Return the id of a forked process that runs work() and exits with the returned code."""
     pid = os.fork()
     if pid:
         return pid

@@ -1,4 +1,4 @@
-"""Cached = uncached, whatever shares a prefix, joins, leaves or is evicted; and no more is kept than fits."""
+"""Cached texts equal uncached ones, whatever shares, joins, leaves or is evicted, within the budget."""
 
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ TREE = [30, 41]  # lengths of the two texts of which prompts are prefixes
 
 @dataclass(frozen=True)
 class Branch(Plan):
-    """A plan whose prompt begins as one of two texts does, for `shared` tokens."""
+    """A plan whose prompt begins like one of two texts, for `shared` tokens."""
 
     text: int = 0
     shared: int = 9
@@ -58,7 +58,7 @@ BUDGETS = st.sampled_from((10**9, 10**9, 60_000, 9_000))
 
 
 def played(runner, case: Case, plans: list, slots: int, chunk: int, budget: int) -> tuple[list, Loop]:
-    """Return the events of each plan, run together over one cache of prefixes, and the loop."""
+    """Return the events of each plan, run together with one cache of prefixes, and the loop."""
     loop = Loop(runner, Letters, size=slots, prefixes=Prefixes(runner, budget, lambda: Letters.stop_ids))
     events = test_loop.played(runner, case, plans, slots, chunk, loop)
     consistent(loop.prefixes)
@@ -66,7 +66,7 @@ def played(runner, case: Case, plans: list, slots: int, chunk: int, budget: int)
 
 
 def consistent(prefixes: Prefixes) -> None:
-    """Check the tree of names: that it has the snapshots of the runner, within the budget."""
+    """Check that the tree of names has exactly the snapshots of the runner, within the budget."""
     nodes, shelf = prefixes.nodes, prefixes.runner.shelf.kept
     assert {node.name for node in nodes.values()} == set(shelf)
     assert (
@@ -84,7 +84,7 @@ def consistent(prefixes: Prefixes) -> None:
 
 
 def agrees(case: Case, plans: list, found: list, backend, dtype) -> None:
-    """Check each sequence against the one that runs alone, without a cache."""
+    """Check each sequence against the same one alone, without a cache."""
     for plan, events in zip(plans, found, strict=True):
         alone = type(plan)(**{**vars(plan), "joins": 0, "leaves": 99})
         [[expected], _] = played(LocalRunner(model(case, backend)), case, [alone], 1, 512, 0)
@@ -161,7 +161,7 @@ def test_a_point_that_does_not_fit_is_not_kept():
 
 
 def test_a_prefix_of_a_batch_invariant_engine_has_the_same_bits_reused_or_read():
-    """Points are kept at whole calls alone; a text of 600 tokens has one."""
+    """Snapshots are kept only at whole calls; a text of 600 tokens has one."""
     ids = np.random.default_rng(0).integers(10, 1000, 600).tolist()
     how = {"max_tokens": 4, "logprobs": 5, "temperature": 0, "ignore_eos": True}
     with refengine.load("tiny", "cpu", batch_invariant=True, cache=2**30) as engine:
@@ -178,7 +178,7 @@ def test_a_cache_is_a_number_of_bytes():
 
 
 def test_ends_of_texts_are_reused():
-    """A prompt that goes on with the tokens of a reply reads only what follows them."""
+    """A prompt that continues a reply reads only the tokens after it."""
     with refengine.load("tiny", "cpu", cache=2**30) as engine:
         ids = engine.ids("Once upon a time")
         *tokens, _ = engine.generate(ids, max_tokens=10, temperature=0, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""Save, load, continue = continue: on every backend, on another one, and over any layout of ranks."""
+"""A state that is saved and loaded continues the same text, on any backend and any layout of ranks."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ NAME = 7  # of a snapshot
 
 
 def read(sequences: Sequences, turns: int) -> State:
-    """Return the state of slot 1 after some tokens in company, of which no file knows."""
+    """Return the state of slot 1 after some tokens beside other slots; no file contains it."""
     for slot in range(3):
         sequences.join(slot)
     for _ in range(turns):
@@ -33,7 +33,7 @@ def read(sequences: Sequences, turns: int) -> State:
 
 
 def goes_on(sequences: Sequences, state: State) -> None:
-    """Check that a state goes on in a slot as the sequence that it is of would, beside others."""
+    """Check that a state continues in a slot like the sequence of which it was saved, beside others."""
     sequences.join(0)
     sequences.runner.spread(NAME, state.arrays)
     for slot in (5, 2):
@@ -134,7 +134,7 @@ def ids_of(events) -> list[int]:
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_a_text_goes_on_where_it_ended(engine, folder, temperature):
-    """With its sampling options, penalties and random numbers; the file is read by a new engine."""
+    """With its sampling options, penalties and random numbers; a new engine reads the file."""
     how = {"temperature": temperature, "repetition_penalty": 1.3, "top_k": 40, "ignore_eos": True}
     whole = ids_of(engine.generate("Once upon a time", max_tokens=20, seed=3, **how))
     *first, end = engine.generate("Once upon a time", max_tokens=8, seed=3, keep="end", **how)
@@ -236,7 +236,7 @@ def stored_backends(kv: str, ssm: str) -> dict:
 @pytest.mark.parametrize("kv, ssm", [("fp8", "float16"), ("bfloat16", "float32")])
 @pytest.mark.parametrize("name", ["numpy", "cpu", "torch"])
 def test_a_state_in_fewer_bits_goes_on_with_the_same_bits(folder, name, kv, ssm):
-    """Codes, scales and the numbers that round S come back; a state of another dtype goes on too."""
+    """Codes, scales and rounding keys are restored; a state of another dtype continues too."""
     case = Case(layers="M*M*")
     made = stored_backends(kv, ssm)
     if name not in made:
@@ -266,7 +266,7 @@ def test_a_state_in_fewer_bits_goes_on_with_the_same_bits(folder, name, kv, ssm)
 
 
 def test_a_text_with_drafts_goes_on_where_it_ended(engine):
-    """The head's own cache begins anew, which costs drafts and changes no token."""
+    """The head's own cache starts anew, which costs drafts and changes no token."""
     how = {"temperature": 0, "ignore_eos": True}
     whole = ids_of(engine.generate("Once upon a time", max_tokens=20, **how))
     *first, end = engine.generate("Once upon a time", max_tokens=9, keep="end", speculate=3, **how)

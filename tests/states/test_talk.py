@@ -1,4 +1,4 @@
-"""A talk of ten turns: each reads the last answer without its thought, and the new turn, and nothing more."""
+"""Each of ten turns of a talk reads only the last answer without its reasoning, and the new turn."""
 
 import pytest
 

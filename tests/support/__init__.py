@@ -1,1 +1,1 @@
-"""Cases, witnesses, planted faults and processes that the tests share. Start at cases.py."""
+"""Cases, comparisons, planted faults and processes that the tests share. Start at cases.py."""

@@ -1,4 +1,4 @@
-"""The backends under test, each in one precision. A new backend is one more line in `BENCHES`."""
+"""The backends under test, each in one precision. A line in `BENCHES` adds a backend."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def torch_bench(name: str) -> Bench:
 
 
 def cpu_bench(dtype: str) -> Bench:
-    """The compiled loops, with weights of this dtype where the file has bfloat16; two threads."""
+    """Return the compiled loops with weights of this dtype if the file has bfloat16, and two threads."""
     from refengine.backends.cpu import cpu_backend
 
     backend = cpu_backend("float32", threads=2)
@@ -38,7 +38,7 @@ def widened(place, group, values):
 
 
 def cuda_bench() -> Bench:
-    """The CUDA kernels, on the emulator."""
+    """Return the CUDA kernels on the emulator."""
     from refengine.backends.cuda import cuda_backend
 
     return bench("cuda-float32", cuda_backend("float32", EmulatedDevice()), "float32")

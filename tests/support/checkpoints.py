@@ -1,7 +1,7 @@
-"""Small checkpoints to read, and the means to damage them.
+"""Write small checkpoints to read, and damage them.
 
-Sizes come from `cases.Case`: no two axes that meet in an array are equal. `parts` takes a safetensors file
-apart into its header and its data, `join` puts one together, truthful or not.
+Sizes come from `cases.Case`: no two axes that meet in an array are equal. `parts` splits a safetensors file
+into its header and its data, and `join` makes one, also one whose header does not fit its data.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def alter(path: Path, change) -> None:
 
 
 def alter_json(path: Path, **keys) -> None:
-    """Set keys of a JSON file; None takes one out."""
+    """Set keys of a JSON file; None removes one."""
     value = json.loads(path.read_text()) | keys
     path.write_text(json.dumps({key: v for key, v in value.items() if v is not None}))
 
@@ -77,7 +77,7 @@ def add(path: Path, name: str, array: np.ndarray, dtype: str) -> None:
 
 
 def rename(path: Path, new_name) -> None:
-    """Give every tensor of a file the name `new_name(name)`, or take it out (None)."""
+    """Rename every tensor of a file to `new_name(name)`, or remove it (None)."""
 
     def change(header, data):
         kept, out = {}, b""

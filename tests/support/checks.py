@@ -1,4 +1,4 @@
-"""Tests made of the checks of refengine.conformance."""
+"""Make tests from the checks of refengine.conformance."""
 
 from hypothesis import example, given
 

@@ -1,4 +1,4 @@
-"""One case of attention on CUDA: a batch of sequences in pieces, each call held to the definition."""
+"""One case of attention on CUDA: a batch of sequences in pieces, with each call checked."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from tests.support.cuda_verbs import exact, lengths, poisoned
 
 
 class Case:
-    """Queries, keys and values of `sum(pieces)` positions, side by side as the projection leaves them."""
+    """Queries, keys and values of `sum(pieces)` positions, side by side as in the projection's output."""
 
     def __init__(self, build, seed, b=2, kv=2, r=3, e=10, pieces=(5, 1), scale=1.0):
         self.build, self.seed, self.b, self.kv, self.r, self.e = build, seed, b, kv, r, e
@@ -27,12 +27,12 @@ class Case:
         return Cache.empty(cfg, self.b, self.build.name, device), Definition(k, v, length, length.copy())
 
     def heads(self, qkv):
-        """q b l h e, k and v b l kv e, of an array on either side."""
+        """Return q b l h e, k and v b l kv e, as views of an array of the device or of NumPy."""
         parts = (qkv[..., begin:end] for begin, end in pairwise(self.widths))
         return [part.reshape(*part.shape[:2], part.shape[-1] // self.e, self.e) for part in parts]
 
     def step(self, device, caches, qkv, n=None):
-        """One call on both sides; what is returned at padding means nothing."""
+        """Compare one call on both sides; results at padding are ignored."""
         here, known = caches
         given = device.from_host(qkv if n is None else poisoned(qkv, n))
         n_here = None if n is None else device.from_host(n)

@@ -28,7 +28,7 @@ def emulated(mode: str = "fast", perturb: bool = False) -> EmulatedDevice:
 
 @lru_cache
 def real():
-    """The first CUDA device; the test is skipped, with the device's own sentence, where there is none."""
+    """Return the first CUDA device; without one, skip the test with the device's own message."""
     from refengine.backends.cuda.device import CupyDevice
     from refengine.spec.config import InputError
 

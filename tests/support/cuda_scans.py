@@ -1,4 +1,4 @@
-"""Scans to test the CUDA backend with: drawn, run on a device, and held against the recurrence."""
+"""Scans for tests of the CUDA backend: drawn, run on a device, and compared with the recurrence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NO_LIMIT = (0.0, math.inf)
 
 
 def drawn(build, seed, b, l, groups, sizes):
-    """x, dt, A_log, B, C, D, dt_bias, S; steps from small to large."""
+    """Return x, dt, A_log, B, C, D, dt_bias, S, with steps from small to large."""
     (g, r), (p, n) = groups, sizes
     h = g * r
     x, B, C = (build.values(seed + i, b, l, *s) for i, s in enumerate(((h, p), (g, n), (g, n))))
@@ -24,7 +24,7 @@ def drawn(build, seed, b, l, groups, sizes):
 
 
 def scan(device, build, arrays, n=None, limit=NO_LIMIT, around=(0, 0), S=None, chunk=128):
-    """The verb on host arrays, of which x, dt, B and C are parts of wider ones; S may be there already."""
+    """Run the verb on host arrays; x, dt, B and C are parts of wider arrays, and S may be on the device."""
     x, dt, A_log, B, C, D, bias, state = arrays
     flat = [within(device, a.reshape(*a.shape[:2], -1), *around).reshape(a.shape) for a in (x, dt, B, C)]
     S = device.from_host(state) if S is None else S
@@ -41,7 +41,7 @@ def uncancelled(arrays, n=None, limit=NO_LIMIT):
 
 
 def check(device, build, arrays, n=None, limit=NO_LIMIT, around=(0, 0)):
-    """y at real positions and the state after them, against the recurrence; padding is poisoned."""
+    """Compare y at real positions and the state after them with the recurrence; padding is NaN."""
     x, dt, A_log, B, C, D, bias, S = arrays
     given_arrays = arrays
     if n is not None:
@@ -60,7 +60,7 @@ def check(device, build, arrays, n=None, limit=NO_LIMIT, around=(0, 0)):
 
 
 def stays(device, build, arrays, n, around=(0, 0)):
-    """A readonly state is as before after the call, whose outputs are those of the call that changes it."""
+    """Check that a readonly call does not change the state, and returns the outputs of a call that does."""
     S = device.from_host(arrays[-1])
     kept, _ = scan(device, build, arrays, n, around=around, S=replace(S, readonly=True))
     assert np.array_equal(device.to_host(S), arrays[-1])

@@ -1,4 +1,4 @@
-"""A device with memory that takes room only where it is written, for arrays that no machine has room for."""
+"""A device whose memory takes space only where it is written, for arrays larger than any machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOT_RESERVED = 0x4000  # MAP_NORESERVE of Linux
 
 
 class Sparse:
-    """Zeros until they are written."""
+    """Memory that is zero until it is written."""
 
     def __init__(self, nbytes: int):
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NOT_RESERVED

@@ -1,4 +1,4 @@
-"""The sizes of tiles as a kernel file has them in one build, for tests that hold Python to them."""
+"""Read the sizes of tiles from a kernel file, for tests that compare them with Python."""
 
 import re
 
@@ -8,6 +8,6 @@ EITHER = re.compile(r"#ifdef REAL_BF16\n(.*?)#else\n(.*?)#endif", re.DOTALL)
 
 
 def sizes(file: str, build) -> dict[str, int]:
-    """Every `NAME = number`, of lines between #ifdef REAL_BF16, #else and #endif only those of this build."""
+    """Return every `NAME = number`; between #ifdef REAL_BF16, #else and #endif only those of this build."""
     chosen = EITHER.sub(r"\1" if build.defines else r"\2", (KERNELS / file).read_text())
     return {name: int(value) for name, value in re.findall(r"\b([A-Z_0-9]+) = (\d+)\b", chosen)}

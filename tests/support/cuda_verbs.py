@@ -1,4 +1,4 @@
-"""Helpers of the tests of the CUDA kernels: two builds, values that both can hold, tolerances."""
+"""Helpers for tests of the CUDA kernels: two builds, values that both represent, tolerances."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Build:
     half: float
 
     def values(self, seed: int, *shape: int, scale: float = 1.0) -> np.ndarray:
-        """Random numbers that an activation can hold exactly."""
+        """Return random numbers that an activation can represent exactly."""
         drawn = scale * np.random.default_rng([seed, *shape]).standard_normal(shape)
         return drawn.astype(self.dtype)
 
     def near(self, actual, expected, whole=None, products: bool = False, what: str = "") -> None:
-        """Each value is the expected one, rounded once to an activation, but for sums in float32.
+        """Check that each value is the expected one, rounded once to an activation, up to float32 sums.
 
-        whole: how large each would be if nothing cancelled. products: terms were rounded too.
+        whole: the size of each value if nothing cancelled. products: the terms were rounded too.
         """
         actual, expected = (np.asarray(a).astype(np.float64) for a in (actual, expected))
         assert actual.shape == expected.shape, f"{what}: shape {actual.shape} for {expected.shape}"
@@ -52,22 +52,22 @@ on_both = pytest.mark.parametrize("build", [FLOAT32, BFLOAT16], ids=lambda build
 
 
 def build_for(sanitized) -> Build:
-    """One build for each sanitizer, to compile less: the narrow one where alignment is checked."""
+    """Return one build for each sanitizer, to compile less: the narrow one if alignment is checked."""
     return BFLOAT16 if sanitized.mode == "address" else FLOAT32
 
 
 def small(seed: int, *shape: int) -> np.ndarray:
-    """Random float32, as weights that are vectors are."""
+    """Return random float32, in the range of vector weights."""
     return np.random.default_rng([seed, 1, *shape]).standard_normal(shape).astype(np.float32)
 
 
 def exact(*arrays):
-    """The same values for the definition."""
+    """Return the same values for the definition."""
     return tuple(np.asarray(a).astype(np.float64) for a in arrays)
 
 
 def within(device, a: np.ndarray, before: int, after: int):
-    """`a` on the device as a part of a wider array, the rest of which is not a number."""
+    """Return `a` on the device as a part of a wider array, the rest of which is NaN."""
     around = [np.full((*a.shape[:-1], width), np.nan, a.dtype) for width in (before, after)]
     wide = device.from_host(np.concatenate([around[0], a, around[1]], axis=-1))
     return wide[..., before : before + a.shape[-1]]
@@ -78,19 +78,19 @@ def lengths(seed: int, b: int, length: int) -> np.ndarray:
 
 
 def poisoned(a: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """a [b, l, ..] with NaN where no position is."""
+    """Return a [b, l, ..] with NaN at padding."""
     beyond = np.arange(a.shape[1]) >= n[:, None]
     return np.where(beyond.reshape(*beyond.shape, *[1] * (a.ndim - 2)), np.array(np.nan, a.dtype), a)
 
 
 def constants(file: str) -> dict[str, int]:
-    """The whole numbers that a kernel file calls constexpr."""
+    """Return the integers that a kernel file declares constexpr."""
     lines = re.findall(r"^constexpr int ([^;]*);", (KERNELS / file).read_text(), re.MULTILINE)
     return {name: int(value) for line in lines for name, value in re.findall(r"(\w+) = (\d+)\b(?! /)", line)}
 
 
 def planted(tmp_path, file: str, right: str, wrong: str):
-    """An emulated device whose kernels have one fault."""
+    """Return an emulated device whose kernels have one fault."""
     from tools.cuda.emulator import EmulatedDevice
 
     for source in KERNELS.iterdir():

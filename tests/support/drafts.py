@@ -1,4 +1,4 @@
-"""Drafts of which a known share is right, in place of the head's guesses: the head runs all the same."""
+"""Replace the head's drafts by drafts of which a known share is right; the head still runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def oracle(texts: dict[tuple[int, ...], list[int]], rate: float, seed: int = 0):
 
 
 def calls_of(runner) -> Callable[[], int]:
-    """Return a function that returns how many calls with drafts a runner has made since now."""
+    """Return a function that returns the number of a runner's calls with drafts from now on."""
     count, right = [0], runner.speculate
 
     def speculate(*args):

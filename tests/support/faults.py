@@ -1,6 +1,6 @@
-"""Broken pieces of the spec, each a likely misreading, for the tests of tests/faults to plant.
+"""Faulty parts of the spec, each a likely mistake, for the tests of tests/faults to plant.
 
-Wrong steps of the model are data that the package ships: refengine/conformance/mistakes/__init__.py.
+Wrong steps of the model are data that the package contains: refengine/conformance/mistakes/__init__.py.
 """
 
 from __future__ import annotations

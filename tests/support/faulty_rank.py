@@ -57,7 +57,7 @@ def fail(what: str) -> None:
 
 
 def when_others_have_ended(pid: int, sign: int) -> None:
-    """Send a process a signal once all other ranks of this host have ended."""
+    """Send a signal to a process once all other ranks of this host have ended."""
     launcher, here = os.getppid(), str(os.getpid())
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     if os.fork():
@@ -78,7 +78,7 @@ def state(pid: str) -> str:
 
 
 def slowly(plain, pauses: list[float], when=lambda *args: True):
-    """Return a function whose first calls for which `when` holds take longer, each by one of the pauses."""
+    """Return a function whose first calls for which `when` holds are delayed, each by one of the pauses."""
 
     @wraps(plain)
     def dawdling(*args, **how):

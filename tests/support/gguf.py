@@ -1,4 +1,4 @@
-"""GGUF files to read, and the means to damage them: `gguf_bytes` writes any header, truthful or not."""
+"""GGUF files to read and to damage: `gguf_bytes` writes any header, also one that does not fit the data."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def random_blocks(kind: str, size: tuple[int, int], scale=None, seed: int = 0) -
 
 
 class Entry(NamedTuple):
-    """Holds what a header says of a tensor: dims with the fastest first, the number of a type, an offset."""
+    """The header's entry of a tensor: dims with the fastest first, the number of a type, an offset."""
 
     name: str
     dims: tuple[int, ...]
@@ -43,7 +43,7 @@ class Entry(NamedTuple):
 
 
 def text(value: str | bytes) -> bytes:
-    """Return a string as files have it."""
+    """Return a string in the encoding of GGUF files."""
     raw = value if isinstance(value, bytes) else value.encode()
     return struct.pack("<Q", len(raw)) + raw
 

@@ -34,7 +34,7 @@ BOUND = 60  # seconds in which a job with a fault has to end, start included; mo
 
 @dataclass(frozen=True)
 class Job:
-    """Hold how a job ended: exit code, output, seconds, and command lines that outlived it."""
+    """The result of a job: exit code, output, seconds, and command lines of processes that outlived it."""
 
     code: int
     out: str

@@ -1,4 +1,4 @@
-"""Runners to test: over ranks in threads of this process."""
+"""Runners over ranks in threads of this process."""
 
 from __future__ import annotations
 

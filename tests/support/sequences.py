@@ -1,4 +1,4 @@
-"""Sequences in the slots of a runner, each compared with the truth of what it has read."""
+"""Sequences in the slots of a runner, each compared with a call over all tokens that it has read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Sequences:
         self.known[slot] = ids
 
     def verify(self, slots: list[int], ids: list[list[int]]) -> None:
-        """Each row of logits is that of the sequence, read alone up to there."""
+        """Check that each row of logits is that of the sequence read alone up to there."""
         for slot, row, logits in zip(slots, ids, self.runner.verify(slots, ids), strict=True):
             self.check(self.known[slot] + row, logits)
 

@@ -1,4 +1,4 @@
-"""Checks of a backend whose states are stored in fewer bits, against the definition rounded alike."""
+"""Check a backend with states stored in fewer bits against the definition with the same rounding."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from refengine.spec.state import keyed, new_state
 def check_cache(
     backend: Backend, kv: str, case: Case, cut: int, ragged: bool = False, near: float = 1.0
 ) -> None:
-    """Check attention over a stored cache, in two calls and a step: that of rounded keys and values.
+    """Check attention over a stored cache, in two calls and a step, against rounded keys and values.
 
-    near: how much more than float32 a backend may be off.
+    near: the largest error of a backend, in multiples of that of float32.
     """
     cfg, b, l = case.cfg, case.batch, case.length
     scales = (0.02, 0.5) if kv == "fp8" else (1.0, 1.0)

@@ -1,4 +1,4 @@
-"""Plant a fault, and check that a test goes red."""
+"""Plant a fault, and check that a test fails."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Fault:
     raises: type = AssertionError
 
     def goes_red(self, monkeypatch) -> None:
-        """Green on the healthy backend, red on the sick one."""
+        """Check that the test passes without the fault and fails with it."""
         healthy = BENCHES["numpy-float32"]()
         self.check(healthy)
         sick = healthy
@@ -44,7 +44,7 @@ class Fault:
 
 
 def known(name: str, check: Callable) -> Fault:
-    """A mistake of the table, under its name and the number of its trap."""
+    """Return a mistake of the table, under its name and the number of its trap."""
     mistake = named(name)
     return Fault(f"trap {mistake.trap}: {name}" if mistake.trap else name, mistake, check)
 
@@ -54,17 +54,17 @@ def each(faults: list[Fault]):
 
 
 def vector(name: str):
-    """A recorded answer."""
+    """Return the check of a recorded vector."""
     return lambda backend: replay(Vector(name), backend)
 
 
 def law(test, **drawn):
-    """A law of another file, on one case."""
+    """Return the check of a law of another file, on one case."""
     return lambda backend: test.hypothesis.inner_test(backend, **drawn)
 
 
 def plain(test, *args):
-    """A test that needs no backend."""
+    """Return the check of a test that needs no backend."""
     return lambda backend: test(*args)
 
 

@@ -1,4 +1,4 @@
-"""The torch backend under test: each precision, each way of multiplying, and CUDA where there is one."""
+"""The torch backend under test: each precision, each way of multiplying, and CUDA if there is a device."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ class Torch:
 
     @property
     def eps(self) -> float:
-        """Rounding of the coarsest number on the way.
+        """Return the rounding of the coarsest dtype of the computation.
 
-        float16 is only how weights are kept. So is bfloat16 where activations are float32.
+        float16 is only a dtype of stored weights. So is bfloat16 if activations are float32.
         """
         exact = self.dtype == "float16" or self.compute == "float32"
         return EPS["float32" if exact else self.dtype]
 
     def near(self, actual, expected, terms: int, what: str = "", stretch: float = 1.0) -> None:
-        """`actual` is the sum of `terms` products that `expected` is, up to the rounding of this bench.
+        """Check that `actual` equals `expected`, a sum of `terms` products, up to the rounding of this bench.
 
-        stretch: by how much a division enlarged the rounding of what it divided.
+        stretch: the factor by which a division enlarged the rounding of its numerator.
         """
         actual, expected = (np.asarray(a).astype(np.float64) for a in (actual, expected))
         assert actual.shape == expected.shape, f"{what}: shape {actual.shape} for {expected.shape}"
@@ -57,7 +57,7 @@ class Torch:
         assert worst <= allowed, f"{what}: off by {worst:.3g}, where {allowed:.3g} is allowed by {self.name}"
 
     def rounded(self, a: np.ndarray) -> np.ndarray:
-        """`a` as the weights and inputs of this bench can hold it, in float64."""
+        """Return `a` in float64, rounded as the weights and inputs of this bench."""
         kind = ml_dtypes.bfloat16 if self.dtype == "bfloat16" else np.dtype(self.dtype)
         return np.asarray(a).astype(np.float32).astype(kind).astype(np.float64)
 
@@ -98,7 +98,7 @@ TORCH = {how.name: how for how in cpu if how.dtype == "float32"}
 
 
 def values(how, seed, *shape, scale=1.0):
-    """Random values that both sides can hold exactly."""
+    """Return random values that both sides represent exactly."""
     return how.rounded(scale * np.random.default_rng([seed, *shape]).standard_normal(shape))
 
 

@@ -1,4 +1,4 @@
-"""Traces of small random models: with a known mistake or none, and in the form that others have."""
+"""Traces of small random models, with a known mistake or none, also in the form of other engines."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ VALUES = {  # of weights, by a part of a mistake's name: (the end of their name,
 
 
 class Planted:
-    """A random model in which one mistake shows: its config, its weights, and the trace with the mistake."""
+    """A random model in which one mistake is visible: config, weights, and the trace with the mistake."""
 
     def __init__(self, mistake: Mistake, patch, seed: int = 1, backend=None):
         def of(table: dict) -> list:

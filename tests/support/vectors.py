@@ -1,4 +1,4 @@
-"""The shipped vectors for tests: a case by its name, and what a backend under test answers to it."""
+"""The shipped vectors for tests: a case by its name, and the outputs of a backend for it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def Vector(name: str) -> Case:
 
 
 def replay(vector: Case, backend) -> float:
-    """Return the worst error of what the backend answers; AssertionError where rounding does not explain it.
+    """Return the worst error of a backend's outputs; raise AssertionError if rounding does not explain it.
 
-    It is judged against the definition and against what transformers answered.
+    They are compared with the definition and with the outputs of transformers.
     """
     answers, worst = answers_of(vector, backend, backend.dtype), 0.0
     for against, dtype in (("out", backend.dtype), ("transformers", "float32")):

@@ -1,4 +1,4 @@
-"""The vocabularies that tokenizer tests run on: the embedded model's, and the real one of 131,072 tokens."""
+"""Two vocabularies for tokenizer tests: the embedded model's, and the released one of 131,072 tokens."""
 
 import functools
 import json

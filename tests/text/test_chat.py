@@ -1,4 +1,4 @@
-"""A conversation becomes the prompt that the model was trained on, and its reply becomes a message again."""
+"""A conversation becomes the prompt of the model's training, and a reply becomes a message again."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Messages: every form that clients send means the same prompt; what cannot be read is one sentence."""
+"""All forms of messages that clients send give the same prompt; an unreadable one is one sentence."""
 
 import json
 
@@ -173,7 +173,7 @@ TAILS = {
 def test_the_rendered_prompt_says_whether_a_reply_begins_inside_a_thought(
     how, thinking, asked, opens, answer
 ):
-    """Whatever the option: the answer is in content, no tag is left, and it is in the next prompt."""
+    """With any option, the answer is in content without tags, and it is in the next prompt."""
     template = ChatTemplate({"default": TURNS + BEGIN.replace("%s", TAILS[how])})
     messages = [{"role": "user", "content": asked}]
     prompt = template.prompt(messages, enable_thinking=thinking)

@@ -1,4 +1,4 @@
-"""A reply: the rendered prompt and the tags tell thought and answer apart, wherever the text is cut."""
+"""The rendered prompt and the tags separate reasoning from answer, wherever the text is cut."""
 
 from itertools import pairwise
 
@@ -64,7 +64,7 @@ def test_no_tag_is_left_and_the_answer_survives_into_the_next_prompt(text, insid
 @tries(300, 100)
 @given(st.lists(st.sampled_from(PARTS), max_size=10).map("".join))
 def test_what_a_thought_mentions_never_swallows_the_answer(thought):
-    """After </think> comes the answer; all of it, where no whole call ended the thought before."""
+    """All text after </think> is the answer, unless a whole call ended the reasoning before."""
     _, answer = split_reasoning(f"{thought}</think>\nThe answer.")
     assert answer.endswith("The answer.")
     if not any(call in thought for call in ("</function>", "</tool_call>", "]", "}", "</think>")):

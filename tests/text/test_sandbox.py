@@ -1,4 +1,4 @@
-"""A template is a program from someone else: it renders as in transformers, and does no harm."""
+"""A chat template of unknown origin renders as in transformers, and cannot do harm."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Text that comes in pieces is the text that comes at once: tokens to characters, the search for its end."""
+"""Streamed text equals text decoded at once: tokens to characters, and the search for stop strings."""
 
 import json
 from dataclasses import replace
@@ -45,7 +45,7 @@ def test_a_character_of_several_tokens_appears_with_its_last_one():
 
 
 def first_stop(text: str, stops: list[str]):
-    """Letter by letter: where a stop string is complete first, and of several the longest."""
+    """Return the first complete stop string, letter by letter; of several, the longest."""
     for end in range(len(text) + 1):
         for stop in sorted(stops, key=len, reverse=True):
             if text[:end].endswith(stop):
@@ -77,7 +77,7 @@ def test_an_empty_stop_string_is_refused():
 
 
 def write(directory, **files):
-    """A directory with the embedded model's tokenizer, and these JSON files (or their broken text)."""
+    """Return a directory with the embedded model's tokenizer and these JSON files (or their broken text)."""
     (directory / "tokenizer.json").write_bytes((TINY / "tokenizer.json").read_bytes())
     for name, value in files.items():
         text = value if isinstance(value, str) else json.dumps(value)

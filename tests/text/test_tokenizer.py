@@ -1,7 +1,7 @@
-"""The specification of the tokenizer and Hugging Face's are the same function, on both vocabularies.
+"""The tokenizers of the specification and of Hugging Face are the same function, on both vocabularies.
 
-Characters are those assigned in Unicode 14, which Python 3.11 knows. A later Unicode gives categories to code
-points that have none there, and the two libraries need not be of one age: on those they may cut differently.
+Characters are those assigned in Unicode 14, which Python 3.11 has. A later Unicode assigns further
+characters, and the two libraries may have different versions, so they may split those differently.
 """
 
 import json
@@ -76,7 +76,7 @@ def test_the_real_vocabulary_gives_the_published_ids():
 
 
 def model_with(directory, **files):
-    """A copy of the embedded model with these files changed; the text of a JSON file, or its value."""
+    """Return a copy of the embedded model with these files changed (text of a JSON file, or its value)."""
     shutil.copytree(TINY, directory, ignore=shutil.ignore_patterns("*.md", "training.json"))
     for name, value in files.items():
         text = value if isinstance(value, str) else json.dumps(value)
@@ -86,7 +86,7 @@ def model_with(directory, **files):
 
 @pytest.mark.parametrize("special", [True, False])
 def test_a_token_that_a_fine_tune_added_beyond_the_vocabulary_is_refused_by_name_when_used(special, tmp_path):
-    """The tokenizer names a padding token that no row of the embedding was made for."""
+    """The tokenizer has a padding token for which the embedding has no row."""
     changed = deepcopy(json.loads(file("tiny")))
     pad = {"id": 2048, "content": "<|PAD_TOKEN|>", "special": special}
     rest = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -119,7 +119,7 @@ def test_a_sequence_around_the_byte_level_decoder_is_one(decoder, tmp_path):
 
 @pytest.mark.parametrize("decoder", [None, STRIP, sequence(), sequence(BYTES, STRIP), sequence(BYTES, BYTES)])
 def test_another_decoder_is_refused(decoder, tmp_path):
-    """One that changes the text after the bytes would be left out without a word."""
+    """A decoder that changes the text after the bytes would otherwise be ignored without a message."""
     directory = model_with(tmp_path / "model", tokenizer=json.loads(file("tiny")) | {"decoder": decoder})
     with pytest.raises(InputError, match="is not a byte-level tokenizer"):
         Loaded.load(directory)
@@ -127,7 +127,7 @@ def test_another_decoder_is_refused(decoder, tmp_path):
 
 @pytest.mark.parametrize("text", ['{"temperature": 0.6,}', "[1", "[1]", "", "null"])
 def test_advice_that_cannot_be_read_is_left_out_with_a_note(text, tmp_path):
-    """A file edited by hand often has a comma too many; the model runs without its advice."""
+    """A manually edited file often has an extra comma; the model runs without its sampling defaults."""
     directory = model_with(tmp_path / "model", generation_config=text)
     checkpoint = Checkpoint.open(directory)
     (note,) = checkpoint.notes

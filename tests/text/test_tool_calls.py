@@ -1,4 +1,4 @@
-"""Tool calls: a value that was written is read back, by the whole JSON schema of its parameter."""
+"""The value of a tool argument is read back as it was written, by the whole JSON schema."""
 
 import contextlib
 import json
@@ -55,7 +55,7 @@ def is_plain(value) -> bool:
 
 
 def meanings(value, schema) -> list:
-    """The values that a schema accepts and that are written as this one is."""
+    """Return the values that a schema accepts and that are written like this one."""
     text = as_text(value)
     found = [text, None, True, False]
     with contextlib.suppress(ValueError, RecursionError):
@@ -69,7 +69,7 @@ def meanings(value, schema) -> list:
 @tries(500, 166)
 @given(st.dictionaries(st.sampled_from("abc"), st.tuples(values, schemas), max_size=3), st.integers(1, 2))
 def test_a_call_that_was_written_is_read_back(given_, number):
-    """A value comes back if its schema reads its text one way and no line of a string is a tag."""
+    """If the schema reads the text of a value in one way, and no line of a string is a tag."""
     one = {k: v for k, (v, s) in given_.items() if is_plain(v) and meanings(v, s) == [v]}
     declared = tools(**{key: schema for key, (_, schema) in given_.items()})
     call = {"name": "f", "arguments": one}
@@ -221,7 +221,7 @@ calls_like = st.fixed_dictionaries(
 
 @given(st.lists(calls_like | odd, max_size=3) | odd)
 def test_calls_that_were_read_are_written_and_read_back(value):
-    """Whatever a model writes as JSON: a reply that is saved is a conversation that is read."""
+    """For any JSON that a model writes, because a saved reply is read again."""
     reply = Reply(False)
     reply.push(f"Well.\n<TOOLCALL>{json.dumps(value)}</TOOLCALL>")
     reply.flush()

@@ -1,4 +1,4 @@
-"""The bench of the loop runs, and counts what its calls take."""
+"""The bench of the loop runs, and counts the time of its calls."""
 
 import sys
 

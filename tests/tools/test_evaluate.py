@@ -1,4 +1,4 @@
-"""Laws of the eval tool: each metric accepts a right answer and rejects wrong ones, and bars are compared."""
+"""Each metric of the evaluation accepts right answers and rejects wrong ones, and bars are compared."""
 
 import random
 

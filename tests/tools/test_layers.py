@@ -1,4 +1,4 @@
-"""The times of layers: of every kind that the model has, and not more than the whole."""
+"""The bench of layers has a time for every kind of the model, and no more time than the whole."""
 
 import sys
 

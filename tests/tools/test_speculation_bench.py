@@ -1,4 +1,4 @@
-"""The cost model of speculation: its parts are consistent, and its figures near those that were published."""
+"""The cost model of speculation has consistent parts, and figures near the published ones."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def test_what_costs_nothing_gives_all_tokens_and_what_is_never_right_gives_none(
 
 @pytest.mark.slow
 def test_ultra_gains_most_with_about_the_published_number_of_drafts():
-    """The report: 2.89x with 6 drafts, which is more than bytes and 20 us a layer allow."""
+    """The report has 2.89x with 6 drafts, more than bytes and 20 us a layer allow."""
     rate = rate_of(*PUBLISHED["ultra"])
     ups = {k: predicted("ultra", RECIPES["NVFP4"], "B200", k, rate, 20e-6, 10_000) for k in DRAFTS}
     assert ups[1][2] == 4 and max(ups, key=lambda k: ups[k][1]) in (5, 6, 7)

@@ -1,4 +1,4 @@
-"""Laws of the text that the embedded model learns from (tools/tiny/stories)."""
+"""Laws of the training text of the embedded model (tools/tiny/stories)."""
 
 import json
 import random
@@ -16,7 +16,7 @@ SHIPPED = ROOT / "refengine/models/tiny"
 
 @pytest.fixture(scope="module")
 def told():
-    """Six stories of every plot."""
+    """Return six stories of every plot."""
     rng = random.Random(0)
     return [tell(rng, name) for name in plots() for _ in range(6)]
 
@@ -123,7 +123,7 @@ def test_questions_about_a_story_are_answered_from_its_cast(told):
 
 
 def test_chats_are_rendered_by_the_packaged_template():
-    """An independent Jinja environment renders the shipped file to the text that is trained on."""
+    """An independent Jinja environment renders the training text from the shipped file."""
     jinja = pytest.importorskip("jinja2.sandbox")
     environment = jinja.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
@@ -158,7 +158,7 @@ def test_a_requested_story_has_the_name_and_the_thing():
 
 
 def test_the_example_of_the_documentation_is_in_the_training_text():
-    """The request that the documentation shows is one that the generator can make."""
+    """The generator can make the request that the documentation shows."""
     rng = random.Random(10)
     seen = {chat.scene(rng, "story_about_both").messages[0]["content"] for _ in range(20_000 // 40)}
     assert any(re.fullmatch(r"Tell me a story about a girl named \w+ and a \w+\.", wish) for wish in seen)

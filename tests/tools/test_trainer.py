@@ -1,5 +1,4 @@
-"""Laws of the training tool: its module is the spec's model, and packing, exporting and resuming change
-nothing."""
+"""The trainer's module computes the spec's model; packing, exporting and resuming do not change results."""
 
 import argparse
 import json
@@ -32,7 +31,7 @@ SHIPPED = ROOT / "refengine/models/tiny"
 
 @pytest.fixture(scope="module")
 def small():
-    """A small model of the same pattern, with random weights."""
+    """Return a small model of the same pattern, with random weights."""
     torch.manual_seed(0)
     return TinyModel(
         {
@@ -156,7 +155,7 @@ def test_muon_steps_are_nearly_orthogonal(small):
 
 @pytest.mark.thorough
 def test_one_batch_can_be_learned(small):
-    """A few steps on one row lower both losses: every part of the model receives its gradient."""
+    """A few steps on one row lower both losses, and every part of the model gets its gradient."""
     torch.manual_seed(3)
     ids, first = torch.randint(18, 96, (2, 32)), torch.zeros(2, 32, dtype=torch.bool)
     first[:, 0] = True
@@ -174,7 +173,7 @@ def test_one_batch_can_be_learned(small):
 
 
 def test_compiled_loops_are_the_layer_and_its_gradient():
-    """Losses and every gradient, with the compiled loops and with the layer's form in PyTorch."""
+    """Losses and every gradient agree between the compiled loops and the PyTorch form of the layer."""
     if kernels.load() is None:
         pytest.skip("no C++ compiler")
     torch.manual_seed(5)
@@ -255,7 +254,7 @@ def test_rows_are_a_function_of_seed_rank_and_step():
 
 @pytest.mark.thorough
 def test_two_ranks_with_the_same_rows_take_the_step_of_one(small):
-    """Gradients are averaged, matrices shared out; both ranks end with the same bits, as one alone."""
+    """Gradients are averaged and matrices divided; both ranks end with the bits of a single one."""
     ids, first = torch.randint(18, 96, (2, 32)), torch.zeros(2, 32, dtype=torch.bool)
     first[:, 0] = True
 
@@ -303,7 +302,7 @@ def _command(out, *more):
 
 @pytest.mark.thorough
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
-    """Two processes, SIGKILL, --resume: the weights, the state and the losses of a run without a kill."""
+    """Two processes, SIGKILL, --resume: weights, state and losses equal those of an undisturbed run."""
     (tmp_path / "small.json").write_text(json.dumps(SMALL))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(_command(whole), cwd=ROOT, check=True, capture_output=True)

@@ -1,5 +1,6 @@
-"""Small random models on the CUDA kernels give the same bits in any order of threads, without a sanitizer's
-report, and a decoding step as a graph agrees with the plain step.
+"""Small random models on the CUDA kernels give the same bits in any order of threads.
+
+Sanitizers report nothing, and a decoding step as a captured graph agrees with the plain step.
 """
 
 from functools import lru_cache
