@@ -26,9 +26,8 @@ settings.load_profile("default")
 sys.dont_write_bytecode = False  # hundreds of processes start; each would compile all modules again
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # a shell's background job; what tests start inherits it
+# A shell ignores SIGINT in background jobs, and child processes inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -20,7 +20,7 @@ from refengine.spec.tensors import groups, table
 def test_every_half_precision_number_is_widened_to_itself(disk, dtype):
     """All 65,536 of them: subnormals, both zeros, infinities and NaNs too."""
     narrow = np.arange(1 << 16, dtype=np.uint16).view(DTYPES[disk])
-    with np.errstate(invalid="ignore"):  # a signalling NaN is quietened
+    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
         wide = widen(narrow, dtype)
         back, nan = wide.astype(DTYPES[disk]), np.isnan(narrow.astype(np.float64))
     assert wide.dtype == dtype

@@ -12,7 +12,7 @@ from refengine.conformance.checks.texts import AtABorder, filtered
 from refengine.spec.sample import Sampling, draw, probabilities, sample
 from tests.support.tries import tries
 
-NEAR = 1e-9  # how close to a border float64 may fall on either side of it
+NEAR = 1e-9  # distance from a border within which float64 rounding decides
 
 
 def agrees(logits, how: Sampling, seen) -> None:

@@ -25,12 +25,12 @@ def test_slow_steps_after_fast_ones_are_as_exact_as_ever(backend, case, fast, sl
     dt[:, :fast] = 300.0
     dt[:, fast:] = (0.5 * np.tanh(dt[:, fast:]) - 6.0 - bias).astype(np.float32)
     w, last = backend.weights(c, case.read), (None, (0.0, np.inf), c.chunk_size)
-    stretch = 1.0 if backend.dtype == np.float32 else 5000.0 * fast  # beside float64 there is nothing wider
+    stretch = 1.0 if backend.dtype == np.float32 else 5000.0 * fast  # no dtype is wider than float64
     before = backend.state("M", c, b, S=S).S
     (x_, dt_), (B_, C_) = backend.give(x, dt), backend.give(B, C)
     y, after = backend.ops.ssd_scan(x_, dt_, w["A_log"], B_, C_, w["D"], w["dt_bias"], before, *last)
     true_y, true_S = DEFINITION.ssd_scan(x, dt, A_log, B, C, D, bias, S, *last)
     for what, mine, true in (("y", backend.fetch(y), true_y), ("S", backend.fetch(after), true_S)):
-        if what == "y":  # where the steps are slow; those before are as large as the steps
+        if what == "y":  # only the small steps; earlier outputs are as large as their steps
             mine, true = mine[:, fast:], true[:, fast:]
         agree(mine, true, backend.dtype, t * n, what, stretch)

@@ -106,7 +106,7 @@ def test_the_head_as_llama_cpp_reads_it_is_named_from_its_formula():
     (found,) = wrong(replace(trace, arrays=arrays), case)
     assert found.unit.name == "mtp.final" and found.first.name == "mtp.final_hidden"
     assert found.causes == [named("the head's final norm is a LayerNorm, as in llama.cpp")]
-    del arrays["mtp.final_hidden"]  # from the logits alone
+    del arrays["mtp.final_hidden"]  # so only the logits remain
     (found,) = wrong(replace(trace, arrays=arrays), case)
     assert found.causes == [named("the head's final norm is a LayerNorm, as in llama.cpp")]
 
@@ -123,7 +123,7 @@ def read_of(case):
             value[1] = value[0]
         if name.endswith("e_score_correction_bias"):
             value[:] = 0
-            value[:2] = 1  # one of these two is chosen, by their order alone
+            value[:2] = 1  # a tie of these two: the order decides
         return value
 
     return read

@@ -141,7 +141,7 @@ def test_the_hooks_of_the_page_run_on_stand_ins(tmp_path):
         trace = load(path)
         found = list(diagnose(trace, case.cfg, case.read))
         assert len(trace.arrays) == len(found) == 4 and not any(f.wrong for f in found)
-        assert max(f.worst for f in found) < 0.01  # roundings of bfloat16, which the header names
+        assert max(f.worst for f in found) < 0.01  # rounding of bfloat16, as stated in the header
 
     exec(vllm, space)
     layers = [AsInVLLM(model, i) for i in range(4)]

@@ -231,7 +231,7 @@ def test_a_trace_of_another_model_is_refused(file):
 @pytest.mark.parametrize("size", [0, 7, 8, 100])
 def test_half_a_file_is_refused(file, size):
     file.write_bytes(file.read_bytes()[:size])
-    assert "write it again" in refusal(file)  # one's own file is not downloaded
+    assert "write it again" in refusal(file)  # a file of ours is not downloaded again
 
 
 def test_a_header_of_absurd_length_is_refused(file):

@@ -65,7 +65,7 @@ class Terminal:
             where = Path(f"/proc/{self.pid}/wchan").read_text()
         except OSError:
             where = "0"
-        if where == "0":  # the system does not say
+        if where == "0":  # the system hides what it waits for
             time.sleep(1)
             return True
         return "poll" in where or "select" in where or "tty" in where

@@ -27,7 +27,7 @@ from refengine.spec.ops import numpy_backend
 from refengine.spec.sample import Sampling
 
 EXACT = numpy_backend(np.float64)
-NEAR = 1e-9  # of float64 logits, whatever the order of summation
+NEAR = 1e-9  # rounding of float64 logits in any order of summation
 
 
 @lru_cache

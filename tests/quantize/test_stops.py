@@ -117,7 +117,7 @@ def test_where_a_file_cannot_grow_it_is_one_sentence_and_the_next_run_goes_on(
         try:
             quantize(model, out, recipe_of("ultra"), shard=SHARD)
         finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, free)  # what is printed may go to a file
+            resource.setrlimit(resource.RLIMIT_FSIZE, free)  # stdout may be a file
 
     code, said = ended(started(work)), capfd.readouterr().err
     assert code == 3 and f"cannot write {out}: File too large" in said and len(said.splitlines()) == 1

@@ -82,7 +82,7 @@ def test_every_token_of_the_vocabulary_is_looked_up_once_and_has_its_logit():
 
 @settings(max_examples=20)
 @given(count=st.integers(2, 4), seed=st.integers(0, 999), size=st.sampled_from((1, 7, 300, 20001)))
-@example(count=3, seed=1, size=20001)  # more than is sent whole
+@example(count=3, seed=1, size=20001)  # more than one message
 @example(count=3, seed=1, size=7)
 def test_a_sum_has_the_same_bits_on_every_rank(count, seed, size):
     """All ranks that process a token must choose the same experts for it."""

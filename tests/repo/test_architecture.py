@@ -14,7 +14,7 @@ ORDER = ("spec", "backends", "refengine")
 SPEC_MAY = {"numpy", "ml_dtypes", "jaxtyping"}
 CHOSEN_BY_THE_USER = {"torch", "cupy", "mpi4py", "gguf", "transformers"}
 FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py"))]
-MODULES = {"refengine/*.py": 16, "tests/*.py": 6, "tools/*.py": 8}  # more is a drawer, not a room
+MODULES = {"refengine/*.py": 16, "tests/*.py": 6, "tools/*.py": 8}  # most files of a folder
 
 
 def package_of(module: str) -> str:

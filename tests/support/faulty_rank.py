@@ -62,7 +62,7 @@ def when_others_have_ended(pid: int, sign: int) -> None:
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     if os.fork():
         return
-    os.closerange(0, 1024)  # so that no connection of the dead is kept open
+    os.closerange(0, 1024)  # close every connection of the dead process
     while any(state(child) not in "ZX" for child in children if child != here):
         time.sleep(0.05)
     os.kill(pid, sign)

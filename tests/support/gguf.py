@@ -51,7 +51,7 @@ def text(value: str | bytes) -> bytes:
 def value_bytes(value: Any) -> bytes:
     """Return a value with its type."""
     match value:
-        case bytes():  # a value that is made already
+        case bytes():  # a value that is encoded already
             return value
         case bool():
             return struct.pack("<IB", BOOL, value)

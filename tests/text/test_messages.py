@@ -179,7 +179,7 @@ def test_the_rendered_prompt_says_whether_a_reply_begins_inside_a_thought(
     prompt = template.prompt(messages, enable_thinking=thinking)
     assert prompt.inside == prompt.text.endswith("<|im_start|>assistant\n<think>\n")
     thought = "So <tool_call> it is."
-    reply = Reply(prompt.inside)  # the model closes a thought that is open, and may open one itself
+    reply = Reply(prompt.inside)  # the model ends open reasoning, and may begin some itself
     written = f"{'<think>' * opens}{thought}</think>{answer}" if opens or prompt.inside else answer
     for char in written:
         reply.push(char)

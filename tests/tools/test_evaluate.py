@@ -47,7 +47,7 @@ def test_every_chat_figure_can_fail(kind, thinking):
     for wrong in (case.answer[:-2], "", case.answer + " Yes.", CALL.format("add", 3), "I do not know."):
         assert not case.right(thought + wrong, thinking)
     if thinking:
-        assert not case.right(case.answer, thinking)  # never left its thought
+        assert not case.right(case.answer, thinking)  # the reasoning never ended
 
 
 def test_a_call_needs_its_name_arguments_types_and_form():

@@ -154,7 +154,7 @@ def test_a_requested_story_has_the_name_and_the_thing():
         name, thing = re.search(r"(\w+) and an? (\w+)\.?$", made.messages[0]["content"]).groups()
         assert judge.requested(made.answer, name, thing)
         wished.add(thing)
-    assert len(wished) > 40  # nearly every thing can be asked for
+    assert len(wished) > 40  # users can request nearly every thing
 
 
 def test_the_example_of_the_documentation_is_in_the_training_text():

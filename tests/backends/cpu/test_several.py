@@ -48,7 +48,7 @@ def test_a_compiled_call_of_several_positions_is_so_many_steps(kv, ssm, seed, co
         alone = state.take(other, [i])
         for at, token in enumerate(row):
             found, alone = m.backend.step(m, [token], alone)
-            if ssm is None:  # else the steps round S in between
+            if ssm is None:  # float16 steps round S after each position
                 near(logits[i][at], found[0])
                 near(m.head(hidden[i][None, at : at + 1])[0, 0], found[0])
             if at + 1 == kept[i]:

@@ -14,7 +14,7 @@ from tests.support.cuda_verbs import on_both
 @pytest.mark.parametrize("width", [7, 16])
 def test_the_borders_of_the_table_are_where_they_are(device, build, width):
     vocabulary = 5
-    memory = build.values(1, vocabulary + 2, width)  # numbers stand before and behind the table, too
+    memory = build.values(1, vocabulary + 2, width)  # one more row before and after the table
     table = memory[1:-1]
     ids = np.array([[0, vocabulary - 1, vocabulary, -1, vocabulary + 1, 2**31 - 1, -(2**31), 2]], np.int32)
     verb = Embedding(device, build.defines).embed

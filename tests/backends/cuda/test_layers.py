@@ -42,7 +42,7 @@ def norms(device, build, seed, b, l, groups, width, around=(0, 0), fresh=False):
     around=AROUND,
     fresh=st.booleans(),
 )
-@example(seed=0, b=1, l=1, groups=2, width=4200, around=(0, 0), fresh=False)  # more than a thread holds
+@example(seed=0, b=1, l=1, groups=2, width=4200, around=(0, 0), fresh=False)  # more than a thread keeps
 def test_the_norm_reads_the_rounded_sum_and_the_gate_comes_first(
     device, build, seed, b, l, groups, width, around, fresh
 ):

@@ -47,7 +47,7 @@ def test_a_function_that_one_side_lacks_is_a_sentence():
 @pytest.mark.parametrize(
     "file, old, new, named",
     [
-        # 4 bytes that fill a gap at the end: the size of the structure stays the same
+        # 4 bytes fill the padding at the end, so the size of the structure does not change
         (
             "structures.h",
             "FIELD(float, scale)",
