@@ -70,7 +70,7 @@ def test_a_command_exists_as_it_is_shown(page, line):
     "line",
     (
         "refengine generates", "refengine generate --temprature 1 x", "refengine inspect, scores",
-        "pytest tests/nowhere/test_a.py", "python -m tools.bench.nothing", 
+        "pytest tests/nowhere/test_a.py", "python -m tools.bench.nothing",
         "python -m tools.bench.loop --slot-s 8", "mpiexec -n 4 refengine generate --tq 2 x",
     ),
 )  # fmt: skip
