@@ -34,6 +34,7 @@ from refengine.spec.config import Config, InputError
 from refengine.spec.model import Model
 from refengine.spec.ops import Backend
 from refengine.spec.tensors import table
+from refengine.speculation import is_centred
 from refengine.states.prefixes import Prefixes, keys
 from refengine.states.state import Start, State
 from refengine.storage import Storage, storage
@@ -58,6 +59,7 @@ def load(
     kv_dtype: str | None = None,
     ssm_dtype: str | None = None,
     packed_inputs: bool = False,
+    mtp_norm: str = "rms",
 ) -> Engine:
     """Open a checkpoint and return an Engine; for several ranks see refengine.ranks.load.
 
@@ -82,6 +84,8 @@ def load(
             random by the seed of the sequence.
         packed_inputs: pack the inputs of packed weights too, by the scales in the files, as hardware with
             W4A4 and W8A8 does; on the numpy backend alone.
+        mtp_norm: the final norm of the prediction head: "rms" (an RMSNorm), or "layer" (a LayerNorm without a
+            bias, as llama.cpp reads it).
 
     Raises:
         InputError: one sentence about what is wrong with the files or with the choice.
@@ -99,7 +103,7 @@ def load(
     cfg = checkpoint.config
     if packed_inputs:
         checkpoint.check_packed_inputs()
-    stored = storage(checkpoint, kv_dtype, ssm_dtype)
+    stored, centred = storage(checkpoint, kv_dtype, ssm_dtype), is_centred(cfg, mtp_norm)
     if isinstance(backend, Backend):
         stored = Storage()
         if kv_dtype or ssm_dtype:
@@ -128,7 +132,7 @@ def load(
             bar.update()
             return checkpoint.read(name)
 
-        built = replace(Model.build(cfg, read, chosen), scales=stored.scales)
+        built = replace(Model.build(cfg, read, chosen), scales=stored.scales, centred=centred)
     checkpoint.release()  # what was widened is not needed in the file's form too
     seconds = time.perf_counter() - began
     return Engine(checkpoint, LocalRunner(built), seconds, batch, cache, batch_invariant, cache_dir)

@@ -31,16 +31,15 @@ def new_states(model: Model, batch: int) -> list:
     return [state.scaled(*scales) if scales else state for state, scales in pairs]
 
 
-def predict(model: Model, h, next_ids, states: list, lengths=None, record=False, centred=False):
+def predict(model: Model, h, next_ids, states: list, lengths=None, record=False):
     """Return o [b l d] and next states, of h [b l d] and next_ids [b l]; `model.head(o)` predicts t[i+2].
 
-    With `record` the states stay as they were, and records take their place. With `centred` the final norm is
-    a LayerNorm without a bias, as llama.cpp reads it; all others read an RMSNorm.
+    With `record` the states stay as they were, and records take their place.
     """
     cfg, ops, layers = model.cfg, model.backend.ops, head_layers(model)
     v = projected(model, h, next_ids)
     final = layers[-1][1]["final_layernorm.weight"]
-    if not centred:
+    if not model.centred:
         return run_layers(v, layers, final, states, lengths, cfg, ops, record=record)
     v, states = run_layers(v, layers, None, states, lengths, cfg, ops, record=record)
     v = model.backend.fetch(v)
@@ -56,7 +55,7 @@ def projected(model: Model, h, next_ids):
     return ops.linear_pair(e, g, w["eh_proj.weight"])
 
 
-def last(model: Model, h, next_ids, states: list, lengths, centred: bool, wanted: bool):
+def last(model: Model, h, next_ids, states: list, lengths, wanted: bool):
     """Return o [b 1 d], its logits [b v] on the host if they are wanted, and next states.
 
     Of h [b l d] and next_ids [b l]; o is that of the last real position of each row. In one compiled call
@@ -65,37 +64,29 @@ def last(model: Model, h, next_ids, states: list, lengths, centred: bool, wanted
     here, next_ids = model.backend, np.asarray(next_ids)
     b, l = next_ids.shape
     lengths = np.full(b, l) if lengths is None else lengths
-    if here.predict and not centred:
+    if here.predict and not model.centred:
         real = np.arange(l) < lengths[:, None]
         v = projected(model, h[real][None], here.array(next_ids[real][None]))
         if found := here.predict(model, v[0], lengths, states, wanted):
             return found
-    o, states = predict(
-        model,
-        h,
-        here.array(next_ids),
-        states,
-        None if (lengths == l).all() else here.array(lengths),
-        centred=centred,
-    )
+    full = (lengths == l).all()
+    o, states = predict(model, h, here.array(next_ids), states, None if full else here.array(lengths))
     o = o[np.arange(b), np.maximum(lengths, 1) - 1].reshape(b, 1, o.shape[-1])
     return o, here.fetch(model.head(o))[:, 0] if wanted else None, states
 
 
-def draft(
-    model: Model, h, next_ids, states: list, count: int, choose: Callable, lengths=None, centred=False
-) -> list:
+def draft(model: Model, h, next_ids, states: list, count: int, choose: Callable, lengths=None) -> list:
     """Return the head's states after h [b l d] and next_ids [b l], and guess `count` tokens after them.
 
     choose(logits [b v]) -> ids [b], on the host, is called for each guess. lengths [b], on the host: how many
     of the positions of each row are real.
     """
-    o, logits, states = last(model, h, next_ids, states, lengths, centred, count > 0)
+    o, logits, states = last(model, h, next_ids, states, lengths, count > 0)
     provisional = [state and state.tentative() for state in states]
     for ahead in range(1, count + 1):
         guess = np.asarray(choose(logits), np.int64)[:, None]
         if ahead < count:
-            o, logits, provisional = last(model, o, guess, provisional, None, centred, True)
+            o, logits, provisional = last(model, o, guess, provisional, None, True)
     return states
 
 

@@ -19,7 +19,7 @@ from refengine.ranks.launcher import launched
 from refengine.spec.arrays import ITEMSIZE
 from refengine.spec.config import InputError
 from refengine.spec.numerics import KV_DTYPES, SSM_DTYPES
-from refengine.speculation import MOST_DRAFTS
+from refengine.speculation import MOST_DRAFTS, MTP_NORMS
 
 
 def together(*decorators):
@@ -294,6 +294,9 @@ engine = together(
     click.option("--deterministic", is_flag=True, help="Compute the same bits in every run."),
     click.option("--batch-invariant", is_flag=True, help="The same bits in every batch (cpu backend)."),
     click.option("--packed-inputs", is_flag=True, help="Pack inputs as W4A4 and W8A8 do (numpy backend)."),
+    click.option(
+        "--mtp-norm", type=click.Choice(MTP_NORMS), default="rms", hidden=True, help="Final norm of the head."
+    ),
     loudness,
     with_dtype,
 )
@@ -364,7 +367,7 @@ def load(tp: int, ep: int, pp: int, timeout: float, **how):
 
 LOADING: tuple[str, ...] = ("model", "backend", "dtype", "device", "threads", "deterministic")
 LOADING += ("tp", "ep", "pp", "timeout", "batch", "batch_invariant", "kv_dtype", "ssm_dtype")
-LOADING += ("cache", "cache_dir", "packed_inputs")
+LOADING += ("cache", "cache_dir", "packed_inputs", "mtp_norm")
 
 cache_dir = click.option(
     "--cache-dir", type=FileName(), metavar="D", help="Keep states of prefixes in a directory too."

@@ -29,6 +29,7 @@ from refengine.spec.layout import Layout, plan
 from refengine.spec.ops import Backend
 from refengine.spec.shard import Shard, held, held_tensors
 from refengine.spec.tensors import parameters, table
+from refengine.speculation import is_centred
 from refengine.storage import storage
 
 
@@ -51,6 +52,7 @@ def load(
     kv_dtype: str | None = None,
     ssm_dtype: str | None = None,
     packed_inputs: bool = False,
+    mtp_norm: str = "rms",
 ) -> Engine:
     """Return the engine of this rank, with its part of the model; every rank of the job makes the same call.
 
@@ -78,12 +80,13 @@ def load(
     cfg = checkpoint.config
     dtype = checkpoint.auto_dtype(backend) if dtype == "auto" else dtype
     shard = Shard(plan(cfg, tp, ep, pp), comm.rank)
-    stored = storage(checkpoint, kv_dtype, ssm_dtype)
+    stored, centred = storage(checkpoint, kv_dtype, ssm_dtype), is_centred(cfg, mtp_norm)
     how = f"{backend} in {dtype}" + (", batch-invariant" if batch_invariant else "")
     how += "".join(
         f", {name} in {value}" for name, value in (("cache", stored.kv), ("S", stored.ssm)) if value
     )
     how += ", with packed inputs" if packed_inputs else ""
+    how += ", with a LayerNorm in the head" if centred else ""
     comm.compare(identity(checkpoint, shard.layout, how))
     mine = held_tensors(cfg, shard)
     share = here.local_count * sum(sizes(row, cfg, shard)[0] for row in mine) / parameters(table(cfg))
@@ -100,7 +103,7 @@ def load(
             comm.at_work()
             return checkpoint.read(name)
 
-        built = replace(ranks.part(cfg, read, chosen, shard, comm), scales=stored.scales)
+        built = replace(ranks.part(cfg, read, chosen, shard, comm), scales=stored.scales, centred=centred)
     checkpoint.release()
     runner = RankRunner(built, cfg, comm, shard, chosen)
     return Engine(checkpoint, runner, time.perf_counter() - began, batch, cache, batch_invariant, cache_dir)

@@ -100,13 +100,11 @@ class Call:
 class Drafter:
     """Drafts for a runner. Over ranks every rank makes the same calls; the last stage has the head.
 
-    centred: whether the head's final norm is a LayerNorm.
     seconds: of all calls, by part: draft, verify, replay, sampling.
     """
 
-    def __init__(self, runner: LocalRunner, slots: Slots, centred: bool = False):
+    def __init__(self, runner: LocalRunner, slots: Slots):
         self.runner: LocalRunner = proxy(runner)  # no circle: a runner is freed with its last reference
-        self.centred = centred
         self.slots = slots  # the head's states
         self.begun: set[int] = set()  # slots that have any
         self.waiting: dict[int, Waiting] = {}
@@ -213,9 +211,7 @@ class Drafter:
             self.begin(own)
             here, states = runner.model.backend, self.slots.gather(own)
             full = None if (lengths == width).all() else lengths
-            states = mtp.draft(
-                runner.model, here.array(h), ids, states, max(counts), choose, full, self.centred
-            )
+            states = mtp.draft(runner.model, here.array(h), ids, states, max(counts), choose, full)
             self.slots.keep(own, states)
             self.slots.drop([-1])
         else:

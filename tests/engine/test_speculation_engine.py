@@ -220,3 +220,21 @@ def test_a_reused_prefix_and_a_saved_state_go_on_with_drafts():
         assert [t.id for t in drafted] == [t.id for t in tokens] and other.state.ids == end.state.ids
         after = told(engine.generate(" the box", state=end.state, **how))
         assert told(engine.generate(" the box", state=other.state, speculate=2, **how)) == after
+
+
+def test_a_layer_norm_in_the_head_changes_its_guesses_and_no_text(cli):
+    score = [
+        refengine.load("tiny", mtp_norm=norm).score(list(range(20, 60))).head for norm in ("rms", "layer")
+    ]
+    assert np.abs(np.subtract(*score)).max() > 0.01
+    command = ("generate", "Once upon a time", "-n", 30, "-t", 0, "--backend", "numpy")
+    plain = cli(*command)
+    assert plain[0] == 0 and cli(*command, "--speculate", 2, "--mtp-norm", "layer") == plain
+
+
+def test_another_norm_of_the_head_or_one_of_no_head_is_refused(tmp_path):
+    with pytest.raises(InputError, match="mtp_norm = 'batch' is neither 'rms' nor 'layer'"):
+        refengine.load("tiny", mtp_norm="batch")
+    path = random_checkpoint(tmp_path, Case(layers="M*").cfg)
+    with pytest.raises(InputError, match="no prediction head in this checkpoint"):
+        refengine.load(path, mtp_norm="layer")

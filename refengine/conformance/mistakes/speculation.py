@@ -31,7 +31,7 @@ class Fault:
     wrong: Callable
 
 
-def keeps_provisional_rows(model, h, next_ids, states, count, choose, lengths=None, centred=False):
+def keeps_provisional_rows(model, h, next_ids, states, count, choose, lengths=None):
     """Draft, and return states that have the rows of the head's own output."""
     o, states = mtp.predict(model, h, model.backend.array(next_ids), states)
     o = o[:, -1:]
@@ -41,7 +41,7 @@ def keeps_provisional_rows(model, h, next_ids, states, count, choose, lengths=No
     return states
 
 
-def goes_on_from_the_trunk(model, h, next_ids, states, count, choose, lengths=None, centred=False):
+def goes_on_from_the_trunk(model, h, next_ids, states, count, choose, lengths=None):
     """Draft each time from the trunk's hidden state, not from the head's output."""
     here = model.backend
     o, states = mtp.predict(model, h, here.array(next_ids), states)
@@ -52,7 +52,7 @@ def goes_on_from_the_trunk(model, h, next_ids, states, count, choose, lengths=No
     return states
 
 
-def forgets_its_cache(model, h, next_ids, states, count, choose, lengths=None, centred=False):
+def forgets_its_cache(model, h, next_ids, states, count, choose, lengths=None):
     """Draft with an empty cache in each call."""
     return RIGHT_DRAFT(model, h, next_ids, mtp.new_states(model, len(next_ids)), count, choose, lengths)
 
