@@ -23,12 +23,14 @@ def read(case: Case, **how):
     return m, states
 
 
-# A sum in another order may round to the next number. A float16 S is rounded after each step, but once in a call.
-STEPS = {None: (1e-3, 1e-3), "bfloat16": (2**-7, 1e-3), "fp8": (2**-3, 0.05)}
+def near(mine, theirs) -> None:
+    np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
-def near(mine, theirs, rtol=1e-3, atol=1e-3) -> None:
-    np.testing.assert_allclose(mine, theirs, rtol=rtol, atol=atol)
+def mostly_near(mine, theirs) -> None:
+    """Assert that nearly all are near: a sum in another order may round to the next of few numbers."""
+    far = ~np.isclose(mine, theirs, rtol=1e-3, atol=1e-3)
+    assert mine.shape == theirs.shape and far.mean() <= 0.1, (mine[far], theirs[far])
 
 
 def rows_of(states: list) -> list[int]:
@@ -65,7 +67,8 @@ def test_a_compiled_call_of_several_positions_is_so_many_steps(kv, ssm, seed, co
                         assert one.position.tolist() == two.position.tolist()
                     if hasattr(one, "k"):
                         assert one.length.tolist() == two.length.tolist()
-                        near(*(np.asarray(each.k).astype(np.float32) for each in (one, two)), *STEPS[kv])
+                        check = mostly_near if kv else near
+                        check(np.asarray(one.k).astype(np.float32), np.asarray(two.k).astype(np.float32))
 
 
 def test_replayed_positions_are_single_steps_to_the_last_bit():
