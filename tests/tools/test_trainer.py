@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tools.tiny.card import MARKS, curve, write_figures  # noqa: E402
 from tools.tiny.model import Experts, TinyModel, export_state, import_state, scan  # noqa: E402
 from tools.tiny.optim import Optimizer, orthogonalize, split_parameters  # noqa: E402
 from tools.tiny.ranks import Ranks, Shared  # noqa: E402
+from tools.tiny.readme import updated  # noqa: E402
 from tools.tiny.rows import Rows  # noqa: E402
 from tools.tiny.step_time import minutes  # noqa: E402
 from tools.tiny.stories import words  # noqa: E402
@@ -330,7 +332,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     ]
     assert [{**line, "minutes": 0} for line in logs[0]] == [{**line, "minutes": 0} for line in logs[1]]
     names = {path.name for path in whole.iterdir()} - {"run"}
-    assert names == {path.name for path in SHIPPED.iterdir()} | {"curve.svg"}
+    assert names == {path.name for path in SHIPPED.iterdir()} - {"samples.md"} | {"curve.svg"}
     card = (whole / "README.md").read_text()
     assert all(mark in card for mark in MARKS) and "curve.svg" in card
 
@@ -353,6 +355,19 @@ def test_figures_go_between_the_marks_of_the_card(tmp_path):
     text = card.read_text()
     assert "| copying | 0.7 | >= 0.9 MISSED |" in text and "old" not in text and "0.5" not in text
     assert text.startswith("before") and text.rstrip().endswith("after")
+
+
+def test_story_answer_and_size_go_into_the_readme():
+    text = (ROOT / "README.md").read_text()
+    new = updated(text, 12, "Once.\n\nThe end.\n", "Tom.\n", 5_160_000)
+    assert '"Once upon a time" --seed 12\n```\n\n> Once.\n>\n> The end.\n\n' in new
+    assert re.search(r"```sh\nrefengine chat .*\n```\n\n> Tom\.\n\n", new)
+    assert (
+        "It has 5.2 million parameters" in new
+        and updated(new, 12, "Once.\n\nThe end.", "Tom.", 5_160_000) == new
+    )
+    kept = [line for line in text.splitlines() if line[:1] not in (">", "") and "seed" not in line]
+    assert all(line in new for line in kept if "million parameters" not in line)
 
 
 def test_the_curve_is_drawn_from_the_log():
