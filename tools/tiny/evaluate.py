@@ -166,7 +166,7 @@ class Figures:
                     kept += float(np.minimum(p, q).sum())
                 else:
                     kept += int((a.argmax(-1) == b.argmax(-1)).sum())
-            figures[f"MTP acceptance, {name}"] = kept / total
+            figures[f"MTP acceptance, {name}"] = kept / max(total, 1)
         return figures
 
     def expert_load(self, texts, what):
