@@ -3,7 +3,7 @@
     python -m tools.tiny.readme --stories 12    print the stories of the seeds 0 to 11, with their faults
     python -m tools.tiny.readme --seed 4        write the story of seed 4, the answer and the size
 
-Everything is printed in float64, where no rounding turns one token into another, as the tests of README.md do.
+Everything is printed in float64, where no rounding turns one token into another; the tests do the same.
 """
 
 from __future__ import annotations
