@@ -9,8 +9,9 @@ import pytest
 from refengine.conformance.candidate import bench, with_functions
 from refengine.conformance.checks import packed
 from refengine.conformance.report import Plan, report
+from refengine.spec.blocks import FORMATS, Blocks
 from refengine.spec.ops import REFERENCE, numpy_backend
-from refengine.spec.quant import nvfp4
+from refengine.spec.quant import Packed, nvfp4
 from tests.support.benches import BENCHES
 from tests.support.checks import test_of
 
@@ -58,17 +59,43 @@ def codes_at_zero(weight):
     return replace(weight, scale_2=np.float32(1e-3)) if weight.scale_2 == 0 else weight
 
 
-@pytest.mark.parametrize("wrong", [swapped_halves, forgotten, one_block_later, divided, codes_at_zero])
-def test_a_wrong_reading_of_packed_weights_is_a_wrong_row(wrong):
-    """The backend misreads weights when it places them; a plain product is right."""
+def misread(kind: type, wrong):
+    """Return a backend that reads packed weights of a class by `wrong` when it places them."""
 
     def place(right, group, values):
-        return right(group, [v if isinstance(v, np.ndarray) else wrong(v) for v in values])
+        return right(group, [wrong(v) if isinstance(v, kind) else v for v in values])
 
     backend = numpy_backend(np.float32)
-    misread = bench("mine", replace(backend, place=partial(place, backend.place)), "float32")
-    linear, row = report(misread, ["linear", "packed"], Plan(examples=20))
-    assert linear.verdict == "pass" and row.verdict == "wrong", wrong.__name__
+    return bench("mine", replace(backend, place=partial(place, backend.place)), "float32")
+
+
+@pytest.mark.parametrize("wrong", [swapped_halves, forgotten, one_block_later, divided, codes_at_zero])
+def test_a_wrong_reading_of_packed_weights_is_a_wrong_row(wrong):
+    """A plain product is right."""
+    linear, row = report(misread(Packed, wrong), ["linear", "packed"], Plan(examples=2))
+    assert linear.verdict == "pass" and row.verdict == "wrong" and "off by" in row.why
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_wrong_reading_of_gguf_blocks_is_seen(kind):
+    """The steps of another run of columns, no offset, or two columns in place of each other."""
+
+    def slips(codes, step, offset):
+        swapped = codes[..., [1, 0, *range(2, codes.shape[-1])]]
+        yield swapped, step, offset
+        yield codes, np.roll(step, 1, axis=-1 if step.shape[-1] > 1 else 0), offset
+        if offset is not None:
+            yield codes, step, np.zeros_like(offset)
+
+    (given,) = (each for each in packed.EACH if each["kind"] == f"GGUF {kind}")
+    right = FORMATS[kind].parts
+    packed.a_packed_matrix_times_unit_vectors_is_the_matrix(NUMPY, **given)
+    count = len(list(slips(*right(np.zeros((2, FORMATS[kind].nbytes), np.uint8)))))
+    for i in range(count):
+        wrong = replace(FORMATS[kind], parts=lambda blocks, i=i: list(slips(*right(blocks)))[i])
+        backend = misread(Blocks, lambda weight, wrong=wrong: replace(weight, format=wrong))
+        with pytest.raises(AssertionError, match="off by"):
+            packed.a_packed_matrix_times_unit_vectors_is_the_matrix(backend, **given)
 
 
 def test_functions_over_arrays_get_arrays():
