@@ -1,4 +1,4 @@
-"""The README shows the real output of the program. (The story: tests/engine/test_cli.py; verify: test_shown_commands.)"""
+"""README.md shows the real output of the program (its story: tests/engine/test_cli.py)."""
 
 import re
 import shlex
