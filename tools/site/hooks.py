@@ -63,10 +63,10 @@ def on_files(files, config):
 
 
 def relinked(markdown: str, page: str, base: Path, linked: set[Path]) -> str:
-    """Return a README with links that lead within the site; others become plain words."""
+    """Return a README with its figures, and links that lead within the site; others become plain words."""
 
     def link(match: re.Match) -> str:
-        words, target, anchor = match[1], match[2], match[3]
+        image, words, target, anchor = match.groups()
         if re.match(r"\w+:", target):
             return match[0]
         path = base.joinpath(target).resolve()
@@ -74,11 +74,13 @@ def relinked(markdown: str, page: str, base: Path, linked: set[Path]) -> str:
             to = path.relative_to(DOCS).as_posix()
         elif path in linked:
             to = page_of(path)
+        elif image and path.suffix == ".svg" and path.is_file():
+            return path.read_text()
         else:
             return words
-        return f"[{words}]({posixpath.relpath(to, posixpath.dirname(page))}{anchor})"
+        return f"{image}[{words}]({posixpath.relpath(to, posixpath.dirname(page))}{anchor})"
 
-    return re.sub(r"\[([^\]]*)\]\(([^)#\s]+)((?:#[^)\s]*)?)\)", link, markdown)
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)#\s]+)((?:#[^)\s]*)?)\)", link, markdown)
 
 
 def with_equations(markdown: str) -> str:
