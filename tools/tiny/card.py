@@ -88,6 +88,7 @@ seeds. Stories: samples of "Once upon a time" at the recommended temperature and
 that the generator could have said each of them, from an opening to an ending; "consistent", that besides one cast of
 names, things, places and pronouns explains the whole story. Answers are greedy and compared word for word. The second
 reading of stories (`tools/tiny/second_reading.py`) shares nothing with the generator but its lists of names and things.
+[Ten stories and ten chats](samples.md), none left out.
 
 {MARKS[0]}
 {MARKS[1]}
