@@ -39,35 +39,40 @@ class Numbers(click.ParamType):
     "--prompt-tokens", "prompts", type=Numbers(), default="512", show_default=True, help="Lengths of prompts."
 )
 @click.option(
-    "--batch",
-    "batches",
-    type=Numbers(),
-    default="1,8",
-    show_default=True,
-    help="Numbers of sequences side by side.",
+    "--batch", "batches", type=Numbers(), default="1,8", show_default=True, help="Sequences in a batch."
 )
 @click.option(
-    "--context", "contexts", type=Numbers(), default="64", show_default=True, help="Tokens before decoding."
+    "--context",
+    "contexts",
+    type=Numbers(),
+    default="64",
+    show_default=True,
+    help="Tokens in the cache before decoding.",
 )
 @click.option(
     "--repeat",
     type=click.IntRange(1),
     default=3,
     show_default=True,
-    help="Prefills, of which the median counts.",
+    metavar="N",
+    help="Prefills; the median is printed.",
 )
 @click.option(
     "--steps",
     type=click.IntRange(1),
     default=16,
     show_default=True,
-    help="Decoded tokens, of which the median counts.",
+    metavar="N",
+    help="Decoded tokens; the median is printed.",
 )
 @options.as_json
 @options.ranks
 @options.debug
 def bench(prompts, batches, contexts, repeat, steps, as_json, **how):
-    """Measure tokens per second, and the share of the machine: matrix peak (prefill), bandwidth (decode)."""
+    """Measure tokens per second, and their share of what the machine can do.
+
+    That is the measured peak of matrix products for prefill, and the memory bandwidth for decoding.
+    """
     if options.follows():
         options.load(**how).follow()
         return

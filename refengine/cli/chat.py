@@ -68,7 +68,7 @@ class OnOff(click.ParamType):
         return known[value.lower()]
 
 
-@click.command(cls=options.Command, short_help="Talk, through the chat template.")
+@click.command(cls=options.Command, short_help="Converse through the chat template.")
 @click.argument("message", required=False)
 @click.option("--prompt", "-p", "prompt", metavar="TEXT", help="The message, as an option.")
 @click.option("--system", metavar="TEXT", help="Instructions before the conversation.")
@@ -76,9 +76,15 @@ class OnOff(click.ParamType):
     "--messages", type=options.FileName(), metavar="FILE", help="Begin with the messages of a JSON file."
 )
 @click.option(
-    "--state", "state", type=options.FileName(), metavar="FILE", help="Go on with a talk, and save it there."
+    "--state",
+    "state",
+    type=options.FileName(),
+    metavar="FILE",
+    help="Continue and save a conversation in FILE.",
 )
-@click.option("--tools", type=options.FileName(), metavar="FILE", help="JSON file of functions to call.")
+@click.option(
+    "--tools", type=options.FileName(), metavar="FILE", help="JSON file of functions that it may call."
+)
 @click.option(
     "--template", type=options.FileName(), metavar="NAME", help="Name of a chat template, or a .jinja file."
 )
@@ -121,10 +127,10 @@ def chat(
     as_json,
     **others,
 ):
-    """Answer MESSAGE; without it, talk: a line is a turn, /help lists commands, Ctrl-D ends.
+    """Answer MESSAGE; without it, converse: a line is a turn, /help lists commands, Ctrl-D ends.
 
-    Standard input that is no terminal is read a line a turn. --json prints each reply as a message that
-    --messages reads.
+    If standard input is not a terminal, each of its lines is a turn. --json prints each reply as a message
+    that --messages reads.
     """
     how, sampling = options.parted(others)
     message, prompt = options.one_of("MESSAGE and --prompt", message=message, prompt=prompt)

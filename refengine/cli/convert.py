@@ -24,7 +24,7 @@ from refengine.cli import options
     "--evaluate/--no-evaluate",
     "evaluated",
     default=True,
-    help="Compare the file with MODEL on text, where it is packed and MODEL fits in memory in float32.",
+    help="Compare the file with MODEL on text, if it is packed and MODEL fits in memory in float32.",
 )
 @options.as_json
 @options.quiet
@@ -32,9 +32,9 @@ from refengine.cli import options
 def convert(model, out, kind, evaluated, as_json):
     """Write MODEL as the new file OUT, which ends in .gguf: for llama.cpp and for refengine.
 
-    Rows that are no whole blocks of the type are kept in q8_0 or bf16. The loss of both models, and the KL
-    divergence of the file's distributions from those of MODEL, are in nats a token; top-1 is how often both
-    have the same most likely token.
+    A matrix whose rows are not whole blocks of the type is written in q8_0 or bf16. The loss of both models,
+    and the KL divergence of the file's distributions from those of MODEL, are in nats a token; top-1 is how
+    often both have the same most likely token.
     """
     from refengine.checkpoint import Checkpoint
     from refengine.cli.quantize import text_of_losses

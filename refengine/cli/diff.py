@@ -23,7 +23,7 @@ def diff(trace, other, against, mistakes, as_json):
     """Compare TRACE with the model it was recorded from, or with another trace.
 
     With --against each layer is recomputed in float64 from the trace's own input. Exit code 1 when a layer
-    departs by more than the rounding of the trace's dtype.
+    differs by more than the rounding of the trace's dtype.
     """
     from refengine.conformance.traces import load, text
     from refengine.conformance.traces.diff import compare, diagnosed, exercised

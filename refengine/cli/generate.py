@@ -28,15 +28,17 @@ from refengine.untrusted import parse_json
     help="Read the prompt from a file; - is stdin.",
 )
 @click.option(
-    "--prompts", type=options.FileName(), metavar="FILE", help="Prompts, one a line; .jsonl: with options."
+    "--prompts", type=options.FileName(), metavar="FILE", help="One prompt per line; .jsonl: with options."
 )
 @click.option("--ids", metavar="IDS", help='Token ids as the prompt, as in "10 25 99".')
 @click.option("--echo/--no-echo", default=True, help="Print the prompt too (default), or not.")
 @click.option(
-    "--logprobs", type=click.IntRange(0), metavar="N", help="A line a token: ln p, and the N likeliest."
+    "--logprobs", type=click.IntRange(0), metavar="N", help="Print each token, ln p and the N likeliest."
 )
-@click.option("--save-state", type=options.FileName(), metavar="F", help="Save the state at the end.")
-@click.option("--load-state", type=options.FileName(), metavar="F", help="Go on from a saved state.")
+@click.option(
+    "--save-state", type=options.FileName(), metavar="F", help="Save the state at the end of the text."
+)
+@click.option("--load-state", type=options.FileName(), metavar="F", help="Continue from a saved state.")
 @options.batch
 @options.cache
 @options.sampling
@@ -47,10 +49,10 @@ from refengine.untrusted import parse_json
 def generate(
     prompt, prompt_option, file, prompts, ids, echo, save_state, load_state, stats, as_json, **others
 ):
-    """Continue PROMPT (or a file, or standard input); text is printed as it comes.
+    """Continue PROMPT, a file, or standard input; print text as it is generated.
 
-    With --json: an object a prompt, as each is done, so not always in order ("index" counts from 0). A prompt
-    of --prompts that is wrong is reported on stderr, and the others run; the exit code is then 1.
+    --json prints one object per prompt when that prompt is done, so not always in order ("index" counts from
+    0). A wrong prompt in --prompts is reported on stderr, and the others run; the exit code is then 1.
     """
     how, sampling = options.parted(others)
     if options.follows():

@@ -26,14 +26,17 @@ from refengine.units import bytes_text, count_text
     "--backend",
     type=click.Choice(("cpu", "numpy", "torch", "cuda")),
     metavar="NAME",
-    help="Memory of a sequence on this backend.  [default: cuda with a GPU, else cpu]",
+    help="Print the memory of a sequence on this backend.  [default: cuda with a GPU, else cpu]",
 )
-@click.option("--dtype", type=options.Dtype(), default="auto", help="Dtype of the weights there.")
+@click.option("--dtype", type=options.Dtype(), default="auto", help="Dtype of the weights on that backend.")
 @options.storage
 @click.option(
-    "--context", type=click.IntRange(1), metavar="N", help="Tokens.  [default: the model's context]"
+    "--context",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Number of tokens of that sequence.  [default: the model's context]",
 )
-@click.option("--layers", is_flag=True, help="Bytes and precision by layer too.")
+@click.option("--layers", is_flag=True, help="Print bytes and precision of each layer too.")
 @options.as_json
 @options.quiet
 @options.debug

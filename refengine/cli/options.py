@@ -196,11 +196,11 @@ def with_dtype(command):
 
 RANGE = re.compile(r"\s+\[[\d.<=>]*x[\d.<=>]*\]|; [\d.<=>]*x[\d.<=>]*(?=\])")
 TOGETHER = {  # options that share a line of help
-    "tp": ("--tp N, --ep N, --pp N", "Ranks for layers, experts, list of layers."),
-    "kv_dtype": ("--kv-dtype, --ssm-dtype NAME", "Dtypes of keys and values, and of S."),
+    "tp": ("--tp N, --ep N, --pp N", "Tensor, expert, pipeline parallelism (ranks)."),
+    "kv_dtype": ("--kv-dtype, --ssm-dtype NAME", "Dtypes of the KV cache and of Mamba states."),
     "quiet": ("-q, --quiet; -v, --verbose", "Print no notes; print what is loaded."),
-    "cache": ("--cache BYTES, --cache-dir D", "Keep states of prefixes, as in 2GiB."),
-    "save_state": ("--save-state, --load-state F", "Save where a text ends; go on from there."),
+    "cache": ("--cache BYTES, --cache-dir D", "Keep states of prefixes: 2GiB; directory D."),
+    "save_state": ("--save-state, --load-state F", "Save the state after a text; continue from it."),
     "show_thinking": ("--show-thinking", "Print thoughts; a terminal shows them anyway."),
     "timeout": ("--timeout SECONDS", "Longest wait for a rank's heartbeat.  [20]"),
 }
@@ -288,11 +288,11 @@ engine = together(
         "--threads",
         type=click.IntRange(1, MOST_THREADS),
         metavar="N",
-        help="Default: the processors it may use.",
+        help="Default: all processors that it may use.",
     ),
     storage,
     click.option("--deterministic", is_flag=True, help="Compute the same bits in every run."),
-    click.option("--batch-invariant", is_flag=True, help="The same bits in every batch (cpu backend)."),
+    click.option("--batch-invariant", is_flag=True, help="The same bits in any batch (cpu backend)."),
     click.option("--packed-inputs", is_flag=True, help="Pack inputs as W4A4 and W8A8 do (numpy backend)."),
     click.option(
         "--mtp-norm", type=click.Choice(MTP_NORMS), default="rms", hidden=True, help="Final norm of the head."
@@ -370,15 +370,21 @@ LOADING += ("tp", "ep", "pp", "timeout", "batch", "batch_invariant", "kv_dtype",
 LOADING += ("cache", "cache_dir", "packed_inputs", "mtp_norm")
 
 cache_dir = click.option(
-    "--cache-dir", type=FileName(), metavar="D", help="Keep states of prefixes in a directory too."
+    "--cache-dir", type=FileName(), metavar="D", help="Keep states of prefixes in directory D too."
 )
 cache = together(
     click.option(
-        "--cache", type=Bytes(), default=0, metavar="BYTES", help="Keep states of prefixes, as in 2GiB."
+        "--cache",
+        type=Bytes(),
+        default=0,
+        metavar="BYTES",
+        help="Keep states of prefixes, up to BYTES (2GiB).",
     ),
     cache_dir,
 )
-batch = click.option("--batch", type=click.IntRange(1), metavar="N", help="Sequences side by side, at most.")
+batch = click.option(
+    "--batch", type=click.IntRange(1), metavar="N", help="Largest number of sequences in a batch."
+)
 
 
 def parted(others: dict) -> tuple[dict, dict]:
@@ -431,7 +437,11 @@ sampling = together(
         help="Maximum number of new tokens.",
     ),
     click.option(
-        "--temperature", "-t", type=Finite(0), metavar="T", help="0: likeliest.  [default: the checkpoint's]"
+        "--temperature",
+        "-t",
+        type=Finite(0),
+        metavar="T",
+        help="0: the likeliest.  [default: the checkpoint's]",
     ),
     click.option(
         "--top-k", type=click.IntRange(0), metavar="K", help="Sample from the K likeliest tokens; 0: all."
@@ -440,11 +450,9 @@ sampling = together(
         "--top-p",
         type=Finite(0, 1, min_open=True),
         metavar="P",
-        help="Sample from the likeliest that add up to P.",
+        help="Sample from the likeliest that sum to P.",
     ),
-    click.option(
-        "--min-p", type=Finite(0, 1), metavar="P", help="Sample from P times the likeliest's or more."
-    ),
+    click.option("--min-p", type=Finite(0, 1), metavar="P", help="Sample where p >= P times the highest p."),
     click.option(
         "--repetition-penalty",
         type=Finite(0, min_open=True),

@@ -20,19 +20,23 @@ from refengine.cli import options
     metavar="NAME",
     help="nvfp4, w4a16, w4a8, fp8, mxfp8, nano, super, ultra, lightning, or a file FILE.toml.",
 )
-@click.option("--four-over-six", is_flag=True, help="In NVFP4, scale each block to 6 or 4, as is closer.")
+@click.option(
+    "--four-over-six", is_flag=True, help="In NVFP4, scale each block to 6 or to 4, whichever is closer."
+)
 @click.option(
     "--evaluate/--no-evaluate",
     "evaluated",
     default=True,
-    help="Compare the copy with MODEL on text, where MODEL fits in memory in float32.",
+    help="Compare the copy with MODEL on text, if MODEL fits in memory in float32.",
 )
-@click.option("--calibrate", is_flag=True, help="Write scales of inputs and of an FP8 cache, found on text.")
+@click.option(
+    "--calibrate", is_flag=True, help="Measure the scales of inputs and of an FP8 cache on text; write them."
+)
 @click.option(
     "--texts",
     type=options.FileName(),
     metavar="FILE",
-    help="A UTF-8 text to compare and calibrate on: its first 4,096 tokens. [default: 20 short stories]",
+    help="UTF-8 text to compare and calibrate on (its first 4,096 tokens).  [default: 20 short stories]",
 )
 @options.as_json
 @options.quiet
@@ -40,10 +44,10 @@ from refengine.cli import options
 def quantize(model, out, recipe, four_over_six, evaluated, calibrate, texts, as_json):
     """Write MODEL with packed weights into the new directory OUT.
 
-    The weights are those of NVIDIA's modelopt, byte for byte; inputs stay in 16 bits. If the command is
-    stopped, the same command goes on. Errors are the median, over the matrices of a role, of squared error
-    over squared weights. The loss of both models, and the KL divergence of the copy's distributions from
-    those of MODEL, are in nats a token; top-1 is how often both have the same most likely token.
+    The weights are those of NVIDIA's modelopt, byte for byte; inputs stay in 16 bits. After a stop, the same
+    command continues. The error of a role is the median, over its matrices, of squared error over squared
+    weights. The loss of both models, and the KL divergence of the copy's distributions from those of MODEL,
+    are in nats a token; top-1 is how often both have the same most likely token.
     """
     from refengine.checkpoint import Checkpoint
     from refengine.progress import progress

@@ -13,13 +13,13 @@ from refengine.spec.config import InputError
 
 @click.command(cls=options.Command, short_help="Measure how likely a text is.")
 @click.argument("file", type=options.FileName())
-@click.option("--tokens", is_flag=True, help="Print a line a token, too.")
+@click.option("--tokens", is_flag=True, help="Print the log-probability of each token too.")
 @options.as_json
 @options.engine
 @options.ranks
 @options.debug
 def score(file, tokens, as_json, **how):
-    """Print log-likelihood and perplexity of the text in FILE (- is stdin), also by the prediction head."""
+    """Print log-likelihood and perplexity of the text in FILE (- is stdin), by model and prediction head."""
     if options.follows():
         options.load(**how).follow()
         return

@@ -15,7 +15,12 @@ from refengine.spec.config import InputError
 @click.argument("text", required=False)
 @click.option("--prompt", "-p", "prompt", metavar="TEXT", help="The text, as an option.")
 @click.option(
-    "--file", "-f", "file", type=options.FileName(), metavar="FILE", help="The text is in a file; - is stdin."
+    "--file",
+    "-f",
+    "file",
+    type=options.FileName(),
+    metavar="FILE",
+    help="Read the text from a file; - is stdin.",
 )
 @click.option("--ids", metavar="IDS", help='Token ids, as in "10 25 99": print their text.')
 @click.option("--count", is_flag=True, help="Print the number of tokens only.")

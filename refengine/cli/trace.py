@@ -39,16 +39,18 @@ def model_argument(command):
 @click.option("--prompt", "-p", "prompts", multiple=True, metavar="TEXT", help="A prompt (repeatable).")
 @click.option("--ids", multiple=True, metavar="IDS", help='Token ids, as in "10 25 99" (repeatable).')
 @click.option("--cut", type=click.IntRange(1), metavar="N", help="Read prompts in pieces of N tokens.")
-@click.option("--steps", type=click.IntRange(0), default=0, metavar="N", help="Then decode N tokens.")
+@click.option(
+    "--steps", type=click.IntRange(0), default=0, metavar="N", help="After the prompts, decode N tokens."
+)
 @click.option(
     "--from", "source", type=click.Choice(SOURCES), default="refengine", metavar="ENGINE",
-    help="refengine, transformers, or transformers-unclamped.",
+    help="refengine, transformers, transformers-unclamped.",
 )  # fmt: skip
 @model_argument
 @options.engine
 @options.debug
 def trace(output, prompts, ids, cut, steps, source, **how):
-    """Record what every layer of MODEL computes on prompts side by side; `refengine diff` reads the file."""
+    """Record what every layer of MODEL computes on a batch of prompts; `refengine diff` reads the file."""
     from refengine.conformance.fingerprint import fingerprint
 
     if not prompts and not ids:

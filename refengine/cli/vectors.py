@@ -1,4 +1,4 @@
-"""refengine vectors: write vectors for programs in any language, and judge the outputs of such a program."""
+"""refengine vectors: write vectors for programs in any language, and check the outputs of such a program."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ some = click.option(
 )
 
 
-@click.group(short_help="Write vectors for any language, and judge outputs.")
+@click.group(short_help="Write vectors for any language; check outputs.")
 def vectors():
-    """Vectors: inputs, parameters and right outputs of every operation, in files that any language reads.
+    """Write and check vectors: inputs, parameters and right outputs of operations, for any language.
 
     docs/vectors.md describes the format.
     """
@@ -32,14 +32,20 @@ def vectors():
 @vectors.command(short_help="Write vectors into a directory.")
 @click.argument("directory", type=click.Path(path_type=Path))
 @some
-@click.option("--cases", type=click.IntRange(min=0, max=9999), default=0, metavar="N", show_default=True)
-@click.option("--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, metavar="N", show_default=True)
+@click.option(
+    "--cases", type=click.IntRange(min=0, max=9999), default=0, metavar="N", show_default=True,
+    help="Draw N more cases of each operation.",
+)  # fmt: skip
+@click.option(
+    "--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, metavar="N", show_default=True,
+    help="Seed of the drawn cases.",
+)  # fmt: skip
 @options.as_json
 @options.debug
 def write(directory, ops, cases, seed, as_json):
     """Write the shipped vectors into DIRECTORY, and --cases N more of each operation, drawn from --seed.
 
-    Cases of other names that DIRECTORY holds already stay there, and in its manifest.
+    Cases that DIRECTORY already holds under other names stay there and in its manifest.
     """
     from refengine.conformance.vectors.files import SHIPPED, holds_a_set, manifest, selected
     from refengine.conformance.vectors.files import write as write_set
@@ -84,10 +90,14 @@ def _all(chosen: list[dict], cases: int, seed: int):
 
 @vectors.command(short_help="Compute the outputs with a backend of refengine.")
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--outputs", required=True, type=click.Path(path_type=Path), metavar="DIR2")
+@click.option(
+    "--outputs", required=True, type=click.Path(path_type=Path), metavar="DIR2", help="Directory to write."
+)
 @some
 @click.option("--backend", type=click.Choice(NAMES), default="numpy", show_default=True)
-@click.option("--dtype", default="float32", type=options.Dtype(), show_default=True, help="Of activations.")
+@click.option(
+    "--dtype", default="float32", type=options.Dtype(), show_default=True, help="Dtype of activations."
+)
 @options.debug
 def compute(directory, outputs, ops, backend, dtype):
     """Write to DIR2 the outputs that a backend computes for the vectors in DIRECTORY, as float64.
@@ -127,18 +137,24 @@ def compute(directory, outputs, ops, backend, dtype):
     click.echo(f"outputs of {count} cases in {outputs}")
 
 
-@vectors.command(short_help="Judge outputs that another program wrote.")
+@vectors.command(short_help="Check outputs that another program wrote.")
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--outputs", required=True, type=click.Path(path_type=Path), metavar="DIR2")
+@click.option(
+    "--outputs", required=True, type=click.Path(path_type=Path), metavar="DIR2", help="Their directory."
+)
 @some
 @click.option(
-    "--dtype", default="float32", type=options.Dtype(), show_default=True, help="In which they were computed."
+    "--dtype",
+    default="float32",
+    type=options.Dtype(),
+    show_default=True,
+    help="Dtype in which the outputs were computed.",
 )
-@click.option("--complete", is_flag=True, help="A case without a file of outputs fails too.")
+@click.option("--complete", is_flag=True, help="Fail cases without a file of outputs too.")
 @options.as_json
 @options.debug
 def check(directory, outputs, ops, dtype, complete, as_json):
-    """Judge the outputs in DIR2 by the vectors in DIRECTORY; exit code 1 if one is wrong.
+    """Compare the outputs in DIR2 with the vectors in DIRECTORY; exit code 1 if one is wrong.
 
     DIR2 holds files of the same names; each holds the outputs of its case by their names.
     """

@@ -11,7 +11,9 @@ from refengine.cli import options
 from refengine.spec.config import InputError
 
 
-@click.command(cls=options.Command, short_help="Check that a backend computes what the book defines.")
+@click.command(
+    cls=options.Command, short_help="Check that a backend computes what the specification defines."
+)
 @click.option(
     "--backend",
     default="numpy",
@@ -20,8 +22,10 @@ from refengine.spec.config import InputError
     help=f"{', '.join(NAMES)}, or MODULE[:ATTRIBUTE] of your own.",
 )
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or auto.")
-@click.option("--dtype", type=options.Dtype(), default="auto", help="auto: float32.")
-@click.option("--op", "ops", multiple=True, metavar="NAME", help="Check only this; may be repeated.")
+@click.option(
+    "--dtype", type=options.Dtype(), default="auto", help="Dtype of the computation; auto: float32."
+)
+@click.option("--op", "ops", multiple=True, metavar="NAME", help="Check only this (repeatable).")
 @click.option("--max-examples", type=click.IntRange(1), metavar="N", help="Drawn cases for each check.  [12]")
 @click.option("--seed", type=click.IntRange(0), default=0, metavar="N", help="Seed of the drawn cases.")
 @click.option("--case", metavar="CASE", help="Run one case, as a report prints it.")
@@ -29,11 +33,15 @@ from refengine.spec.config import InputError
     "--limit", type=options.Finite(0, min_open=True), default=60.0, metavar="SECONDS",
     help="A case that takes longer is wrong.  [60]",
 )  # fmt: skip
-@click.option("--list", "listed", is_flag=True, help="Print what there is to check.")
+@click.option("--list", "listed", is_flag=True, help="Print the names and sentences of all checks.")
+@click.option("--prefill-decode", metavar="MODEL", help="Only compare prefill with decode on a checkpoint.")
 @click.option(
-    "--prefill-decode", metavar="MODEL", help="Compare prefill with decode on a checkpoint, and nothing else."
+    "--tokens",
+    type=click.IntRange(1),
+    default=128,
+    metavar="N",
+    help="Tokens that --prefill-decode compares.  [128]",
 )
-@click.option("--tokens", type=click.IntRange(1), default=128, metavar="N", help="Tokens to compare.  [128]")
 @options.as_json
 @options.debug
 @click.pass_context
