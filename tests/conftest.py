@@ -13,9 +13,13 @@ import os
 import signal
 import sys
 
+import jaxtyping
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support.shapes import jaxtyped_once
+
+jaxtyping.jaxtyped = jaxtyped_once  # the decorator that --jaxtyping-packages gives to all of refengine.spec
 EXAMPLES = 12  # of a law, unless its test has its own number
 COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 SAME = dict(max_examples=EXAMPLES, derandomize=True, database=None)

@@ -142,3 +142,28 @@ def test_a_wrong_shape_goes_red():
     rms_norm(x, None, weight, 1e-5)
     with pytest.raises(TypeCheckError):
         rms_norm(x, None, np.zeros(4, np.float32), 1e-5)
+
+
+def test_a_wrong_shape_goes_red_after_right_ones():
+    """Each form of calls is checked once: the forms of arguments, and of results of the same arguments."""
+    import numpy as np
+    from beartype import beartype
+    from jaxtyping import Float, TypeCheckError
+
+    from tests.support.shapes import jaxtyped_once
+
+    results = []
+
+    @jaxtyped_once(typechecker=beartype)
+    def pop(x: Float[np.ndarray, "l d"]) -> Float[np.ndarray, "l d"]:
+        return results.pop()
+
+    right = np.zeros((2, 3))
+    for _ in range(2):
+        results[:] = [right]
+        assert pop(right) is right
+        for wrong in (np.zeros((2, 4)), np.zeros((2, 3), int), np.zeros(3), None):
+            for x, result in ((wrong, right), (right, wrong)):
+                results[:] = [result]
+                with pytest.raises(TypeCheckError):
+                    pop(x)
