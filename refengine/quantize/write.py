@@ -37,7 +37,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 STATE = ".quantize.json"
-STRIP = 2**21  # elements that are packed at once; some 20 arrays of float32 of that size are in use
+STRIP = 2**18  # elements that are packed at once: their arrays of float32 stay in a processor's cache
 SHARD = 5 * 10**9  # bytes of a file, about
 TEXTS = (".json", ".jinja", ".model", ".txt", ".md", ".py")  # .py: config.json may name classes in them
 ON_QKV = "qkv_proj"  # q, k and v are one matrix to modelopt: they share scale_2, but not the scale of FP8
@@ -333,7 +333,7 @@ def _put(source: Checkpoint, job: Job, strip: int, put, advance) -> list[list]:
     amax = np.float32(0)
     for each in job.sharing:
         for _, part in _strips(source, each, strip):
-            amax = max(amax, np.float32(np.abs(part).max(initial=0)))
+            amax = np.maximum(amax, _largest(part))  # a NaN stays
     if not np.isfinite(amax):
         raise InputError(f"{row.name} of {source.directory} holds a number that is not finite")
     if chosen is SEARCHED:
@@ -378,6 +378,15 @@ def _factor(source: Checkpoint, row: Tensor, strip: int, amax) -> float:
 
 def _adaptive(chosen: Format) -> bool:
     return chosen is FORMATS["four_over_six"]
+
+
+def _largest(x: np.ndarray) -> np.float32:
+    """Return the largest magnitude, by the bits without the sign: NumPy has no fast loops for bfloat16.
+
+    Magnitudes have the order of their bits, and a NaN is above infinity.
+    """
+    bits = x.view(f"u{x.itemsize}") & (2 ** (8 * x.itemsize - 1) - 1)
+    return np.float32(np.array(bits.max(initial=0), bits.dtype).view(x.dtype))
 
 
 def _squares(x: np.ndarray) -> float:

@@ -292,7 +292,8 @@ def test_columns_that_are_no_whole_blocks_are_named(tmp_path):
     assert "columns, which are not whole blocks of 16" in refused(path, tmp_path / "out")
 
 
-def test_a_weight_that_is_not_finite_is_named(tmp_path):
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_not_finite_is_named(value, tmp_path):
     from refengine.checkpoint.random_values import random_values
     from refengine.checkpoint.write import write
 
@@ -301,7 +302,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path):
     def damaged(row):
         out = values(row)
         if row.key == "mixer.in_proj.weight":
-            out[3, 4] = np.inf
+            out[3, 4] = value
         return out
 
     write(tmp_path / "model", CFG, damaged)
