@@ -293,7 +293,7 @@ engine = together(
     storage,
     click.option("--deterministic", is_flag=True, help="Compute the same bits in every run."),
     click.option("--batch-invariant", is_flag=True, help="The same bits in any batch (cpu backend)."),
-    click.option("--packed-inputs", is_flag=True, help="Pack inputs as W4A4 and W8A8 do (numpy backend)."),
+    click.option("--packed-inputs", is_flag=True, help="Pack inputs: W4A4, W4A8, W8A8 (numpy backend)."),
     click.option(
         "--mtp-norm", type=click.Choice(MTP_NORMS), default="rms", hidden=True, help="Final norm of the head."
     ),
@@ -475,10 +475,7 @@ sampling = together(
     ),
     click.option("--ignore-eos", is_flag=True, help="Continue after an end token."),
     click.option(
-        "--speculate",
-        type=Drafts(),
-        metavar="K|auto",
-        help="Check up to K drafts of the prediction head at once.",
+        "--speculate", type=Drafts(), metavar="K|auto", help="Check up to K drafts of the head at a time."
     ),
     click.option("--stats", is_flag=True, help="Print speed and memory on stderr."),
 )
