@@ -27,7 +27,14 @@ from refengine.checkpoint.match import (
     with_heads,
     without_other_parts,
 )
-from refengine.checkpoint.packed import KINDS, AnyStored, StoredPacked, contradictions, with_packed
+from refengine.checkpoint.packed import (
+    KINDS,
+    AnyStored,
+    StoredPacked,
+    check_input_scale,
+    contradictions,
+    with_packed,
+)
 from refengine.checkpoint.safetensors_file import MappedFile, SafetensorsFile, without_collection
 from refengine.spec.arrays import DTYPES, Weight
 from refengine.spec.config import Config, InputError
@@ -99,10 +106,14 @@ class Checkpoint:
         return any(at.dtype not in DTYPES for at in self.stored.values())
 
     def check_packed_inputs(self) -> None:
-        """Raise InputError where no weight has a scale by which its inputs can be packed."""
-        if not any(isinstance(at, StoredPacked) and at.input_scale for at in self.stored.values()):
+        """Raise InputError where no weight has a scale for its inputs, or one of the scales is not valid."""
+        packed = [at for at in self.stored.values() if isinstance(at, StoredPacked)]
+        scales = [at.input_scale for at in packed if at.input_scale is not None]
+        if not scales:
             what = "no weight has an input_scale (quantize --calibrate writes them)"
             raise InputError(f"inputs of {self.directory} cannot be packed: {what}")
+        for scale in scales:
+            check_input_scale(scale)
 
     def placed_on(self, backend: str, packed: bool) -> Checkpoint:
         """Return the same checkpoint, with a note if a backend cannot keep packed weights packed."""

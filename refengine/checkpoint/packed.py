@@ -126,6 +126,12 @@ class StoredPacked(NamedTuple):
 AnyStored: TypeAlias = "Stored | StoredPacked | StoredBlocks | Altered"
 
 
+def check_input_scale(at: Stored) -> None:
+    """Raise InputError unless a scale of inputs is a finite number above 0."""
+    if not _checked_float(at):
+        raise _wrong(at, "is 0")
+
+
 def _bytes(at: Stored) -> Any:
     """Return a tensor of one-byte elements as uint8."""
     return np.frombuffer(at.file.map, np.uint8, at.nbytes, at.offset).reshape(at.shape)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,8 @@ def recording(backend: Backend) -> tuple[Backend, dict[str, float]]:
 
     def see(names: list[str], x: np.ndarray) -> None:
         largest = float(np.abs(x).max(initial=0))
+        if not isfinite(largest):
+            raise InputError(f"calibration failed: {names[0]} meets a number that is not finite")
         found.update({name: max(largest, found.get(name, 0.0)) for name in names})
 
     def names(weight: Any) -> list[str]:

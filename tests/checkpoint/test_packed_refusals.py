@@ -86,6 +86,16 @@ def test_a_scale_of_a_matrix_that_means_nothing_is_named(kind, value, tmp_path):
     assert f"the scale '{name}' is {value:g}" in said and "download it again" in said
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0, 0.0])
+def test_a_scale_of_inputs_that_means_nothing_is_named_where_inputs_are_packed(value, tmp_path):
+    path = packed_checkpoint(tmp_path, all_in("NVFP4")) / "model.safetensors"
+    for base, each in ((BASE, 0.01), (EXPERT, value)):
+        add(path, f"{base}.input_scale", np.array(each, np.float32), "F32")
+    with pytest.raises(InputError, match=rf"the scale '{EXPERT}\.input_scale' is {value:g}"):
+        refengine.load(tmp_path, packed_inputs=True)
+    assert refengine.load(tmp_path).logits([5]).any()  # otherwise no scale of inputs is read
+
+
 @pytest.mark.parametrize(("code", "what"), [(0x7F, "a NaN"), (0xFF, "a NaN"), (0x81, "a negative number")])
 def test_a_scale_of_a_block_that_means_nothing_is_named(code, what, tmp_path):
     path = packed_checkpoint(tmp_path, all_in("NVFP4")) / "model.safetensors"
