@@ -293,7 +293,7 @@ engine = together(
     storage,
     click.option("--deterministic", is_flag=True, help="Compute the same bits in every run."),
     click.option("--batch-invariant", is_flag=True, help="The same bits in any batch (cpu backend)."),
-    click.option("--packed-inputs", is_flag=True, help="Pack inputs: W4A4, W4A8, W8A8 (numpy backend)."),
+    click.option("--packed-inputs", is_flag=True, help="Pack inputs, as W4A4 does (numpy backend)."),
     click.option(
         "--mtp-norm", type=click.Choice(MTP_NORMS), default="rms", hidden=True, help="Final norm of the head."
     ),
