@@ -188,7 +188,11 @@ def _coded(blocks: Array, wanted: Array, scale_2) -> Packed:
 
 
 def _closer_at_four(blocks: Array, largest: Array, amax) -> Array:
-    """Return for each block whether its squared error is smaller with its largest element at 4 than at 6."""
+    """Return for each block whether its squared error is smaller with its largest element at 4 than at 6.
+
+    modelopt multiplies in another order here than for the scale that is kept, so that one which lies halfway
+    between two numbers of E4M3 may be rounded both ways: such a block may be worse than with 6.
+    """
     top = amax * np.float32(TOP / TOP_4_OVER_6) / np.float32(E2M1_MAX)
     up = np.float32(1) / top * np.float32(E4M3_MAX)  # rounded twice, as modelopt does
     errors = []

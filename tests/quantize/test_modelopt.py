@@ -17,6 +17,7 @@ from refengine.quantize.texts import TEXTS
 from refengine.quantize.write import calibrated, plan
 from refengine.spec.quant import TOP_W4A8, fp8, mxfp8, nvfp4
 from refengine.spec.tensors import table
+from tools.write.modelopt_recipes import CONFIGS, compare
 
 VECTORS = sorted((Path(__file__).parent / "vectors").glob("*.npz"))
 PACK = {"nvfp4": nvfp4, "w4a8": lambda w: nvfp4(w, block=32, top=TOP_W4A8), "fp8": fp8, "mxfp8": mxfp8}
@@ -86,3 +87,13 @@ def test_every_matrix_of_the_embedded_model_is_modelopts():
         for layout, tensors in layouts(given):
             matrix = tensors.pop("found")
             check(layout, weight, tensors, matrix)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("recipe", CONFIGS)
+def test_every_byte_of_a_copy_is_modelopts(recipe):
+    """Live, as modelopt exports the embedded model: pip install accelerate and transformers 5 too."""
+    for library in ("torch", "transformers", "accelerate", "modelopt"):
+        pytest.importorskip(library)
+    matrices, _, wrong = compare(recipe)
+    assert matrices and not wrong

@@ -15,17 +15,14 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from refengine.checkpoint.locate import locate
-from refengine.conformance.traces.hooks import release
 from refengine.quantize.calibrate import PIECE, pieces
 from refengine.quantize.texts import TEXTS
+from tools.write.modelopt_recipes import export
 
 STORIES = 4
 ENDS = (".input_scale", ".k_scale", ".v_scale")
-SUPER = "models/nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16/ptq/nvfp4-max-calib.yaml"
-RECIPES = ("nvfp4", "super")  # of ours; modelopt has the first as a preset, the other as a file
+RECIPES = ("nvfp4", "super")
 
 
 def tokens() -> list[list[int]]:
@@ -36,39 +33,13 @@ def tokens() -> list[list[int]]:
         return pieces([engine.tokenizer.encode(text) for text in TEXTS[:STORIES]], PIECE)
 
 
-def config(recipe: str) -> dict[str, Any]:
-    """Return modelopt's own form of a recipe."""
-    import modelopt.torch.quantization as mtq
-    from modelopt.recipe import load_recipe
-
-    return mtq.NVFP4_DEFAULT_CFG if recipe == "nvfp4" else load_recipe(SUPER).quantize.model_dump()
-
-
 def scales(recipe: str, cut: list[list[int]], dtype: str) -> dict[str, float]:
     """Return the single scales that modelopt writes by a recipe, by name."""
-    import modelopt.torch.quantization as mtq
-    import torch
-    from modelopt.torch.export import export_hf_checkpoint
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        locate("tiny"),
-        dtype=getattr(torch, dtype),
-        attn_implementation="eager",
-        experts_implementation="eager",
-    )
-    release(model)
-
-    def read(each) -> None:
-        with torch.no_grad():
-            for ids in cut:
-                each(torch.tensor([ids]))
-
-    mtq.quantize(model, config(recipe), read)
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as out:
-        export_hf_checkpoint(model, export_dir=out)
+        export(recipe, cut, dtype, out)
         for path in Path(out).glob("*.safetensors"):
             found |= {key: float(each) for key, each in load_file(path).items() if key.endswith(ENDS)}
     return of_layers(found)
