@@ -16,12 +16,15 @@ from jaxtyping import jaxtyped
 
 __all__ = ["jaxtyped_once"]
 
+PLAIN = {bool, int, float, str, bytes, type(None)}
 LONG = 8  # items of a list or tuple: of a longer one, beartype checks any one
 
 
 def form(value):
     """Return what a check of `value` reads: its type, the shape and dtype of an array, the forms of items."""
     kind = type(value)
+    if kind in PLAIN:
+        return kind
     if isinstance(value, np.ndarray):
         return kind, value.shape, value.dtype
     if kind in (tuple, list):

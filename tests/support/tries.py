@@ -16,5 +16,5 @@ def tries(examples: int, default: int | None = None, **how) -> settings:
     if profile == "default" and default is not None:
         examples = default
     elif profile == "hunt":
-        examples *= settings().max_examples // settings.get_profile("default").max_examples
+        examples *= settings().max_examples // settings.get_profile("thorough").max_examples
     return settings(max_examples=examples, **how)
