@@ -1,6 +1,9 @@
 """`refengine diff` names the first wrong layer and its cause, for real programs, formulas and near ties."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -29,6 +32,7 @@ CLAMPED_CHUNKS = f"{CHUNKS}, and dt is held up at 0.001, as in transformers 5.14
 TRANSFORMERS = version("transformers") if find_spec("transformers") else ""
 OLD = TRANSFORMERS.startswith("5.14.")  # carries states over chunks by a wrong sum, and has no dense layers
 needs_transformers = pytest.mark.skipif(not TRANSFORMERS, reason="needs torch and transformers")
+OLDER = os.environ.get("TRANSFORMERS", "")  # a folder that `pip install --target` filled with another version
 IDS = " ".join(str(i) for i in range(3, 26))
 
 
@@ -91,6 +95,25 @@ def test_transformers_without_its_clamp_agrees(cli, model, tmp_path, dtype):
         return
     assert code == 0, out
     assert "agrees        every layer is within 8 roundings" in out and dtype in out
+
+
+@pytest.mark.thorough
+@needs_transformers
+@pytest.mark.skipif(not OLDER, reason="needs TRANSFORMERS=FOLDER with another version of transformers")
+def test_an_older_version_is_diagnosed_too():
+    """The tests above pass with the package in the folder, which is 5.14.0 or another."""
+    env = os.environ | {"PYTHONPATH": OLDER, "TRANSFORMERS": ""}
+    words = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
+    names = [
+        test_transformers_as_shipped_is_diagnosed_by_its_clamp,
+        test_transformers_without_its_clamp_agrees,
+    ]
+    chosen = ["-k", " or ".join(test.__name__ for test in names)]
+    asked = [sys.executable, "-c", "import transformers; print(transformers.__version__)"]
+    found = subprocess.run(asked, env=env, capture_output=True, text=True, check=True).stdout.strip()
+    assert found != TRANSFORMERS
+    done = subprocess.run([*words, *chosen], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_the_head_as_llama_cpp_reads_it_is_named_from_its_formula():

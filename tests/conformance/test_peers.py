@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from refengine.spec.mixers import MIXERS
 from refengine.spec.model import Model
 from refengine.spec.ops import numpy_backend
 from refengine.spec.tensors import table
+from tests.support.shown import prepare
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BARS = {
@@ -66,7 +68,10 @@ def test_a_gguf_file_holds_every_tensor_under_the_names_of_the_page(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not (LLAMA and shutil.which("c++")), reason="needs LLAMA_CPP=FOLDER and a C++ compiler")
 def test_the_program_of_the_page_writes_a_trace_of_llama_cpp(tmp_path):
-    """The program of docs/traces.md is compiled, and every layer of its trace agrees."""
+    """The program of docs/traces.md is compiled, and every layer of its traces agrees.
+
+    First of a random model, then of the embedded one by the commands of the page.
+    """
     text = (DOCS / "traces.md").read_text().split("## From llama.cpp")[1]
     program, packing = (text.split(f"```{language}\n")[1].split("```")[0] for language in ("cpp", "py"))
     (tmp_path / "trace.cpp").write_text(program)
@@ -78,15 +83,20 @@ def test_the_program_of_the_page_writes_a_trace_of_llama_cpp(tmp_path):
     case = Case(layers="MEM*EM", length=23, hidden_size=64, head_dim=16, mamba_head_dim=16, ssm_state_size=32)
     peers.write_gguf(tmp_path / "case.gguf", case.cfg, case.read)
     ids = case.ids[0].tolist()
-    (tmp_path / "arrays").mkdir()
-    command = [str(tmp_path / "trace"), "case.gguf", "arrays", *map(str, ids)]
+    (tmp_path / "of the case").mkdir()
+    command = [str(tmp_path / "trace"), "case.gguf", "of the case", *map(str, ids)]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    words = [sys.executable, "pack.py", "arrays", json.dumps(ids), "theirs.safetensors"]
+    words = [sys.executable, "pack.py", "of the case", json.dumps(ids), "theirs.safetensors"]
     subprocess.run(words, cwd=tmp_path, check=True)
     trace = load(tmp_path / "theirs.safetensors")
     found = list(diagnose(trace, case.cfg, case.read))
     assert {f"layers.{i}" for i in range(len(case.layers))} | {"final"} == {f.unit.name for f in found}
     assert not [f for f in found if f.wrong], [(f.unit.name, f.worst) for f in found]
+    commands = "\n".join(re.findall(r"^    ((?:refengine|python|\./trace) .*)$", text, re.M))
+    done = subprocess.run(
+        ["bash", "-ec", commands], cwd=tmp_path, env=prepare(tmp_path), capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "agrees        every layer" in done.stdout, done.stdout + done.stderr
 
 
 class Layer:
