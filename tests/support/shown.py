@@ -66,7 +66,8 @@ def prepare(folder: Path) -> dict[str, str]:
     (folder / "mine.py").write_text(f"{scan}\n{slip.partition('for row in')[0]}\n{BACKEND}")
     (folder / "wrong.py").write_text(python_blocks("verify.md")[0])
     path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "ROOT": str(ROOT), "TINY": str(TINY)}
+    env = {"PATH": path, "PYTHONPATH": str(ROOT), "ROOT": str(ROOT), "TINY": str(TINY)}
+    return os.environ | env | {"REFENGINE_LIMIT": "3600"}  # seconds for a case of verify, on a busy machine
 
 
 BACKEND = """
