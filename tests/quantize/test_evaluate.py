@@ -28,8 +28,10 @@ def copy(tmp_path_factory):
 
 
 def softmax(x):
-    e = [math.exp(float(each) - float(max(x))) for each in x]
-    return [each / sum(e) for each in e]
+    largest = float(max(x))
+    e = [math.exp(float(each) - largest) for each in x]
+    total = sum(e)
+    return [each / total for each in e]
 
 
 def test_the_numbers_are_those_of_a_literal_computation(copy):

@@ -10,6 +10,9 @@ from refengine.cli import options
 from refengine.spec.numerics import tolerance
 from tests.ranks.test_processes import LONG, ONCE, alone, printed
 from tests.support.processes import ended_badly, mpiexec, torchrun
+from tests.support.tries import thorough
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -28,7 +31,7 @@ def same_scores(out: str, expected: str) -> None:
         assert mine[key] == pytest.approx(theirs[key], abs=near)
 
 
-@pytest.mark.parametrize("layout", ["--tp=2 --ep=2", "--tp=2 --pp=2", "--ep=4", "--pp=4"])
+@pytest.mark.parametrize("layout", ["--tp=2 --pp=2", *thorough("--tp=2 --ep=2", "--ep=4", "--pp=4")])
 def test_ranks_score_a_text_as_one_process_does(layout, scored):
     """With the prediction head too, which is on the last stage."""
     same_scores(printed(mpiexec(4, *scored, *layout.split())), alone(*scored))
@@ -39,7 +42,7 @@ def test_a_text_that_has_no_score_is_refused_by_all_ranks(tmp_path):
     ended_badly(mpiexec(2, "score", tmp_path / "short", "--pp=2"), {0, 1}, "is a single token")
 
 
-@pytest.mark.parametrize("layout", ["--tp=2", "--ep=2", "--pp=2"])
+@pytest.mark.parametrize("layout", ["--tp=2", *thorough("--ep=2", "--pp=2")])
 def test_bench_measures_what_was_asked_on_all_ranks(layout):
     asked = ["--prompt-tokens", "5,40", "--batch", "1,3", "--context", "9", "--repeat", 1, "--steps", 2]
     machine, *rows = map(json.loads, printed(mpiexec(2, "bench", *asked, "--json", layout)).splitlines())
@@ -55,7 +58,9 @@ def test_bench_measures_what_was_asked_on_all_ranks(layout):
     assert len([line for line in table if line.startswith(("| prefill", "| decode"))]) == 4
 
 
-@pytest.mark.parametrize("args", [["--version"], ["--help"], ["score", "--help"], ["inspect"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "args", [["inspect"], *thorough(["--version"], ["--help"], ["score", "--help"])], ids=" ".join
+)
 def test_what_needs_no_ranks_is_printed_once_and_well(args):
     assert printed(mpiexec(3, *args)) == alone(*args)
 

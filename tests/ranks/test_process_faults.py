@@ -18,7 +18,9 @@ import pytest
 
 import refengine
 from tests.support.processes import by_mpiexec, ended_badly, finish, living, mpiexec, name, program, start
+from tests.support.tries import thorough
 
+pytestmark = pytest.mark.slow
 TIMEOUT = 3  # seconds
 ALL = {0, 1, 2, 3}
 SHORT = ["generate", "Once upon a time", "-n", 9, "-t", 0, "--tp", 2, "--timeout", TIMEOUT]
@@ -34,34 +36,39 @@ def job(tmp_path_factory):
     return lambda *fault, layout="--tp=2 --ep=2": mpiexec(4, *args, *layout.split(), fault=fault)
 
 
-@pytest.mark.parametrize("when", ["start", "meet", "load", "prefill", "decode"])
+@pytest.mark.parametrize("when", ["start", "decode", *thorough("meet", "load", "prefill")])
 def test_a_rank_that_is_killed_ends_the_job(job, when):
     ended_badly(job(1, when, "kill"))
 
 
-VERBS = [
-    ("--tp=2 --ep=2", verb)
-    for verb in ("all_reduce", "all_gather", "reduce_scatter", "share", "broadcast", "compare")
+VERBS = ("all_reduce", "all_gather", "reduce_scatter", "share", "broadcast", "compare", "load", "prefill")
+MOMENTS = [
+    ("--tp=2 --pp=2", "decode"),
+    ("--tp=2 --ep=2", "all_reduce"),
+    *thorough(*(("--tp=2 --ep=2", verb) for verb in VERBS if verb != "all_reduce")),
+    *thorough(*(("--tp=2 --pp=2", verb) for verb in ("send", "receive"))),
 ]
-VERBS += [("--tp=2 --pp=2", verb) for verb in ("send", "receive")]
-MOMENTS = [("--tp=2 --ep=2", "load"), ("--tp=2 --ep=2", "prefill"), ("--tp=2 --pp=2", "decode")]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout, when", MOMENTS + VERBS)
+@pytest.mark.parametrize("layout, when", MOMENTS)
 def test_a_rank_that_dies_with_its_machine_is_named_by_all_others(job, layout, when):
     rank = 2 if when == "receive" else 1
     done = job(rank, when, "vanish", layout=layout)
     ended_badly(done, ALL - {rank}, rf"\brank {rank}\b")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout, when", MOMENTS + [("--tp=2 --ep=2", "share"), ("--pp=4", "end")])
+@pytest.mark.parametrize(
+    "layout, when",
+    [
+        ("--tp=2 --pp=2", "decode"),
+        *thorough(*(("--tp=2 --ep=2", when) for when in ("load", "prefill", "share")), ("--pp=4", "end")),
+    ],
+)
 def test_a_rank_that_hangs_is_named_by_all_others(job, layout, when):
     ended_badly(job(1, when, "stop", layout=layout), ALL - {1}, r"\brank 1\b")
 
 
-@pytest.mark.parametrize("when", ["start", "meet", "leave"])
+@pytest.mark.parametrize("when", ["meet", "leave", *thorough("start")])
 def test_ranks_do_not_wait_for_ever_for_one_that_never_comes(job, when):
     done = job(1, when, "stop")
     ended_badly(done, done.said or {0}, "not all ranks came (to the end )?within 3 s")
@@ -103,20 +110,16 @@ def ranks(mark: str) -> list[int]:
     return [pid for pid in living(mark) if "-m refengine" in name(pid) and "mpiexec" not in name(pid)]
 
 
-@pytest.mark.slow
 def test_a_rank_may_load_for_longer_than_the_timeout(job):
     done = job(1, "load", "dawdle")
     assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > 2 * TIMEOUT
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout, rank, when",
     [
         ("--tp=2 --ep=2", 1, "decode"),
-        pytest.param("--tp=2 --pp=2", 0, "prefill", marks=pytest.mark.thorough),
-        pytest.param("--ep=2 --pp=2", 3, "decode", marks=pytest.mark.thorough),
-        pytest.param("--pp=4", 1, "prefill", marks=pytest.mark.thorough),
+        *thorough(("--tp=2 --pp=2", 0, "prefill"), ("--ep=2 --pp=2", 3, "decode"), ("--pp=4", 1, "prefill")),
     ],
 )
 def test_a_rank_may_compute_for_longer_than_the_timeout(job, layout, rank, when):
@@ -146,11 +149,13 @@ def test_heartbeats_that_were_not_received_do_not_spoil_the_end():
 @pytest.mark.parametrize(
     "rank, when, what, says",
     [
-        (0, "load", "OSError", "No space left on device"),
-        (1, "load", "MemoryError", "not enough memory"),
         (1, "decode", "MemoryError", "not enough memory"),
-        (0, "draws", "nan", "the logits hold NaN"),
         (2, "draws", "nan", "the logits hold NaN"),
+        *thorough(
+            (0, "load", "OSError", "No space left on device"),
+            (1, "load", "MemoryError", "not enough memory"),
+            (0, "draws", "nan", "the logits hold NaN"),
+        ),
     ],
 )
 def test_what_stops_one_rank_is_said_by_all(job, rank, when, what, says):
@@ -164,12 +169,14 @@ def test_what_stops_one_rank_is_said_by_all(job, rank, when, what, says):
     "when, what, says",
     [
         ("says", "--dtype=float64", "another backend and dtype than .*numpy in float64"),
-        ("says", "--backend=torch", "another backend and dtype than .*torch in "),
         ("says", "--tp=4 --ep=1", "another layout than .*tp 4, ep 1, pp 1"),
         ("is", "0.0.9", r"another version of refengine than .*0\.0\.9"),
-        ("says", "--tp=3", "started 4 ranks, and tp = 3, ep = 2, pp = 1 needs 6"),
         ("says", "--model=nowhere", "there is no model 'nowhere'"),
-        ("says", "--colour", "No such option"),
+        *thorough(
+            ("says", "--backend=torch", "another backend and dtype than .*torch in "),
+            ("says", "--tp=3", "started 4 ranks, and tp = 3, ep = 2, pp = 1 needs 6"),
+            ("says", "--colour", "No such option"),
+        ),
     ],
 )
 def test_a_rank_unlike_the_others_is_named(job, when, what, says):
@@ -201,9 +208,11 @@ def test_a_truncated_file_on_one_rank_ends_the_job(job, tmp_path):
     ended_badly(done, ALL, "is truncated")
 
 
-def test_a_missing_library_is_one_sentence(job):
-    ended_badly(job("all", "lacks", "mpi4py"), ALL, "need mpi4py: pip install")
-    ended_badly(job(1, "lacks", "mpi4py"), ALL, "need mpi4py|not all ranks came")
+@pytest.mark.parametrize(
+    "rank, says", [("all", "need mpi4py: pip install"), *thorough((1, "need mpi4py|not all ranks came"))]
+)
+def test_a_missing_library_is_one_sentence(job, rank, says):
+    ended_badly(job(rank, "lacks", "mpi4py"), ALL, says)
 
 
 def test_a_wrong_command_is_explained_once():
@@ -216,7 +225,7 @@ def test_a_wrong_command_is_explained_once():
 ENDLESS = ["-m", "refengine", "generate", "Once", "-n", 9000, "--ignore-eos", "--tp", 2]
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL, *thorough(signal.SIGTERM)])
 def test_ranks_end_with_their_launcher(sign):
     process = start([*by_mpiexec(2), *ENDLESS])
     assert process.stdout.read(9)

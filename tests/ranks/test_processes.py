@@ -10,7 +10,9 @@ import pytest
 
 from refengine.spec.numerics import tolerance
 from tests.support.processes import ended_badly, mpiexec, torchrun
+from tests.support.tries import thorough
 
+pytestmark = pytest.mark.slow
 ONCE = "Once upon a time"
 LONG = "Once there was a cat who sat on a mat in the sun. " * 50  # several calls of prefill
 
@@ -66,17 +68,16 @@ def several(tmp_path_factory):
     return ["generate", "--prompts", path, *how]
 
 
-LAYOUTS = [
+LAYOUTS = [(4, "--tp=2 --ep=2"), (4, "--tp=2 --pp=2")]
+LAYOUTS += thorough(
     (2, "--tp=2"),
     (2, "--ep=2"),
     (2, "--pp=2"),
     (4, "--tp=4"),
     (4, "--ep=4"),
     (4, "--pp=4"),
-    (4, "--tp=2 --ep=2"),
-    (4, "--tp=2 --pp=2"),
     (4, "--ep=2 --pp=2"),
-]
+)
 
 
 def test_the_prompts_of_these_tests_end_at_different_times_and_one_takes_several_calls(several):
@@ -135,7 +136,7 @@ def test_a_layout_without_a_launcher_is_told_how_to_start_it():
         ("--tp=2 --ep=2", "mpiexec started 3 ranks, and tp = 2, ep = 2, pp = 1 needs 4"),
         (
             "--tp=3",
-            "tp = 3 is not possible: mamba_num_heads = 4 is not a multiple of 3; the nearest that is: 2",
+            "tp = 3 is not possible: mamba_num_heads = 4 is not a multiple of 3; the nearest possible: 2",
         ),
     ],
 )
@@ -145,16 +146,12 @@ def test_a_layout_that_cannot_be_is_one_sentence(layout, says):
     assert job.said == {rank: [says] for rank in range(3)}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "n, layout", [(2, "--tp=2"), pytest.param(4, "--ep=2 --pp=2", marks=pytest.mark.thorough)]
-)
+@pytest.mark.parametrize("n, layout", [(2, "--tp=2"), *thorough((4, "--ep=2 --pp=2"))])
 def test_ranks_of_torchrun_write_the_texts_of_one_process(n, layout, several):
     args = [*several, "--backend", "torch"]
     same(printed(torchrun(n, *args, *layout.split())), alone(*args))
 
 
-@pytest.mark.slow
 def test_torch_ranks_speak_mpi_too_and_have_the_logits_of_one_process_in_bfloat16(tmp_path):
     """Only for the first new token: a near tie may change later ones."""
     (tmp_path / "prompts").write_text(f"{ONCE}\nOne day, Lily\n{LONG}")

@@ -8,14 +8,10 @@ import pytest
 
 from tests.ranks.test_processes import alone
 from tests.support.processes import by_torchrun, ended_badly, finish, start, torchrun
+from tests.support.tries import thorough
 
 pytestmark = pytest.mark.slow
 TIMEOUT = 6  # seconds: importing torch takes some
-
-
-def thorough(*values):
-    """Return a case of the thorough tier; each takes half a minute."""
-    return pytest.param(*values, marks=pytest.mark.thorough)
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +24,18 @@ def job():
     "rank, when, what, says",
     [
         (1, "load", "vanish", "connection to rank 1 is lost"),
-        thorough(0, "all_reduce", "vanish", "rank 0 is lost"),
-        thorough(1, "decode", "vanish", "connection to rank 1 is lost"),
-        thorough(0, "broadcast", "vanish", "rank 0 is lost"),
-        thorough(1, "start", "stop", "the 2 ranks did not meet at"),
-        thorough(1, "decode", "stop", "rank 1 did not answer within 6 s"),
-        thorough(1, "load", "MemoryError", "rank 1 stopped: there is not enough memory"),
-        thorough(0, "draws", "nan", "rank 0 stopped: the logits hold NaN"),
-        thorough(1, "is", "0.0.9", r"another version of refengine than .*0\.0\.9"),
-        thorough(1, "says", "--dtype=float64", "another backend and dtype than .*in float64"),
-        thorough(1, "lacks", "torch", "ended by the launcher"),
+        *thorough(
+            (0, "all_reduce", "vanish", "rank 0 is lost"),
+            (1, "decode", "vanish", "connection to rank 1 is lost"),
+            (0, "broadcast", "vanish", "rank 0 is lost"),
+            (1, "start", "stop", "the 2 ranks did not all connect to"),
+            (1, "decode", "stop", "rank 1 did not answer within 6 s"),
+            (1, "load", "MemoryError", "rank 1 stopped: there is not enough memory"),
+            (0, "draws", "nan", "rank 0 stopped: the logits hold NaN"),
+            (1, "is", "0.0.9", r"another version of refengine than .*0\.0\.9"),
+            (1, "says", "--dtype=float64", "another backend and dtype than .*in float64"),
+            (1, "lacks", "torch", "ended by the launcher"),
+        ),
     ],
 )
 def test_the_other_rank_says_why(job, rank, when, what, says):
@@ -65,7 +63,7 @@ def test_the_other_rank_says_why_from_within_a_compiled_step():
     ended_badly(job, {1}, "rank 0 is lost")
 
 
-@pytest.mark.parametrize("when", [thorough("meet"), "decode"])
+@pytest.mark.parametrize("when", ["decode", *thorough("meet")])
 def test_a_rank_that_is_killed_ends_the_job(job, when):
     """torchrun ends the other rank, possibly before it can print anything."""
     ended_badly(job(1, when, "kill"))

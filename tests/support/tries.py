@@ -1,10 +1,19 @@
-"""Set the number of examples that Hypothesis draws, by the tier of the run."""
+"""Set, by the tier of the run, the number of examples that Hypothesis draws, and the cases of a test."""
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 
-__all__ = ["tries"]
+__all__ = ["thorough", "tries"]
+
+
+def thorough(*cases) -> list:
+    """Return cases of a parametrized test, each a value or a tuple of values, that only --thorough runs."""
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.thorough)
+        for case in cases
+    ]
 
 
 def tries(examples: int, default: int | None = None, **how) -> settings:
