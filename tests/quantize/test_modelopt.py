@@ -4,6 +4,7 @@ Up to rounding, so do the scales of calibration (`python -m tools.write.modelopt
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -15,12 +16,19 @@ from refengine.quantize import recipe_of
 from refengine.quantize.calibrate import calibrate
 from refengine.quantize.texts import TEXTS
 from refengine.quantize.write import calibrated, plan
-from refengine.spec.quant import TOP_W4A8, fp8, mxfp8, nvfp4
+from refengine.spec.quant import TOP_W4A8, fp8, mxfp8, nvfp4, rounded_inputs
 from refengine.spec.tensors import table
 from tools.write.modelopt_recipes import CONFIGS, compare
 
-VECTORS = sorted((Path(__file__).parent / "vectors").glob("*.npz"))
-PACK = {"nvfp4": nvfp4, "w4a8": lambda w: nvfp4(w, block=32, top=TOP_W4A8), "fp8": fp8, "mxfp8": mxfp8}
+FOLDER = Path(__file__).parent / "vectors"
+VECTORS = sorted(set(FOLDER.glob("*.npz")) - set(FOLDER.glob("inputs-*")))
+PACK = {
+    "nvfp4": nvfp4,
+    "four_over_six": lambda w: nvfp4(w, four_over_six=True),
+    "w4a8": lambda w: nvfp4(w, block=32, top=TOP_W4A8),
+    "fp8": fp8,
+    "mxfp8": mxfp8,
+}
 
 
 def check(layout, weight, tensors, matrix):
@@ -44,14 +52,22 @@ def test_recorded_bytes_are_ours(path):
 
 
 def test_there_are_vectors_of_every_layout():
-    assert {path.stem.partition("-")[0] for path in VECTORS} == set(PACK) and len(VECTORS) == 20
-    assert sum(path.stat().st_size for path in VECTORS) < 200_000
+    assert {path.stem.partition("-")[0] for path in VECTORS} == set(PACK) and len(VECTORS) == 21
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 200_000
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "fp8"])
+def test_inputs_are_packed_as_modelopt_packs_them(kind):
+    with np.load(FOLDER / f"inputs-{kind}.npz") as file:
+        x, scale, wanted = (file[key] for key in ("in.x", "in.scale", "out.x"))
+    weight = replace(PACK[kind](x), input_scale=np.float32(scale))
+    assert np.array_equal(rounded_inputs(x, weight), wanted)
 
 
 @pytest.fixture(scope="module")
 def calibration():
     """Return modelopt's scales, and the largest magnitudes that calibration finds on the same text."""
-    recorded = json.loads((Path(__file__).parent / "vectors" / "calibration.json").read_text())
+    recorded = json.loads((FOLDER / "calibration.json").read_text())
     with Checkpoint.open("tiny") as checkpoint:
         return recorded["scales"], calibrate(checkpoint, TEXTS[: recorded["stories"]])
 

@@ -1,19 +1,25 @@
 """Record what NVIDIA's modelopt makes of a few small matrices, in every layout: tests/quantize/vectors/*.npz.
 
-    python -m tools.write.modelopt_vectors OUT       with nvidia-modelopt 0.47 and torch in the environment
+    python -m tools.write.modelopt_vectors OUT [EXPORT]
 
-Each file has `in.weight`, the bytes of codes and scales, and `out.matrix`: float32, as modelopt dequantizes.
-The matrices are corners of the embedded model's, and two that have zeros, ties and tiny blocks in them.
+with nvidia-modelopt 0.47 and torch in the environment, and what `modelopt_recipes` needs for EXPORT: a copy
+by the recipe `ultra`, made here by default. Each file has `in.weight`, the bytes of codes and scales, and
+`out.matrix`: float32, as modelopt dequantizes. The matrices are corners of the embedded model's, and two that
+have zeros, ties and tiny blocks in them; of four over six it is a whole matrix. The files `inputs-*` have
+activations `in.x`, an `in.scale` of inputs, and `out.x`, which modelopt makes of them.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tools.write.modelopt_recipes import IDS, export
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "refengine" / "models" / "tiny" / "model.safetensors"
@@ -23,6 +29,7 @@ NAMES = {  # of a file -> tensor
     "attention": "backbone.layers.1.mixer.q_proj.weight",
 }
 SIZE = (16, 64)
+WHOLE = "backbone.layers.3.mixer.experts.4.down_proj"  # in three blocks a scale of four over six is a tie
 
 
 def matrices() -> Iterator[tuple[str, np.ndarray]]:
@@ -67,8 +74,45 @@ def layouts(weight: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     )
 
 
-def record(out: Path) -> None:
-    """Write a file for each matrix and layout."""
+def inputs() -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Yield (format, arrays) of activations that are packed by a given scale; some are beyond its range."""
+    import torch
+    from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
+
+    x = np.random.default_rng(0).standard_normal(SIZE).astype(np.float32)
+    x[0, :16], x[1, 16:32] = 0, x[1, 16:32] * 2.0**-8
+    given, amax = torch.from_numpy(x), torch.tensor(np.abs(x).max())
+    scale = amax * 0.7 / (6 * 448)
+    packed, scales, _ = NVFP4QTensor.quantize(given.clone(), 16, None, scale)
+    found = packed.dequantize(torch.float32, scale=scales, double_scale=scale, block_sizes={-1: 16})
+    yield "nvfp4", {"in.x": x, "in.scale": scale.numpy(), "out.x": found.numpy()}
+    scale = amax / 448
+    packed, _ = FP8QTensor.quantize(given.clone(), scale)
+    found = packed.dequantize(torch.float32, scale=scale)
+    yield "fp8", {"in.x": x, "in.scale": scale.numpy(), "out.x": found.numpy()}
+
+
+def four_over_six(exported: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of one matrix of a copy by four over six."""
+    import torch
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+    from safetensors.torch import load_file
+
+    weight, found = load_file(TINY)[f"{WHOLE}.weight"], load_file(exported / "model.safetensors")
+    codes, scale, scale_2 = (found[f"{WHOLE}.{end}"] for end in ("weight", "weight_scale", "weight_scale_2"))
+    packed = NVFP4QTensor(weight.shape, torch.float32, codes)
+    matrix = packed.dequantize(torch.float32, scale=scale, double_scale=scale_2, block_sizes={-1: 16})
+    return {
+        "in.weight": weight.view(torch.uint16).numpy(),
+        "out.matrix": matrix.numpy(),
+        "out.weight": codes.numpy(),
+        "out.weight_scale": scale.view(torch.uint8).numpy(),
+        "out.weight_scale_2": scale_2.numpy(),
+    }
+
+
+def record(out: Path, exported: Path | None = None) -> None:
+    """Write a file for each matrix and layout, and for inputs."""
     import torch
 
     out.mkdir(parents=True, exist_ok=True)
@@ -79,7 +123,14 @@ def record(out: Path) -> None:
             np.savez_compressed(
                 out / f"{layout}-{name}.npz", **{"in.weight": raw, "out.matrix": found}, **arrays
             )
+    for name, arrays in inputs():
+        np.savez_compressed(out / f"inputs-{name}.npz", **arrays)
+    with tempfile.TemporaryDirectory() as folder:
+        if exported is None:
+            exported = Path(folder)
+            export("ultra", IDS, "bfloat16", exported)
+        np.savez_compressed(out / "four_over_six-expert.npz", **four_over_six(exported))
 
 
 if __name__ == "__main__":
-    record(Path(sys.argv[1]))
+    record(*map(Path, sys.argv[1:]))
