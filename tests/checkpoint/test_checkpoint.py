@@ -14,6 +14,7 @@ from refengine.spec.model import Model
 from refengine.spec.ops import numpy_backend
 from refengine.spec.tensors import table
 from tests.support.checkpoints import CONFIGS, alter, alter_json, expected, random_checkpoint
+from tests.support.tries import thorough
 from tools import releases
 
 LAYOUTS = {
@@ -109,7 +110,9 @@ def test_a_tensor_at_an_odd_offset_is_read_right(tmp_path):
         assert np.array_equal(value, expected(row, cfg, dtype="F32"))
 
 
-@pytest.mark.parametrize(("name", "shards", "tensors"), [("nano", 13, 6243), ("ultra", 100, 51023)])
+@pytest.mark.parametrize(
+    ("name", "shards", "tensors"), [("nano", 13, 6243), *thorough(("ultra", 100, 51023))]
+)
 def test_opening_takes_a_few_calls_a_tensor(name, shards, tensors, tmp_path, record_property):
     """Calls are counted instead of seconds, because they do not depend on the load of the machine."""
     write_sparse(tmp_path, releases.CONFIGS[name], shards=shards)

@@ -92,6 +92,13 @@ ALL = [pytest.param(how, id=how.name) for how in cpu] + [
 EXACT = [p for p in ALL if p.values[0].dtype == "float32"]
 on = partial(pytest.mark.parametrize, "how")
 on_all, on_exact = on(ALL), on(EXACT)
+# For laws that refengine.conformance has too, and checks in float32 in the default tier.
+on_others = on(
+    [
+        pytest.param(*p.values, id=p.id, marks=[*p.marks, pytest.mark.thorough]) if p in EXACT else p
+        for p in ALL
+    ]
+)
 
 # A line for tests/support/benches.py: BENCHES |= TORCH puts these under every law of the project.
 TORCH = {how.name: how for how in cpu if how.dtype == "float32"}

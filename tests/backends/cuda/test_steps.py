@@ -16,6 +16,7 @@ from refengine.spec import state as spec_state
 from refengine.spec.model import Model
 from refengine.spec.ops import numpy_backend
 from tests.support.cuda_device import device, emulated, needs_compiler, on_address, sanitized  # noqa: F401
+from tests.support.tries import thorough
 from tools.cuda.emulator import EmulatedDevice
 
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7}
@@ -55,7 +56,8 @@ def told(device, dtype: str = "float32"):  # noqa: F811
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", *thorough("bfloat16")])
 def test_the_order_of_threads_changes_no_bit(dtype):
     one, other = (told(EmulatedDevice(seed), dtype) for seed in (1, 2))
     assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
@@ -63,7 +65,7 @@ def test_the_order_of_threads_changes_no_bit(dtype):
 
 @pytest.mark.slow
 @on_address
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("dtype", ["float32", *thorough("bfloat16")])
 def test_no_sanitizer_finds_anything_in_the_whole_model(sanitized, dtype):  # noqa: F811
     for ours, plain in zip(told(sanitized, dtype), told(emulated(), dtype), strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-4 if dtype == "float32" else 0.05)

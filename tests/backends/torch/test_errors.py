@@ -19,16 +19,21 @@ from refengine.conformance.cases import Case
 from refengine.conformance.truth import truth
 from refengine.spec.model import Model
 from tests.support.torch_benches import Torch, needs_cuda
+from tests.support.tries import thorough
 
 LAYERS = ("M", "*", "E", "-", "M*", "ME", "M*E-", "MEM*E", "MM-*-", "MEMEM*EME", "M-M-M*-M-", "EEM*M")
 BAR, SINGLE = 1.1, 1.5  # of our error over theirs: the geometric mean, and each case without a near-tie
 # a margin of the router that rounding may overcome
 CLOSE = {"float32": 1e-5, "float16": 0.004, "bfloat16": 0.03}
-BENCHES = [
+CPU = [
     Torch("torch-float32", "float32"),
-    Torch("torch-float16", "float16"),
     Torch("torch-bfloat16", "bfloat16", "float32"),
     Torch("torch-bfloat16-units", "bfloat16", "bfloat16"),
+    Torch("torch-float16", "float16"),
+]
+BENCHES = [
+    *CPU[:2],
+    *thorough(*CPU[2:]),
     pytest.param(Torch("cuda-bfloat16", "bfloat16", device="cuda"), marks=[pytest.mark.gpu, needs_cuda]),
 ]
 
@@ -106,7 +111,7 @@ def test_errors_on_models_as_transformers_initialises_them(record_property):
 
 
 def main() -> None:
-    for how in (how for how in BENCHES if isinstance(how, Torch)):
+    for how in CPU:
         head = ("experts", "ours", "a token at a time", "transformers", "ratio", "")
         print("", f"| {how.name} | {' | '.join(head)} |", "|---|---|---|---|---|---|---|", sep="\n")
         for case in cases():

@@ -43,7 +43,7 @@ def test_a_function_that_one_side_lacks_is_a_sentence():
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "file, old, new, named",
     [
@@ -54,13 +54,7 @@ def test_a_function_that_one_side_lacks_is_a_sentence():
             "FIELD(float, scale) FIELD(float, more)",
             "structure Attention",
         ),
-        pytest.param(
-            "mixers.cpp",
-            "double* taken,",
-            "double* taken, int more,",
-            "function step",
-            marks=pytest.mark.thorough,
-        ),
+        ("mixers.cpp", "double* taken,", "double* taken, int more,", "function step"),
     ],
 )
 def test_the_user_gets_the_sentence(file, old, new, named, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from refengine.conformance.cases import CUTS, cases, cut, terms
 from refengine.conformance.truth import truth_of
 from refengine.spec import state as spec_state
 from refengine.spec.model import Model
-from tests.support.torch_benches import TRUTH, on_all
+from tests.support.torch_benches import TRUTH, on_others
 from tests.support.tries import tries
 
 CASES = cases(max_length=14, n_routed_experts=9, num_experts_per_tok=9, n_group=1)
@@ -41,7 +41,7 @@ def same(how, case, logits, expected, ids=None):
     how.near(logits, expected, terms(case.cfg, case.length) if len(expected) else 1, stretch=stretch)
 
 
-@on_all
+@on_others
 @tries(12, 5)
 @given(case=CASES, cuts=CUTS)
 def test_stopping_and_resuming_changes_nothing(how, case, cuts):
@@ -53,7 +53,7 @@ def test_stopping_and_resuming_changes_nothing(how, case, cuts):
     same(how, case, np.concatenate(pieces, axis=1), np.array(truth(case, ids)))
 
 
-@on_all
+@on_others
 @tries(12, 5)
 @given(case=CASES, cuts=CUTS)
 def test_padding_is_invisible(how, case, cuts):
@@ -69,7 +69,7 @@ def test_padding_is_invisible(how, case, cuts):
         same(how, case, np.concatenate(got[row]), expected[: n[row]])
 
 
-@on_all
+@on_others
 @tries(12, 5)
 @given(case=CASES, order=st.permutations(range(3)))
 def test_sequences_join_and_leave_a_batch(how, case, order):
@@ -84,7 +84,7 @@ def test_sequences_join_and_leave_a_batch(how, case, order):
     same(how, case, logits, expected[order[-1:], half:])
 
 
-@on_all
+@on_others
 @tries(12, 5)
 @given(case=CASES)
 def test_forks_do_not_disturb_each_other(how, case):
@@ -103,7 +103,7 @@ def test_forks_do_not_disturb_each_other(how, case):
         same(how, case, np.concatenate(logits, 1), np.array(truth(case, future))[:, half:], future)
 
 
-@on_all
+@on_others
 @tries(12, 5)
 @given(case=CASES, row=st.integers(0, 2))
 def test_a_sequence_takes_the_place_of_another(how, case, row):

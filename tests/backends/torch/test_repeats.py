@@ -7,6 +7,7 @@ from refengine.conformance.cases import Case
 from refengine.spec.model import Model
 from tests.backends.torch.test_laws import step
 from tests.support.torch_benches import torch
+from tests.support.tries import thorough
 
 from refengine.backends.pytorch import torch_backend  # isort: skip
 
@@ -20,8 +21,11 @@ def threads_as_they_were():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["loops", "plain"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "dtype, compiled",
+    [("float32", False), ("bfloat16", True), *thorough(("float32", True), ("bfloat16", False))],
+)
 def test_two_threads_give_the_same_bits_every_time(threads_as_they_were, dtype, compiled):
     """A prompt in two chunks, then a token at a time, with rows of different lengths."""
     backend = torch_backend(dtype, threads=2, deterministic=True, compiled=compiled)
