@@ -8,7 +8,8 @@
     interface  what Python and C++ both declare   arrays     addresses of NumPy's and PyTorch's arrays
     memory     buffers of results, for reuse
 
-Weights are float32, float16, bfloat16 or packed, as the file has them; everything else is float32.
+Weights are float32, float16, bfloat16 or packed, as the file has them; everything else is float32. Few rows
+beside packed weights are integers of 24 bits with a scale for a block, or of 16 where the dtype is not float32.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def cpu_backend(
     if built is None:
         raise InputError("the cpu backend needs a C++ compiler; use --backend numpy")
     stored = Stored(KV_DTYPES[kv or ("bfloat16" if dtype == "bfloat16" else "float32")])
-    verbs = Verbs(built, threads, steady)
+    verbs = Verbs(built, threads, steady, planes=3 if dtype == "float32" else 2)
     steps = Steps(built, verbs.run)
     return Backend(
         name="cpu",

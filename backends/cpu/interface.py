@@ -30,7 +30,7 @@ SIGNATURES = {
     "replay": "pppppp",
 }
 FIELDS = {
-    "Run": "threads:n steady:n",
+    "Run": "threads:n steady:n planes:n",
     "Matrix": "at:p kind:i scale:p factor:f",
     "Norm": "weight:p d:i eps:f",
     "Mamba": "norm:Norm in_proj:Matrix out_proj:Matrix conv:p conv_bias:p A_log:p D:p dt_bias:p gate:p "

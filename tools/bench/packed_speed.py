@@ -2,7 +2,7 @@
 
     python -m tools.bench.packed_speed MID NAME=MODEL[,FILE.gguf] ... [--llama LLAMA_BENCH] [--rounds 5]
         [--own-time] [--tasks decode,batch,prefill]
-    python -m tools.bench.packed_speed --products [--threads 1] [--kinds NVFP4,q4_k] [--rounds 5]
+    python -m tools.bench.packed_speed --products [--threads 1] [--kinds NVFP4,q4_k] [--dtype bfloat16]
 
 The first prints tokens/s of decoding (one sequence and eight) and of a prompt of 512 tokens: of MID, which is
 in bfloat16, of each MODEL (a directory or a GGUF file), and of llama.cpp on FILE.gguf (by default MODEL where
@@ -60,13 +60,13 @@ def random_weights(kind: str):
     return blocks.Blocks(form, codes(outs, n // form.columns * form.nbytes))
 
 
-def products(threads: int, rounds: int, kinds: list[str]) -> None:
+def products(threads: int, rounds: int, kinds: list[str], dtype: str = "float32") -> None:
     """Print G weights/s, and GB/s for one row, of the best of alternating runs."""
     clock = time.thread_time if threads == 1 else time.perf_counter
     from refengine.backends.cpu import cpu_backend
     from refengine.backends.cpu.arrays import BLOCKS, PACKED
 
-    linear, rng = cpu_backend("float32", threads).ops.linear, np.random.default_rng(1)
+    linear, rng = cpu_backend(dtype, threads).ops.linear, np.random.default_rng(1)
     kinds = ["bfloat16", *(kinds or [*PACKED, *BLOCKS])]
     made = {kind: random_weights(kind) for kind in kinds}
     copies: dict[str, list] = {}
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("others", nargs="*", help="NAME=MODEL or NAME=MODEL,FILE.gguf")
     parser.add_argument("--products", action="store_true")
     parser.add_argument("--kinds", default="", help="of --products, with commas between them")
+    parser.add_argument("--dtype", default="float32", help="of --products: float32 or bfloat16")
     parser.add_argument("--llama", help="the program llama-bench")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
@@ -181,7 +182,8 @@ def main() -> None:
     arguments = parser.parse_args()
     threads, rounds = arguments.threads, arguments.rounds
     if arguments.products:
-        return products(threads, rounds, [kind for kind in arguments.kinds.split(",") if kind])
+        kinds = [kind for kind in arguments.kinds.split(",") if kind]
+        return products(threads, rounds, kinds, arguments.dtype)
     if not arguments.model:
         parser.error("name the model in bfloat16, or --products")
     names = {"bfloat16": arguments.model} | dict(other.split("=", 1) for other in arguments.others)

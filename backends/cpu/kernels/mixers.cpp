@@ -30,7 +30,7 @@ template <class F>
 static void each(const Sequences& of, i64 work, const Run& run, const F& f) {
     std::vector<i64> ends(of.b + 1, 0);
     for (i64 s = 0; s < of.b; s++) ends[s + 1] = ends[s] + (of.count ? of.count[s] : 1);
-    const Run one{1, run.steady};
+    const Run one{1, run.steady, run.planes};
     auto call = [&](i64 s, const Run& run) {
         if (const i64 l = ends[s + 1] - ends[s]) f(s, ends[s], l, run);
     };
@@ -97,7 +97,7 @@ static void attention(const Attention& w, const Sequences& of, float* x, const f
     if (even)
         attend(q.get(), q_width, cache, of.length, w.scale, y.get(), of.b, n / of.b, w.heads, w.kv, e, run);
     else
-        each(of, 0, {1, run.steady}, [&](i64 s, i64 at, i64 l, const Run&) {
+        each(of, 0, {1, run.steady, run.planes}, [&](i64 s, i64 at, i64 l, const Run&) {
             Cache own = cache;
             own.pages += s * cache.count;
             attend(&q[at * q_width], q_width, own, of.length + s, w.scale, &y[at * q_width], 1, l, w.heads, w.kv, e, run);

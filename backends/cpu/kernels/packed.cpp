@@ -18,6 +18,7 @@ namespace {
 
 typedef uint8_t bytes __attribute__((vector_size(32)));
 typedef uint8_t bytes16 __attribute__((vector_size(16)));
+typedef uint16_t pairs __attribute__((vector_size(32)));  // of bytes
 typedef int32_t eight_ints __attribute__((vector_size(32)));
 typedef float eight __attribute__((vector_size(32)));
 
@@ -149,9 +150,8 @@ struct Q5_K {
     static constexpr bool LEAST = true, MIXED = false, SUMS = true;
     static INLINE Columns read(const uint8_t* b, i64 part) {
         const bytes q = load<bytes>(b + 48 + part / 2 * 32), high = load<bytes>(b + 16);
-        const uint8_t mask = 1 << part;
-        const bytes bit = high & (bytes{} + mask);
-        Columns found = {(part % 2 ? q >> 4 : q & 15) | ((bytes)(bit != 0) & 16), {}, 0};
+        const bytes fifth = (bytes)(part < 4 ? (pairs)high << (4 - part) : (pairs)high >> (part - 4)) & 16;
+        Columns found = {(part % 2 ? q >> 4 : q & 15) | fifth, {}, 0};
         six(b, part, found);
         return found;
     }
@@ -368,33 +368,42 @@ void dequantize(const Matrix& w, i64 n, i64 row, i64 from, i64 count, float* to)
 
 #ifndef INTEGERS
 
-i64 integers_room(i64, i64) { return 0; }
-void to_integers(i64, const float*, i64, float*) {}
-void integer_products(const Matrix&, i64, i64, i64, const float* const*, i64, float*) {}
+i64 integers_room(i64, i64, int) { return 0; }
+void to_integers(i64, const float*, i64, int, float*) {}
+void integer_products(const Matrix&, i64, i64, i64, const float* const*, i64, int, float*) {}
 bool float_products(const Matrix&, i64, i64, i64, const float* const*, i64, float*) { return false; }
 
 #else
 
 namespace {
 
-// 32 columns of x: x[j] = scale (65536 plane[0][j] + 256 plane[1][j] + plane[2][j]), in the order of the codes. Two
-// of these share a scale; the first has the sums of both, eight columns of x in each lane, in the form of the kind.
+// Columns of x that share a scale, 64 to a piece: x[j] = scale (65536 plane[0][j] + 256 plane[1][j] + plane[2][j]), or
+// scale (256 plane[0][j] + plane[1][j]) with P = 2.
+constexpr i64 SHARED = 256;
+
+// 64 columns of x in the order of the codes of two vectors, and their sums, eight columns in each lane, in the form of
+// the kind.
+template <int P>
 struct Integers {
-    int8_t plane[3][32];
+    int8_t first[P][32], second[P][32];
     union {
         int32_t bias[8];   // sum of x times the offset of the codes
         float sum[8];      // sum of x, for the least values
     };
     float scale, unused[7];
 };
-// 256 columns of x with one scale.
-struct Wide {
-    int8_t plane[3][256];
-    int16_t sums[3][16];  // sums of 16 columns of each plane
+struct Shorts {  // SHARED columns beside signed codes: x[j] = scale number[j]
+    int16_t number[SHARED];
+    float scale, unused[7];
+};
+template <int P>
+struct Wide {  // SHARED columns
+    int8_t plane[P][256];
+    int16_t sums[P][16];  // sums of 16 columns of each plane, first the even ones, then the odd ones
     float sum[8];         // sums of 32 columns of x
     float scale, unused[7];
 };
-constexpr float LARGEST = 8355000;  // slightly less than three planes can hold
+constexpr float LARGEST[4] = {0, 0, 32630, 8355000};  // slightly less than so many planes can hold
 
 INLINE __m256i load8(const void* at) { return _mm256_loadu_si256((const __m256i*)at); }
 
@@ -407,8 +416,8 @@ INLINE float added(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(all, _mm_movehdup_ps(all)));
 }
 
-// Return the scale of numbers whose largest magnitude this is; NaN if one of them is not finite.
-float scale_of(const float* x, i64 count) {
+// Return the scale of `count` numbers, a multiple of 8, in so many planes; NaN if one of them is not finite.
+float scale_of(const float* x, i64 count, int planes) {
     __m256 largest = _mm256_setzero_ps(), bad = largest;
     for (i64 j = 0; j < count; j += 8) {
         const __m256 v = _mm256_loadu_ps(x + j);
@@ -418,17 +427,18 @@ float scale_of(const float* x, i64 count) {
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(largest), _mm256_extractf128_ps(largest, 1));
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     const float most = std::max(four[0], four[1]), wrong = added(bad);
-    return most < 1e-30f ? wrong : most / LARGEST + wrong;
+    return most < 1e-30f ? wrong : most / LARGEST[planes] + wrong;
 }
 
-// Write 32 columns of x as three planes `step` bytes apart; return the eight sums of four columns.
+// Write 32 columns of x as P planes `step` bytes apart; return the eight sums of four columns.
+template <int P>
 INLINE __m256i planes_of(const float* x, float scale, int8_t* to, i64 step) {
     const __m256 up = _mm256_set1_ps(scale > 0 ? 1 / scale : 0);
     const __m256i low = _mm256_set1_epi32(255), round = _mm256_set1_epi32(128);
     __m256i v[4];
     for (int i = 0; i < 4; i++) v[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), up));
     const __m256i sums = in_order(_mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3])));
-    for (int plane = 2; plane >= 0; plane--) {
+    for (int plane = P - 1; plane >= 0; plane--) {
         __m256i digit[4];
         for (int i = 0; i < 4; i++) {
             digit[i] = _mm256_and_si256(v[i], low);
@@ -441,48 +451,72 @@ INLINE __m256i planes_of(const float* x, float scale, int8_t* to, i64 step) {
     return sums;
 }
 
-// Split 64 columns of x into planes, for codes with this offset; a negative offset: keep the sums of x.
-void pair_of(const float* first, const float* second, float scale, int offset, Integers* to) {
-    const __m256i sums = _mm256_add_epi32(planes_of(first, scale, to[0].plane[0], 32),
-                                          planes_of(second, scale, to[1].plane[0], 32));
-    const __m256i bias = _mm256_mullo_epi32(sums, _mm256_set1_epi32(offset));
-    const __m256 sum = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), _mm256_set1_ps(scale));
-    if (offset < 0) memcpy(to->sum, &sum, sizeof sum);
-    else memcpy(to->bias, &bias, sizeof bias);
-    to->scale = scale;
+void shorts_of(const float* x, Shorts& to) {
+    to.scale = scale_of(x, SHARED, 2);
+    const __m256 up = _mm256_set1_ps(to.scale > 0 ? 1 / to.scale : 0);
+    for (int i = 0; i < SHARED; i += 16) {
+        const __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), up));
+        const __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8), up));
+        const __m256i all = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+        _mm256_storeu_si256((__m256i*)(to.number + i), all);
+    }
 }
 
-void wide_of(const float* x, Wide& to) {
-    to.scale = scale_of(x, 256);
+// Split 64 columns of x into planes, for codes with this offset; a negative offset: keep the sums of x.
+template <int P>
+void piece_of(const float* first, const float* second, float scale, int offset, Integers<P>& to) {
+    const __m256i sums = _mm256_add_epi32(planes_of<P>(first, scale, to.first[0], 32),
+                                          planes_of<P>(second, scale, to.second[0], 32));
+    const __m256i bias = _mm256_mullo_epi32(sums, _mm256_set1_epi32(offset));
+    const __m256 sum = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), _mm256_set1_ps(scale));
+    if (offset < 0) memcpy(to.sum, &sum, sizeof sum);
+    else memcpy(to.bias, &bias, sizeof bias);
+    to.scale = scale;
+}
+
+template <int P>
+void wide_of(const float* x, Wide<P>& to) {
+    to.scale = scale_of(x, SHARED, P);
     for (int i = 0; i < 8; i++) {
-        const __m256i sums = planes_of(x + 32 * i, to.scale, to.plane[0] + 32 * i, 256);
+        const __m256i sums = planes_of<P>(x + 32 * i, to.scale, to.plane[0] + 32 * i, SHARED);
         to.sum[i] = added(_mm256_cvtepi32_ps(sums)) * to.scale;
     }
-    for (int plane = 0; plane < 3; plane++)
+    for (int plane = 0; plane < P; plane++)
         for (int i = 0; i < 16; i++) {
             int sum = 0;
             for (int j = 0; j < 16; j++) sum += to.plane[plane][16 * i + j];
-            to.sums[plane][i] = sum;
+            to.sums[plane][i / 2 + i % 2 * 8] = sum;
         }
 }
 
-// acc += scale (sums of products of codes and x); only the last step rounds.
-template <bool BIAS>
-INLINE __m256 multiplied(__m256i high, __m256i middle, __m256i low, const Integers& x, __m256 scale, __m256 acc) {
+// Return the sums of products of 64 codes and x, eight in each lane; they are exact.
+template <bool BIAS, int P>
+INLINE __m256 products_of(__m256i first, __m256i second, const Integers<P>& x) {
     const __m256i ones = _mm256_set1_epi16(1), up = _mm256_set1_epi16(256);
-    const __m256i upper = _mm256_add_epi32(_mm256_madd_epi16(high, up), _mm256_madd_epi16(middle, ones));
-    __m256i lower = _mm256_madd_epi16(low, ones);
-    if (BIAS) lower = _mm256_sub_epi32(lower, load8(x.bias));
-    const __m256i sum = _mm256_add_epi32(_mm256_slli_epi32(upper, 8), lower);
-    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(scale, _mm256_set1_ps(x.scale)), acc);
+    __m256i plane[P];
+    for (int i = 0; i < P; i++)
+        plane[i] = _mm256_add_epi16(_mm256_maddubs_epi16(first, load8(x.first[i])),
+                                    _mm256_maddubs_epi16(second, load8(x.second[i])));
+    __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(plane[0], up), _mm256_madd_epi16(plane[1], ones));
+    if (P == 3) sum = _mm256_add_epi32(_mm256_slli_epi32(sum, 8), _mm256_madd_epi16(plane[P - 1], ones));
+    if (BIAS) sum = _mm256_sub_epi32(sum, load8(x.bias));
+    return _mm256_cvtepi32_ps(sum);
 }
-template <bool BIAS>
-INLINE __m256 multiplied(__m256i first, __m256i second, const Integers* x, __m256 scale, __m256 acc) {
-    __m256i plane[3];
-    for (int i = 0; i < 3; i++)
-        plane[i] = _mm256_add_epi16(_mm256_maddubs_epi16(first, load8(x[0].plane[i])),
-                                    _mm256_maddubs_epi16(second, load8(x[1].plane[i])));
-    return multiplied<BIAS>(plane[0], plane[1], plane[2], x[0], scale, acc);
+
+// Call group(piece, how many, acc) for all pieces, one or two at a time; acc[r] collects sums in units of the scale
+// of x[r].
+template <int R, int P, class Group>
+INLINE void scaled(i64 pieces, const Integers<P>* const* x, __m256* acc, Group group) {
+    typedef std::integral_constant<i64, 1> One;
+    typedef std::integral_constant<i64, 2> Two;
+    for (i64 p = 0; p < pieces;) {
+        __m256 here[R] = {};
+        const i64 from = p, to = std::min(pieces, p + SHARED / 64);
+        for (; p + 2 <= to; p += 2) group(p, Two(), here);
+        if (p < to) group(p++, One(), here);
+        for (int r = 0; r < R; r++)
+            acc[r] = _mm256_fmadd_ps(here[r], _mm256_set1_ps(x[r][from].scale), acc[r]);
+    }
 }
 
 // Return the float16 numbers at a and b, of two blocks, four times each.
@@ -517,13 +551,13 @@ INLINE void codes_of_two(const uint8_t* a, const uint8_t* b, __m256i& first, __m
 }
 
 // out[r] = x[r] . w[row], for blocks of 32 columns, two at a time
-template <class K, int R>
-void dots_of_32(const Matrix& w, i64 n, i64 row, const Integers* const* x, float* out) {
-    __m256 acc[R] = {};
+template <class K, int R, int P>
+void dots_of_32(const Matrix& w, i64 n, i64 row, const Integers<P>* const* x, float* out) {
+    __m256 acc[R] = {}, least[R] = {};
     const uint8_t* a = (const uint8_t*)w.at + row * (n / 32) * K::BYTES;
-    for (i64 p = 0; p < n / 32; p += 2, a += 2 * K::BYTES) {
-        _mm_prefetch((const char*)a + 1024, _MM_HINT_T0);
-        const uint8_t* b = p + 1 < n / 32 ? a + K::BYTES : a;  // if the last block is alone, x is 0 for the second
+    const uint8_t* last = a + (n / 32 - 1) * K::BYTES;
+    auto piece = [&](const uint8_t* a, i64 p, __m256* acc) __attribute__((always_inline)) {
+        const uint8_t* b = a == last ? a : a + K::BYTES;  // if the last block is alone, x is 0 for the second
         __m256i first, second;
         codes_of_two<K>(a, b, first, second);
         __m256 scale;
@@ -532,11 +566,17 @@ void dots_of_32(const Matrix& w, i64 n, i64 row, const Integers* const* x, float
         else
             scale = halves_of(a, b);
         for (int r = 0; r < R; r++) {
-            acc[r] = multiplied<!K::LEAST>(first, second, x[r] + p, scale, acc[r]);
-            if (K::LEAST) acc[r] = _mm256_fmadd_ps(halves_of(a + 2, b + 2), _mm256_loadu_ps(x[r][p].sum), acc[r]);
+            acc[r] = _mm256_fmadd_ps(products_of<!K::LEAST>(first, second, x[r][p]), scale, acc[r]);
+            if (K::LEAST) least[r] = _mm256_fmadd_ps(halves_of(a + 2, b + 2), _mm256_loadu_ps(x[r][p].sum), least[r]);
         }
-    }
-    for (int r = 0; r < R; r++) out[r] = added(acc[r]) * w.factor;
+    };
+    scaled<R, P>((n + 63) / 64, x, acc, [&](i64 p, auto count, __m256* acc) __attribute__((always_inline)) {
+        for (i64 i = 0; i < count; i++, a += 2 * K::BYTES) {
+            _mm_prefetch((const char*)a + 1024, _MM_HINT_T0);
+            piece(a, p + i, acc);
+        }
+    });
+    for (int r = 0; r < R; r++) out[r] = added(_mm256_add_ps(acc[r], least[r])) * w.factor;
 }
 
 // Unpack the eight scales and least values of q4_k and q5_k, 6 bits each, into 16-bit integers.
@@ -548,42 +588,46 @@ INLINE void sixes(const uint8_t* s, __m128i& scale, __m128i& least) {
     least = _mm_cvtepu8_epi16(_mm_cvtsi64_si128((b & 0x3f3f3f3f) | (uint64_t)leasts << 32));
 }
 
-// The same for blocks of 256 columns. Their scales are integers too, so that sums within a block are exact.
-template <class K, int R>
-void dots_of_256(const Matrix& w, i64 n, i64 row, const Wide* const* x, float* out) {
+// The same for blocks of 256 columns. Their scales are integers too, so that sums within a block are exact. Two planes
+// have one sum if the scales are below 64: 32 products in each lane, below 32 x 32640 x 64 x 32 = 2^31.
+template <class K, int R, int P>
+void dots_of_256(const Matrix& w, i64 n, i64 row, const Wide<P>* const* x, float* out) {
     __m256 acc[R] = {};
     const uint8_t* b = (const uint8_t*)w.at + row * (n / 256) * K::BYTES;
     for (i64 p = 0; p < n / 256; p++, b += K::BYTES) {
         for (i64 line = 0; line < K::BYTES; line += 64) _mm_prefetch((const char*)b + 1024 + line, _MM_HINT_T0);
-        __m256i sum[R][3] = {}, scales;  // scales: those of the parts, as 16-bit integers
+        constexpr bool ONE = P == 2 && !K::MIXED;
+        __m256i sum[R][ONE ? 1 : P] = {}, scales;  // scales: of the parts, 16-bit, in each half those of its columns
         __m128i scale, least;
         if (K::MIXED)
-            scales = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(b + 192)));
+            scales = _mm256_cvtepi8_epi16(
+                _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)(b + 192)),
+                                 _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)));
         else
             sixes(b + 4, scale, least), scales = _mm256_broadcastsi128_si256(scale);
-        alignas(32) int16_t kept[16];
-        _mm256_store_si256((__m256i*)kept, scales);
+        const __m256i scales_up = _mm256_slli_epi16(scales, 8);
 #pragma GCC unroll 8
         for (i64 part = 0; part < 8; part++) {
             const __m256i code = (__m256i)K::read(b, part).code;
-            __m256i each = _mm256_set1_epi16(kept[K::MIXED ? 2 * part : part]);
-            if (K::MIXED) each = _mm256_inserti128_si256(each, _mm_set1_epi16(kept[2 * part + 1]), 1);
+            const __m256i place = _mm256_set1_epi16(0x100 + 0x202 * part);
+            const __m256i each = _mm256_shuffle_epi8(scales, place), up = _mm256_shuffle_epi8(scales_up, place);
             for (int r = 0; r < R; r++)
-                for (int i = 0; i < 3; i++)
-                    sum[r][i] = _mm256_add_epi32(
-                        sum[r][i],
-                        _mm256_madd_epi16(_mm256_maddubs_epi16(code, load8(x[r][p].plane[i] + 32 * part)), each));
+                for (int i = 0; i < P; i++) {
+                    __m256i& to = sum[r][ONE ? 0 : i];
+                    const __m256i products = _mm256_maddubs_epi16(code, load8(x[r][p].plane[i] + 32 * part));
+                    to = _mm256_add_epi32(to, _mm256_madd_epi16(products, ONE && i == 0 ? up : each));
+                }
         }
         for (int r = 0; r < R; r++) {
-            const Wide& here = x[r][p];
+            const Wide<P>& here = x[r][p];
             if (K::OFFSET)
-                for (int i = 0; i < 3; i++) {
+                for (int i = 0; i < P; i++) {
                     const __m256i sums = _mm256_madd_epi16(load8(here.sums[i]), scales);
                     sum[r][i] = _mm256_sub_epi32(sum[r][i], _mm256_mullo_epi32(sums, _mm256_set1_epi32(K::OFFSET)));
                 }
-            __m256 all = _mm256_cvtepi32_ps(sum[r][2]);
-            all = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][1]), _mm256_set1_ps(256), all);
-            all = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][0]), _mm256_set1_ps(65536), all);
+            __m256 all = _mm256_cvtepi32_ps(sum[r][0]);
+            for (int i = 1; i < (ONE ? 1 : P); i++)
+                all = _mm256_fmadd_ps(all, _mm256_set1_ps(256), _mm256_cvtepi32_ps(sum[r][i]));
             const float d = half_at(b + (K::MIXED ? 208 : 0));
             acc[r] = _mm256_fmadd_ps(all, _mm256_set1_ps(d * here.scale), acc[r]);
             if (K::LEAST) {
@@ -596,39 +640,78 @@ void dots_of_256(const Matrix& w, i64 n, i64 row, const Wide* const* x, float* o
     for (int r = 0; r < R; r++) out[r] = added(acc[r]) * w.factor;
 }
 
-// The same for both forms of NVFP4, 64 columns at a time. The low halves of the bytes are multiplied with one piece of
-// x and the high halves with the next, so that both have the same scales in the same lanes.
-template <bool APART, int R>
-void dots_of_nvfp4(const Matrix& w, i64 n, i64 row, const Integers* const* x, float* out) {
+// The same for both forms of NVFP4, 64 columns at a time. The low halves of the bytes are multiplied with the first
+// columns of a piece and the high halves with the second, so that both have the same scales in the same lanes.
+template <bool APART, int R, int P>
+void dots_of_nvfp4(const Matrix& w, i64 n, i64 row, const Integers<P>* const* x, float* out) {
     const uint8_t* codes = (const uint8_t*)w.at + (APART ? row * (n / 2) : row * (n / 64) * 36 + 4);
     const uint8_t* scales = APART ? w.scale + row * (n / 16) : codes - 4;
-    const i64 codes_step = APART ? 32 : 36, scales_step = APART ? 4 : 36;
+    constexpr i64 codes_step = APART ? 32 : 36, scales_step = APART ? 4 : 36;
     const __m256i table = (__m256i)twice(E2M1), low = _mm256_set1_epi8(15);
-    const __m128i spread = _mm_setr_epi8(-1, 0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3);
-    __m256 acc[R] = {};
-    auto group = [&](const uint8_t* code, const uint8_t* scale, i64 p) __attribute__((always_inline)) {
-        const __m256i q = load8(code);
-        const __m256i first = _mm256_shuffle_epi8(table, _mm256_and_si256(q, low));
-        const __m256i second = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(q, 4), low));
-        __m128i s = _mm_cvtsi32_si128(load<int32_t>(scale));
+    const __m256i lanes[2] = {_mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3), _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7)};
+    auto group = [&](i64 p, auto count, const uint8_t* code, const uint8_t* scale, __m256* acc)
+                     __attribute__((always_inline)) {
+        __m128i s = count == 2 && APART ? _mm_loadu_si64(scale) : _mm_cvtsi32_si128(load<int32_t>(scale));
+        if (count == 2 && !APART) s = _mm_insert_epi32(s, load<int32_t>(scale + scales_step), 1);
         if (!APART) {  // GGUF: the sign is ignored, and a NaN counts as 0
             s = _mm_and_si128(s, _mm_set1_epi8(0x7f));
             s = _mm_andnot_si128(_mm_cmpeq_epi8(s, _mm_set1_epi8(0x7f)), s);
         }
-        const __m256 each = _mm256_cvtph_ps(_mm_srli_epi16(_mm_shuffle_epi8(s, spread), 1));
-        for (int r = 0; r < R; r++) acc[r] = multiplied<true>(first, second, x[r] + p, each, acc[r]);
+        const __m256 all = _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(s), 7));
+        for (i64 i = 0; i < count; i++) {
+            const __m256i q = load8(code + i * codes_step);
+            const __m256i first = _mm256_shuffle_epi8(table, _mm256_and_si256(q, low));
+            const __m256i second = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(q, 4), low));
+            const __m256 each = _mm256_permutevar8x32_ps(all, lanes[i]);
+            for (int r = 0; r < R; r++)
+                acc[r] = _mm256_fmadd_ps(products_of<true>(first, second, x[r][p + i]), each, acc[r]);
+        }
     };
-    i64 p = 0;
-    for (; 32 * p + 64 <= n; p += 2, codes += codes_step, scales += scales_step) {
+    __m256 acc[R] = {};
+    scaled<R, P>(n / 64, x, acc, [&](i64 p, auto count, __m256* acc) __attribute__((always_inline)) {
         _mm_prefetch((const char*)codes + 1024, _MM_HINT_T0);
-        group(codes, scales, p);
-    }
-    if (32 * p < n) {  // less than 64 columns are left, in modelopt's form only
+        group(p, count, codes, scales, acc);
+        codes += count * codes_step, scales += count * scales_step;
+    });
+    if (n % 64) {  // in modelopt's form only
         uint8_t code[32] = {}, scale[4] = {};
-        memcpy(code, codes, (n - 32 * p) / 2), memcpy(scale, scales, (n - 32 * p) / 16);
-        group(code, scale, p);
+        memcpy(code, codes, n % 64 / 2), memcpy(scale, scales, n % 64 / 16);
+        __m256 here[R] = {};
+        group(n / 64, std::integral_constant<i64, 1>(), code, scale, here);
+        for (int r = 0; r < R; r++) acc[r] = _mm256_fmadd_ps(here[r], _mm256_set1_ps(x[r][n / 64].scale), acc[r]);
     }
     for (int r = 0; r < R; r++) out[r] = added(acc[r]) * (w.factor * 128);  // 2^8 for the scales, 1/2 for the codes
+}
+
+// The same for kinds with signed codes.
+template <class K, int R>
+void dots_of_signed(const Matrix& w, i64 n, i64 row, const Shorts* const* x, float* out) {
+    __m256 acc[R] = {};
+    const uint8_t* block = (const uint8_t*)w.at + row * (n / 32) * K::BYTES;
+    for (i64 p = 0; SHARED * p < n; p++) {
+        __m256 here[R] = {};
+        const i64 count = std::min(SHARED, n - SHARED * p);
+        for (i64 j = 0; j < count; j += 32, block += K::BYTES) {
+            _mm_prefetch((const char*)block + 1024, _MM_HINT_T0);
+            __m128i half[2];
+            if constexpr (std::is_same<K, blocks::Q8_0>::value)
+                memcpy(half, block + 2, 32);
+            else {
+                const bytes code = K::read(block, 0).code;
+                memcpy(half, &code, 32);
+            }
+            const __m256i first = _mm256_cvtepi8_epi16(half[0]), second = _mm256_cvtepi8_epi16(half[1]);
+            const __m256 scale = _mm256_set1_ps(half_at(block));
+            for (int r = 0; r < R; r++) {
+                const int16_t* at = x[r][p].number + j;
+                const __m256i sum =
+                    _mm256_add_epi32(_mm256_madd_epi16(first, load8(at)), _mm256_madd_epi16(second, load8(at + 16)));
+                here[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, here[r]);
+            }
+        }
+        for (int r = 0; r < R; r++) acc[r] = _mm256_fmadd_ps(here[r], _mm256_set1_ps(x[r][p].scale), acc[r]);
+    }
+    for (int r = 0; r < R; r++) out[r] = added(acc[r]) * w.factor;
 }
 
 // out[r] = x[r] . w[row] in floats, for kinds with signed codes and for MXFP8
@@ -681,56 +764,81 @@ void float_dots(const Matrix& w, i64 n, i64 row, const float* const* x, float* o
     return float_dots<blocks::IQ4_NL, R>(w, n, row, x, out);
 }
 
-template <int R>
+template <int R, int P>
 void dots(const Matrix& w, i64 n, i64 row, const float* const* x, float* out) {
     of_packed(w.kind, [&](auto k) {
         typedef decltype(k) K;
         if constexpr (std::is_same<K, blocks::NVFP4>::value || std::is_same<K, blocks::GGUF_NVFP4>::value)
-            dots_of_nvfp4<std::is_same<K, blocks::NVFP4>::value, R>(w, n, row, (const Integers* const*)x, out);
+            dots_of_nvfp4<std::is_same<K, blocks::NVFP4>::value, R, P>(w, n, row, (const Integers<P>* const*)x, out);
         else if constexpr (K::SUMS && K::COLUMNS == 32)
-            dots_of_32<K, R>(w, n, row, (const Integers* const*)x, out);
+            dots_of_32<K, R, P>(w, n, row, (const Integers<P>* const*)x, out);
         else if constexpr (K::SUMS)
-            dots_of_256<K, R>(w, n, row, (const Wide* const*)x, out);
+            dots_of_256<K, R, P>(w, n, row, (const Wide<P>* const*)x, out);
+        else if constexpr (P == 2)
+            dots_of_signed<K, R>(w, n, row, (const Shorts* const*)x, out);
     });
 }
 
-// Call f(columns of x that share a scale, offset) for a kind that multiplies integers; offset -1: sums of x.
-template <class F>
-void of_integers(i64 kind, F f) {
-    if (kind != MXFP8)
-        of_packed(kind, [&](auto k) {
-            typedef decltype(k) K;
-            if constexpr (K::SUMS) f(K::COLUMNS == 256 ? 256 : 64, K::LEAST ? -1 : K::OFFSET);
-        });
+// Convert a row of x for a kind with the offset of its codes; negative: keep the sums of x.
+template <int P>
+void pieces_of(i64 kind, int offset, const float* x, i64 n, Integers<P>* piece) {
+    for (i64 from = 0; from < n; from += SHARED) {
+        float here[SHARED] = {}, first[32], second[32];
+        const i64 count = std::min(SHARED, n - from);
+        memcpy(here, x + from, count * sizeof(float));
+        const float scale = scale_of(here, SHARED, P);
+        for (const float* at = here; at < here + count; at += 64, piece++) {
+            for (int j = 0; j < 32; j++) {
+                const int step = kind == NVFP4 ? 1 : kind == GGUF_NVFP4 ? 8 : 16;
+                const float* place = at + j / step * 2 * step + j % step;
+                first[j] = place[0], second[j] = place[step];
+            }
+            piece_of(first, second, scale, offset, *piece);
+        }
+    }
+}
+
+// Call f(x of this form, how many, convert) for a kind that multiplies integers of P planes.
+template <int P, class F>
+void of_integers(i64 kind, i64 n, F f) {
+    if (kind == MXFP8) return;
+    of_packed(kind, [&](auto k) {
+        typedef decltype(k) K;
+        if constexpr (K::SUMS && K::COLUMNS == 256)
+            f((Wide<P>*)nullptr, n / 256, [=](const float* x, Wide<P>* to) {
+                for (i64 i = 0; i < n / 256; i++) wide_of(x + 256 * i, to[i]);
+            });
+        else if constexpr (K::SUMS)
+            f((Integers<P>*)nullptr, (n + 63) / 64, [=](const float* x, Integers<P>* to) {
+                pieces_of<P>(kind, K::LEAST ? -1 : K::OFFSET, x, n, to);
+            });
+        else if constexpr (P == 2)
+            f((Shorts*)nullptr, (n + SHARED - 1) / SHARED, [=](const float* x, Shorts* to) {
+                for (i64 from = 0; from < n; from += SHARED, to++) {
+                    float here[SHARED] = {};
+                    memcpy(here, x + from, std::min(SHARED, n - from) * sizeof(float));
+                    shorts_of(here, *to);
+                }
+            });
+    });
+}
+template <int P>
+i64 room_of(i64 kind, i64 n) {
+    i64 found = 0;
+    of_integers<P>(kind, n, [&](auto* form, i64 count, auto) { found = count * sizeof(*form) / sizeof(float); });
+    return found;
+}
+template <int P>
+void convert(i64 kind, const float* x, i64 n, float* to) {
+    of_integers<P>(kind, n, [&](auto* form, i64, auto into) { into(x, (decltype(form))to); });
 }
 
 }  // namespace
 
-i64 integers_room(i64 kind, i64 n) {
-    i64 found = 0;
-    of_integers(kind, [&](i64 columns, int) {
-        found = columns == 256 ? n / 256 * sizeof(Wide) : (n + 63) / 64 * 2 * sizeof(Integers);
-    });
-    return found / sizeof(float);
-}
+i64 integers_room(i64 kind, i64 n, int planes) { return planes == 2 ? room_of<2>(kind, n) : room_of<3>(kind, n); }
 
-void to_integers(i64 kind, const float* x, i64 n, float* to) {
-    of_integers(kind, [&](i64 columns, int offset) {
-        if (columns == 256) {
-            for (i64 i = 0; i < n / 256; i++) wide_of(x + 256 * i, ((Wide*)to)[i]);
-            return;
-        }
-        Integers* piece = (Integers*)to;
-        for (i64 from = 0; from < n; from += 64, piece += 2) {
-            float here[64] = {}, parts[2][32];
-            memcpy(here, x + from, std::min<i64>(64, n - from) * sizeof(float));
-            for (int j = 0; j < 32; j++) {
-                const int at = kind == NVFP4 ? 2 * j : kind == GGUF_NVFP4 ? j / 8 * 16 + j % 8 : j / 16 * 32 + j % 16;
-                parts[0][j] = here[at], parts[1][j] = here[at + (kind == NVFP4 ? 1 : kind == GGUF_NVFP4 ? 8 : 16)];
-            }
-            pair_of(parts[0], parts[1], scale_of(here, 64), offset, piece);
-        }
-    });
+void to_integers(i64 kind, const float* x, i64 n, int planes, float* to) {
+    return planes == 2 ? convert<2>(kind, x, n, to) : convert<3>(kind, x, n, to);
 }
 
 namespace {
@@ -749,17 +857,24 @@ void each_product(i64 first, i64 outs, const float* const* x, i64 rows, float* s
         }
 }
 
-}  // namespace
-
-void integer_products(const Matrix& w, i64 n, i64 first, i64 outs, const float* const* x, i64 rows, float* sums) {
+template <int P>
+void integer_products_of(const Matrix& w, i64 n, i64 first, i64 outs, const float* const* x, i64 rows, float* sums) {
     each_product(first, outs, x, rows, sums, [&](i64 here, i64 row, const float* const* at, float* out) {
         switch (here) {
-            case 1: return dots<1>(w, n, row, at, out);
-            case 2: return dots<2>(w, n, row, at, out);
-            case 3: return dots<3>(w, n, row, at, out);
-            default: return dots<4>(w, n, row, at, out);
+            case 1: return dots<1, P>(w, n, row, at, out);
+            case 2: return dots<2, P>(w, n, row, at, out);
+            case 3: return dots<3, P>(w, n, row, at, out);
+            default: return dots<4, P>(w, n, row, at, out);
         }
     });
+}
+
+}  // namespace
+
+void integer_products(const Matrix& w, i64 n, i64 first, i64 outs, const float* const* x, i64 rows, int planes,
+                      float* sums) {
+    return planes == 2 ? integer_products_of<2>(w, n, first, outs, x, rows, sums)
+                       : integer_products_of<3>(w, n, first, outs, x, rows, sums);
 }
 
 bool float_products(const Matrix& w, i64 n, i64 first, i64 outs, const float* const* x, i64 rows, float* sums) {

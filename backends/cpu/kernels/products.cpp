@@ -177,13 +177,13 @@ struct Loops {
     bool apart;  // even and odd positions of each PAIR are apart (numbers.h)
     // sums[r][o] = x[r] . w[first + o], for up to SHARE rows and up to WIDE_STRIP outputs
     void (*few)(const Matrix& w, i64 n, i64 first, const float* const* x, i64 rows, i64 outs, bool steady,
-                bool integers, float* sums);
+                int planes, float* sums);
     // sums [panel][outs][PANEL], of rows in panels
     void (*many)(const Matrix& w, i64 n, i64 first, const float* panels, i64 rows, i64 outs, float* sums);
 };
 
 template <class T>
-static void few_plain(const Matrix& w, i64 n, i64 first, const float* const* x, i64 rows, i64 outs, bool steady, bool,
+static void few_plain(const Matrix& w, i64 n, i64 first, const float* const* x, i64 rows, i64 outs, bool steady, int,
                       float* sums) {
     products((const T*)w.at + first * n, n, x, rows, outs, steady, sums);
     if (w.kind == FLOAT8)
@@ -196,13 +196,13 @@ static void many_plain(const Matrix& w, i64 n, i64 first, const float* panels, i
         for (i64 i = 0; i < panels_of(rows) * outs * PANEL; i++) sums[i] *= w.factor;
 }
 static void few_packed(const Matrix& w, i64 n, i64 first, const float* const* x, i64 rows, i64 outs, bool steady,
-                       bool integers, float* sums) {
+                       int planes, float* sums) {
     const bool direct = !steady && rows <= MOST_DIRECT;
-    if (direct && float_products(w, n, first, outs, x, rows, sums)) return;
-    if (!direct || !integers) return tiled_products(w, n, first, x, rows, outs, steady, sums);
+    if (direct && !planes && float_products(w, n, first, outs, x, rows, sums)) return;
+    if (!direct || !planes) return tiled_products(w, n, first, x, rows, outs, steady, sums);
     const float* whole[MOST_DIRECT];
     for (i64 r = 0; r < rows; r++) whole[r] = x[r] + padded(n);
-    integer_products(w, n, first, outs, whole, rows, sums);
+    integer_products(w, n, first, outs, whole, rows, planes, sums);
 }
 static void many_packed(const Matrix& w, i64 n, i64 first, const float* panels, i64 rows, i64 outs, float* sums) {
     ask_for(w, n, first, outs);
@@ -222,18 +222,19 @@ static Loops loops_of(i64 kind) {
 // The layout of rows for Loops::few: n numbers at place(j), zeros up to a multiple of PAIR, then the integers.
 struct Layout {
     i64 kind, n;
-    bool apart, integers;
-    Layout(i64 kind, i64 n, bool integers)
+    bool apart;
+    int planes;  // of the integers; 0: there are none
+    Layout(i64 kind, i64 n, int planes)
         : kind(kind), n(n), apart(loops_of(kind).apart),
-          integers(integers && kind >= MXFP8 && integers_room(kind, n)) {}
-    i64 step() const { return padded(n) + (integers ? integers_room(kind, n) : 0); }
-    bool as_it_is() const { return !apart && !integers && padded(n) == n; }
+          planes(kind >= MXFP8 && planes && integers_room(kind, n, planes) ? planes : 0) {}
+    i64 step() const { return padded(n) + (planes ? integers_room(kind, n, planes) : 0); }
+    bool as_it_is() const { return !apart && !planes && padded(n) == n; }
     i64 place(i64 j) const { return apart ? (j & ~(PAIR - 1)) | (j & 1) * LANES | (j & (PAIR - 1)) >> 1 : j; }
     // Write the rest of a row whose n numbers are at their places.
     void finish(float* row) const {
         for (i64 j = n / PAIR * PAIR; j < padded(n); j++)
             if (j >= n) row[place(j)] = 0;
-        if (integers) to_integers(kind, row, n, row + padded(n));
+        if (planes) to_integers(kind, row, n, planes, row + padded(n));
     }
     void lay(const float* from, float* to) const {
         const i64 whole = n / PAIR * PAIR;
@@ -272,7 +273,7 @@ static void all_products(const Matrix& w, i64 outs, const Layout& layout, const 
         const i64 first = job / shares * wide, at = job % shares * SHARE;
         const i64 width = std::min(wide, outs - first), here = std::min(SHARE, rows - at);
         float* sums = room_for_sums();
-        loops.few(w, n, first, row.data() + at, here, width, run.steady, layout.integers, sums);
+        loops.few(w, n, first, row.data() + at, here, width, run.steady, layout.planes, sums);
         for (i64 r = 0; r < here; r++)
             for (i64 o = 0; o < width; o++) put(at + r, first + o, sums[r * width + o]);
     });
@@ -324,7 +325,7 @@ extern "C" {
 void linear(const Matrix& w, i64 outs, i64 n, const float* x, i64 rows, float* y, i64 y_step, const Run& run) {
     if (many(w, rows, run))
         return all_panels(w, outs, n, in_panels(x, rows, n, run), rows, run, ToRows{y, y_step});
-    const Layout layout(w.kind, n, rows <= MOST_DIRECT && !run.steady);
+    const Layout layout(w.kind, n, rows <= MOST_DIRECT && !run.steady ? run.planes : 0);
     all_products(w, outs, layout, layout.rows(x, rows, run), rows, run,
                  [=](i64 r, i64 o, float v) { y[r * y_step + o] = v; });
 }
@@ -334,8 +335,8 @@ void mlp(const Matrix& up, const Matrix& down, i64 width, i64 d, const float* h,
          const Run& run) {
     if (many(up, rows, run) && many(down, rows, run)) return mlp_of_many(up, down, width, d, h, rows, y, run);
     static thread_local std::vector<float> kept;
-    const bool integers = rows <= MOST_DIRECT && !run.steady;
-    const Layout outer(up.kind, d, integers), inner(down.kind, width, integers);
+    const int planes = rows <= MOST_DIRECT && !run.steady ? run.planes : 0;
+    const Layout outer(up.kind, d, planes), inner(down.kind, width, planes);
     const i64 step = inner.step();
     if ((i64)kept.size() < rows * step) kept.resize(rows * step);
     float* between = kept.data();
@@ -361,7 +362,8 @@ void experts(const Matrix* up, const Matrix* down, i64 base, i64 count, const i6
     for (i64 j = 0; j < tokens * k; j++) place_of[j] = next[here(expert[j])]++, token[place_of[j]] = j / k;
     const i64 hits = begin[count];
     if (!hits) return std::fill(y, y + tokens * n, 0.f);
-    const Layout outer(up->kind, n, !run.steady), between(down->kind, width, !run.steady);
+    const int planes = run.steady ? 0 : run.planes;
+    const Layout outer(up->kind, n, planes), between(down->kind, width, planes);
     const i64 step = between.step();
     static thread_local std::vector<float> kept;
     if ((i64)kept.size() < hits * (step + n)) kept.resize(hits * (step + n));
@@ -393,7 +395,7 @@ void experts(const Matrix* up, const Matrix* down, i64 base, i64 count, const i6
             const Matrix& matrix = matrices[p.expert];
             float* sums = room_for_sums();
             if (p.many) return many(loops, p, matrix, first, width, sums);
-            loops.few(matrix, ins, first, row.data() + p.first, p.rows, width, run.steady, layout.integers, sums);
+            loops.few(matrix, ins, first, row.data() + p.first, p.rows, width, run.steady, layout.planes, sums);
             for (i64 r = 0; r < p.rows; r++)
                 for (i64 o = 0; o < width; o++) put(p.first + r, first + o, sums[r * width + o]);
         });

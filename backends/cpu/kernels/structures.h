@@ -13,8 +13,9 @@ enum Kind : i64 {
 };
 constexpr i64 E4M3 = 8;                          // a kind of numbers of a cache only
 
-// Options of a call. steady: the order of sums does not depend on the number of rows.
-#define RUN(FIELD) FIELD(int, threads) FIELD(int, steady)
+// Options of a call. steady: the order of sums does not depend on the number of rows. planes: bytes of a number of x
+// beside packed weights (packed.h), 2 or 3.
+#define RUN(FIELD) FIELD(int, threads) FIELD(int, steady) FIELD(int, planes)
 
 // scale: scales of blocks of columns, for MXFP8 and NVFP4 only. factor: one scale of the matrix, from FLOAT8 on.
 #define MATRIX(FIELD) FIELD(const void*, at) FIELD(i64, kind) FIELD(const uint8_t*, scale) FIELD(float, factor)

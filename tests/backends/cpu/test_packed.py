@@ -28,14 +28,15 @@ HALVES = {  # where a block has float16 numbers
 }  # fmt: skip
 UNITS = {"q8_0": 64, "q6_k": 2000, "q4_k": 300, "q5_k": 600, "q2_k": 30, "iq4_nl": 64}  # of large codes
 KINDS = [*FORMATS, *HALVES]
+SHORT = 1.54e-5  # the rounding of x to 16 bits, of the largest number of a block: 2^-16
 ROWS = [1, 2, 3, 4, 5, 9, 12, 13, 33, 48, 65, 130]
 STEP = {kind: 16 if kind == "NVFP4" else 32 for kind in KINDS} | {
     kind: each.columns for kind, each in blocks.FORMATS.items()
 }  # columns of a block
 
 
-def verbs(threads: int = 2, steady: bool = False) -> Verbs:
-    return Verbs(native.load(), threads, steady)
+def verbs(threads: int = 2, steady: bool = False, planes: int = 3) -> Verbs:
+    return Verbs(native.load(), threads, steady, planes)
 
 
 def packed(kind: str, rng, outs: int, n: int):
@@ -57,10 +58,10 @@ def packed(kind: str, rng, outs: int, n: int):
     return matrix(made, "float32"), made.dequantize().astype(np.float64)
 
 
-def near(found, x, w):
-    """Check that `found` is x w' up to the rounding of a float32 sum and of x to 24 bits."""
+def near(found, x, w, rounding: float = 6e-8):
+    """Check that `found` is x w' up to the rounding of a float32 sum and of x to 24 bits, or to 16."""
     bound = 4e-7 * np.abs(x).astype(np.float64) @ np.abs(w).T
-    bound += 6e-8 * np.abs(x).max(axis=1, keepdims=True) * np.abs(w).sum(axis=1)
+    bound += rounding * np.abs(x).max(axis=1, keepdims=True) * np.abs(w).sum(axis=1)
     assert np.all(np.abs(found - x.astype(np.float64) @ w.T) <= bound + 1e-30)
 
 
@@ -79,6 +80,7 @@ def test_products_of_few_and_many_rows(kind, outs, some):
     for rows in ROWS if some < 40 else (1, 4, 7, 50):
         x = drawn(rng, rows, exact.shape[1])
         near(verbs().linear(x, weight), x, exact)
+        near(verbs(planes=2).linear(x, weight), x, exact, SHORT)
         near(verbs(steady=True).linear(x, weight), x, exact)
 
 
@@ -117,7 +119,9 @@ def test_the_number_of_threads_changes_no_bit_and_in_the_steady_mode_nor_do_the_
     weight, exact = packed(kind, rng, 300, 5 * STEP[kind])
     x = drawn(rng, 60, exact.shape[1])
     for rows in (1, 3, 20, 60):
-        np.testing.assert_array_equal(verbs(1).linear(x[:rows], weight), verbs(5).linear(x[:rows], weight))
+        for planes in (2, 3):
+            one, five = (verbs(threads, False, planes).linear(x[:rows], weight) for threads in (1, 5))
+            np.testing.assert_array_equal(one, five)
         together = verbs(steady=True).linear(x, weight)[:rows]
         np.testing.assert_array_equal(verbs(steady=True).linear(x[:rows], weight), together)
 
@@ -128,8 +132,18 @@ def test_numbers_that_are_not_finite_are_seen_and_zeros_are_zeros(kind):
     weight, exact = packed(kind, rng, 9, 2 * STEP[kind])
     x = np.zeros((3, exact.shape[1]), np.float32)
     x[1, 5], x[2, 7] = np.inf, np.nan
-    found = verbs().linear(x, weight)
-    assert not found[0].any() and not np.isfinite(found[1:]).any()
+    for planes in (2, 3):
+        found = verbs(planes=planes).linear(x, weight)
+        assert not found[0].any() and not np.isfinite(found[1:]).any()
+
+
+@pytest.mark.parametrize("kind", ["NVFP4", "nvfp4", "q4_0", "q8_0", "q4_k", "q6_k"])
+def test_sums_of_16_bit_numbers_do_not_overflow(kind):
+    """All codes and all numbers of x have their largest magnitude, with signs that add up."""
+    rng = np.random.default_rng(3)
+    weight, exact = packed(kind, rng, 200, 16 * STEP[kind])
+    x = np.sign(exact[:60]).astype(np.float32)
+    near(verbs(planes=2).linear(x[:12], weight), x[:12], exact, SHORT)
 
 
 def test_a_matrix_whose_scale_is_zero_is_zeros_whatever_its_codes_are():
