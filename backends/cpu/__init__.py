@@ -9,7 +9,7 @@
     memory     buffers of results, for reuse
 
 Weights are float32, float16, bfloat16 or packed, as the file has them; everything else is float32. Few rows
-beside packed weights are integers of 24 bits with a scale for a block, or of 16 where the dtype is not float32.
+beside packed weights are integers with a scale for a block: of 24 bits, or 16 if the dtype is not float32.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ def cpu_backend(
 
     threads  that a call may use
     steady   no logit depends on how many rows are computed beside it, nor on where a prompt is cut, if that
-    is
-             at multiples of the chunk: sums go in one order
+             is at multiples of the chunk: sums go in one order
     kv       dtype of keys and values in the cache: float32, bfloat16 or fp8; None: bfloat16 where `dtype` is
     ssm      dtype of S: float32, or float16, which is rounded at random; None: float32
     """
