@@ -78,7 +78,7 @@ def tokens(tokenizer: Tokenizer, source: Checkpoint, named: dict[str, str]) -> d
     cuts = json.dumps(file["pre_tokenizer"])
     if file["model"]["type"] != "BPE" or json.dumps(TEKKEN) not in cuts or file["normalizer"]:
         raise InputError(
-            f"the tokenizer of {source.directory} is not one that GGUF has a name for: {cuts[:80]}"
+            f"GGUF has no name for the tokenizer of {source.directory}, which splits by {cuts[:80]}"
         )
     rows = source.config.vocab_size
     vocab = {i: token for token, i in file["model"]["vocab"].items()}
@@ -113,5 +113,5 @@ def _added(tokenizer: Tokenizer, token: int | None, at: int) -> bool:
     if ids == plain:
         return False
     if ids != [token, *plain]:
-        raise InputError(f"the tokenizer adds {shown(ids)} to a text of {shown(plain)}: GGUF cannot say so")
+        raise InputError(f"GGUF cannot describe a tokenizer that encodes {shown(plain)} as {shown(ids)}")
     return True

@@ -104,7 +104,7 @@ class Options:
         options.sampling  # noqa: B018  (its ranges are checked here, before any work)
         stop = (options.stop,) if isinstance(options.stop, str) else options.stop
         if not isinstance(stop, (list, tuple)) or not all(isinstance(text, str) and text for text in stop):
-            raise InputError("stop is not a list of strings that say something")
+            raise InputError("stop is not a list of non-empty strings")
         seed = secrets.randbits(32) if options.seed is None else options.seed
         return replace(options, stop=tuple(stop), seed=seed)
 

@@ -172,7 +172,7 @@ def read(hf: dict, notes: list[str]) -> dict[str, Any]:
     `notes` gets a sentence on each thing that a user should know and that is no error.
     """
     if not isinstance(hf, dict):
-        raise InputError("config.json does not hold a JSON object")
+        raise InputError("config.json is not a JSON object")
     hf = text_model(hf, notes)
     model_type = hf.get("model_type")
     if model_type != "nemotron_h":
@@ -201,7 +201,7 @@ def read(hf: dict, notes: list[str]) -> dict[str, Any]:
     for key, letters in REQUIRED.items():
         if hf.get(key) is None and set(letters) & set(layers + mtp):
             needing = "the model" if letters == KINDS else f"its {NAME_OF[letters]} layers"
-            raise InputError(f"config.json lacks {key}, which {needing} cannot do without")
+            raise InputError(f"config.json lacks {key}, which is required for {needing}")
     out: dict[str, Any] = {"layers": layers, "mtp_layers": mtp}
     out |= {key: hf[key] for key, letters in REQUIRED.items() if set(letters) & set(layers + mtp)}
     out |= {key: hf.get(key, meaning) for key, meaning in OPTIONAL.items()}

@@ -37,7 +37,7 @@ def plan(cfg: Config, tp: int = 1, ep: int = 1, pp: int = 1) -> Layout:
         if why := next(obstacles(cfg, **chosen, **{name: value}), ""):
             free = (v for v in range(1, 4097) if not any(obstacles(cfg, **chosen, **{name: v})))
             nearest = min(free, key=lambda v: abs(v - value))
-            raise InputError(f"{name} = {value} is not possible: {why}; the nearest that is: {nearest}")
+            raise InputError(f"{name} = {value} is not possible: {why}; the nearest possible: {nearest}")
         chosen[name] = value
     return Layout(**chosen)
 
@@ -68,7 +68,7 @@ def obstacles(c: Config, tp: int = 1, ep: int = 1, pp: int = 1) -> Iterator[str]
     ):
         width = getattr(c, key)
         if there and width // unit(width) < parts:
-            yield f"{key} = {width} has not {parts} parts" + " of 16 or more" * (unit(width) > 1)
+            yield f"{key} = {width} cannot be split into {parts} parts" + " of 16 or more" * (unit(width) > 1)
     if pp > count:
         yield f"there are {count} layers for {pp} stages"
 

@@ -51,7 +51,7 @@ def load() -> ctypes.CDLL | None:
     if level and level not in build.LEVELS:
         raise InputError(f"{LEVEL} = {level} is not one of {', '.join(build.LEVELS)}")
     if level and not has(level):
-        raise InputError(f"{LEVEL} = {level}, which this processor does not have")
+        raise InputError(f"{LEVEL} = {level}, which this processor does not support")
     with_wheel = carried()
     if with_wheel:
         try:

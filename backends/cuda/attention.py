@@ -146,7 +146,7 @@ class Attention(Verbs):
         """
         (_, l, h, e), kv = q.shape, k.shape[2]
         if e > HEAD:
-            raise InputError(f"the CUDA backend attends with a head_dim of at most {HEAD}, not {e}")
+            raise InputError(f"the cuda backend supports a head_dim of at most {HEAD}, not {e}")
         cache = cache.reserve(l)
         cache.write(self.device, k, v, lengths)
         q, y = whole_heads(q), self.device.empty(q.shape, self.dtype)

@@ -43,7 +43,9 @@ class CupyDevice(Device):
         check_libraries(cupy)
         count = cupy.cuda.runtime.getDeviceCount()
         if not 0 <= index < count:
-            raise InputError(f"there is no cuda:{index}: this machine has {count} CUDA device(s)")
+            raise InputError(
+                f"there is no cuda:{index}: this machine has {count} CUDA device{'s' if count > 1 else ''}"
+            )
         self.handle = cupy.cuda.Device(index)
         self.handle.use()
         self.name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()

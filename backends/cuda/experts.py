@@ -40,7 +40,7 @@ class Experts(Verbs):
         count, k, x = len(experts.up), routing.expert.shape[-1], u.shape[-1]
         if k > SLOTS or count > EXPERTS:
             raise InputError(
-                f"the CUDA backend sums at most {SLOTS} of {EXPERTS} experts a token, not {k} of {count}"
+                f"the cuda backend supports at most {SLOTS} of {EXPERTS} experts a token, not {k} of {count}"
             )
         y = self.device.empty(u.shape, self.dtype)
         (u, _), out = rows(u), y.reshape(-1, x)

@@ -59,7 +59,7 @@ class Layers(Verbs):
         """Return silu(bias + sum_j w[j] x[t - k + 1 + j]), and the tail b k-1 c after the last position."""
         (b, length, c), k = x.shape, weight.shape[-1]
         if k > TAPS:
-            raise InputError(f"the CUDA backend convolves over at most {TAPS} positions, not conv_kernel {k}")
+            raise InputError(f"the cuda backend supports a conv_kernel of at most {TAPS}, not {k}")
         y = self.device.empty(x.shape, x.dtype)
         tail = tail.copy() if tail.readonly else tail
         x, x_stride = rows(x)
@@ -78,7 +78,7 @@ class Layers(Verbs):
         (experts, d), k = gate.shape, cfg.num_experts_per_tok
         if experts > EXPERTS or k > CHOSEN:
             raise InputError(
-                f"the CUDA backend chooses at most {CHOSEN} of {EXPERTS} experts, not {k} of {experts}"
+                f"the cuda backend routes to at most {CHOSEN} of {EXPERTS} experts, not {k} of {experts}"
             )
         shape = (*h.shape[:-1], k)
         h, h_stride = rows(h)

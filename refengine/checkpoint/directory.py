@@ -203,7 +203,7 @@ def _quantization(directory: Path, hf: dict, found: dict[str, AnyStored]) -> lis
     keys = {key for value in settings if isinstance(value, dict) for key in value if value[key]}
     if keys & {"kv_cache_quant_algo", "kv_cache_scheme"} and not keys & {"quant_algo", "config_groups"}:
         return [f"{where} quantizes only the cache of keys and values: FP8 unless --kv-dtype names another"]
-    return [f"{where} speaks of quantized weights, but no tensor is packed: read as they are"]
+    return [f"{where} describes quantized weights, but no tensor is packed: read as they are"]
 
 
 def _files(
@@ -223,17 +223,19 @@ def _files(
     chosen = sorted(set(index.values())) or [name for name in here if name == "model.safetensors"] or here
     unread = [name for name in here if name not in chosen]
     if "model.safetensors" in unread:
-        raise InputError(f"{directory} has a model.safetensors and an index without it: remove the stale one")
+        raise InputError(
+            f"{directory} has model.safetensors and an index that does not list it: remove the outdated one"
+        )
     files = {name: SafetensorsFile(directory / name) for name in chosen}
     for tensor, name in list(index.items()):
         if tensor not in files[name].tensors:
             if needed(tensor, wrapper):
                 what = f"{directory / INDEX} places {shown(tensor)} in {name}"
-                raise InputError(f"{what}, which does not hold it")
+                raise InputError(f"{what}, which does not contain it: is the download complete?")
             del index[tensor]
     if absent := [tensor for tensor in listed if tensor not in index]:
         what = f"{shown(absent[0])} and {len(absent) - 1} more" if len(absent) > 1 else shown(absent[0])
-        notes.append(f"{INDEX} lists {what}, which the file that it names does not hold: left out")
+        notes.append(f"{INDEX} lists {what}, which the file that it names does not contain: left out")
     notes += [f"{name} is not part of the model: not read" for name in unread]
     return tuple(files.values()), index
 

@@ -292,7 +292,7 @@ def _ignored(cfg: Config, left: dict[str, AnyStored], stored: dict[str, AnyStore
     unknown = [at for name, at in left.items() if not HARMLESS.search(name)]
     if unknown:
         what = f"{shown(unknown[0].name)}{_and_more(unknown)}"
-        raise InputError(f"{unknown[0].file.path} holds {what}, which config.json has no use for")
+        raise InputError(f"{unknown[0].file.path} holds {what}, which the model of config.json does not have")
     if not harmless:
         return []
     scales = any(name.endswith("_scale") for name in harmless)
@@ -304,8 +304,8 @@ def _check_tied(head: AnyStored, embedding: AnyStored) -> None:
     """Refuse a head that differs from the embedding it is said to be."""
     same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
     if not same or any(head.part(i).raw != embedding.part(i).raw for i in range(head.shape[0])):
-        what = f"the lm_head.weight in {head.file.path} is another"
-        raise InputError(f"config.json says that the embedding serves as lm_head, but {what}")
+        what = f"lm_head.weight in {head.file.path} differs from the embedding"
+        raise InputError(f"config.json has tie_word_embeddings = true, but {what}")
 
 
 def _expert_bytes(cfg: Config, bits: int) -> int:
@@ -316,7 +316,7 @@ def _expert_bytes(cfg: Config, bits: int) -> int:
 
 def _twice(a: AnyStored, b: AnyStored) -> InputError:
     both = f"{shown(a.name)} in {a.file.path} and {shown(b.name)} in {b.file.path.name}"
-    return InputError(f"{both} are the same tensor: only one of them can be meant")
+    return InputError(f"{both} name the same tensor: remove one of them")
 
 
 def _and_more(names: list) -> str:

@@ -187,7 +187,7 @@ def _with_packed(found: dict[str, Any], directory: Path) -> dict[str, Any]:
             ours = f"{name.rpartition('.')[0]}.weight"
             none = "no weight is packed" if len(out) == len(found) else f"{shown(ours)} is not packed"
             what = f"{at.file.path} holds {shown(at.name)}, a scale for packed weights"
-            raise InputError(f"{what}, but {none}: it cannot be told what to multiply")
+            raise InputError(f"{what}, but {none}: there is nothing to multiply by it")
     return out
 
 

@@ -120,7 +120,9 @@ def write_pieces(directory: str | Path, config: dict, pieces: list[Piece], shard
     directory.mkdir(parents=True, exist_ok=True)
     for name in sorted(os.listdir(directory)):
         if (name.endswith(".safetensors") or name == INDEX) and name not in {*files, *texts}:
-            raise InputError(f"{directory} holds {name}, which is no part of the model to be written there")
+            raise InputError(
+                f"{directory} holds {name}, which is not part of the model to write: choose another directory"
+            )
     partial = {name: directory / f".{name}.partial" for name in [*files, *texts]}
     try:
         for name, members in files.items():

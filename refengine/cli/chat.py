@@ -136,7 +136,7 @@ def chat(
     message, prompt = options.one_of("MESSAGE and --prompt", message=message, prompt=prompt)
     message = prompt if message is None else message
     messages, state_there = options.one_of(
-        "--messages and --state of a talk", messages=messages, state=state if there(state) else None
+        "--messages and --state of a conversation", messages=messages, state=state if there(state) else None
     )
     engine = options.load(**how)
     if options.follows():
@@ -159,7 +159,9 @@ def chat(
     elif talk.history and talk.history[-1]["role"] in ("user", "tool"):
         talk.answer()
     elif messages == "-":
-        raise InputError("the last message on standard input leaves nothing to answer")
+        raise InputError(
+            "the last message on standard input is not one to answer: end with one of a user or a tool"
+        )
     elif someone_types:
         talk.typed()
     else:
@@ -251,7 +253,7 @@ class Talk:
         """Do one of COMMANDS; InputError for an unknown one."""
         rest = rest.strip()
         if rest and name in ALONE:
-            raise InputError(f"{name} takes nothing after it, not {rest!r}; /help lists the commands")
+            raise InputError(f"{name} takes no argument, but was given {rest!r}; /help lists the commands")
         if name in ("/exit", "/quit", "/bye"):
             raise Leave
         if name in ("/help", "/?"):
@@ -329,7 +331,7 @@ class Talk:
         conversation = self.state.talk.get("conversation")
         if not isinstance(conversation, str):
             raise InputError(
-                f"{path} is the state of a text, not of a talk: generate --load-state goes on with it"
+                f"{path} is the state of a text, not of a conversation: generate --load-state continues it"
             )
         self.history, self.tools = read_conversation(conversation, f"the talk in {path}")
 

@@ -170,7 +170,7 @@ def entry(line: str, where: str) -> tuple:
     prompt = found.pop("prompt") if "prompt" in found else found.pop("messages")
     if unknown := sorted(set(found) - set(Options.__dataclass_fields__)):
         known = ", ".join(Options.__dataclass_fields__)
-        return InputError(f"{where} has {unknown[0]!r}, which is no option: there is {known}"), {}
+        return InputError(f"{where} has {unknown[0]!r}, which is not an option; there is {known}"), {}
     return prompt, found
 
 

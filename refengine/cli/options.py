@@ -127,7 +127,7 @@ def one_of(names: str, **sources) -> list:
     if typed:
         sources = {name: value if name in typed else None for name, value in sources.items()}
     if sum(value is not None for value in sources.values()) > 1:
-        raise click.UsageError(f"give one of {names}")
+        raise click.UsageError(f"give only one of {names}.")
     return list(sources.values())
 
 

@@ -61,7 +61,7 @@ def quantize(model, out, recipe, four_over_six, evaluated, calibrate, texts, as_
         raise InputError("the name of the new directory is empty")
     if str(out) == model and not Path(out).exists():
         raise InputError(
-            f"a directory {out} would be taken for the model {model} afterwards: give another name"
+            f"the directory {out} would hide the model {model} of the same name: give another name"
         )
     chosen = recipe_of(recipe, four_over_six)
     given = TEXTS if texts is None else [text_of(texts)]

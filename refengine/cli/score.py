@@ -31,7 +31,7 @@ def score(file, tokens, as_json, **how):
     scores = engine.score(text)
     if not scores.trunk:
         name = options.named(file)
-        raise InputError(f"{name} is a single token; there is nothing before it to judge it by")
+        raise InputError(f"{name} is a single token: a score needs two or more")
     result = {"tokens": len(scores.ids), "model": figures(scores.trunk)}
     if scores.head:
         result["prediction_head"] = figures(scores.head)

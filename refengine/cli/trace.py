@@ -57,7 +57,7 @@ def trace(output, prompts, ids, cut, steps, source, **how):
         raise click.UsageError("give a --prompt or --ids.")
     check_output(output)
     if how["packed_inputs"]:
-        raise InputError("a trace shows inputs as they are before they are packed: leave out --packed-inputs")
+        raise InputError("a trace records inputs before they are packed: leave out --packed-inputs")
     if source != "refengine":
         made = of_transformers(prompts, ids, cut, steps, source == SOURCES[1], **how)
     else:

@@ -76,7 +76,9 @@ class State:
             raise InputError(f"the header of {path} has no {missing[0]}")
         position, known = notes["position"], len(ids)
         if not (position.isascii() and position.isdigit() and len(position) < 12 and int(position) <= known):
-            raise InputError(f"{path} says that {shown(position)} of its {known} tokens were read")
+            raise InputError(
+                f"{path} is damaged: its position is {shown(position)}, and it has {known} tokens"
+            )
         read = {key: parse_json(notes.get(key, "{}").encode(), f"{key} in {path}") for key in JSON}
         sampling, generator, talk = read.values()
         checked_sampling(sampling, path)
@@ -118,7 +120,7 @@ def checked_sampling(found: Any, path: Path) -> None:
         raise InputError(f"{path}: seed = {shown(seed)} is not a whole number from 0 on")
     options = {key: value for key, value in found.items() if key != "seed"}
     if unknown := sorted(options.keys() - Sampling.__dataclass_fields__.keys()):
-        raise InputError(f"{path} has the sampling option {shown(unknown[0])}, which does not exist")
+        raise InputError(f"{path} has the unknown sampling option {shown(unknown[0])}")
     if type(options.get("top_k", 0)) is not int:
         raise InputError(f"{path}: top_k = {shown(options['top_k'])} is not a whole number")
     try:
@@ -138,7 +140,7 @@ def checked_generator(found: Any, path: Path) -> dict | None:
     for name, size in sizes.items():
         numbers = found[name] if size > 1 else [found[name]]
         if not isinstance(numbers, list) or len(numbers) != size:
-            raise InputError(f"{path}: {name} of its random generator has not {size} numbers")
+            raise InputError(f"{path}: {name} of its random generator does not have {size} numbers")
         if not all(type(n) is int and 0 <= n <= limits.get(name, MOST) for n in numbers):
             raise InputError(f"{path}: {name} of its random generator is out of range")
     return found

@@ -55,7 +55,7 @@ class ChatTemplate:
         path = Path(directory) / "tokenizer_config.json"
         settings = read_json(path) if path.exists() else {}
         if not isinstance(settings, dict):
-            raise InputError(f"{path} has to hold a JSON object")
+            raise InputError(f"{path} is not a JSON object")
         own = path.with_name("chat_template.jinja")
         sources = settings.get("chat_template") or {}
         if isinstance(sources, str):
@@ -140,7 +140,7 @@ class ChatTemplate:
                 return name
         known = ", ".join(sorted(self.sources))
         raise InputError(
-            f"the checkpoint has no default chat template but these: {known}; choose one (--template NAME)"
+            f"the checkpoint has no default chat template: choose one of {known} (--template NAME)"
         )
 
     def compiled(self, tools) -> jinja2.Template:

@@ -129,7 +129,7 @@ def read_conversation(text: str, name: str) -> tuple[list[dict], list[dict]]:
         value = value["messages"]
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list):
-        raise InputError(f"{name} has to hold a list of messages")
+        raise InputError(f"{name} is not a list of messages")
     try:
         return normalised(value), tools
     except InputError as error:

@@ -63,7 +63,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Take characters, and a step, off the budget; raises Refused when it is used up."""
         self.left -= characters + STEP
         if self.left < 0 or time.monotonic() > self.until:
-            raise Refused("it runs for too long or makes too much text")
+            raise Refused("it takes too long, or its text is too long")
 
     def written(self, value):
         """Return a value that is about to become text, paid for."""
@@ -73,7 +73,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def made(self, value):
         """Return a value that a call or an operator has made, paid for."""
         if isinstance(value, int) and value.bit_length() > 4096:
-            raise Refused("it makes too large a number")
+            raise Refused("a number in it is too large")
         many = isinstance(value, list | tuple)
         self.spend(STEP * len(value) if many else len(value) if isinstance(value, str) else 0)
         return value
@@ -82,11 +82,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Raise Refused where an operation could make more of these values than the budget allows."""
         *_, a, b = 1, 1, *sorted(text_size(value, self.left) for value in values)
         if (a * b if name in MULTIPLYING else b) > self.left:
-            raise Refused("it makes too much text")
+            raise Refused("its text is too long")
         if name in WIDE_COLUMN and WIDE_COLUMN[name].search(str(values[0]).replace("{{", "")):
-            raise Refused("it makes too wide a column")
+            raise Refused("a column in it is too wide")
         if name in WIDENING and any(isinstance(v, int) and v > 1000 for v in values[1:]):
-            raise Refused("it makes too wide a column")
+            raise Refused("a column in it is too wide")
 
     def watched(self, name: str, function, *subject):
         """Return a function with its arguments checked before, and its result paid for after."""
@@ -114,7 +114,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def unsafe_undefined(self, obj, attribute):
         """Raise SecurityError: the template may not read this attribute."""
-        raise SecurityError(f"it reaches for {attribute!r}")
+        raise SecurityError(f"it uses the attribute {attribute!r}, which is not allowed")
 
     def wrap_str_format(self, value):
         """Return `text.format` with its arguments checked; None for anything else."""
@@ -136,11 +136,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
             for what, times in ((left, right), (right, left)):
                 repeats = isinstance(what, str | list | tuple) and isinstance(times, int)
                 if repeats and text_size(what, self.left) * times > self.left:
-                    raise Refused("it makes too much text")
+                    raise Refused("its text is too long")
         if operator == "%" and isinstance(left, str):
             self.fits("%", left, right)
         if operator == "**" and not (abs(left) <= 2**64 and abs(right) <= 64):
-            raise Refused("it makes too large a number")
+            raise Refused("a number in it is too large")
         return self.made(super().call_binop(context, operator, left, right))
 
 
@@ -190,7 +190,7 @@ class SafeNamespace(Namespace):
 
     def __setitem__(self, name, value):
         if str(name).startswith("_"):
-            raise Refused(f"it calls a variable {name}")
+            raise Refused(f"it has a variable {name}, and names may not begin with _")
         super().__setitem__(name, value)
 
 

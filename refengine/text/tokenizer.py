@@ -155,7 +155,7 @@ def optional_json(path: Path) -> dict:
     """Return the object in a JSON file; an empty one if there is no such file."""
     value = read_json(path) if path.exists() else {}
     if not isinstance(value, dict):
-        raise InputError(f"{path} has to hold a JSON object")
+        raise InputError(f"{path} is not a JSON object")
     return value
 
 

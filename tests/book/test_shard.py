@@ -114,16 +114,16 @@ REFUSED = [
     (GROUPS, {"tp": 2}, "n_groups = 3 is neither a multiple nor a divisor of 2", 1),
     (THREE, {"tp": 2}, "num_key_value_heads = 3 is neither a multiple nor a divisor of 2", 1),
     (THREE, {"tp": 4}, "num_attention_heads = 6 is not a multiple of 4", 3),
-    (NARROW, {"tp": 3}, "intermediate_size = 2 has not 3 parts", 2),
-    (BLOCKS, {"tp": 3}, "moe_intermediate_size = 32 has not 3 parts of 16 or more", 2),
-    (MUTE, {"tp": 3}, "vocab_size = 2 has not 3 parts", 2),
+    (NARROW, {"tp": 3}, "intermediate_size = 2 cannot be split into 3 parts", 2),
+    (BLOCKS, {"tp": 3}, "moe_intermediate_size = 32 cannot be split into 3 parts of 16 or more", 2),
+    (MUTE, {"tp": 3}, "vocab_size = 2 cannot be split into 3 parts", 2),
 ]
 
 
 @pytest.mark.parametrize(("cfg", "asked", "why", "nearest"), REFUSED)
 def test_an_impossible_layout_is_refused_by_name(cfg, asked, why, nearest):
     name = list(asked)[-1]
-    said = f"{name} = {asked[name]} is not possible: {why}; the nearest that is: {nearest}"
+    said = f"{name} = {asked[name]} is not possible: {why}; the nearest possible: {nearest}"
     with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
         plan(cfg, **asked)
     assert plan(cfg, **asked | {name: nearest})

@@ -60,7 +60,7 @@ def test_an_index_that_is_not_json_is_refused(sharded):
 def test_a_tensor_must_be_where_the_index_says(sharded):
     last = max(sharded.glob("*.safetensors"))
     reindex(sharded, **{EMBEDDING: last.name})
-    assert f"places '{EMBEDDING}' in {last.name}, which does not hold it" in refusal(sharded)
+    assert f"places '{EMBEDDING}' in {last.name}, which does not contain it" in refusal(sharded)
 
 
 def test_a_missing_file_of_several_is_named(sharded):
@@ -87,16 +87,16 @@ def test_the_same_tensor_in_two_files_without_an_index_is_refused(sharded):
     add(sharded / "model-00003-of-00003.safetensors", EMBEDDING, np.ones((61, 26), np.float32), "F32")
     (sharded / INDEX).unlink()
     said = refusal(sharded)
-    assert "model-00001-of-00003.safetensors and" in said and "are the same tensor" in said
+    assert "model-00001-of-00003.safetensors and" in said and "name the same tensor" in said
 
 
 def test_two_tensors_that_the_index_both_names_are_refused(sharded):
     last = "model-00003-of-00003.safetensors"
     add(sharded / last, "model.embedding.weight", np.ones((61, 26), np.float32), "F32")
     reindex(sharded, **{"model.embedding.weight": last})
-    assert "are the same tensor" in refusal(sharded)
+    assert "name the same tensor" in refusal(sharded)
 
 
 def test_one_file_beside_an_index_of_others_is_refused(sharded):
     (sharded / "model.safetensors").touch()
-    assert "remove the stale one" in refusal(sharded)
+    assert "remove the outdated one" in refusal(sharded)

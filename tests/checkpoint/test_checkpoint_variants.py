@@ -376,7 +376,7 @@ def test_a_tensor_of_the_text_model_that_is_not_known_is_refused_in_a_wrapper_to
     path = wrapped(tmp_path, CONFIGS["latent"], "llm_config") / "model.safetensors"
     name = "language_model.backbone.layers.0.mixer.q_norm.weight"
     add(path, name, np.ones(26, np.float32), "F32")
-    assert f"{name!r}, which config.json has no use for" in refusal(tmp_path)
+    assert f"{name!r}, which the model of config.json does not have" in refusal(tmp_path)
 
 
 def test_a_wrapper_of_another_text_model_is_refused(tmp_path):

@@ -127,7 +127,7 @@ def test_a_file_is_converted_to_another_type(files, tmp_path):
 @pytest.mark.parametrize(
     "layers, head, sentence",
     [
-        ("ME-", "", "experts and of MLP"),
+        ("ME-", "", "expert and MLP layers"),
         ("ME", "E", "prediction heads of"),
         ("M*", "-", "prediction heads of"),
     ],
@@ -178,5 +178,5 @@ def test_a_tokenizer_with_other_cuts_is_refused(tmp_path):
     settings = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
     settings["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\S+|\s+"
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(settings))
-    with pytest.raises(InputError, match="GGUF has a name for"):
+    with pytest.raises(InputError, match="GGUF has no name for"):
         convert(tmp_path / "model", tmp_path / "x.gguf")

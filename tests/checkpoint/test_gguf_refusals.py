@@ -73,7 +73,7 @@ REFUSALS = {
     "lists within a list": (keys(x=raw_value(ARRAY, struct.pack("<IQ", ARRAY, 1))), "lists within the list"),
     "an unknown type of value": (keys(x=raw_value(77, b"")), "unknown type 77"),
     "a list that is too long": (keys(x=raw_value(ARRAY, struct.pack("<IQ", UINT64, 2**60))), "would have"),
-    "a text that is too long": (keys(x=raw_value(STRING, struct.pack("<Q", 2**60))), "does not end"),
+    "a text that is too long": (keys(x=raw_value(STRING, struct.pack("<Q", 2**60))), "within its header"),
     "an alignment": (keys(general__alignment=3), "general.alignment = 3"),
     "an alignment of 0": (keys(general__alignment=0), "general.alignment = 0"),
     "a missing tensor": (without("blk.0.ssm_in.weight"), "no tensors of a known kind of layer in block 0"),
@@ -178,7 +178,7 @@ def test_a_tensor_without_a_use_is_refused(tmp_path):
         end = len(data) + -len(data) % 32
         return metadata, [*entries, Entry("blk.1.attn_q.bias", (8,), 0, end)], data.ljust(end + 32, b"\0")
 
-    assert "holds 'blk.1.attn_q.bias', which its metadata has no use for" in refusal(
+    assert "holds 'blk.1.attn_q.bias', which the model of its metadata does not have" in refusal(
         rewrite(GOOD, tmp_path / "x.gguf", change)
     )
 

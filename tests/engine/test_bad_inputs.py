@@ -94,7 +94,9 @@ def talk():
 
 @pytest.mark.parametrize("name", ALONE)
 def test_a_command_that_takes_nothing_refuses_what_follows_it(name):
-    with pytest.raises(InputError, match=f"^{name.replace('?', '[?]')} takes nothing after it, not 'now'"):
+    with pytest.raises(
+        InputError, match=f"^{name.replace('?', '[?]')} takes no argument, but was given 'now'"
+    ):
         talk().line(f"{name} now")
 
 
@@ -215,11 +217,11 @@ INPUTS = [
     ("chat x --template raises.jinja", 1, "roles must alternate"),
     ("generate x --stop=", 2, "a stop string is empty"),
     ("generate x --top-p 7", 2, "7.0 is not in the range 0<x<=1"),
-    ("generate x -f one", 2, "give one of PROMPT, --prompt, --file, --prompts and --ids"),
+    ("generate x -f one", 2, "give only one of PROMPT, --prompt, --file, --prompts and --ids"),
     ("generate x --temprature 1", 2, "No such option '--temprature'"),
     ("generate x -ngl 9", 2, "--backend cuda"),
     ("inspect tiny -m tiny", 2, "give the model once"),
-    ("chat x -p y", 2, "give one of MESSAGE and --prompt"),
+    ("chat x -p y", 2, "give only one of MESSAGE and --prompt"),
     ("chat x --thinking some", 2, "'some' is not on or off"),
     ("bench --batch 1,x", 2, "'1,x' is not a list of whole numbers"),
     ("completion ksh", 2, "'ksh' is not one of"),

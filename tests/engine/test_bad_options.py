@@ -31,7 +31,7 @@ CFG = Config.from_hf(NANO)
         (["--threads", 1025], "1<=x<=1024"),
         (["--timeout", 1e7], "0<x<=1000000"),
         (["--patience", "inf"], "0<x<=1000000"),
-        (["--prompts", "y"], "give one of"),
+        (["--prompts", "y"], "give only one of"),
     ],
 )
 def test_an_option_out_of_range_says_what_the_range_is(cli, args, says):  # noqa: F811

@@ -253,7 +253,7 @@ def test_lines_of_json_carry_their_own_options(cli, tmp_path):
         ("[1]", "line 2 of .*p.jsonl is not an object"),
         ("{", "line 2 of .*p.jsonl is not valid JSON"),
         ('{"prompt": "a", "messages": []}', "either"),
-        ('{"prompt": "a", "temprature": 1}', "line 2 of .* has 'temprature', which is no option"),
+        ('{"prompt": "a", "temprature": 1}', "line 2 of .* has 'temprature', which is not an option"),
         ('{"prompt": "a", "temperature": "hot"}', "prompt 1: temperature = 'hot' is not a number"),
         ('{"prompt": 5}', "prompt 1: the prompt is of type int"),
         ('{"prompt": null}', "prompt 1: the prompt is None"),

@@ -209,7 +209,7 @@ def test_a_conversation_is_read_and_what_is_printed_is_read_back(cli, tmp_path):
         ('[{"role": "user", "content": 5}]', "not 5"),
         ('[{"role": "robot", "content": "x"}]', "the role 'robot'"),
         ("", "not valid JSON"),
-        ("5", "has to hold a list of messages"),
+        ("5", "is not a list of messages"),
     ],
 )
 def test_a_file_of_messages_that_cannot_be_read_is_one_sentence(cli, tmp_path, text, says):  # noqa: F811

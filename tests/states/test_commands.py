@@ -64,7 +64,9 @@ def test_what_cannot_be_saved_or_read_is_a_sentence(cli, tmp_path):  # noqa: F81
         assert "it is a directory" in fails(cli(*command, tmp_path))
         assert "the name of the file is empty" in fails(cli(*command, ""))
     cli("generate", TEXT, "-n", 1, "--save-state", tmp_path / "text")
-    assert "is the state of a text, not of a talk" in fails(cli("chat", "x", "--state", tmp_path / "text"))
+    assert "is the state of a text, not of a conversation" in fails(
+        cli("chat", "x", "--state", tmp_path / "text")
+    )
     fails(cli("generate", "--prompts", tmp_path / "hello", "--save-state", tmp_path / "f"), code=2)
     for wrong in ("2GiBs", "-1", "much", "1e9", ""):
         assert "is not a number of bytes" in fails(cli("generate", "x", "--cache", wrong), code=2)
@@ -109,7 +111,7 @@ def test_a_talk_goes_on_days_later_on_another_backend(cli, tmp_path):  # noqa: F
         roles = [message["role"] for message in json.loads(first.talk["conversation"])]
         assert roles == ["user", "assistant"] * turn
     assert "talk         the messages" in cli("state", "show", tmp_path / "talk")[1]
-    assert "give one of" in fails(cli("chat", "x", *how, "--messages", tmp_path / "m"), code=2)
+    assert "give only one of" in fails(cli("chat", "x", *how, "--messages", tmp_path / "m"), code=2)
 
 
 @pytest.mark.slow

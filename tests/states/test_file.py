@@ -116,12 +116,12 @@ def test_other_files_and_versions_are_named(tmp_path, monkeypatch):
         small().save(path)
     refused(path, "has layout version '2', and this refengine reads version 1")
     for name, value, says in (
-        ("position", "10", "says that '10' of its 9 tokens"),
-        ("position", "9" * 5000, "of its 9 tokens"),
+        ("position", "10", "position is '10', and it has 9 tokens"),
+        ("position", "9" * 5000, "it has 9 tokens"),
         ("sampling", "[]", "not a JSON object"),
         ("sampling", '{"top_p": 7}', "top_p = 7 is out of range"),
         ("sampling", '{"top_k": 1.5}', "not a whole number"),
-        ("sampling", '{"heat": 7}', "'heat', which does not exist"),
+        ("sampling", '{"heat": 7}', "unknown sampling option 'heat'"),
         ("sampling", '{"seed": -1}', "seed = -1"),
         ("sampling", "{", "is not valid JSON"),
         ("generator", '{"counter": []}', "not one of NumPy's Philox"),

@@ -139,7 +139,7 @@ def test_named_templates_are_found_and_chosen(tmp_path):
     assert templates.render([ASK], tools) == "tool_use"
     assert templates.named("short").render([ASK], tools) == "short"
     with pytest.raises(
-        InputError, match=r"no default chat template but these: short, tool_use.*--template NAME"
+        InputError, match=r"no default chat template: choose one of short, tool_use.*--template NAME"
     ):
         templates.render([ASK])
     with pytest.raises(InputError, match=r"no chat template 'long'; the checkpoint has short, tool_use"):

@@ -123,7 +123,7 @@ class _Reader:
         if after > self.end:
             if self.end == MAX_HEADER:
                 raise self.wrong(f"its header is longer than {MAX_HEADER} bytes")
-            raise InputError(f"{self.path} is truncated: its header does not end within it; {AGAIN}")
+            raise InputError(f"{self.path} is truncated: it ends within its header; {AGAIN}")
         found = self.raw[self.at : after]
         self.at = after
         return found
@@ -219,5 +219,5 @@ def _alignment(path: Path, metadata: dict[str, Any]) -> int:
     """Return the alignment of the data in bytes."""
     align = metadata.get("general.alignment", 32)
     if type(align) is not int or align not in (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096):
-        raise InputError(f"{path} is damaged: general.alignment = {shown(align)} is no alignment; {AGAIN}")
+        raise InputError(f"{path} is damaged: general.alignment = {shown(align)} is not valid; {AGAIN}")
     return align

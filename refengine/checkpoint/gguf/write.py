@@ -187,9 +187,11 @@ def architecture(cfg: Config) -> str:
     """Return the name of the architecture; InputError for a model that files have no form for."""
     letters = set(cfg.layers + cfg.mtp_layers)
     if {"E", "-"} <= letters:
-        raise InputError("GGUF has no model with layers of experts and of MLP: it cannot be converted")
+        raise InputError(
+            "GGUF has no form for a model with both expert and MLP layers: it cannot be converted"
+        )
     if cfg.mtp_layers not in ("", HEAD):
-        raise InputError(f"GGUF has prediction heads of {HEAD} alone, not of {cfg.mtp_layers}")
+        raise InputError(f"GGUF has only prediction heads of the layers {HEAD}, not {cfg.mtp_layers}")
     return "nemotron_h_moe" if "E" in letters else "nemotron_h"
 
 

@@ -181,7 +181,7 @@ class Ranks:
             for key in mine | other:
                 if mine.get(key) != other.get(key):
                     unlike = f"{other.get(key)}, not {mine.get(key)}"
-                    raise RankError(f"rank {rank} has another {key} than rank {self.rank}: {unlike}")
+                    raise RankError(f"rank {rank} has a different {key} than rank {self.rank}: {unlike}")
 
     def _exchange(self, out: dict, into: dict) -> None:
         """Exchange with all peers but this rank, and count the bytes sent."""

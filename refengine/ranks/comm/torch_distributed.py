@@ -51,7 +51,7 @@ class TorchDistributed(Ranks):
         except Exception as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise InputError(
-                f"the {count} ranks did not meet at {where} within {timeout:g} s ({first_line(error)})"
+                f"the {count} ranks did not all connect to {where} within {timeout:g} s ({first_line(error)})"
             ) from None
         self.groups: dict[tuple[int, ...], object] = {}
         self.posted: list = []  # (peer, work, array) under way

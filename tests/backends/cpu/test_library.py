@@ -163,7 +163,7 @@ def test_a_wheel_has_a_library_for_each_level_of_processors(tmp_path, monkeypatc
     "level, said",
     [
         ("avx9", "REFENGINE_CPU_LEVEL = avx9 is not one of x86-64-v4, x86-64-v3, x86-64"),
-        ("x86-64-v4", "REFENGINE_CPU_LEVEL = x86-64-v4, which this processor does not have"),
+        ("x86-64-v4", "REFENGINE_CPU_LEVEL = x86-64-v4, which this processor does not support"),
     ],
 )
 def test_a_level_that_there_is_not_is_one_sentence(small, monkeypatch, level, said):
