@@ -34,7 +34,7 @@ from refengine.spec.config import Config, InputError
 from refengine.spec.model import Model
 from refengine.spec.ops import Backend
 from refengine.spec.tensors import table
-from refengine.speculation import is_centred
+from refengine.speculation import has_layer_norm
 from refengine.states.prefixes import Prefixes, keys
 from refengine.states.state import Start, State
 from refengine.storage import Storage, storage
@@ -103,7 +103,7 @@ def load(
     cfg = checkpoint.config
     if packed_inputs:
         checkpoint.check_packed_inputs()
-    stored, centred = storage(checkpoint, kv_dtype, ssm_dtype), is_centred(cfg, mtp_norm)
+    stored, layer_norm = storage(checkpoint, kv_dtype, ssm_dtype), has_layer_norm(cfg, mtp_norm)
     if isinstance(backend, Backend):
         stored = Storage()
         if kv_dtype or ssm_dtype:
@@ -132,7 +132,8 @@ def load(
             bar.update()
             return checkpoint.read(name)
 
-        built = replace(Model.build(cfg, read, chosen), scales=stored.scales, centred=centred)
+        built = Model.build(cfg, read, chosen)
+        built = replace(built, scales=stored.scales, head_layer_norm=layer_norm)
     checkpoint.release()  # what was widened is not needed in the file's form too
     seconds = time.perf_counter() - began
     return Engine(checkpoint, LocalRunner(built), seconds, batch, cache, batch_invariant, cache_dir)
@@ -380,7 +381,7 @@ class Engine:
         """
         if prompt is None and after is not None:
             if after.position == len(after.ids):
-                raise InputError("all tokens of the state have been read: give a prompt that follows them")
+                raise InputError("the state has read all of its tokens: give a prompt to continue with")
             return self._in_context(list(after.ids))
         if isinstance(prompt, bytes):
             raise InputError("the prompt is bytes: decode it to text first")

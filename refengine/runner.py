@@ -7,7 +7,7 @@ process; refengine/ranks/runner.py is the form over several. The loop and the en
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -251,7 +251,7 @@ class LocalRunner:
         self.drafter = Drafter(self, Slots())
         self.latest: Any = None  # hidden states of the latest call; None after a step without verbs
         self.drawings: dict[int, Drawing] = {}
-        self.recorded: tuple[list[int], list[int], Any] | None = None  # slots, tokens of each, records
+        self.recorded: tuple[list[int], list[int], Any] | None = None  # slots, tokens of each, `replayed`
         self.shelf = Shelf()
 
     @property
@@ -315,11 +315,11 @@ class LocalRunner:
             states = self.slots.gather(slots)
             self.slots.keep(slots, states)
             if found := verify(self.model, rows, states):
-                *found, records = found
-                self.recorded = list(slots), [len(row) for row in rows], records
+                *found, replayed = found
+                self.recorded = list(slots), [len(row) for row in rows], replayed
                 return tuple(found)
         h, records = self.record(slots, rows, [], max(map(len, rows)))
-        self.recorded = list(slots), [len(row) for row in rows], records
+        self.recorded = list(slots), [len(row) for row in rows], self.replayed(records)
         return self.head(h), self.drafter.fetched(h)
 
     def record(self, slots: list[int], rows: list[list[int]], fresh: list[int], width: int) -> tuple:
@@ -337,22 +337,21 @@ class LocalRunner:
         self.recorded = None
 
     def verified(self, slots: list[int], counts: list[int]) -> Any:
-        """Return the records of the latest `verify`; ValueError if it was of other slots or fewer tokens."""
-        recorded, most, records = self.recorded or ([], [], [])
+        """Return `replayed` of the latest `verify`; ValueError if it was of other slots or fewer tokens."""
+        recorded, most, replayed = self.recorded or ([], [], None)
         if slots != recorded:
             raise ValueError(f"slots {slots} to commit: the call before this one verified {recorded}")
         if not all(0 <= count <= fed for count, fed in zip(counts, most, strict=True)):
             raise ValueError(f"{counts} tokens to commit, of {most} that were verified")
-        return records
+        return replayed
 
-    def replay(self, slots: list[int], records: Any, counts: list[int], *layers: int) -> None:
-        """Store the states of slots after the first counts[i] tokens of a recorded call of `layers`."""
-        states = self.slots.gather(slots)
-        if callable(records):
-            states = records(states, counts)
-        else:
-            states = self.model.commit(states, records, counts, *layers)
-        self.slots.keep(slots, states)
+    def replayed(self, records: list, *layers: int) -> Callable[[list, list[int]], list]:
+        """Return the function (states, counts) -> states after the first counts[i] tokens of the records."""
+        return lambda states, counts: self.model.commit(states, records, counts, *layers)
+
+    def replay(self, slots: list[int], replayed: Any, counts: list[int]) -> None:
+        """Store the states of slots after the first counts[i] tokens of a recorded call."""
+        self.slots.keep(slots, replayed(self.slots.gather(slots), counts))
 
     def speculate(self, slots: list[int], ids: list[int], counts: list[int]) -> list[Run | InputError]:
         """Feed one token to each of some sequences, and up to counts[i] drafts of it; see Runner."""

@@ -27,15 +27,15 @@ class Model:
     """A configuration, its placed weights (weights[block][group]), and the backend that placed them.
 
     scales: those of keys and values stored in FP8, by block; 1 where there are none.
-    centred: whether the prediction head's final norm is a LayerNorm without a bias, as llama.cpp reads it;
-        all others read an RMSNorm.
+    head_layer_norm: whether the final norm of the prediction head is a LayerNorm without a bias, as llama.cpp
+        reads it; all others read an RMSNorm.
     """
 
     cfg: Config
     weights: dict
     backend: Backend
     scales: dict[str, tuple[float, float]] = field(default_factory=dict)
-    centred: bool = False
+    head_layer_norm: bool = False
 
     @classmethod
     def build(cls, cfg: Config, read: Callable[[str], Weight], backend: Backend) -> Model:

@@ -39,7 +39,7 @@ def predict(model: Model, h, next_ids, states: list, lengths=None, record=False)
     cfg, ops, layers = model.cfg, model.backend.ops, head_layers(model)
     v = projected(model, h, next_ids)
     final = layers[-1][1]["final_layernorm.weight"]
-    if not model.centred:
+    if not model.head_layer_norm:
         return run_layers(v, layers, final, states, lengths, cfg, ops, record=record)
     v, states = run_layers(v, layers, None, states, lengths, cfg, ops, record=record)
     v = model.backend.fetch(v)
@@ -64,7 +64,7 @@ def last(model: Model, h, next_ids, states: list, lengths, wanted: bool):
     here, next_ids = model.backend, np.asarray(next_ids)
     b, l = next_ids.shape
     lengths = np.full(b, l) if lengths is None else lengths
-    if here.predict and not model.centred:
+    if here.predict and not model.head_layer_norm:
         real = np.arange(l) < lengths[:, None]
         v = projected(model, h[real][None], here.array(next_ids[real][None]))
         if found := here.predict(model, v[0], lengths, states, wanted):

@@ -29,7 +29,7 @@ from refengine.spec.layout import Layout, plan
 from refengine.spec.ops import Backend
 from refengine.spec.shard import Shard, held, held_tensors
 from refengine.spec.tensors import parameters, table
-from refengine.speculation import is_centred
+from refengine.speculation import has_layer_norm
 from refengine.storage import storage
 
 
@@ -80,13 +80,13 @@ def load(
     cfg = checkpoint.config
     dtype = checkpoint.auto_dtype(backend) if dtype == "auto" else dtype
     shard = Shard(plan(cfg, tp, ep, pp), comm.rank)
-    stored, centred = storage(checkpoint, kv_dtype, ssm_dtype), is_centred(cfg, mtp_norm)
+    stored, layer_norm = storage(checkpoint, kv_dtype, ssm_dtype), has_layer_norm(cfg, mtp_norm)
     how = f"{backend} in {dtype}" + (", batch-invariant" if batch_invariant else "")
     how += "".join(
         f", {name} in {value}" for name, value in (("cache", stored.kv), ("S", stored.ssm)) if value
     )
     how += ", with packed inputs" if packed_inputs else ""
-    how += ", with a LayerNorm in the head" if centred else ""
+    how += ", with a LayerNorm in the head" if layer_norm else ""
     comm.compare(identity(checkpoint, shard.layout, how))
     mine = held_tensors(cfg, shard)
     share = here.local_count * sum(sizes(row, cfg, shard)[0] for row in mine) / parameters(table(cfg))
@@ -103,7 +103,8 @@ def load(
             comm.at_work()
             return checkpoint.read(name)
 
-        built = replace(ranks.part(cfg, read, chosen, shard, comm), scales=stored.scales, centred=centred)
+        built = ranks.part(cfg, read, chosen, shard, comm)
+        built = replace(built, scales=stored.scales, head_layer_norm=layer_norm)
     checkpoint.release()
     runner = RankRunner(built, cfg, comm, shard, chosen)
     return Engine(checkpoint, runner, time.perf_counter() - began, batch, cache, batch_invariant, cache_dir)

@@ -296,7 +296,8 @@ class RankRunner(LocalRunner):
         own_slots, own_rows, new = _padded(slots, rows, [], self.mine)
         h, records = self.record(own_slots, own_rows, new, max(map(len, rows)))
         self.slots.drop([-1])
-        self.recorded = list(slots), [len(row) for row in rows], (self.mine, records)
+        replayed = self.replayed(records, *self.shard.layers(self.whole))
+        self.recorded = list(slots), [len(row) for row in rows], (self.mine, replayed)
         return self.head(h), self.drafter.fetched(h)
 
     def exchange(self, own: np.ndarray, count: int) -> list[np.ndarray]:
@@ -343,12 +344,11 @@ class RankRunner(LocalRunner):
             runs.append([_read(part, drawing.logprobs) for part in line[2:].reshape(most, wide)[:count]])
         return runs
 
-    def replay(self, slots, records, counts, *layers):
+    def replay(self, slots, replayed, counts):
         """Store the states of this rank's slots after the tokens that are kept."""
-        mine, records = records
+        mine, replayed = replayed
         if mine:
-            own = [slots[i] for i in mine], records, [counts[i] for i in mine]
-            super().replay(*own, *self.shard.layers(self.whole))
+            super().replay([slots[i] for i in mine], replayed, [counts[i] for i in mine])
 
     def copy(self, slot, into):
         """Store copies of the states of a slot in others, on the ranks that have it."""

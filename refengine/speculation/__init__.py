@@ -11,7 +11,7 @@ MOST_DRAFTS = 64  # of one call
 MTP_NORMS = ("rms", "layer")  # of the prediction head: RMSNorm, LayerNorm
 
 
-def is_centred(cfg: Config, mtp_norm: str) -> bool:
+def has_layer_norm(cfg: Config, mtp_norm: str) -> bool:
     """Return whether the prediction head's final norm is a LayerNorm; raises InputError for another name."""
     if mtp_norm not in MTP_NORMS:
         raise InputError(f"mtp_norm = {mtp_norm!r} is neither {' nor '.join(map(repr, MTP_NORMS))}")

@@ -33,7 +33,7 @@ def test_the_final_norm_of_the_head_may_be_a_layer_norm():
     m, next_ids = model(case, bench), np.roll(case.ids, -1, axis=1)
     h, _ = m.blocks(m.embed(case.ids), m.new_states(1))
     o, _ = mtp.predict(m, h, next_ids, mtp.new_states(m, 1))
-    centred, _ = mtp.predict(replace(m, centred=True), h, next_ids, mtp.new_states(m, 1))
+    centred, _ = mtp.predict(replace(m, head_layer_norm=True), h, next_ids, mtp.new_states(m, 1))
     weight = case.read("mtp.layers.1.final_layernorm.weight").astype(np.float64)
     v = o / weight
     expected = (v - v.mean(-1, keepdims=True)) / v.std(-1, keepdims=True) * weight

@@ -179,7 +179,7 @@ def test_a_state_may_be_kept_at_the_last_turn_of_a_prompt(engine):
     assert list(state.ids) == ids[: state.position + 1]
     *_, end = engine.generate("Once", keep="turn", max_tokens=3)
     assert list(end.state.ids) == engine.ids("Once") and end.state.position == len(end.state.ids)
-    with pytest.raises(InputError, match="all tokens of the state have been read"):
+    with pytest.raises(InputError, match="the state has read all of its tokens"):
         engine.generate(state=end.state)
 
 
