@@ -110,7 +110,7 @@ def test_commands_run_as_they_are_shown(group, tmp_path):
                 pytest.skip(f"there is no {program}")
         done = in_bash(small(line, words), tmp_path, env)
         assert done.returncode == 0, f"{small(line, words)}\n{done.stdout}{done.stderr}"
-        assert "Traceback" not in done.stderr and same(done.stdout, CONSOLES.get(line, done.stdout))
+        assert "Traceback" not in done.stderr and (line not in CONSOLES or same(done.stdout, CONSOLES[line]))
 
 
 @pytest.mark.parametrize(
