@@ -266,7 +266,7 @@ def test_an_interrupted_run_prints_the_json_it_has():
 def test_score_shows_how_far_it_is(tmp_path):
     """The progress bar counts every token of the text, and does not change the scores."""
     engine = refengine.load("tiny")
-    text = "Once upon a time. " * 150
+    text = "Once upon a time. " * 110
     counts = []
 
     class Bar(contextlib.nullcontext):
