@@ -27,7 +27,7 @@ def diff(trace, other, against, mistakes, as_json):
     """
     from refengine.conformance.traces import load, text
     from refengine.conformance.traces.diff import compare, diagnosed, exercised
-    from refengine.conformance.traces.recompute import Recomputation, unread
+    from refengine.conformance.traces.recompute import Recomputation, half_routings, unread
 
     if other is not None and against is not None:
         raise click.UsageError("give another trace, or --against MODEL, not both.")
@@ -39,6 +39,9 @@ def diff(trace, other, against, mistakes, as_json):
             raise click.UsageError("--mistakes needs --against MODEL.")
         b = load(other)
         steps = compare(a, b)
+        for one, two in ((a, b), (b, a)):
+            if missing := sorted(set(one.arrays) - set(two.arrays)):
+                options.note(f"{one.name} holds {first_of(missing)}, which {two.name} lacks: not compared")
         if as_json:
             rows = [
                 {"name": s.name, "error": finite(s.error), "roundings": finite(s.roundings)}
@@ -54,6 +57,8 @@ def diff(trace, other, against, mistakes, as_json):
     if strange := unread(a, checkpoint.config):
         what = "which is no activation of this model: not read"
         options.note(f"{a.name} holds {first_of(strange)}, {what}")
+    if halves := half_routings(a):
+        options.note(f"{a.name} holds {first_of(halves)} without the other half of the routing: not read")
     if coarser := a.coarser():
         what = f"stored with a larger rounding than that of {a.dtype}, the dtype in the header"
         options.note(f"{a.name} holds {first_of(coarser)}, {what}; it may depart by that alone")

@@ -41,7 +41,7 @@ TEXT = {
     "decode": "(ids) -> text",
     "render": "(messages, tools, **switches) -> the prompt, by the template of the model in the package",
 }
-PAIRS = ("rms_norm", "causal_conv", "ssd_scan", "attention")  # verbs that return two results
+PAIRS = ("rms_norm", "causal_conv", "ssd_scan", "attention", "route")  # verbs that return two results
 STATES = {"causal_conv": 3, "ssd_scan": 7, "attention": 3}  # the argument that a verb may write into
 
 
@@ -99,11 +99,11 @@ class Bench(Backend):
 
         A result may be in float32 where the computation is in bfloat16 or float16; with `wider` it has to be.
         """
-        kind, a, due = type(a).__name__, self.fetch(a), {self.dtype, wide(self.dtype)}
+        given, a, due = a, self.fetch(a), {self.dtype, wide(self.dtype)}
         if wider:
             due = {wide(self.dtype)}
-        if a.dtype == object:
-            raise AssertionError(f"{what}: {kind}, where an array is due")
+        if a.dtype == object or not hasattr(given, "dtype"):
+            raise AssertionError(f"{what}: {type(given).__name__}, where an array is due")
         if a.dtype not in due:
             raise AssertionError(f"{what}: {a.dtype}, where {' or '.join(sorted(map(str, due)))} is due")
         return a
@@ -184,13 +184,14 @@ def watched(verb: str, function: Callable) -> Callable:
         except (Exception, SystemExit, KeyboardInterrupt) as error:
             if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
                 raise  # the user's own
-            text = " ".join(str(error).split())
-            raise Wrong(verb, f"{verb} raised {type(error).__name__}: {text}") from error
+            text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+            raise Wrong(verb, f"{verb} raised {text}") from error
         for i, (before, after) in enumerate(zip(kept, args, strict=True)):
             if before is not None and i != STATES.get(verb) and not same_bits(before, after):
                 raise Wrong(verb, f"{verb} changed its argument {i + 1}, {before.dtype} {list(before.shape)}")
         if verb in PAIRS and not (isinstance(result, tuple) and len(result) == 2):
-            raise Wrong(verb, f"{verb} returned {type(result).__name__}, where two results are due")
+            given = f"{len(result)} results" if isinstance(result, tuple) else type(result).__name__
+            raise Wrong(verb, f"{verb} returned {given}, where two results are due")
         return result
 
     return call

@@ -73,7 +73,10 @@ def reproduces(wrong: Callable, right: Callable, cfg: Config, calls: list) -> bo
 def numbers(result) -> list[np.ndarray]:
     """Return the arrays of a result in float64; a cache is left out."""
     parts = result if isinstance(result, tuple) else (result,)
-    return [np.asarray(part, np.float64) for part in parts if isinstance(part, np.ndarray)]
+    arrays = [part for part in parts if isinstance(part, np.ndarray)]
+    if any(np.iscomplexobj(part) for part in arrays):
+        raise TypeError("complex numbers are no activations")
+    return [np.asarray(part, np.float64) for part in arrays]
 
 
 def apart(some: list[np.ndarray], others: list[np.ndarray]) -> float:

@@ -352,6 +352,43 @@ def test_two_traces_are_compared_array_by_array(cli, model, tmp_path):
         compare(a, replace(b, token_ids=[[1, 2]]))
 
 
+def test_two_traces_of_other_shapes_or_routings_are_not_equal(cli, clean_trace, tmp_path):
+    """Sizes alone do not make arrays alike; the order of the chosen experts has no meaning."""
+    name, (_, clean_trace) = "layers.1.router", clean_trace
+    parts = (f"{name}.experts", f"{name}.weights")
+    backwards = {part: clean_trace.array(part)[..., ::-1] for part in parts}
+    reordered = replace(clean_trace, arrays=dict(clean_trace.arrays) | backwards)
+    assert not any(step.wrong for step in compare(reordered, clean_trace))
+    experts = clean_trace.array(f"{name}.experts")
+    chosen = replace(clean_trace, arrays=dict(clean_trace.arrays) | {f"{name}.experts": (experts + 1) % 9})
+    assert [step.name for step in compare(chosen, clean_trace) if step.wrong] == [name]
+    for value, says in ((experts - 9, "holds no experts"), (experts + 2**20, "names expert 10485")):
+        odd = replace(clean_trace, arrays=dict(clean_trace.arrays) | {f"{name}.experts": value})
+        with pytest.raises(InputError, match=says):
+            compare(odd, clean_trace)
+    turned = changed(clean_trace, "layers.2.output", lambda a: a.swapaxes(1, 2))
+    with pytest.raises(InputError, match=r"layers.2.output has the shape \[.*\] in"):
+        compare(replace(clean_trace, arrays=turned), clean_trace)
+    fewer = {key: a for key, a in clean_trace.arrays.items() if key != f"{name}.experts"}
+    replace(clean_trace, arrays=fewer).save(tmp_path / "fewer")
+    clean_trace.save(tmp_path / "all")
+    code, _, err = cli("diff", tmp_path / "fewer", tmp_path / "all")
+    assert code == 0 and f"holds '{name}.experts', which" in err and "lacks: not compared" in err
+
+
+def test_half_of_a_routing_is_noted_and_no_text_of_a_file_controls_a_terminal(cli, model, tmp_path):
+    cli("trace", model, "--ids", "3 4 5", "-q", "-o", tmp_path / "t")
+    trace = load(tmp_path / "t")
+    arrays = {key: trace.array(key) for key in trace.arrays if key != "layers.2.router.experts"}
+    replace(trace, arrays=arrays, engine="\x1b[31mred\x07").save(tmp_path / "t")
+    code, out, err = cli("diff", tmp_path / "t", "--against", model)
+    assert code == 0 and "holds 'layers.2.router.weights' without the other half" in err
+    assert "by [31mred\n" in out and "\x1b" not in out
+    replace(trace, arrays=arrays | {"a\x1b": arrays["logits"]}).save(tmp_path / "t")
+    with pytest.raises(InputError, match="is no name of an activation"):
+        load(tmp_path / "t")
+
+
 def test_a_clean_trace_agrees_and_another_model_is_refused(cli, model, tmp_path):
     made = cli("trace", model, "--ids", IDS, "--ids", "5 6 7", "--cut", 8, "--steps", 2, "-o", tmp_path / "t")
     assert made[0] == 0 and "arrays of 30 tokens" in made[2]

@@ -98,6 +98,13 @@ BAD = {
         {"rms_norm": lambda x, delta, w, eps: x},
         "rms_norm returned ndarray, where two results",
     ),
+    "three results of two": ({"ssd_scan": lambda *given: (given[0],) * 3}, "returned 3 results, where two"),
+    "no routing": ({"route": lambda h, *given: h}, "route returned ndarray, where two results"),
+    "a list": ({"mlp": lambda h, up, down: mlp(h, up, down).tolist()}, "list, where an array is due"),
+    "complex numbers": (
+        {"mlp": lambda h, up, down: mlp(h, up, down).astype(np.complex64)},
+        "complex64, where float32 is due",
+    ),
     "too few arguments": ({"mlp": lambda h, up: h}, "mlp raised TypeError"),
 }
 

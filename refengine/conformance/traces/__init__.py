@@ -177,22 +177,29 @@ def load(path: str | Path) -> Trace:
     if [sum(row) for row in zip(*calls, strict=True)] != lengths:
         raise InputError(f"{path}: the calls do not add up to the {lengths} tokens of the rows")
     for at in file.tensors.values():
+        if not at.name.isprintable():
+            raise InputError(f"{path}: {shown(at.name)} is no name of an activation")
         if at.dtype not in DTYPES | INTS:
             raise InputError(f"{path}: {shown(at.name)} has the dtype {at.dtype}, which no activation has")
     dtype = _dtype_name(said.get("dtype", "")) or _coarsest(file.tensors.values())
-    named = {key: said.get(key, "")[:100] for key in NAMED}
+    named = {key: _printable(said.get(key, "")) for key in NAMED}
     named |= {key: _dtype_name(named[key]) for key in named if key.endswith("dtype")}
     for name in (dtype, *(text for key, text in named.items() if text and key.endswith("dtype"))):
         if name not in ITEMSIZE:
             raise InputError(f"{path}: {shown(name)} is none of the dtypes {', '.join(ITEMSIZE)}")
     calls = [call for call in calls if any(call)]
-    engine = " ".join(said.get("engine", "").split())[:100] or "an unnamed engine"
+    engine = _printable(said.get("engine", "")) or "an unnamed engine"
     return Trace(str(path), ids, calls, dtype, file.tensors, engine, **named)
 
 
 def eps_of(dtype: str) -> float:
     """Return the distance of 1 from the next number of a float dtype."""
     return float(ml_dtypes.finfo(dtype).eps)
+
+
+def _printable(text: str) -> str:
+    """Return the first 100 characters of a text of the header, in one line: none controls a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:1000]).split())[:100]
 
 
 def _dtype_name(text: str) -> str:

@@ -19,12 +19,14 @@ import numpy as np
 
 from refengine.conformance.mistakes import MISTAKES, Mistake
 from refengine.conformance.traces import Trace, real_positions
-from refengine.conformance.traces.recompute import Found, Recomputation, Unit, margin, roundoff
+from refengine.conformance.traces.recompute import Found, Recomputation, Unit, dense, margin, roundoff
 from refengine.spec.config import Config, InputError
+from refengine.spec.moe import Routing
 
 LIMIT = 8.0  # roundings
 CLOSE = 4.0  # roundings of the scores within which a choice of experts is a near-tie
 CAUSES = 3  # named at most
+MOST_EXPERTS = 1 << 16
 SEARCHES = 4  # layers that are recomputed with all mistakes; the others only with those found by then
 
 
@@ -327,12 +329,15 @@ def compare(a: Trace, b: Trace) -> list[Step]:
         raise InputError(f"{a.name} and {b.name} were recorded from different models")
     eps, steps = max(roundoff(a.dtype), roundoff(b.dtype)), []
     for name in sorted(set(a.arrays) & set(b.arrays), key=order):
-        x, y = (t.array(name) for t in (a, b))
-        if x.size != y.size:
-            raise InputError(f"{name} has the shape {list(x.shape)} in {a.name}, {list(y.shape)} in {b.name}")
-        if name.endswith(".router.experts") or name.endswith(".router.weights"):
+        if name.endswith(".router.weights"):  # compared with the experts that they are of
             continue
-        x, y = (counted(t, name, v.astype(np.float64)) for t, v in ((a, x), (b, y)))
+        if name.endswith(".router.experts"):
+            name = name.removesuffix(".experts")
+            if any(f"{name}.weights" not in t for t in (a, b)):
+                continue
+            x, y = routings(a, b, name)
+        else:
+            x, y = alike(a, b, name)
         strange = tuple(t.name for t, v in ((a, x), (b, y)) if not np.isfinite(v).all())
         error = np.inf if strange else float(np.abs(x - y).max(initial=0.0))
         largest = float(np.abs(y[np.isfinite(y)]).max(initial=0.0))
@@ -342,15 +347,46 @@ def compare(a: Trace, b: Trace) -> list[Step]:
     return steps
 
 
-def counted(trace: Trace, name: str, a: np.ndarray) -> np.ndarray:
-    """Return the values of an array that count, in a row: those of padding do not."""
+def alike(a: Trace, b: Trace, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values of an array that count in each of two traces, in a row; InputError for two shapes."""
+    x, y = (t.array(name) for t in (a, b))
+    parts = counted(a, name, x), counted(b, name, y)
+    whole = any(part is None for part in parts)
+    if x.shape != y.shape if whole else x.size != y.size:
+        raise InputError(f"{name} has the shape {list(x.shape)} in {a.name}, {list(y.shape)} in {b.name}")
+    first, second = (x, y) if whole else parts
+    return first.astype(np.float64).reshape(-1), second.astype(np.float64).reshape(-1)
+
+
+def routings(a: Trace, b: Trace, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return a routing of each of two traces as weights of all experts, whose order has no meaning."""
+    experts = alike(a, b, f"{name}.experts")
+    weights = alike(a, b, f"{name}.weights")
+    if experts[0].size != weights[0].size or any(not (e == np.abs(np.rint(e))).all() for e in experts):
+        raise InputError(f"{name} holds no experts with a weight each in {a.name} or {b.name}")
+    k = a.array(f"{name}.experts").shape[-1]
+    count = int(max(e.max(initial=0) for e in experts)) + 1
+    if count > MOST_EXPERTS:
+        raise InputError(f"{name}.experts names expert {count - 1}, in {a.name} or {b.name}")
+    dense_of = [
+        dense(Routing(e.astype(np.int64).reshape(-1, k), w.reshape(-1, k)), count)
+        for e, w in zip(experts, weights, strict=True)
+    ]
+    return dense_of[0], dense_of[1]
+
+
+def counted(trace: Trace, name: str, a: np.ndarray) -> np.ndarray | None:
+    """Return the values of an array without those of padding; None where it has no axis of positions."""
     head = name.startswith("mtp.")
-    if min(trace.lengths) < 2 and head:
-        return a.reshape(-1)
+    if name.rpartition(".")[2] in ("S", "tail"):
+        return a
+    if head and min(trace.lengths) < 2:
+        return None
     real = real_positions(trace.head_calls if head else trace.calls)
-    if name.rpartition(".")[2] in ("S", "tail") or a.shape[:2] != real.shape:
-        return a.reshape(-1)
-    return a[real].reshape(-1)
+    rows, length = real.shape
+    if rows == 1 and a.shape[:1] == (length,) and a.shape[:2] != real.shape:
+        a = a[None]
+    return a[real] if a.shape[:2] == real.shape else None
 
 
 def order(name: str) -> tuple:

@@ -272,6 +272,16 @@ def unread(trace: Trace, cfg: Config) -> list[str]:
     return sorted(set(trace.arrays) - known)
 
 
+def half_routings(trace: Trace) -> list[str]:
+    """Return the names of experts without weights, and of weights without experts, which are not read."""
+    stems = [name.rpartition(".")[0] for name in trace.arrays]
+    return sorted(
+        name
+        for name, stem in zip(trace.arrays, stems, strict=True)
+        if stem.endswith(".router") and stems.count(stem) == 1
+    )
+
+
 class Run:
     """One computation of a unit: its values are collected by name, a part for each call."""
 

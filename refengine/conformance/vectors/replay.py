@@ -53,6 +53,8 @@ class Engine:
     def fetch(self, a) -> np.ndarray:
         """Return an array of the backend on the host; bfloat16 as float32."""
         out = np.asarray(self.backend.fetch(a))
+        if np.iscomplexobj(out):
+            raise AssertionError(f"{out.dtype}, where real numbers are due")
         return out if out.dtype.kind in "fiu" else out.astype(np.float32)
 
     def weights(self) -> dict[str, dict[str, Any]]:
