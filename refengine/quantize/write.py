@@ -104,6 +104,7 @@ def quantize(
     Raises InputError.
     """
     source, out = Checkpoint.open(model), Path(out)
+    np.empty(2**24, np.uint8)  # freed at once: glibc then keeps up to 2**25 freed bytes for the next strips
     jobs = plan(source, recipe)
     _check_target(source, out)
     if texts is not None:
@@ -235,7 +236,9 @@ def _state(
         found = {}
     except ValueError:
         found = None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(key, {}), dict) for key in ("errors", "largest")
+    ):
         raise InputError(f"{out / STATE} is damaged: remove {out} and begin again")
     if not found.get("errors") and "largest" not in found:
         found = wanted | {"errors": {}}

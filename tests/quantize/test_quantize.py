@@ -293,8 +293,9 @@ def test_a_part_of_another_recipe_is_not_gone_on_with(model, tmp_path, monkeypat
         with pytest.raises(KeyboardInterrupt):
             quantize(model, tmp_path / "out", recipe_of("nvfp4"))
     assert "a part of another model or recipe" in refused(model, tmp_path / "out", "fp8")
-    (tmp_path / "out" / STATE).write_text("{")
-    assert "is damaged" in refused(model, tmp_path / "out")
+    for damaged in ("{", "[]", '{"errors": 5}', '{"largest": []}'):
+        (tmp_path / "out" / STATE).write_text(damaged)
+        assert "is damaged" in refused(model, tmp_path / "out")
 
 
 def test_a_packed_model_is_not_packed_again(model, tmp_path):
