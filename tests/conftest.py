@@ -26,6 +26,7 @@ SAME = dict(derandomize=True, database=None)
 settings.register_profile("default", max_examples=EXAMPLES // 2, **SAME, **COMMON)
 settings.register_profile("thorough", max_examples=EXAMPLES, **SAME, **COMMON)
 settings.load_profile("default")
+SLOW = ("tests/backends/cuda", "tests/backends/torch")  # laws on an emulator, and on PyTorch
 
 sys.dont_write_bytecode = False  # hundreds of processes start; each would compile all modules again
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -50,7 +51,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Mark thorough tests as slow too; leave them out unless they are asked for."""
+    """Mark slow laws and thorough tests as slow; leave out thorough ones unless they are asked for."""
+    for item in items:
+        if item.nodeid.startswith(SLOW) and hasattr(item.function, "hypothesis"):
+            item.add_marker(pytest.mark.slow)
     asked = config.getoption("--thorough") or "thorough" in (config.getoption("-m") or "")
     left_out = [item for item in items if item.get_closest_marker("thorough")]
     for item in left_out:
@@ -74,9 +78,11 @@ def one_thread_each():
 # Nothing here may import `spec` when pytest starts: its shapes are checked only if it is imported after that.
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
-        from tests.support.benches import BENCHES
+        from tests.support.benches import BENCHES, marks
 
-        metafunc.parametrize("backend", BENCHES, indirect=True, scope="session")
+        law = hasattr(metafunc.function, "hypothesis")
+        names = [pytest.param(name, marks=marks(name) if law else ()) for name in BENCHES]
+        metafunc.parametrize("backend", names, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from refengine.runner import LocalRunner
 from refengine.spec import mtp
 from refengine.spec.ops import numpy_backend
 from refengine.spec.sample import Sampling
+from tests.support.tries import thorough
 
 EXACT = numpy_backend(np.float64)
 NEAR = 1e-9  # rounding of float64 logits in any order of summation
@@ -166,7 +167,7 @@ def test_every_value_of_score_is_that_of_one_position_at_a_time(case, chunk):
         agree(np.array(mine), true, np.float64, size, name, 4 * stretch)
 
 
-@pytest.mark.parametrize("length", [2, 513, 514, 1030])
+@pytest.mark.parametrize("length", [2, 514, *thorough(513, 1030)])
 def test_every_value_of_a_long_score_is_that_of_one_call(engine, length):
     ids, m = text(3, length, engine), engine.model
     scores = engine.score(ids)

@@ -17,6 +17,7 @@ from refengine.runner import LocalRunner
 from refengine.spec.numerics import tolerance
 from refengine.spec.sample import log_probs
 from tests.ranks.test_reads import filled
+from tests.support.tries import thorough
 
 PROMPT = "Once upon a time"
 
@@ -128,7 +129,7 @@ def test_score_adds_up_the_logits_and_the_heads_guesses_need_the_next_token(engi
     assert len(scores.trunk) == len(ids) - 1 and len(scores.head) == len(ids) - 2
 
 
-@pytest.mark.parametrize("length", [1, 2, 511, 512, 513, 1030])
+@pytest.mark.parametrize("length", [1, 2, 512, 513, *thorough(511, 1030)])
 def test_a_prompt_longer_than_one_call_is_read_as_if_in_one(engine, length):
     ids = np.random.default_rng(length).integers(20, engine.config.vocab_size, length).tolist()
     model = engine.model

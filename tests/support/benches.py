@@ -9,11 +9,12 @@ from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
+import pytest
 
 from refengine.conformance.candidate import BUILT_IN, Bench, bench
 from tools.cuda.emulator import EmulatedDevice, compiler
 
-__all__ = ["BENCHES", "Bench", "bench"]
+__all__ = ["BENCHES", "Bench", "bench", "marks"]
 
 
 def torch_bench(name: str) -> Bench:
@@ -52,3 +53,11 @@ if compiler():
 if find_spec("torch"):
     for name in ("torch-float32", "torch-float32-plain"):
         BENCHES[name] = partial(torch_bench, name)
+
+QUICK = {"numpy-float32", "cpu-float32"}
+THOROUGH = {"numpy-float64", "definition-float32"}  # by default each form of the operations has one precision
+
+
+def marks(name: str) -> tuple:
+    """Return the marks of a law of drawn examples on this backend; recorded vectors need none."""
+    return (pytest.mark.thorough,) if name in THOROUGH else () if name in QUICK else (pytest.mark.slow,)
