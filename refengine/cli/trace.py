@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -62,10 +63,13 @@ def trace(output, prompts, ids, cut, steps, source, **how):
         made = of_transformers(prompts, ids, cut, steps, source == SOURCES[1], **how)
     else:
         from refengine import __version__
+        from refengine.checkpoint import Checkpoint
         from refengine.conformance.traces.record import record
 
-        if how["backend"] == "cpu" and not how["kv_dtype"]:
-            how["kv_dtype"] = "float32"  # a trace shows what is computed, not how it is stored
+        if how["backend"] == "cpu":  # a trace shows what is computed, not how it is stored
+            how["kv_dtype"] = how["kv_dtype"] or "float32"
+            if not asked("dtype") and Checkpoint.open(how["model"]).packed:
+                how["dtype"] = "float32"  # other dtypes round what packed weights are multiplied by
         engine = options.load(tp=1, ep=1, pp=1, timeout=20.0, **how)
         rows = [engine.ids(options.checked_text(text)) for text in prompts]
         rows += [engine.ids(ids_of(text)) for text in ids]
@@ -78,6 +82,8 @@ def trace(output, prompts, ids, cut, steps, source, **how):
             packed_dtype=packed_dtype(engine),
         )  # fmt: skip
         engine.close()
+        if how["backend"] == "cpu" and engine.checkpoint.packed and how["dtype"] in ("bfloat16", "float16"):
+            made = replace(made, dtype=how["dtype"])  # of the inputs of products, at least
         if made.dtype != how["dtype"] and asked("dtype"):
             what = f"computes in {made.dtype}: the activations have that dtype, the weights {how['dtype']}"
             options.note(f"the {engine.model.backend.name} backend {what}")

@@ -330,9 +330,12 @@ def test_a_clean_trace_of_packed_weights_agrees(cli, tmp_path, engine, recipe):
         pytest.importorskip("torch")
     assert cli("quantize", "tiny", tmp_path / "q", "--no-evaluate", "--recipe", recipe, "-q")[0] == 0
     line = ["trace", tmp_path / "q", "-p", "Once upon a time", "-o", tmp_path / "t", "--backend", engine]
-    assert cli(*line)[0] == 0
-    code, out, err = cli("diff", tmp_path / "t", "--against", tmp_path / "q")
-    assert code == 0 and "agrees" in out, out + err
+    for more in [], ["--dtype", "bfloat16"]:
+        if more and engine == "numpy":  # which computes in float32 or float64
+            continue
+        assert cli(*line, *more)[0] == 0
+        code, out, err = cli("diff", tmp_path / "t", "--against", tmp_path / "q")
+        assert code == 0 and "agrees" in out, out + err
 
 
 def test_two_traces_are_compared_array_by_array(cli, model, tmp_path):
