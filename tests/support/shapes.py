@@ -59,7 +59,7 @@ class Checks:
         return jaxtyped(call, typechecker=self.typechecker)
 
 
-ALL = {}  # checks by code: an inner function is defined in each call of the outer one
+ALL = {}  # checks by name and code: an inner function is defined in each call of the outer one
 
 
 def jaxtyped_once(thing=None, *, typechecker):
@@ -70,7 +70,8 @@ def jaxtyped_once(thing=None, *, typechecker):
         thing.__init__ = jaxtyped_once(thing.__init__, typechecker=typechecker)
     if not inspect.isfunction(thing):
         return thing if inspect.isclass(thing) else jaxtyped(thing, typechecker=typechecker)
-    checks = ALL.setdefault(thing.__code__, Checks(thing, typechecker))
+    key = thing.__module__, thing.__qualname__, thing.__code__
+    checks = ALL.setdefault(key, Checks(thing, typechecker))
     passed = checks.passed
 
     @functools.wraps(thing)
