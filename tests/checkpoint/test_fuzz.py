@@ -165,7 +165,7 @@ def agrees_with_the_library(path: Path) -> None:
         ours.close()
 
 
-@tries(840, 210)
+@tries(840, 105)
 @given(edits=EDITS)
 def test_a_file_with_wrong_bytes(edits, one, copy):
     raw = (one / "model.safetensors").read_bytes()
@@ -175,7 +175,7 @@ def test_a_file_with_wrong_bytes(edits, one, copy):
     agrees_with_the_library(directory / "model.safetensors")
 
 
-@tries(360, 90)
+@tries(360, 45)
 @given(edits=EDITS)
 def test_a_file_with_wrong_data(edits, one, copy):
     raw = (one / "model.safetensors").read_bytes()
@@ -185,7 +185,7 @@ def test_a_file_with_wrong_data(edits, one, copy):
     agrees_with_the_library(directory / "model.safetensors")
 
 
-@tries(840, 210)
+@tries(840, 105)
 @given(changes=CHANGES)
 def test_a_file_whose_header_says_something_else(changes, one, copy):
     header, data = parts(one / "model.safetensors")
@@ -194,14 +194,14 @@ def test_a_file_whose_header_says_something_else(changes, one, copy):
     agrees_with_the_library(directory / "model.safetensors")
 
 
-@tries(480, 120)
+@tries(480, 60)
 @given(changes=CHANGES)
 def test_an_index_that_says_something_else(changes, many, copy):
     index = changed(json.loads((many / INDEX).read_text()), changes)
     works_or_is_refused(copy(many, INDEX, json.dumps(index).encode()))
 
 
-@tries(840, 210)
+@tries(840, 105)
 @given(changes=CHANGES)
 def test_a_configuration_that_says_something_else(changes, one, copy):
     config = changed(json.loads((one / "config.json").read_text()), changes)

@@ -50,7 +50,7 @@ switches = st.fixed_dictionaries(
 )
 
 
-@tries(300, 100)
+@tries(300, 50)
 @given(messages=conversations, how=switches)
 def test_the_template_of_the_embedded_model_means_what_the_spec_says(messages, how):
     assert TEMPLATE.render(messages, **how) == chat(messages, **how) == ChatTemplate().render(messages, **how)

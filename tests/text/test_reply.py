@@ -35,7 +35,7 @@ PARTS = (
 texts = st.lists(st.sampled_from(PARTS), max_size=14).map("".join)
 
 
-@tries(500, 166)
+@tries(500, 83)
 @given(texts, st.booleans(), st.lists(st.integers(0, 200), max_size=8))
 def test_a_reply_cut_anywhere_reads_as_the_whole(text, inside, cuts):
     reply, got = Reply(inside), {"thinking": "", "answer": ""}
@@ -46,7 +46,7 @@ def test_a_reply_cut_anywhere_reads_as_the_whole(text, inside, cuts):
     assert (got["thinking"], got["answer"]) == split_reasoning(text, inside)
 
 
-@tries(300, 100)
+@tries(300, 50)
 @given(
     st.lists(st.sampled_from(("<think>", "</think>", "<tool_call>", "\n", " a", "b ")), max_size=12).map(
         "".join
@@ -61,7 +61,7 @@ def test_no_tag_is_left_and_the_answer_survives_into_the_next_prompt(text, insid
     assert answer in prompt and prompt.count("<think>") == 2
 
 
-@tries(300, 100)
+@tries(300, 50)
 @given(st.lists(st.sampled_from(PARTS), max_size=10).map("".join))
 def test_what_a_thought_mentions_never_swallows_the_answer(thought):
     """All text after </think> is the answer, unless a whole call ended the reasoning before."""

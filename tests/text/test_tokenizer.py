@@ -31,7 +31,7 @@ texts = st.lists(pieces, max_size=40).map("".join)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@tries(300, 100)
+@tries(300, 50)
 @given(text=texts)
 def test_the_spec_and_hugging_face_give_the_same_ids(name, text):
     assert spec_of(name).encode(text) == engine_of(name).hf.encode(text).ids
@@ -53,7 +53,7 @@ def test_decoding_undoes_encoding(name, text):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@tries(200, 66)
+@tries(200, 33)
 @given(data=st.data())
 def test_any_ids_decode_alike_and_broken_characters_are_marked(name, data):
     engine = engine_of(name)

@@ -66,7 +66,7 @@ def meanings(value, schema) -> list:
     return [v for i, v in enumerate(kept) if not any(v == w and type(v) is type(w) for w in kept[:i])]
 
 
-@tries(500, 166)
+@tries(500, 83)
 @given(st.dictionaries(st.sampled_from("abc"), st.tuples(values, schemas), max_size=3), st.integers(1, 2))
 def test_a_call_that_was_written_is_read_back(given_, number):
     """If the schema reads the text of a value in one way, and no line of a string is a tag."""

@@ -35,7 +35,7 @@ def same(one, other):
     np.testing.assert_array_equal(one, other)
 
 
-@tries(200, 66)
+@tries(200, 33)
 @given(case=cases(max_length=70), steps=st.integers(0, 2), which=st.integers(0, 9))
 def test_no_logit_moves_with_company_or_cuts(case: Case, steps, which):
     """Each row alone and uncut, in a padded batch, and in parts of whole chunks; then steps."""
