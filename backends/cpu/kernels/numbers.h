@@ -2,23 +2,27 @@
 // dtypes.
 //
 // A bfloat16 is the upper half of a float32, so a pair of them in 32 bits is widened by one shift (the even one) and
-// one mask (the odd one). Therefore rows of x have the even and the odd positions of every 2 LANES apart. For other
-// dtypes the rows stay in order.
+// one mask (the odd one). Therefore rows of x have the even and the odd positions of every 2 LANES apart. An FP8 with
+// its sign extended and shifted by 4 is a bfloat16 of 2^-120 of its value, subnormal ones too. So that products with
+// it do not become subnormal, such rows of x are multiplied by UP. For other dtypes the rows stay as they are.
 #pragma once
 #include "structures.h"
 #include "vectors.h"
 
-#if defined(__F16C__) && !defined(WIDE)
+#if (defined(__F16C__) || defined(__AVX2__)) && !defined(WIDE)
 #include <immintrin.h>
 #endif
 
 constexpr i64 PAIR = 2 * LANES;
-typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
+typedef int16_t shorts __attribute__((vector_size(4 * LANES)));
+typedef int8_t codes __attribute__((vector_size(2 * LANES)));
 typedef uint8_t octets __attribute__((vector_size(LANES)));
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
-struct e4m3 { uint8_t bits; };  // FP8, widened to 2^-8 of its value, as a float16 with another bias. NaN becomes 480.
+struct e4m3 { uint8_t bits; };  // FP8; NaN becomes 480
+constexpr float UP = 0x1p48f;   // of x beside FP8
+constexpr float DOWN = 0x1p72f;  // of such a product: 2^120 / UP
 
 template <class To, class From>
 static inline To same(From from) { To to; memcpy(&to, &from, sizeof to); return to; }
@@ -34,6 +38,17 @@ static inline vec widened_half(halves h) {
     words scaled = same<words>(same<vec>(bits) * 0x1p112f);  // exponents move from bias 15 to bias 127
     words special = (words)((u & 0x7c00) == 0x7c00);         // infinities and NaNs keep their bits
     return same<vec>(sign | (special & (bits | 0x7f800000)) | (~special & scaled));
+#endif
+}
+
+// Return 2 LANES codes as 16-bit numbers, with their signs. GCC makes several instructions of a conversion.
+static inline shorts extended(codes from) {
+#if defined(__AVX512BW__) && !defined(WIDE)
+    return (shorts)_mm512_cvtepi8_epi16((__m256i)from);
+#elif defined(__AVX2__) && !defined(WIDE)
+    return (shorts)_mm256_cvtepi8_epi16((__m128i)from);
+#else
+    return __builtin_convertvector(from, shorts);
 #endif
 }
 
@@ -70,10 +85,11 @@ struct Two<bf16> {
 template <>
 struct Two<e4m3> {
     static constexpr bool apart = true;
-    shorts pair;
-    explicit Two(const e4m3* w) : pair(load<shorts>(w)) {}
-    vec low() const { return widened_half((halves)(pair << 8 >> 1) & 0xbf80); }
-    vec high() const { return widened_half((halves)(pair >> 1) & 0xbf80); }
+    words pair;
+    explicit Two(const e4m3* w)
+        : pair(same<words>(extended(load<codes>(w)) << 4 & (short)0x87f0)) {}
+    vec low() const { return same<vec>(pair << 16); }
+    vec high() const { return same<vec>(pair & 0xffff0000u); }
 };
 
 // Return the last `count` < 2 LANES numbers, padded with zeros.
@@ -92,7 +108,7 @@ static inline i64 place(i64 j) {
     return Two<T>::apart ? (j & ~(PAIR - 1)) | (j & 1) * LANES | (j & (PAIR - 1)) >> 1 : j;
 }
 
-// Widen `count` weights to float32, in order.
+// Widen `count` weights to float32, in order; FP8 to 2^-8 of its value, as a float16 with another bias.
 static inline void widen_to(const float* from, i64 count, float* to) { memcpy(to, from, count * sizeof(float)); }
 static inline void widen_to(const bf16* from, i64 count, float* to) { widened(&from->bits, count, to); }
 static inline void widen_to(const f16* from, i64 count, float* to) {

@@ -186,8 +186,8 @@ template <class T>
 static void few_plain(const Matrix& w, i64 n, i64 first, const float* const* x, i64 rows, i64 outs, bool steady, int,
                       float* sums) {
     products((const T*)w.at + first * n, n, x, rows, outs, steady, sums);
-    if (w.kind == FLOAT8)
-        for (i64 i = 0; i < rows * outs; i++) sums[i] *= w.factor;
+    if (w.kind == FLOAT8)  // the factor is for 2^-8 of the values
+        for (i64 i = 0; i < rows * outs; i++) sums[i] *= w.factor * (DOWN / 256);
 }
 template <class T>
 static void many_plain(const Matrix& w, i64 n, i64 first, const float* panels, i64 rows, i64 outs, float* sums) {
@@ -219,14 +219,16 @@ static Loops loops_of(i64 kind) {
     return found;
 }
 
-// The layout of rows for Loops::few: n numbers at place(j), zeros up to a multiple of PAIR, then the integers.
+// The layout of rows for Loops::few: n numbers times `up` at place(j), zeros up to a multiple of PAIR, then integers.
 struct Layout {
     i64 kind, n;
     bool apart;
     int planes;  // of the integers; 0: there are none
+    float up;
     Layout(i64 kind, i64 n, int planes)
         : kind(kind), n(n), apart(loops_of(kind).apart),
-          planes(kind >= MXFP8 && planes && integers_room(kind, n, planes) ? planes : 0) {}
+          planes(kind >= MXFP8 && planes && integers_room(kind, n, planes) ? planes : 0),
+          up(kind == FLOAT8 ? UP : 1) {}
     i64 step() const { return padded(n) + (planes ? integers_room(kind, n, planes) : 0); }
     bool as_it_is() const { return !apart && !planes && padded(n) == n; }
     i64 place(i64 j) const { return apart ? (j & ~(PAIR - 1)) | (j & 1) * LANES | (j & (PAIR - 1)) >> 1 : j; }
@@ -243,8 +245,8 @@ struct Layout {
         else {
             for (i64 j = 0; j < whole; j += PAIR)
                 for (i64 i = 0; i < LANES; i++)
-                    to[j + i] = from[j + 2 * i], to[j + LANES + i] = from[j + 2 * i + 1];
-            for (i64 j = whole; j < n; j++) to[place(j)] = from[j];
+                    to[j + i] = up * from[j + 2 * i], to[j + LANES + i] = up * from[j + 2 * i + 1];
+            for (i64 j = whole; j < n; j++) to[place(j)] = up * from[j];
         }
         finish(to);
     }
@@ -341,7 +343,7 @@ void mlp(const Matrix& up, const Matrix& down, i64 width, i64 d, const float* h,
     if ((i64)kept.size() < rows * step) kept.resize(rows * step);
     float* between = kept.data();
     all_products(up, width, outer, outer.rows(h, rows, run), rows, run,
-                 [=, &inner](i64 r, i64 o, float v) { between[r * step + inner.place(o)] = relu2(v); });
+                 [=, &inner](i64 r, i64 o, float v) { between[r * step + inner.place(o)] = inner.up * relu2(v); });
     for (i64 r = 0; r < rows; r++) inner.finish(between + r * step);
     all_products(down, d, inner, between, rows, run, [=](i64 r, i64 o, float v) { y[r * d + o] = v; });
 }
@@ -412,7 +414,7 @@ void experts(const Matrix* up, const Matrix* down, i64 base, i64 count, const i6
         });
     for (i64 j = 0; j < hits; j++) row[j] = laid + token[j] * outer.step();
     each(
-        up, width, outer, [&](i64 j, i64 o, float v) { inner[j * step + between.place(o)] = relu2(v); },
+        up, width, outer, [&](i64 j, i64 o, float v) { inner[j * step + between.place(o)] = between.up * relu2(v); },
         [&](const Loops& loops, const Part& p, const Matrix& matrix, i64 first, i64 outs, float* sums) {
             loops.many(matrix, n, first, panels + p.panels, p.rows, outs, sums);
             ToPanels{inner_of(p), width}(0, p.rows, first, outs, sums);
