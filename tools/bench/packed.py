@@ -4,7 +4,7 @@
     python -m tools.bench.packed memory NAME   peak memory of a mixed model of about 2 GB on a backend (Linux)
     python -m tools.bench.packed opening       processor time to open the tensor lists of Nano and Super
     python -m tools.bench.packed nano [N]      peak memory of quantizing N layers of a sparse Nano (Linux)
-    python -m tools.bench.packed embedding     peak memory of quantizing Ultra's embedding, by four over six
+    python -m tools.bench.packed embedding     peak memory of quantizing Ultra's embedding in NVFP4
 
 Stories are told by the generator with a seed that training does not use. KL is of the distribution after each
 token, in nats; top-1 is how often the most likely token is the same. The first writes a Markdown table to
@@ -160,7 +160,7 @@ def measure_quantizing(what: str, count: int) -> None:
         cfg, recipe, values = replace(nano, layers=nano.layers[:count]), recipe_of("nano"), None
     else:
         cfg = replace(releases.CONFIGS["ultra"], layers="M", mtp_layers="", tie_word_embeddings=True)
-        recipe, values = Recipe("embedding", {"embedding": "four_over_six"}), repeated
+        recipe, values = Recipe("embedding", {"embedding": "nvfp4"}), repeated
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "source", Path(folder) / "out"
         write_pieces(source, cfg.to_hf(), pieces(cfg, values))
