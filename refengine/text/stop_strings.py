@@ -20,6 +20,8 @@ class StopStrings:
 
     def push(self, text: str) -> tuple[str, str | None]:
         """Return (text that is certain, the stop string that ended it or None)."""
+        if not self.stops:
+            return text, None
         text = self.held + text
         found = [(at + len(stop), at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
