@@ -248,6 +248,18 @@ def test_a_stream_that_breaks_between_layers_is_the_first_wrong_place(clean_trac
     assert "the stream" not in " ".join(f.unit.name for f in diagnose(trace, case.cfg, case.read))
 
 
+def test_a_stream_that_breaks_within_the_head_is_found():
+    case = Case(layers="M", mtp_layers="*E", seed=3, batch=1, length=9)
+    trace = clean(case, numpy_backend(np.float32), steps=0, cut=None)
+    for name, where in (
+        ("layers.0", "mtp.eh_proj and mtp.layers.0"),
+        ("layers.1", "layers 0 and 1 of the head"),
+    ):
+        shifted = changed(trace, f"mtp.{name}.input", lambda a: 1.5 * a)
+        first, *_ = wrong(replace(trace, arrays=shifted), case)
+        assert first.unit.name == f"the stream between {where}"
+
+
 def test_a_stream_that_is_rounded_once_more_is_not_broken(clean_trace):
     """A float32 output and its bfloat16 copy as the next input are the same stream in bfloat16."""
     case, trace = clean_trace

@@ -167,6 +167,8 @@ BAD = {
     "lacks the output of layer 1": without({"layers.1.output"}),
     "where [2, 13, 26] is expected": shaped("layers.0.output", [13, 2, 26]),
     "position 2": nan_in("layers.1.input", 2 * 26 + 7),
+    "layers.0.S holds a number that is not finite": nan_in("layers.0.S", 3),
+    "layers.0.tail holds a number that is not finite": nan_in("layers.0.tail", 3),
     "has no token_ids": lambda h, d: (said(h, token_ids=None), d),
     "token_ids in the header": lambda h, d: (said(h, token_ids="[[1, 2], [3]]", calls="[[2, 1]]"), d),
     "holds something else": lambda h, d: (said(h, token_ids="[[1, -2]]"), d),

@@ -74,6 +74,21 @@ def test_the_same_seed_finds_the_same_case():
     assert (one.again, one.why, one.drawn) == (other.again, other.why, other.drawn)
 
 
+def test_another_seed_draws_other_cases():
+    def drawn(seed: int) -> set:
+        seen = set()
+
+        def recording(h, up, down):
+            seen.add(h.tobytes())
+            return mlp(h, up, down)
+
+        rows({"mlp": recording}, "mlp", plan=Plan(examples=4, seed=seed))
+        return seen
+
+    first, again, second = drawn(0), drawn(0), drawn(1)
+    assert first == again and first - second and second - first
+
+
 def raises(h, up, down):
     raise ValueError("no\nway")
 
@@ -81,6 +96,12 @@ def raises(h, up, down):
 def changes(h, up, down):
     y = mlp(h, up, down)
     h *= 2
+    return y
+
+
+def changes_its_weights(h, up, down):
+    y = mlp(h, up, down)
+    down[0, 0] += 1
     return y
 
 
@@ -93,6 +114,7 @@ BAD = {
     ),
     "NaN": ({"mlp": lambda h, up, down: mlp(h, up, down) * np.float32("nan")}, "NaN at ("),
     "changes its input": ({"mlp": changes}, "mlp changed its argument 1, float32"),
+    "changes its weights": ({"mlp": changes_its_weights}, "mlp changed its argument 3, float32"),
     "nothing": ({"mlp": lambda h, up, down: None}, "NoneType, where an array is due"),
     "one result of two": (
         {"rms_norm": lambda x, delta, w, eps: x},
