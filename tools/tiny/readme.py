@@ -67,6 +67,8 @@ def main() -> None:
         with Checkpoint.open("tiny") as checkpoint:
             size = parameters(table(checkpoint.config))
         answer = printed(TALK.search(readme)[2])
+        if not answer.strip():
+            sys.exit("the answer of the chat is empty: README.md is left as it is")
         README.write_text(updated(readme, args.seed, told(args.seed), answer, size), encoding="utf-8")
 
 
