@@ -168,12 +168,12 @@ def test_what_stops_one_rank_is_said_by_all(job, rank, when, what, says):
 @pytest.mark.parametrize(
     "when, what, says",
     [
-        ("says", "--dtype=float64", "another backend and dtype than .*numpy in float64"),
-        ("says", "--tp=4 --ep=1", "another layout than .*tp 4, ep 1, pp 1"),
-        ("is", "0.0.9", r"another version of refengine than .*0\.0\.9"),
+        ("says", "--dtype=float64", "a different backend and dtype than .*numpy in float64"),
+        ("says", "--tp=4 --ep=1", "a different layout than .*tp 4, ep 1, pp 1"),
+        ("is", "0.0.9", r"a different version of refengine than .*0\.0\.9"),
         ("says", "--model=nowhere", "there is no model 'nowhere'"),
         *thorough(
-            ("says", "--backend=torch", "another backend and dtype than .*torch in "),
+            ("says", "--backend=torch", "a different backend and dtype than .*torch in "),
             ("says", "--tp=3", "started 4 ranks, and tp = 3, ep = 2, pp = 1 needs 6"),
             ("says", "--colour", "No such option"),
         ),
@@ -199,7 +199,7 @@ def last_byte_changed(data: bytes) -> bytes:
 def test_a_rank_with_other_weights_is_named_by_their_fingerprint(job, tmp_path):
     other(tmp_path / "tiny", last_byte_changed)
     done = job(1, "says", f"--model={tmp_path / 'tiny'}")
-    ended_badly(done, ALL, r"another checkpoint than .*tiny \(\w{16}\), not tiny \(\w{16}\)")
+    ended_badly(done, ALL, r"a different checkpoint than .*tiny \(\w{16}\), not tiny \(\w{16}\)")
 
 
 def test_a_truncated_file_on_one_rank_ends_the_job(job, tmp_path):
