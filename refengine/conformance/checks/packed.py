@@ -54,7 +54,8 @@ PACK: dict[str, Callable[[np.ndarray], PackedWeight]] = {
     "FP8": quant.fp8,
     "MXFP8": quant.mxfp8,
     "a scale_2 of 0": lambda w: replace(quant.nvfp4(w), scale_2=np.float32(0)),
-} | {name: partial(gguf_blocks, kind) for name, kind in GGUF.items()}
+    **{name: partial(gguf_blocks, kind) for name, kind in GGUF.items()},
+}
 EACH = tuple({"case": Case(layers="-", batch=1, length=3, hidden_size=64), "kind": kind} for kind in PACK)
 
 

@@ -350,11 +350,12 @@ def compare(a: Trace, b: Trace) -> list[Step]:
 def alike(a: Trace, b: Trace, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the values of an array that count in each of two traces, in a row; InputError for two shapes."""
     x, y = (t.array(name) for t in (a, b))
-    parts = counted(a, name, x), counted(b, name, y)
-    whole = any(part is None for part in parts)
+    first, second = counted(a, name, x), counted(b, name, y)
+    whole = first is None or second is None
     if x.shape != y.shape if whole else x.size != y.size:
         raise InputError(f"{name} has the shape {list(x.shape)} in {a.name}, {list(y.shape)} in {b.name}")
-    first, second = (x, y) if whole else parts
+    if first is None or second is None:
+        first, second = x, y
     return first.astype(np.float64).reshape(-1), second.astype(np.float64).reshape(-1)
 
 
