@@ -1,8 +1,12 @@
-"""The NumPy backend uses nothing that exists only on Linux, or only on Unix."""
+"""The NumPy and cpu backends use nothing that exists only on Linux, or only on Unix."""
 
 import os
 import subprocess
 import sys
+
+import pytest
+
+from tests.support.tries import thorough
 
 LACKING = """
 import builtins, mmap, os, signal, sys
@@ -32,6 +36,8 @@ class Plain(mmap.mmap):
 builtins.open, mmap.mmap = without_proc, Plain
 """
 USE = """
+import sys
+
 import refengine
 from refengine import machine
 from refengine.cli import main
@@ -39,17 +45,21 @@ from refengine.cli import main
 assert machine.processors() >= 1 and machine.available_memory() == machine.UNKNOWN
 assert machine.peak_memory() == 0
 machine.forget_peak()
-with_options = ["generate", "Once upon a time", "-n", "3", "--seed", "1", "--stats"]
+with_options = ["generate", "Once upon a time", "-n", "3", "--seed", "1", "--stats", "--backend", sys.argv[1]]
 main(with_options)
 """
 
 
-def run(script: str) -> subprocess.CompletedProcess:
+def run(script: str, backend: str) -> subprocess.CompletedProcess:
     how = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True}
-    return subprocess.run([sys.executable, "-c", script], **how)
+    return subprocess.run([sys.executable, "-c", script, backend], **how)
 
 
-def test_a_system_without_proc_resource_sysconf_or_madvise_writes_the_same_text():
-    lacking, here = run(LACKING + USE), run(USE[: USE.index("assert")] + USE[USE.index("with_options") :])
+@pytest.mark.parametrize(
+    "name", ["numpy", *thorough("cpu")]
+)  # which is compiled anew: the processor is unknown
+def test_a_system_without_proc_resource_sysconf_or_madvise_writes_the_same_text(name):
+    whole = USE[: USE.index("assert")] + USE[USE.index("with_options") :]
+    lacking, here = run(LACKING + USE, name), run(whole, name)
     assert (lacking.returncode, here.returncode) == (0, 0), lacking.stderr + here.stderr
     assert lacking.stdout == here.stdout and lacking.stdout.startswith("Once upon a time")

@@ -103,5 +103,5 @@ def test_a_planted_fault_is_seen(tmp_path, fault):
 def test_a_wider_convolution_than_the_kernel_has_is_refused_in_a_sentence(device):
     x = device.zeros((1, 3, 8), "float32")
     weight, bias, tail = (device.zeros(s, "float32") for s in ((8, 1, 6), (8,), (1, 5, 8)))
-    with pytest.raises(InputError, match="at most 4 positions, not conv_kernel 6"):
+    with pytest.raises(InputError, match="a conv_kernel of at most 4, not 6"):
         Layers(device).causal_conv(x, weight, bias, tail)
