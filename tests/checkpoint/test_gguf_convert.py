@@ -83,7 +83,7 @@ def test_texts_and_advice_of_the_embedded_model_come_back(files):
     assert chats[0].render(said) == chats[1].render(said) and chats[0].tokens == chats[1].tokens
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_real_vocabulary_comes_back(tmp_path):
     cfg = replace(Case(layers="M*").cfg, vocab_size=131072)
     directory = random_checkpoint(tmp_path / "model", cfg)

@@ -74,7 +74,7 @@ def test_ranks_do_not_wait_for_ever_for_one_that_never_comes(job, when):
     ended_badly(done, done.said or {0}, "not all ranks came (to the end )?within 3 s")
 
 
-@pytest.mark.parametrize("rank, when", [(0, "request"), (1, "exit")])
+@pytest.mark.parametrize("rank, when", [(0, "request"), *thorough((1, "exit"))])
 def test_a_rank_that_is_stopped_where_no_other_waits_for_it_ends_the_job(rank, when):
     """The others wait without a limit for the first request, and for nothing once MPI has ended."""
     done = mpiexec(2, *SHORT, fault=(rank, when, "stop"))
@@ -110,6 +110,7 @@ def ranks(mark: str) -> list[int]:
     return [pid for pid in living(mark) if "-m refengine" in name(pid) and "mpiexec" not in name(pid)]
 
 
+@pytest.mark.thorough
 def test_a_rank_may_load_for_longer_than_the_timeout(job):
     done = job(1, "load", "dawdle")
     assert (done.code, done.said, done.left) == (0, {}, ()) and done.seconds > 2 * TIMEOUT

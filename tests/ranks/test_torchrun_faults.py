@@ -63,7 +63,8 @@ def test_the_other_rank_says_why_from_within_a_compiled_step():
     ended_badly(job, {1}, "rank 0 is lost")
 
 
-@pytest.mark.parametrize("when", ["decode", *thorough("meet")])
+@pytest.mark.thorough
+@pytest.mark.parametrize("when", ["decode", "meet"])
 def test_a_rank_that_is_killed_ends_the_job(job, when):
     """torchrun ends the other rank, possibly before it can print anything."""
     ended_badly(job(1, when, "kill"))
