@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from refengine.backends.cpu import cpu_backend
+from refengine.backends.cpu.state import Rows
 from refengine.checkpoint import Checkpoint
 from refengine.quantize.texts import TEXTS
 from refengine.spec.model import Model
@@ -28,7 +29,11 @@ SAMPLED = Sampling(temperature=1.0)
 
 def nearest(states: list) -> list:
     """Return states whose S is rounded to the nearest float16."""
-    return [replace(s, S=s.S.astype(np.float16).astype(np.float32)) if hasattr(s, "S") else s for s in states]
+
+    def rounded(S: Rows) -> Rows:
+        return Rows(S.array.astype(np.float16).astype(np.float32))
+
+    return [replace(s, S=rounded(s.S)) if hasattr(s, "S") else s for s in states]
 
 
 def same(states: list) -> list:
