@@ -20,6 +20,8 @@ pytest.importorskip("transformers", minversion="5.8.1", reason=why)
 from refengine.conformance.witness import hf_model as theirs  # noqa: E402
 from refengine.conformance.witness import logits  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 PLAIN = {"moe_latent_size": None}
 MODELS = {  # prompts that no chunk divides
     "latent": Case(layers="MEM*EME", length=37, n_groups=2),

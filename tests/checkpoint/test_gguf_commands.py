@@ -18,6 +18,8 @@ from refengine.cli.bench import packed_bytes
 from refengine.convert import convert
 from tests.support.processes import mpiexec
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:

@@ -23,6 +23,8 @@ from tests.support.checkpoints import random_checkpoint
 from tests.support.packed import CFG, all_in, packed_checkpoint
 from tests.support.vocabularies import TINY, engine_of, file
 
+pytestmark = pytest.mark.slow
+
 IDS = [1, 30, 40, 50, 60, 70, 80, 90, 100, 40, 30]
 STORY = "Once upon a time"
 

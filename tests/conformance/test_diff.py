@@ -26,6 +26,8 @@ from refengine.spec.ops import numpy_backend
 from tests.support.checkpoints import random_checkpoint
 from tests.support.traces import clean, outside
 
+pytestmark = pytest.mark.slow
+
 CLAMP = "dt is held up at 0.001 in calls of several tokens"
 CHUNKS = "a chunk's state is scaled and not carried on"
 CLAMPED_CHUNKS = f"{CHUNKS}, and dt is held up at 0.001, as in transformers 5.14"

@@ -14,6 +14,8 @@ from refengine.spec.model import Model
 from refengine.spec.ops import numpy_backend
 from tests.support.traces import Planted, clean, outside
 
+pytestmark = pytest.mark.slow
+
 FEW = [mistake for i, mistake in enumerate(MISTAKES) if i % 6 == 0]  # of every kind
 each_mistake = pytest.mark.parametrize(
     "mistake",

@@ -17,6 +17,8 @@ from refengine.spec.ops import DEFINITION, REFERENCE
 from refengine.spec.sample import Sampling, probabilities
 from tests.support.checks import TESTED
 
+pytestmark = pytest.mark.slow
+
 FEW = Plan(examples=3)
 
 

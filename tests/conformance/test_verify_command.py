@@ -14,6 +14,8 @@ from refengine.cli.verify import verify
 from refengine.conformance import prefill_decode, report
 from refengine.spec.ops import numpy_backend
 
+pytestmark = pytest.mark.slow
+
 MINE = """
 import os, time
 import numpy as np

@@ -15,6 +15,8 @@ import pytest
 from refengine.text.messages import read_conversation
 from tests.engine.test_cli import cli, fails, piped  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 pty = pytest.importorskip("pty", reason="there are no terminals to open")
 TINY = ("-t", "0", "-n", "40")
 

@@ -23,6 +23,8 @@ from refengine.ranks.load import load as load_rank
 from tests.engine.test_cli import REFENGINE, cli, fails, piped  # noqa: F401
 from tests.support.vocabularies import TINY
 
+pytestmark = pytest.mark.slow
+
 
 def test_several_texts_have_a_labelled_delimiter_and_are_in_order(cli, tmp_path):  # noqa: F811
     (tmp_path / "prompts").write_text("Once upon a time\nOne\nOnce\n")

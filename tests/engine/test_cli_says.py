@@ -9,6 +9,8 @@ import pytest
 import refengine
 import refengine.cli
 
+pytestmark = pytest.mark.slow
+
 EXACT = ("--dtype", "float64")
 TEXT = "Once upon a time, there was a little girl. One day she found\n a caf\u00e9 \u2014 and 12 cats.\n"
 PROMPTS = ["Once upon a time", "The  cat ", "12 little"]

@@ -27,6 +27,8 @@ from refengine.spec.ops import numpy_backend
 from refengine.spec.sample import Sampling
 from tests.support.tries import thorough
 
+pytestmark = pytest.mark.slow
+
 EXACT = numpy_backend(np.float64)
 NEAR = 1e-9  # rounding of float64 logits in any order of summation
 

@@ -299,6 +299,7 @@ def test_a_batch_may_be_cancelled_by_another_thread(engine, how, waiting):
     assert engine.complete("Once", max_tokens=1, temperature=0) and not engine.loop.active
 
 
+@pytest.mark.slow
 def test_a_thread_gets_its_token_while_another_waits_for_a_long_prompt(engine):
     order = []
 
@@ -385,6 +386,7 @@ def test_asyncio_users_have_agenerate(engine):
     assert asyncio.run(both()) == [engine.complete(prompt, **how) for prompt in PROMPTS[:4]]
 
 
+@pytest.mark.slow
 def test_a_short_prompt_waits_for_two_chunks_of_a_long_one_at_most(engine):
     runner, reads = engine.runner, []
     loop, inbox, short = Loop(runner, lambda: engine.tokenizer, size=4), deque(), deque()

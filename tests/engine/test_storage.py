@@ -18,6 +18,8 @@ from refengine.spec.config import InputError
 from refengine.storage import Sizes, bytes_on, sizes, storage
 from tests.support.checkpoints import CONFIGS, add, alter_json, random_checkpoint
 
+pytestmark = pytest.mark.slow
+
 compiled = pytest.mark.skipif(native.load() is None, reason="there is no compiler for the loops")
 DECLARED = {"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"}
 GREEDY = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}

@@ -25,6 +25,8 @@ from refengine.text.ids_only import tokenizer_of
 from tests.support.checkpoints import random_checkpoint
 from tests.support.packed import CFG
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["Once upon a time, there was a small fox.", "Mia had a kite."]
 
 

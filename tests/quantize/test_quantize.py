@@ -29,6 +29,8 @@ from tests.support.checkpoints import random_checkpoint
 from tests.support.packed import CFG
 from tools.releases import CONFIGS
 
+pytestmark = pytest.mark.slow
+
 TEXT = "Once upon a time"
 
 

@@ -19,6 +19,7 @@ from tests.support.checkpoints import random_checkpoint
 from tests.support.packed import CFG
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork"),
     pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
 ]

@@ -19,6 +19,8 @@ from tests.engine import test_loop
 from tests.engine.test_loop import EXACT, Plan, played
 from tests.support.runners import case_over_ranks
 
+pytestmark = pytest.mark.slow
+
 CASE = Case(layers="M*E", batch=1, length=1, n_groups=2, attention=(6, 2), n_routed_experts=9)
 # Seeds choose how many likely tokens are asked for: none, one or two.
 PLANS = {

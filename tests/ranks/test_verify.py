@@ -10,6 +10,8 @@ from tests.support.layouts import cuttable, spelled
 from tests.support.runners import case_over_ranks
 from tests.support.sequences import Sequences
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = [Layout(2), Layout(1, 3), Layout(1, 1, 2), Layout(2, 2), Layout(1, 2, 2)]
 
 

@@ -10,6 +10,8 @@ from refengine import InputError
 from refengine.states.state import State
 from tests.engine.test_cli import cli, fails  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 MESSAGES = [{"role": "user", "content": f"Question {i}: tell me a long story about it."} for i in range(6)]
 HOW = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
 

@@ -56,6 +56,7 @@ def test_the_template_of_the_embedded_model_means_what_the_spec_says(messages, h
     assert TEMPLATE.render(messages, **how) == chat(messages, **how) == ChatTemplate().render(messages, **how)
 
 
+@pytest.mark.slow
 def test_the_prompt_has_the_published_ids():
     question = [{"role": "user", "content": "What is 2+2?"}]
     ids = [10, 25708, 1010, 11, 1010, 10, 3263, 1010, 7493, 1395, 1032, 1050, 1043, 1050, 1063, 11, 1010]
