@@ -18,6 +18,8 @@ from refengine.spec.tensors import table
 from tests.support.layouts import LAYOUTS, Cuttable, cuttable, spelled
 from tools.releases import CONFIGS
 
+pytestmark = pytest.mark.slow
+
 EVERY = pytest.mark.parametrize("layout", LAYOUTS, ids=spelled)
 A_FEW = settings(max_examples=max(2, settings.default.max_examples // 6))
 LAYOUT = st.shared(st.sampled_from(LAYOUTS), key="layout")

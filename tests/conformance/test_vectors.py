@@ -17,6 +17,8 @@ from refengine.conformance.vectors.make import PLANS, drawn
 from refengine.spec.config import InputError
 from refengine.spec.ops import numpy_backend
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / "tools" / "vectors"
 SCANS_AND_ROUTES = [e["name"] for e in manifest(SHIPPED) if e["operation"] in ("ssd_scan", "route")]

@@ -12,6 +12,8 @@ from tests.support.layouts import EXACT, LAYOUTS, Cuttable
 from tools.bench.rank_model import H100, Link, messages, seconds
 from tools.bench.rank_model import part as share
 
+pytestmark = pytest.mark.slow
+
 
 def sent(case, layout) -> float:
     """Return the bytes that all ranks together send in one call of the model."""

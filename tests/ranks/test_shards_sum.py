@@ -22,6 +22,8 @@ from tests.support.layouts import (
     sums_to_the_whole,
 )
 
+pytestmark = pytest.mark.slow
+
 EVERY = pytest.mark.parametrize("layout", LAYOUTS, ids=spelled)
 A_FEW = settings(max_examples=max(2, settings.default.max_examples // 5))
 LAYOUT = st.shared(st.sampled_from(LAYOUTS), key="layout")

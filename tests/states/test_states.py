@@ -17,6 +17,8 @@ from tests.support.layouts import cuttable, spelled
 from tests.support.runners import case_over_ranks
 from tests.support.sequences import Sequences
 
+pytestmark = pytest.mark.slow
+
 NAME = 7  # of a snapshot
 
 

@@ -8,6 +8,8 @@ from refengine.spec.config import InputError
 from refengine.text.chat_template import ChatTemplate
 from tests.support.vocabularies import TINY
 
+pytestmark = pytest.mark.slow
+
 resource = pytest.importorskip("resource", reason="memory is measured as Unix does")
 
 HI = [{"role": "user", "content": "Hi <b>ü</b>"}, {"role": "assistant", "content": "Ho", "n": 3}]

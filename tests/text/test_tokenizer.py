@@ -22,6 +22,8 @@ from refengine.text.tokenizer import Tokenizer as Loaded
 from tests.support.tries import tries
 from tests.support.vocabularies import NAMES, TINY, engine_of, file, spec_of
 
+pytestmark = pytest.mark.slow
+
 ASSIGNED = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Cs")]
 TROUBLE = ["camelCase", "\r\n\n", "don't"]
 TROUBLE += list("aZ1 /\n\r\t\u00a0\u3000\u0085\x1c\u2028.'é\u0301ǅʰ文Ⅷ²🎉\u200d\ufeff\x00")

@@ -15,6 +15,8 @@ from tools.cuda.paper import CALLS, launches
 from tools.cuda.work import work
 from tools.releases import CONFIGS, DENSE
 
+pytestmark = pytest.mark.slow
+
 SIZES = st.tuples(st.integers(1, 256), st.sampled_from([1, 2, 128, 4096]), st.integers(0, 1 << 20))
 COUNTED_AS = {
     "causal_conv_update": "causal_conv",
