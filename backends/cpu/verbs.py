@@ -48,7 +48,7 @@ class Verbs:
     """The verbs. built: the compiled loops; threads: most threads of a call; steady: see cpu_backend.
 
     planes: bytes of a number of x where few rows are multiplied with packed weights: 3, as exact as float32,
-    or 2, with an error of 2^-16 of the largest of 64 or 256 numbers.
+    or 2, with an error of 2^-16 of the largest of 256 numbers.
     """
 
     def __init__(self, built: ctypes.CDLL, threads: int, steady: bool = False, planes: int = 3):
