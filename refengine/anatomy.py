@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from math import prod
 
 from refengine.checkpoint import Checkpoint
-from refengine.spec.arrays import ITEMSIZE
+from refengine.checkpoint.packed import KINDS, AnyStored, Unread
+from refengine.spec.arrays import DTYPES, ITEMSIZE
 from refengine.spec.config import NAME_OF, Config
 from refengine.spec.tensors import Tensor, active_parameters, parameters, table
 
@@ -72,6 +75,36 @@ def bytes_of_a_token(checkpoint: Checkpoint) -> int:
             share = 1 / cfg.vocab_size
         total += share * checkpoint.bytes_of(row)
     return round(total)
+
+
+def placed_on(checkpoint: Checkpoint, backend: str) -> Checkpoint:
+    """Return the checkpoint with the sizes that its weights have on a backend, by its name.
+
+    Weights in a packed form that the backend does not multiply become bfloat16.
+    """
+    kept = {*DTYPES, *(KINDS if backend == "torch" else ())}
+    if backend in ("numpy", "cpu"):
+        return checkpoint
+    stored: dict[str, AnyStored | Unread] = {
+        name: at if at.dtype in kept else Unread(name, "BF16", at.shape, 2 * prod(at.shape))
+        for name, at in checkpoint.stored.items()
+    }
+    return replace(checkpoint, stored=stored)
+
+
+def room(checkpoint: Checkpoint, backend: str, state: dict, context: int) -> dict:
+    """Return the bytes of the weights on a backend, of one sequence, and those that its last token reads.
+
+    state: as `state_bytes` returns it. A token reads the weights of its experts and of all else once, S, and
+    the keys and values before it; the prediction head is not counted among them.
+    """
+    placed = placed_on(checkpoint, backend)
+    kv = context * state["kv_bytes_per_token"]
+    return {
+        "weights_bytes": sum(at.nbytes for at in placed.stored.values()),
+        "context_bytes": state["ssm_bytes"] + state["conv_bytes"] + kv,
+        "step_bytes": bytes_of_a_token(placed) + state["ssm_bytes"] + kv,
+    }
 
 
 def state_bytes(cfg: Config, dtype: str | None = None, kv: str | None = None, ssm: str | None = None) -> dict:

@@ -66,10 +66,11 @@ def load(
     Args:
         model: a directory in the Hugging Face layout, a GGUF file (of a split model the first part), or
             "tiny", the model inside this package; or an open Checkpoint.
-        backend: "numpy", "cpu", "torch" or "cuda"; or a Backend of your own, which makes `dtype`, `device`
-            and `deterministic` its own affair.
+        backend: "numpy", "cpu", "torch", "cuda" or "auto"; or a Backend of your own, which makes `dtype`,
+            `device` and `deterministic` its own affair.
         dtype: of the activations: "float32" or "float64" (numpy); "float32", "bfloat16", "float16" or
-            "float64" (torch); "float32", "bfloat16" or "float16" (cuda). "auto": see Checkpoint.auto_dtype.
+            "float64" (torch); "float32", "bfloat16" or "float16" (cpu, cuda). "auto": as
+            Checkpoint.auto_dtype chooses.
         device: "cpu", "cuda", "cuda:1", ...; None: the CPU, and for the cuda backend the first GPU.
         threads: of matrix products in this process; None: as many as there are processors.
         deterministic: require the same bits on every run where a device would not give them.

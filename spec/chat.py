@@ -82,8 +82,8 @@ def split_reasoning(text: str, inside: bool = True) -> tuple[str, str]:
     """Return (thinking, answer) of what the model wrote, both without <think> and </think>.
 
     `inside`: whether the reply begins inside a thought, which the end of the prompt decides. The model may
-    open another thought; </think> ends one, and so does a call. A call that is not whole where </think>
-    follows is a mention: text of the thought. What a call holds is not searched for tags.
+    open another thought; </think> ends one, and so does a complete call. A call that is incomplete before
+    </think> is text of the thought. Tags inside a call are ignored.
     """
     parts: dict[bool, list[str]] = {True: [], False: []}
     begin = at = 0  # where the piece begins, and where the next mark is looked for

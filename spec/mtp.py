@@ -58,8 +58,8 @@ def projected(model: Model, h, next_ids):
 def last(model: Model, h, next_ids, states: list, lengths, wanted: bool):
     """Return o [b 1 d], its logits [b v] on the host if they are wanted, and next states.
 
-    Of h [b l d] and next_ids [b l]; o is that of the last real position of each row. In one compiled call
-    where the backend has it.
+    h is [b l d], next_ids [b l]; o is taken at the last real position of each row. A backend that has a
+    compiled call for this does it in one.
     """
     here, next_ids = model.backend, np.asarray(next_ids)
     b, l = next_ids.shape

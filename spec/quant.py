@@ -64,7 +64,7 @@ class Packed:
     scale        uint8 [.. o i/block], codes of E4M3 (NVFP4) or exponents (MXFP8); float32 [] (FP8)
     scale_2      float32 [], of NVFP4 alone
     input_scale  float32 [], for `rounded_inputs`; None where inputs are not packed
-    whole_block  the block before a cut of columns made it smaller, by which inputs are packed; 0: as `block`
+    whole_block  the block before a cut of columns made `block` smaller: inputs are packed by it; 0: `block`
     """
 
     kind: str
@@ -229,7 +229,7 @@ def mxfp8(w: Array, block: int = 32) -> Packed:
 
 
 def to_e2m1(x: Array) -> Array:
-    """Return the nearest E2M1 codes; of two as near the even one, above 6 that of 6."""
+    """Return the nearest E2M1 codes; ties go to the even code, and magnitudes above 6 become 6."""
     magnitude = np.abs(x)
     code = (x < 0).astype(np.uint8) << 3
     for i, border in enumerate(BORDERS):

@@ -8,7 +8,7 @@ Logits pass five filters, in this order; in brackets the value with which a filt
     (1) repetition_penalty r   a seen token's logit becomes logit / r if it is positive, logit r if it is not
     (1) temperature T          p = softmax(logits / T); as T falls to 0 the largest takes all: greedy
     (0) top_k k                only the k likeliest
-    (1) top_p P                only the fewest likeliest that together reach P of what is left
+    (1) top_p P                the smallest set of the likeliest tokens left whose p sum to P or more
     (0) min_p m                only those at least m times as likely as the likeliest
 
 Of two equal tokens the one with the lower id counts as likelier. Then a uniform number u chooses the first

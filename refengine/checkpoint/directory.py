@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from refengine.checkpoint.packed import (
     KINDS,
     AnyStored,
     StoredPacked,
+    Unread,
     check_input_scale,
     contradictions,
     with_packed,
@@ -57,7 +58,7 @@ class Checkpoint:
     directory: Path
     config: Config
     files: tuple[MappedFile, ...] = field(repr=False)
-    stored: dict[str, AnyStored] = field(repr=False)
+    stored: Mapping[str, AnyStored | Unread] = field(repr=False)
     notes: tuple[str, ...]
 
     @classmethod
@@ -68,7 +69,7 @@ class Checkpoint:
         if directory.is_file():
             return cls._of_gguf(directory)
         notes: list[str] = []
-        outer = _json(directory)
+        outer = config_json(directory / "config.json")
         hf = text_model(outer, notes)
         files, index = _files(directory, hf is not outer, notes)
         found = by_name(files, index, notes)
@@ -76,7 +77,7 @@ class Checkpoint:
             found = without_other_parts(found, notes)
         weights = with_packed(found, directory, (outer | hf).get("quantization_config"))
         notes += _quantization(directory, outer | hf, weights)
-        cfg = settled(_config(directory, with_heads(hf, weights, notes), notes), weights, notes)
+        cfg = settled(config_of(directory, with_heads(hf, weights, notes), notes), weights, notes)
         stored = match(cfg, weights, directory, sum(file.size for file in files), notes)
         notes += generation_config(directory)[1]
         return cls(directory, cfg, files, stored, tuple(notes))
@@ -89,7 +90,7 @@ class Checkpoint:
         notes: list[str] = []
         try:
             hf, files, found = open_parts(path)
-            cfg = settled(_config(path, hf, notes), found, notes)
+            cfg = settled(config_of(path, hf, notes), found, notes)
             stored = match(cfg, found, path, sum(file.size for file in files), notes)
         except InputError as error:
             raise InputError(str(error).replace("config.json", "its metadata")) from None
@@ -172,20 +173,20 @@ class Checkpoint:
         self.close()
 
 
-def _json(directory: Path) -> dict:
-    """Return the object in config.json."""
-    hf = read_json(directory / "config.json")
+def config_json(path: Path) -> dict:
+    """Return the object in a config.json; InputError if it is none."""
+    hf = read_json(path)
     if not isinstance(hf, dict):
-        raise InputError(f"{directory / 'config.json'} is not a JSON object")
+        raise InputError(f"{path} is not a JSON object")
     return hf
 
 
-def _config(directory: Path, hf: dict, notes: list[str]) -> Config:
-    """Return the configuration; an error names the directory."""
+def config_of(path: Path, hf: dict, notes: list[str]) -> Config:
+    """Return the configuration in the object of a config.json; an InputError names the path."""
     try:
         return Config.from_hf(hf, notes)
     except InputError as error:
-        raise InputError(f"{directory}: {error}") from None
+        raise InputError(f"{path}: {error}") from None
 
 
 def _quantization(directory: Path, hf: dict, found: dict[str, AnyStored]) -> list[str]:

@@ -18,11 +18,12 @@ def embedded() -> list[str]:
     return sorted(path.name for path in EMBEDDED.iterdir())
 
 
-def locate(model: str | Path) -> Path:
+def locate(model: str | Path, weights: bool = True) -> Path:
     """Return the directory of `model`, or its GGUF file; InputError names the reason if there is none.
 
     An embedded model goes before a directory of its name, which is `./tiny`; a directory goes before a model
-    of its name in the local Hugging Face cache.
+    of its name in the local Hugging Face cache. Without `weights` a directory that has only a config.json
+    will do, and so will that file itself.
     """
     name = os.fspath(model)
     if not name:
@@ -36,7 +37,7 @@ def locate(model: str | Path) -> Path:
         if "snapshots" in names and "config.json" not in names and (inner := snapshot(path)):
             path, names = inner, sorted(os.listdir(inner))  # a folder of the Hugging Face cache
     except NotADirectoryError:
-        if is_gguf(path):
+        if is_gguf(path) or (not weights and path.suffix == ".json"):
             return path
         raise _not_a_directory(path) from None
     except FileNotFoundError:
@@ -50,6 +51,8 @@ def locate(model: str | Path) -> Path:
     models = candidates(names)
     if len(models) == 1:
         return path / models[0]
+    if not weights and not models and "config.json" in names:
+        return path
     raise _no_weights(path, names, models)
 
 
@@ -94,7 +97,8 @@ def _no_weights(path: Path, names: list[str], models: list[str]) -> InputError:
         if name.endswith(PICKLES):
             return _pickle(path / name)
     if "config.json" in names:
-        return InputError(f"{path} has a config.json but no *.safetensors files: download them too")
+        more = "download them too ('refengine inspect' tells the sizes without them)"
+        return InputError(f"{path} has a config.json but no *.safetensors files: {more}")
     return InputError(f"{path} is not a model: it has neither config.json nor *.safetensors files")
 
 

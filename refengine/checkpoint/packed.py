@@ -123,6 +123,22 @@ class StoredPacked(NamedTuple):
             at.release()
 
 
+class Unread(NamedTuple):
+    """Holds a tensor that is not here: its name, its dtype or kind, its shape, and the bytes of its data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    def array(self) -> Any:
+        """Raise InputError: there is nothing to read."""
+        raise InputError(f"{self.name} is not here: download the weights")
+
+    def release(self) -> None:
+        """Do nothing: no memory was filled."""
+
+
 AnyStored: TypeAlias = "Stored | StoredPacked | StoredBlocks | Altered"
 
 

@@ -8,7 +8,21 @@ import click
 from click.core import ParameterSource
 
 from refengine.cli import options
+from refengine.machine import available_memory, processors
 from refengine.units import bytes_text, count_text
+
+
+class Bandwidth(options.Bytes):
+    """Reads bytes a second, or `measure`."""
+
+    name = "BYTES|measure"
+
+    def convert(self, value, param, ctx):
+        """Return the number, more than 0, or "measure"; a usage error for anything else."""
+        found = value if value == "measure" else super().convert(str(value).removesuffix("/s"), param, ctx)
+        if not found:
+            self.fail("memory that reads 0 bytes a second computes nothing.", param, ctx)
+        return found
 
 
 @click.command(short_help="Show what a model is made of.")
@@ -36,31 +50,85 @@ from refengine.units import bytes_text, count_text
     metavar="N",
     help="Number of tokens of that sequence.  [default: the model's context]",
 )
+@click.option("--recipe", metavar="NAME", help="Show a copy that `quantize --recipe NAME` would write.")
+@click.option(
+    "--memory",
+    type=options.Bytes(),
+    metavar="BYTES",
+    help="Memory that model and sequence have to fit into.  [default: what is free here]",
+)
+@click.option(
+    "--bandwidth",
+    type=Bandwidth(),
+    metavar="BYTES",
+    help="Bytes a second that it reads (3.35TB), or measure: here. Bounds the tokens a second.",
+)
 @click.option("--layers", is_flag=True, help="Print bytes and precision of each layer too.")
 @options.as_json
 @options.quiet
 @options.debug
 @click.pass_context
-def inspect(click_context, model, named, backend, dtype, kv_dtype, ssm_dtype, context, layers, as_json):
-    """Show the layers and sizes of MODEL, bytes by role, active parameters, and the state of a sequence."""
-    from refengine.anatomy import anatomy
+def inspect(
+    click_context, model, named, backend, dtype, kv_dtype, ssm_dtype, context, recipe, memory, bandwidth,
+    layers, as_json,
+):  # fmt: skip
+    """Show the layers and sizes of MODEL, bytes by role, active parameters, and the state of a sequence.
+
+    MODEL may be a config.json, or a directory without weights: then sizes follow from the configuration.
+    """
+    from refengine.anatomy import anatomy, room
     from refengine.backend import cuda_devices
-    from refengine.checkpoint import Checkpoint
+    from refengine.checkpoint.planned import opened
     from refengine.storage import bytes_on, storage
 
     if model and click_context.get_parameter_source("named") is ParameterSource.COMMANDLINE:
         raise click.UsageError("give the model once: as an argument or with -m.")
-    checkpoint = Checkpoint.open(model or named)
+    checkpoint = opened(model or named)
+    if recipe:
+        from refengine.quantize.recipes import recipe_of
+        from refengine.quantize.write import copied
+
+        checkpoint = copied(checkpoint, recipe_of(recipe))
     backend = backend or ("cuda" if cuda_devices() else "cpu")
     dtype = checkpoint.auto_dtype(backend) if dtype == "auto" else dtype
     kept = storage(checkpoint, kv_dtype, ssm_dtype)
     tokens = context or checkpoint.config.max_position_embeddings
     state = bytes_on(backend, checkpoint.config, dtype, kept.kv, kept.ssm)
-    total = state["ssm_bytes"] + state["conv_bytes"] + tokens * state["kv_bytes_per_token"]
+    needed = room(checkpoint, backend, state, tokens)
+    memory = memory if memory is not None or backend == "cuda" else available_memory()
+    needed |= {"memory": memory, "bandwidth": measured() if bandwidth == "measure" else bandwidth}
     found = anatomy(checkpoint) | {
-        "state": state | {"backend": backend, "context": tokens, "context_bytes": total}
+        "state": state | {"backend": backend, "context": tokens, "context_bytes": needed["context_bytes"]},
+        "room": needed,
     }
     click.echo(json.dumps(found) if as_json else text(found, layers))
+
+
+def measured() -> float:
+    """Return the bytes a second that all processors of this process read from memory together."""
+    from refengine.bench import read_bandwidth
+
+    return read_bandwidth(processors())
+
+
+def fit(room: dict) -> list[str]:
+    """Return lines on whether weights and sequence fit into the memory, and how fast a token can be."""
+    need, memory, bandwidth = room["weights_bytes"] + room["context_bytes"], room["memory"], room["bandwidth"]
+    lines = []
+    if memory is not None:
+        verdict = "fits" if need <= memory else "does not fit"
+        lines += [
+            f"memory        {bytes_text(room['weights_bytes'])} of weights and that context are "
+            f"{bytes_text(need)}: {verdict} into {bytes_text(memory)}"
+        ]
+    if bandwidth:
+        rate = bandwidth / room["step_bytes"]
+        most = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+        lines += [
+            f"speed         after that context a token reads {bytes_text(room['step_bytes'])}: "
+            f"at {bytes_text(bandwidth)}/s at most {most} tokens/s, one sequence alone"
+        ]
+    return lines
 
 
 def table(title: str, parts: dict[str, dict], whole: int) -> list[str]:
@@ -130,6 +198,7 @@ def text(a: dict, layers: bool = False) -> str:
         + (f", and {bytes_text(s['mtp_kv_bytes_per_token'])} for the prediction head" if head else ""),
         f"a context     of {s['context']:,} tokens takes {bytes_text(s['context_bytes'])} "
         f"on the {s['backend']} backend",
+        *fit(a["room"]),
     ]
     notes = [] if options.flag("quiet") else [f"note          {note}" for note in a["notes"]]
     return "\n".join(lines + notes)

@@ -266,7 +266,7 @@ storage = together(
         "--ssm-dtype",
         type=click.Choice(SSM_DTYPES),
         metavar="NAME",
-        help="Store states of Mamba layers in float32 or float16.",
+        help="Store Mamba states in float32, or in float16 with stochastic rounding.",
     ),
 )
 
@@ -288,7 +288,7 @@ engine = together(
         "--threads",
         type=click.IntRange(1, MOST_THREADS),
         metavar="N",
-        help="Default: all processors that it may use.",
+        help="Number of threads.  [default: all processors it may use]",
     ),
     storage,
     click.option("--deterministic", is_flag=True, help="Compute the same bits in every run."),
@@ -378,7 +378,7 @@ cache = together(
         type=Bytes(),
         default=0,
         metavar="BYTES",
-        help="Keep states of prefixes, up to BYTES (2GiB).",
+        help="Prefix cache: keep states, up to BYTES (2GiB).",
     ),
     cache_dir,
 )
@@ -475,7 +475,7 @@ sampling = together(
     ),
     click.option("--ignore-eos", is_flag=True, help="Continue after an end token."),
     click.option(
-        "--speculate", type=Drafts(), metavar="K|auto", help="Check up to K drafts of the head at a time."
+        "--speculate", type=Drafts(), metavar="K|auto", help="Speculative decoding: K drafts of the MTP head."
     ),
     click.option("--stats", is_flag=True, help="Print speed and memory on stderr."),
 )

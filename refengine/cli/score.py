@@ -19,7 +19,7 @@ from refengine.spec.config import InputError
 @options.ranks
 @options.debug
 def score(file, tokens, as_json, **how):
-    """Print log-likelihood and perplexity of the text in FILE (- is stdin), by model and prediction head."""
+    """Print log-likelihood and perplexity of the text in FILE (- is stdin), for model and head."""
     if options.follows():
         options.load(**how).follow()
         return

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from refengine.checkpoint import INDEX, Checkpoint
-from refengine.checkpoint.packed import KINDS
+from refengine.checkpoint.packed import KINDS, Unread
 from refengine.checkpoint.safetensors_file import BITS
 from refengine.checkpoint.write import ALIGN
 from refengine.quantize.calibrate import calibrate, scale_of_cache
@@ -157,6 +157,17 @@ def plan(source: Checkpoint, recipe: Recipe) -> list[Job]:
     if not any(job.format for job in jobs):
         raise InputError(f"recipe {recipe.name} leaves every weight of {source.directory} as it is")
     return jobs
+
+
+def copied(source: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """Return what a copy by a recipe would hold, as a checkpoint that can be described and not read."""
+    jobs = {job.row.name: job for job in plan(source, recipe)}
+    stored = {
+        name: Unread(name, job.format.kind if job.format else at.dtype, job.row.shape, _bytes_of(source, job))
+        for name, at in source.stored.items()
+        for job in [jobs[name]]
+    }
+    return replace(source, files=(), stored=stored)
 
 
 def _check_calibration(jobs: list[Job], recipe: Recipe) -> None:
