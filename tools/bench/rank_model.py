@@ -45,7 +45,7 @@ class Machine:
 
 # Assumptions, not measurements: bandwidth and peaks are data sheets' (docs/model.md), of which kernels reach
 # 80 % and 60 %; latencies of small sums are of the order that is reported for NCCL.
-B200 = Machine(0.8 * 8e12, 0.6 * 2.25e15, 8e-6, Link(10e-6, 700e9), Link(25e-6, 40e9), 8, 180e9)
+B200 = Machine(0.8 * 7.7e12, 0.6 * 2.25e15, 8e-6, Link(10e-6, 700e9), Link(25e-6, 40e9), 8, 180e9)
 H100 = Machine(0.8 * 3.35e12, 0.6 * 0.989e15, 8e-6, Link(12e-6, 350e9), Link(25e-6, 40e9), 8, 80e9)
 GPUS = {"b200": B200, "h100": H100}
 

@@ -291,7 +291,7 @@ def experts(engine, arguments) -> None:
 # What the report gives for NVFP4: 4-bit experts with a scale a block of 16, FP8 for Mamba and the shared
 # expert; the head is BF16. Bytes of a weight by role.
 RECIPES = {"BF16": {}, "NVFP4": {"routed_expert": 0.5625, "mamba": 1.0, "shared_expert": 1.0}}
-MACHINES = {"H100": (3.35e12, 80e9), "B200": (8.0e12, 180e9)}  # bytes a second, and bytes, as vendors say
+MACHINES = {"H100": (3.35e12, 80e9), "B200": (7.7e12, 180e9)}  # bytes a second, and bytes, as vendors say
 # Tokens a call that were published, and at how many drafts. Nano has no head; Lightning is the same trunk
 # with one, and nothing was published of it: as for Super.
 PUBLISHED = {"lightning": (3.45, 7), "super": (3.45, 7), "ultra": (4.387, 7)}

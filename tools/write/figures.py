@@ -47,7 +47,7 @@ def stack(cfg: Config = NANO, count: int = 13) -> Drawing:
     d.text(105, y + 30, f"... {len(cfg.layers) - count} more layers", "middle", "small")
     d.line((105, y + 38), (105, y + 52))
     d.box(20, y + 52, 170, 28, "norm, head: logits", kind="H")
-    d.text(206, y + 70, f"{cfg.vocab_size} numbers, one a token", kind="small")
+    d.text(206, y + 70, f"{cfg.vocab_size} numbers, one for each entry of the vocabulary", kind="small")
     return d
 
 
