@@ -146,6 +146,16 @@ def test_only_replies_are_worth_learning():
         assert sum(t == "<|im_end|>" and w == 1.0 for t, w in pieces) == len(made.replies)
 
 
+def test_in_practice_a_token_of_a_reply_counts_in_full_and_nothing_else_counts():
+    rng = random.Random(8)
+    for _ in range(40):
+        pieces = chat.practice(rng)
+        replies = "".join(text for text, weight in pieces if weight)
+        assert {weight for _, weight in pieces} - {0.0} and all(w == 0 or w >= 1 for _, w in pieces)
+        assert replies.count("<|im_end|>") == "".join(t for t, _ in pieces).count("<|im_start|>assistant")
+        assert "user" not in {text.strip() for text, weight in pieces if weight}
+
+
 def test_a_requested_story_has_the_name_and_the_thing():
     rng = random.Random(9)
     wished = set()

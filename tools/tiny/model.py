@@ -213,6 +213,7 @@ class LatentMoE(nn.Module):
         )
         self.fc1, self.fc2 = linear(latent, hidden), linear(hidden, latent, 0.5 / math.sqrt(latent))
         self.load = self.aux = None  # both of the last forward call
+        self.by_row = False  # whether the auxiliary loss balances each row of text by itself
 
     def forward(self, h):
         """Return the output for h b l d; store the load and the auxiliary loss."""
@@ -226,8 +227,12 @@ class LatentMoE(nn.Module):
         r = Experts.apply(self.fc1(h), self.up, self.down, idx, w, counts)
         out = self.fc2(r) + self.shared_down(F.relu(self.shared_up(h)).square())
         self.load = counts
-        p = (s / s.sum(-1, keepdim=True)).mean(0)
-        self.aux = e * (p * counts / idx.numel()).sum()
+        p = s / s.sum(-1, keepdim=True)  # t e
+        if self.by_row:
+            chosen = torch.zeros_like(p).scatter_(1, idx, 1.0).view(*shape[:-1], e).mean(1) / self.k  # b e
+            self.aux = e * (p.view(*shape[:-1], e).mean(1) * chosen).sum(-1).mean()
+        else:
+            self.aux = e * (p.mean(0) * counts / idx.numel()).sum()
         return out.view(shape)
 
 

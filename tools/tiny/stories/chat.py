@@ -360,3 +360,17 @@ def talk(rng):
 def chat(rng):
     """Return the pieces of a chat, thinking on or off."""
     return talk(rng).render(rng.random() < 0.5)
+
+
+# Shares of the scenes that are learned last: a reply there needs a word from an earlier turn or from a tool.
+_PRACTICE = {
+    "recall": 3.0, "question_told": 2.5, "question_given": 2.0, "tool_weather_used": 2.0,
+    "tool_add_used": 1.5, "counting": 1.5, "story_about_both": 1.0, "sums": 0.4, "beyond": 0.4, "greet": 0.3,
+}  # fmt: skip
+
+
+def practice(rng):
+    """Return the pieces of a chat of one of the harder scenes; every token of a reply counts in full."""
+    kinds, shares = zip(*_PRACTICE.items(), strict=True)
+    pieces = scene(rng, rng.choices(kinds, shares)[0]).render(rng.random() < 0.5)
+    return [(text, max(weight, 1.0) if weight else 0.0) for text, weight in pieces]

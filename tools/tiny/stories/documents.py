@@ -18,14 +18,15 @@ _WORLD = {
     "story": 3.5, "chat": 5.5, "about_story": 1.0, "recall": 0.8, "again": 0.3, "copying": 1.4, "sums": 0.6,
     "counting": 1.2, "running_count": 0.1, "cast_lines": 0.2,
 }  # fmt: skip
-MIXES = {"skills": _SKILLS, "world": _WORLD}
-MAKERS = {"chat": chat.chat} | {kind: getattr(skills, kind) for kind in _WORLD if kind != "chat"}
-WHOLE = (
-    "story",
-    "about_story",
-    "chat",
-    "cast_lines",
-)  # their pieces have their final weights; skills count twice
+_TALK = {
+    "practice": 5.0, "chat": 2.5, "story": 3.5, "about_story": 0.8, "recall": 0.8, "again": 0.3,
+    "copying": 0.8, "sums": 0.4, "counting": 0.6, "running_count": 0.1, "cast_lines": 0.2,
+}  # fmt: skip
+MIXES = {"skills": _SKILLS, "world": _WORLD, "talk": _TALK}
+MAKERS = {"chat": chat.chat, "practice": chat.practice}
+MAKERS |= {kind: getattr(skills, kind) for kind in _WORLD if kind != "chat"}
+# Their pieces have their final weights; skills count twice.
+WHOLE = ("story", "about_story", "chat", "practice", "cast_lines")
 
 
 def document(rng, mix):
