@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 UNKNOWN = 4 * 2**30  # bytes of memory taken as available where the system does not say
@@ -18,19 +19,22 @@ def processors() -> int:
 
 def quota(root: str = "/") -> float:
     """Return the processors that the cgroups of this process may take together, or infinity."""
-    least = float("inf")
+    return min(map(_limit, _cgroups("cpu", root)), default=float("inf"))
+
+
+def _cgroups(controller: str, root: str) -> Iterator[Path]:
+    """Yield the folders of the cgroups of this process that may limit what a controller counts."""
     try:
-        lines = Path(root, "proc/self/cgroup").read_text().splitlines()
+        with open(Path(root, "proc/self/cgroup")) as cgroup:
+            lines = cgroup.read().splitlines()
     except OSError:
-        return least
+        return
     for line in lines:
         _, names, own = line.split(":", 2)
-        if names and "cpu" not in names.split(","):
+        if names and controller not in names.split(","):
             continue
-        for top in {Path(root, "sys/fs/cgroup", names), Path(root, "sys/fs/cgroup", names and "cpu")}:
-            for folder in [top, *(top / part for part in _prefixes(own))]:
-                least = min(least, _limit(folder))
-    return least
+        for top in {Path(root, "sys/fs/cgroup", names), Path(root, "sys/fs/cgroup", names and controller)}:
+            yield from [top, *(top / part for part in _prefixes(own))]
 
 
 def _prefixes(path: str) -> list[str]:
@@ -52,10 +56,37 @@ def _limit(folder: Path) -> float:
     return float("inf")
 
 
-def available_memory() -> int:
+def _room(folder: Path) -> float:
+    """Return the bytes that one cgroup may still take, by the files of version 2 or 1; or infinity.
+
+    File pages that were not used lately count as free: the kernel reclaims them at the limit.
+    """
+    for most, used, unused in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            left = int((folder / most).read_text()) - int((folder / used).read_text())
+            return max(0, left + _number(folder / "memory.stat", unused))
+    return float("inf")
+
+
+def _number(file: Path, name: str) -> int:
+    """Return the number after a name in a file of such lines; 0 if there is none."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return int(dict(line.split() for line in file.read_text().splitlines())[name])
+    return 0
+
+
+def available_memory(root: str = "/") -> int:
+    """Return the bytes that can be had without swapping and within the limits of the cgroups."""
+    return int(min([_free(root), *map(_room, _cgroups("memory", root))]))
+
+
+def _free(root: str) -> int:
     """Return the bytes that can be had without swapping, as far as the system tells."""
     try:
-        with open("/proc/meminfo") as meminfo:
+        with open(Path(root, "proc/meminfo")) as meminfo:
             fields = dict(line.split(":", 1) for line in meminfo)
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):

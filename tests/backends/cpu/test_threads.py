@@ -72,6 +72,14 @@ def test_a_child_that_was_forked_computes_too():
     assert np.array_equal(told(2), expected)
 
 
+def written(root, files: dict[str, str]) -> str:
+    """Return the root of a system with these files."""
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return str(root)
+
+
 @pytest.mark.parametrize(
     "files, expected",
     [
@@ -98,10 +106,43 @@ def test_a_child_that_was_forked_computes_too():
     ],
 )
 def test_the_quota_of_a_cgroup_counts(tmp_path, files, expected):
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert machine.quota(str(tmp_path)) == expected
+    assert machine.quota(written(tmp_path, files)) == expected
+
+
+V1, V2 = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")
+
+
+def limited(folder: str, names: tuple[str, str], most, used, stat: str | None = None) -> dict[str, str]:
+    """Return the files of a cgroup that limits memory."""
+    files = dict(zip(names, (f"{most}\n", f"{used}\n"), strict=True))
+    files |= {} if stat is None else {"memory.stat": stat}
+    return {f"sys/fs/cgroup/{folder}{name}": text for name, text in files.items()}
+
+
+HOST = 976562 * 1024
+INSIDE, NAMED = {"proc/self/cgroup": "0::/a/b\n"}, {"proc/self/cgroup": "4:memory:/x\n3:cpu:/y\n"}
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({}, HOST),
+        (limited("a/", V2, 7000, 0), HOST),  # of other processes
+        (INSIDE | limited("a/b/", V2, "max", 5000), HOST),
+        (INSIDE | limited("", V2, 7000, 5000), 2000),  # in a container the limit is at the top
+        (INSIDE | limited("a/", V2, 7000, 5000) | limited("a/b/", V2, 9000, 5000), 2000),
+        (INSIDE | limited("a/b/", V2, 7000, 5000, "anon 4000\ninactive_file 900\n"), 2900),
+        (INSIDE | limited("a/b/", V2, 7000, 9000, "anon 9000\ninactive_file 0\n"), 0),
+        (INSIDE | limited("a/b/", V2, 7000, 5000, "nonsense"), 2000),
+        (INSIDE | limited("a/b/", V2, 10**12, 5000), HOST),
+        (NAMED | limited("memory/", V1, 2**63 - 4096, 5000), HOST),
+        (NAMED | limited("memory/y/", V1, 7000, 5000), HOST),  # of another controller's group
+        (NAMED | limited("memory/x/", V1, 7000, 5000, "inactive_file 1\ntotal_inactive_file 900\n"), 2900),
+    ],
+)
+def test_the_memory_limit_of_a_cgroup_counts(tmp_path, files, expected):
+    memory = {"proc/meminfo": "MemTotal: 9999999 kB\nMemAvailable: 976562 kB\n"}
+    assert machine.available_memory(written(tmp_path, memory | files)) == expected
 
 
 def test_a_part_of_a_processor_is_one_thread(monkeypatch):
