@@ -16,6 +16,7 @@ import numpy as np
 from refengine.anatomy import state_bytes
 from refengine.checkpoint import Checkpoint
 from refengine.checkpoint.names import canonical
+from refengine.spec.arrays import DTYPES
 from refengine.spec.config import Config, InputError
 from refengine.spec.numerics import KV_DTYPES, SSM_DTYPES
 from refengine.units import bytes_text
@@ -70,6 +71,9 @@ def scales(checkpoint: Checkpoint) -> dict[str, tuple[float, float]]:
     for file in checkpoint.files:
         for name, at in getattr(file, "tensors", {}).items():
             if part := SCALE.search(canonical(name) or ""):
+                if at.dtype not in DTYPES:
+                    what = f"{at.dtype}, which is none of {', '.join(DTYPES)}"
+                    raise InputError(f"{shown(name)} in {at.file.path} has the dtype {what}")
                 found.setdefault(part[1], {})[part[2]] = _positive(at.array(), name)
     return {block: (pair.get("k", 1.0), pair.get("v", 1.0)) for block, pair in found.items()}
 

@@ -74,6 +74,15 @@ def test_a_scale_that_is_no_scale_is_refused(scale, tmp_path):
         storage(Checkpoint.open(tmp_path), "fp8", None)
 
 
+@pytest.mark.parametrize("dtype, bits", [("I64", 64), ("I32", 32), ("F8_E4M3", 8), ("BOOL", 8)])
+def test_a_scale_in_a_dtype_that_is_not_read_is_refused(dtype, bits, tmp_path):
+    with_scales(tmp_path, None)
+    name = f"backbone.layers.{CONFIGS['attention'].layers.index('*')}.mixer.k_proj.k_scale"
+    add(tmp_path / "model.safetensors", name, np.array(1, f"u{bits // 8}"), dtype)
+    with pytest.raises(InputError, match=rf"k_scale' in .* has the dtype {dtype}, which is none of BF16"):
+        storage(Checkpoint.open(tmp_path), "fp8", None)
+
+
 @pytest.mark.parametrize("choice", [{"kv_dtype": "int8"}, {"ssm_dtype": "bfloat16"}, {"kv_dtype": 8}])
 def test_dtypes_that_there_are_not_are_refused(choice):
     with pytest.raises(InputError, match="is not one of float32"):
