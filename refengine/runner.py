@@ -578,6 +578,9 @@ class LocalRunner:
         """Free the states and the weights."""
         self.closed = True
         self.slots, self.drawings, self.recorded, self.shelf = Slots(), {}, None, Shelf()
+        self.drafter, self.latest = Drafter(self, Slots()), None
+        if hasattr(step := self.model.backend.step, "close"):  # it keeps the weights of its latest calls
+            step.close()
         self.model = replace(self.model, weights={})
 
 

@@ -144,6 +144,10 @@ class Steps:
             self.programs[head] = compiled_head(model) if head else compiled(model, self.alone)
         return self.programs[head]
 
+    def close(self) -> None:
+        """Free the weights of the latest model and its programs."""
+        self.latest, self.programs = {}, {}
+
 
 class Call:
     """The structures of one call: the model, its sequences and their states.

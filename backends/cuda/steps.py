@@ -64,6 +64,11 @@ class Steps:
         graph = self.device.capture(lambda: result.extend(step(model, ids, states)))
         return Step(graph, model, ids, result[0])
 
+    def close(self) -> None:
+        """Free the models and their graphs."""
+        self.warm.clear()
+        self.captured.clear()
+
 
 def step(model, ids: DeviceArray, states: list):
     """Return the logits b v of one more position of each row, and the next states."""

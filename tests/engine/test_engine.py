@@ -260,6 +260,32 @@ def test_an_engine_that_is_deleted_is_freed_at_once(which):
         gc.enable()
 
 
+def leaves(weights) -> list:
+    """Return the arrays and tensors of nested weights."""
+    if isinstance(weights, (dict, list, tuple)):
+        inside = weights.values() if isinstance(weights, dict) else weights
+        return [leaf for part in inside for leaf in leaves(part)]
+    return [weights] if hasattr(weights, "nbytes") else []
+
+
+@pytest.mark.parametrize("which", ["numpy", "cpu", "torch"])
+def test_nothing_of_a_closed_engine_holds_a_weight(which):
+    """Nor does the backend, which may outlive the engine; steps and drafts keep what they compiled."""
+    if which == "torch":
+        pytest.importorskip("torch")
+    if which == "cpu" and automatic("cpu")[0] != "cpu":
+        pytest.skip("there is no C++ compiler")
+    engine = refengine.load("tiny", backend=which)
+    here = engine.model.backend
+    for more in ({}, {"speculate": 2}):
+        assert engine.complete("Once", max_tokens=4, temperature=0, ignore_eos=True, **more)
+    held = [weakref.ref(each) for each in leaves(engine.model.weights)]
+    engine.close()
+    gc.collect()
+    assert len(held) > 20 and [each() for each in held if each() is not None] == []
+    assert here.name == which and engine.runner.closed
+
+
 def test_a_single_rank_is_the_engine():
     """refengine.ranks.load without a launcher has no other ranks."""
     from refengine.ranks.load import load as load_rank

@@ -3,6 +3,7 @@
 Sanitizers report nothing, and a decoding step as a captured graph agrees with the plain step.
 """
 
+import weakref
 from functools import lru_cache
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refengine.backends.cuda import cuda_backend
+from refengine.backends.cuda.steps import Step, Steps
 from refengine.conformance.cases import Case, terms
 from refengine.spec import state as spec_state
 from refengine.spec.model import Model
@@ -113,6 +115,15 @@ def test_only_a_few_graphs_are_kept(device):  # noqa: F811
         for t in range(3):
             _, states = step(model, STEPS.ids[row % 3 : row % 3 + 1, t], states)
     assert len(step.captured) <= 4
+
+
+def test_steps_that_are_closed_hold_no_model():
+    steps, model = Steps(None), Model(SMALL.cfg, {}, numpy_backend())
+    steps.warm[0, 1], steps.captured[0, 1] = model, Step(None, model, None, None)
+    held = weakref.ref(model)
+    steps.close()
+    del model
+    assert held() is None
 
 
 @settings(max_examples=4)
