@@ -140,7 +140,12 @@ class RankRunner(LocalRunner):
         super().close()
 
     def together(self, call: str, **arguments) -> Any:
-        """Broadcast a call, with the slots dropped since the last one, and return this rank's result."""
+        """Broadcast a call, with the slots dropped since the last one, and return this rank's result.
+
+        Raises RankError after a call that did not come to its end: the other ranks may still be within it.
+        """
+        if self.broken:
+            raise RankError("an earlier call over these ranks was interrupted: start the job again")
         dropped, self.dropped, self.broken = self.dropped, [], True
         request: dict[str, Any] = {"call": call, "dropped": dropped, "arguments": arguments}
         self.comm.broadcast(request)

@@ -1,13 +1,19 @@
 """Ranks wait for the next call of rank 0."""
 
+from unittest import mock
+
+import pytest
+
 from refengine.checkpoint import Checkpoint
+from refengine.ranks.comm import RankError
 from refengine.ranks.comm.threads import on_each
 from refengine.ranks.runner import RankRunner
-from refengine.runner import How, Part
+from refengine.runner import How, LocalRunner, Part
 from refengine.spec.layout import Layout
 from refengine.spec.ops import numpy_backend
 from refengine.spec.ranks import part
 from refengine.spec.shard import Shard
+from tests.support.runners import over_ranks
 
 
 def test_ranks_wait_with_a_timeout_exactly_while_a_sequence_has_a_slot():
@@ -38,3 +44,20 @@ def test_ranks_wait_with_a_timeout_exactly_while_a_sequence_has_a_slot():
     on_each(2, rank)
     # read, step, step, the end of both, score, close
     assert waits == [True, False, False, False, True, True]
+
+
+def test_after_an_interrupted_call_nothing_more_is_sent_to_the_other_ranks():
+    def work(runner):
+        with (
+            mock.patch.object(LocalRunner, "read", side_effect=KeyboardInterrupt),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            runner.read([Part(0, [5, 6, 7], How(), True)])
+        with mock.patch.object(runner.comm, "broadcast") as broadcast:
+            with pytest.raises(RankError, match="interrupted: start the job again"):
+                runner.score([5, 6, 7])
+            runner.drop([0])
+            runner.close()
+        assert not broadcast.called
+
+    over_ranks(Layout(1), work)
