@@ -118,7 +118,8 @@ class Loop:
     def alone(self, unless: Callable[[], object] = lambda: False) -> Iterator[bool]:
         """Hold the turn in the block, and give True; or give False, without it, as soon as `unless()` holds.
 
-        Waits for the turn that runs. Afterwards all threads that wait look again.
+        Waits for the turn that runs. Afterwards what was cancelled meanwhile is taken out, and all threads
+        that wait look again.
         """
         with self.ready:
             self.ready.wait_for(lambda: not self.turning or unless())
@@ -128,16 +129,18 @@ class Loop:
             yield mine
         finally:
             if mine:
-                with self.ready:
-                    self.turning = False
-                    self.ready.notify_all()
+                with self.ready:  # so that no `cancel` comes between the sweep and the end of the turn
+                    try:
+                        self.sweep()
+                    finally:
+                        self.turning = False
+                        self.ready.notify_all()
 
     def cancel(self, sequence: Sequence) -> None:
         """Take a sequence out: its slot is free at once, or when the turn that runs has ended."""
         sequence.cancelled = True
-        with self.alone(unless=lambda: self.turning) as mine:
-            if mine:
-                self.sweep()
+        with self.alone(unless=lambda: self.turning):
+            pass  # the end of a turn takes it out
 
     def sweep(self) -> None:
         """Take out what was cancelled."""
@@ -163,7 +166,6 @@ class Loop:
     def turn(self) -> None:
         """Admit sequences that wait, read once, and step once all that have been read."""
         try:
-            self.sweep()
             self.admit()
             if parts := self.to_read():
                 sequences = [self.active[part.slot] for part in parts]

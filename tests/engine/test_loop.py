@@ -299,6 +299,24 @@ def test_a_batch_may_be_cancelled_by_another_thread(engine, how, waiting):
     assert engine.complete("Once", max_tokens=1, temperature=0) and not engine.loop.active
 
 
+def test_what_is_cancelled_during_a_turn_is_gone_when_it_ends(engine):
+    """From its slot and from the queue, with its states, although nothing more is asked for."""
+    batch = engine.generate_batch([[5], [6], [7]], max_tokens=9, ignore_eos=True)
+    waiting, right = engine.generate_batch([[8]], max_tokens=9), engine.runner.step
+    batch.refill(), waiting.refill()
+
+    def step(*args):
+        batch.cancel(1), waiting.cancel(0)
+        assert len(engine.loop.active) == 3 and len(engine.loop.queue) == 1
+        return right(*args)
+
+    with mock.patch.object(engine.runner, "step", step):
+        next(batch)
+    assert sorted(sequence.index for sequence in engine.loop.active.values()) == [0, 2]
+    assert not engine.loop.queue and engine.runner.slots.held == sorted(engine.loop.active)
+    batch.close()
+
+
 @pytest.mark.slow
 def test_a_thread_gets_its_token_while_another_waits_for_a_long_prompt(engine):
     order = []
