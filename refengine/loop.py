@@ -153,6 +153,7 @@ class Loop:
         for sequence in sequences:
             self.active.pop(sequence.slot, None)
         if sequences:
+            self.hide()
             self.runner.drop([sequence.slot for sequence in sequences])
 
     def wait(self, inbox: deque, running: Collection) -> None:
@@ -172,9 +173,9 @@ class Loop:
                 for sequence, part in zip(sequences, parts, strict=True):
                     sequence.read += len(part.ids)
                 draws = self.runner.read(parts)
+                self.show(sum(len(part.ids) for part in parts))
                 self.prefixes.after_read(sequences, chunk_length(self.runner.config))
                 self.deliver(sequences, draws)
-                self.show(sum(len(part.ids) for part in parts))
             ready = [sequence for sequence in self.active.values() if not sequence.left]
             if ready:
                 self.step(ready)
@@ -200,12 +201,16 @@ class Loop:
         self.finish(ended)
 
     def show(self, read: int) -> None:
-        """Move the bar on by tokens that were read; it ends when no prompt in a slot has any left."""
+        """Move the bar on by tokens that were read."""
         left = sum(sequence.left for sequence in self.active.values())
         self.bar = self.bar or progress("prompt", read + left, "token")
         self.bar.total = self.bar.n + read + left  # others may have joined or left
         self.bar.update(read)
-        if not left:
+        self.hide()
+
+    def hide(self) -> None:
+        """Close the bar if no prompt in a slot has any token left."""
+        if self.bar and not any(sequence.left for sequence in self.active.values()):
             self.bar = self.bar.close()
 
     def fail(self, error: BaseException) -> None:
@@ -215,8 +220,7 @@ class Loop:
         why = error if known else InputError(f"generation was interrupted by {type(error).__name__}")
         for sequence in lost:
             sequence.inbox.append((sequence.index, why))
-        self.active = {}
-        self.runner.drop([sequence.slot for sequence in lost])
+        self.free(lost)
 
     def close(self, error: InputError) -> None:
         """End every sequence, those that wait too, with an error, and close the runner."""

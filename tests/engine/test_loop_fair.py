@@ -3,6 +3,7 @@
 from collections import deque
 from unittest import mock
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -12,6 +13,7 @@ from refengine.conformance.cases import Case
 from refengine.conformance.truth import model
 from refengine.generation import Options
 from refengine.loop import PATIENCE, Loop
+from refengine.progress import Bar, progress
 from refengine.runner import LocalRunner
 from refengine.spec.ops import numpy_backend
 
@@ -89,6 +91,36 @@ def test_a_long_prompt_is_read_however_many_short_ones_come(chunks, length):
         assert inbox, "it has not been read"
         while loop.queue or loop.active:
             loop.turn()
+
+
+@pytest.mark.parametrize("how", ["cancelled", "interrupted", "closed"])
+def test_the_bar_of_a_prompt_ends_with_it(how, monkeypatch):
+    """The next prompt has its own bar, also where the first was not read to its end."""
+    bars, closed = [], []
+    monkeypatch.setattr("refengine.loop.progress", lambda *args: bars.append(progress(*args)) or bars[-1])
+    monkeypatch.setattr(Bar, "close", lambda bar: closed.append(bar))
+    monkeypatch.setattr("refengine.runner.PREFILL", 11)
+    runner, options = LocalRunner(model(CASE, numpy_backend("float64"))), Options(max_tokens=1, temperature=0)
+    loop = Loop(runner, Letters, size=2)
+    first = loop.add(0, [5] * 33, options, deque())
+    loop.turn()
+    assert (bars[0].n, bars[0].total, closed) == (11, 33, [])
+    if how == "cancelled":
+        loop.cancel(first)
+    elif how == "closed":
+        loop.close(InputError("closed"))
+    else:
+        with (
+            mock.patch.object(runner, "read", side_effect=KeyboardInterrupt),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            loop.turn()
+    assert closed == bars and loop.bar is None
+    if how != "closed":
+        loop.add(1, [5] * 22, options, deque())
+        while loop.queue or loop.active:
+            loop.turn()
+        assert closed == bars and (bars[1].n, bars[1].total, len(bars)) == (22, 22, 2)
 
 
 def test_an_error_is_raised_in_its_place_and_the_others_go_on():
