@@ -68,12 +68,18 @@ def matrix_peak(model: Model, size: int = 2048) -> float:
 
 
 def bytes_a_step(
-    cfg: Config, width: int, cached: int, batch: int, context: int, packed: Mapping[str, int] = {}
+    cfg: Config,
+    width: int,
+    cached: int,
+    batch: int,
+    context: int,
+    packed: Mapping[str, int] = {},
+    of_S: int = 4,
 ) -> float:
     """Return the bytes that a decoding step must read: weights that some token meets, S, keys and values.
 
-    width: bytes of a weight; cached: of a number in the key/value cache. packed: the bytes of each tensor
-    that the backend reads as it is packed in the files, by name.
+    width: bytes of a weight; cached: of a number in the key/value cache; of_S: of a number in S. packed: the
+    bytes of each tensor that the backend reads as it is packed in the files, by name.
     """
     total, head = 0.0, "embedding" if cfg.tie_word_embeddings else "lm_head"
     for row in table(cfg):
@@ -84,7 +90,7 @@ def bytes_a_step(
             total += share * packed.get(row.name, row.size * width)
         elif row.block.startswith("layers.") or row.role == head:
             total += packed.get(row.name, row.size * width)
-    S = 4 * cfg.mamba_num_heads * cfg.mamba_head_dim * cfg.ssm_state_size
+    S = of_S * cfg.mamba_num_heads * cfg.mamba_head_dim * cfg.ssm_state_size
     kv = 2 * cfg.num_key_value_heads * cfg.head_dim * cached * context
     return total + batch * (S * cfg.layers.count("M") + kv * cfg.layers.count("*"))
 
@@ -137,7 +143,8 @@ def bench(
     peak, bandwidth = (matrix_peak(model), read_bandwidth(threads)) if host else (None, None)
     yield {"what": "machine", "threads": threads, "bandwidth": bandwidth, "matrix_peak": peak}
     forget_peak()  # of what measured the machine
-    rng, cached = np.random.default_rng(0), model.backend.new_state("*", cfg, 1).k.itemsize
+    rng, new_state = np.random.default_rng(0), model.backend.new_state
+    cached, of_S = new_state("*", cfg, 1).k.itemsize, new_state("M", cfg, 1).S.itemsize
     for length in prompts:
         ids = rng.integers(0, cfg.vocab_size, length).tolist()
         took = prefill_seconds(runner, ids, repeat)
@@ -146,7 +153,7 @@ def bench(
     for context in contexts:
         for batch in batches:
             took = decode_seconds(runner, batch, context, steps)
-            need = bytes_a_step(cfg, ITEMSIZE[dtype], cached, batch, context, packed)
+            need = bytes_a_step(cfg, ITEMSIZE[dtype], cached, batch, context, packed, of_S)
             share = need / took / bandwidth if bandwidth else None
             yield decode_row(batch, context, took, share, runner.peak_memory())
 

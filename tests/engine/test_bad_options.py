@@ -134,6 +134,18 @@ def test_weights_may_take_half_of_the_free_memory_and_no_more(monkeypatch, dtype
         assert backend.fits(CFG, dtype, share) is enough
 
 
+def test_the_bytes_of_a_step_are_in_the_dtype_in_which_S_is_stored(monkeypatch):
+    case, read = Case(layers="MM*", batch=1), {}
+    for name in ("decode_seconds", "matrix_peak", "read_bandwidth"):  # so that a share is a number of bytes
+        monkeypatch.setattr(bench, name, lambda *args: 1.0)
+    for ssm in ("float32", "float16"):
+        built = LocalRunner(Model.build(case.cfg, case.read, numpy_backend(ssm=ssm)))
+        *_, row = bench.bench(built, "float32", 1, [], [3], [5])
+        read[ssm] = row["share"]
+    numbers = 2 * case.cfg.mamba_num_heads * case.cfg.mamba_head_dim * case.cfg.ssm_state_size
+    assert read["float32"] - read["float16"] == 3 * 2 * numbers
+
+
 def test_the_figures_of_bench_are_what_their_names_say(monkeypatch):
     case = Case(layers="M*E-", batch=1)
     built = LocalRunner(Model.build(case.cfg, case.read, numpy_backend()))
