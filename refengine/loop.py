@@ -69,6 +69,11 @@ class Sequence:
         return self.options.speculate
 
     @property
+    def lengths(self) -> tuple[int, int]:
+        """Return how many tokens have been read or drawn, and how many may be in all."""
+        return self.read + self.text.drawn, len(self.ids) + self.text.drawn + self.rest
+
+    @property
     def rest(self) -> int:
         """Return how many tokens may still be drawn."""
         return min(self.options.max_tokens, self.text.room) - self.text.drawn
@@ -232,14 +237,17 @@ class Loop:
             self.runner.close()
 
     def admit(self) -> None:
-        """Give free slots to the sequences that have waited longest, as far as the memory allows."""
+        """Give free slots to the sequences that have waited longest, as far as the memory allows.
+
+        What the sequences in slots have yet to take counts, for they take it as they are read and drawn.
+        """
         while self.queue and len(self.active) < self.size:
             sequence = self.queue[0]
-            tokens = len(sequence.ids) + min(sequence.options.max_tokens, max(0, sequence.text.room))
-            if self.active and not self.runner.fits(tokens):
+            together = [sequence, *self.active.values()]
+            if self.active and not self.runner.fits([each.lengths for each in together]):
                 return
             self.queue.popleft()
-            if not self.active and (refused := self.runner.refusal(tokens)):
+            if not self.active and (refused := self.runner.refusal(sequence.lengths[1])):
                 sequence.inbox.append((sequence.index, refused))
                 continue
             sequence.slot = next(slot for slot in range(self.size) if slot not in self.active)

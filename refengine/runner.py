@@ -154,8 +154,8 @@ class Runner(Protocol):
         """Keep the arrays of the whole model under a name; rank 0 has them, the others get their part."""
         ...
 
-    def fits(self, tokens: int) -> bool:
-        """Return whether the memory has room for one more sequence of so many tokens."""
+    def fits(self, lengths: list[tuple[int, int]]) -> bool:
+        """Return whether the memory has room for sequences that have so many tokens and may have so many."""
         ...
 
     def refusal(self, tokens: int) -> InputError | None:
@@ -408,9 +408,12 @@ class LocalRunner:
         """Keep arrays under a name."""
         self.shelf.put(name, arrays)
 
-    def fits(self, tokens: int) -> bool:
-        """Return whether half of the free memory holds one more sequence of so many tokens."""
-        return not (self.sizes and self.sizes.refusal(tokens, available_memory() // 2))
+    def fits(self, lengths: list[tuple[int, int]]) -> bool:
+        """Return whether half of the free memory holds what sequences have yet to take.
+
+        lengths: the tokens of each sequence, now and at most.
+        """
+        return not self.sizes or self.sizes.growth(lengths) <= available_memory() // 2
 
     def refusal(self, tokens: int) -> InputError | None:
         """Return the error for a sequence of so many tokens that the free memory cannot hold, or None."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -111,6 +112,10 @@ class Sizes:
     def of(self, tokens: int) -> int:
         """Return the bytes of the states of a sequence of so many tokens."""
         return self.fixed + self.token * tokens
+
+    def growth(self, lengths: Iterable[tuple[int, int]]) -> int:
+        """Return the bytes that sequences take until each has grown from `now` to `most` tokens."""
+        return sum(self.of(most) - (self.of(now) if now else 0) for now, most in lengths)
 
     def refusal(self, tokens: int, free: int) -> InputError | None:
         """Return the error for a sequence that does not fit into so many free bytes, or None."""

@@ -101,6 +101,10 @@ class RankRunner(LocalRunner):
         self.together("spread", name=name)
         self.spreading = {}
 
+    def fits(self, lengths):
+        """Return whether every rank has memory for what sequences have yet to take; see Runner."""
+        return self.together("fits", lengths=lengths)
+
     def logits(self, ids):
         """Return teacher-forced logits [tokens v] on every rank."""
         return self.together("logits", ids=ids)
@@ -182,6 +186,8 @@ class RankRunner(LocalRunner):
                 return self.part_of_collect(**arguments)
             case "spread":
                 return self.part_of_spread(**arguments)
+            case "fits":
+                return not self.largest(not super().fits(**arguments))
             case "logits":
                 return self.part_of_logits(**arguments)
             case "score":

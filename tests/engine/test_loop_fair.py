@@ -93,6 +93,26 @@ def test_a_long_prompt_is_read_however_many_short_ones_come(chunks, length):
             loop.turn()
 
 
+@pytest.mark.parametrize("share, first", [(0.9, 1), (0.4, 1), (0.2, 2), (0.1, 5)])
+def test_all_sequences_in_slots_have_room_to_grow_to_their_ends(share, first, monkeypatch):
+    """Each may take this share of the memory; those in slots take it only as they are read and drawn."""
+    runner = LocalRunner(model(CASE, numpy_backend("float64")))
+    loop = Loop(runner, Letters, size=8)
+    need, sizes = runner.sizes.of(3 + 5), runner.sizes
+
+    def available() -> int:
+        return int(need / share) - sum(sizes.of(s.lengths[0]) for s in loop.active.values() if s.read)
+
+    monkeypatch.setattr("refengine.runner.available_memory", available)
+    for i in range(8):
+        loop.add(i, [5] * 3, Options(max_tokens=5, temperature=0, seed=i), deque())
+    loop.admit()
+    assert len(loop.active) == first
+    while loop.queue or loop.active:
+        loop.turn()
+        assert len(loop.active) * need <= need / share
+
+
 @pytest.mark.parametrize("how", ["cancelled", "interrupted", "closed"])
 def test_the_bar_of_a_prompt_ends_with_it(how, monkeypatch):
     """The next prompt has its own bar, also where the first was not read to its end."""

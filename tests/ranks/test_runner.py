@@ -1,5 +1,6 @@
 """Ranks wait for the next call of rank 0."""
 
+import threading
 from unittest import mock
 
 import pytest
@@ -61,3 +62,21 @@ def test_after_an_interrupted_call_nothing_more_is_sent_to_the_other_ranks():
         assert not broadcast.called
 
     over_ranks(Layout(1), work)
+
+
+def test_sequences_must_fit_into_the_memory_of_every_rank(monkeypatch):
+    free, rank_of = [10**9, 10**9], {}
+    monkeypatch.setattr("refengine.runner.available_memory", lambda: free[rank_of[threading.get_ident()]])
+
+    def work(runner):
+        rank_of[threading.get_ident()] = runner.comm.rank
+        if runner.comm.rank:
+            return runner.follow()
+        found = []
+        for least in ([10**9, 10**9], [10**3, 10**9], [10**9, 10**3]):
+            free[:] = least
+            found.append(runner.fits([(0, 9), (5, 20)]))
+        runner.close()
+        return found
+
+    assert over_ranks(Layout(2), work, everywhere=True)[0] == [True, False, False]
