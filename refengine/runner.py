@@ -582,7 +582,8 @@ class LocalRunner:
         self.closed = True
         self.slots, self.drawings, self.recorded, self.shelf = Slots(), {}, None, Shelf()
         self.drafter, self.latest = Drafter(self, Slots()), None
-        if hasattr(step := self.model.backend.step, "close"):  # it keeps the weights of its latest calls
+        step = self.model.backend.step
+        if step and hasattr(step, "close"):  # it keeps the weights of its latest calls
             step.close()
         self.model = replace(self.model, weights={})
 
