@@ -73,13 +73,20 @@ class Disk:
         return None
 
     def read(self, path: Path, ids: list[int]) -> State | None:
-        """Return the state in a file; None, and the file is removed, where it is not that of these tokens."""
-        with suppress(InputError, OSError):
+        """Return the state in a file, or None; a file that can be read and has no such state is removed."""
+        model = self.model()
+        try:
             state = State.load(path)
-            state.check(self.model(), self.cfg)
+            state.check(model, self.cfg)
             if list(state.ids) == ids and state.position == len(ids):
-                os.utime(path)
+                with suppress(OSError):  # the file is of another user
+                    os.utime(path)
                 return state
+        except OSError:
+            return None
+        except InputError as error:
+            if isinstance(error.__context__, OSError):  # what the file holds is not known
+                return None
         with suppress(OSError):
             path.unlink()
         return None
