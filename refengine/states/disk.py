@@ -2,7 +2,7 @@
 
 A file is named by the model's fingerprint, the layout version, the number of tokens and a digest of them.
 Files of other names are left alone; one of such a name that is damaged is removed. Over the budget, the files
-that were used longest ago are removed.
+that were used longest ago are removed, and after an hour what killed processes have left of files.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from refengine.states.file import VERSION
 from refengine.states.state import State
 
 NAME = re.compile(r"([0-9a-f]{16})-v([0-9]{1,4})-([0-9]{1,9})-([0-9a-f]{32})\.state")
+PARTIAL = re.compile(rf"\.{NAME.pattern}\.[0-9]+\.[0-9a-f]{{8}}\.partial")  # of states.file.replace_file
+ABANDONED = 3600  # seconds after its last write
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Disk:
             self.directory.mkdir(parents=True, exist_ok=True)
             probe = self.directory / f".probe-{os.getpid()}"
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # a process of another container may have the same id
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error
             raise InputError(f"{self.directory} cannot be a cache: {why}") from None
@@ -108,9 +111,16 @@ class Disk:
         return (len(ids), key.hex()) in self.files()
 
     def shrink(self) -> None:
-        """Remove the files that were used longest ago, of any model, until the rest is within the budget."""
+        """Remove the files that were used longest ago, of any model, until the rest is within the budget.
+
+        Also removes what processes that were killed have left of files.
+        """
         sizes = []
         for name in os.listdir(self.directory):
+            if PARTIAL.fullmatch(name):
+                with suppress(OSError):
+                    if time.time() - os.stat(self.directory / name).st_mtime > ABANDONED:
+                        os.unlink(self.directory / name)
             if NAME.fullmatch(name):
                 with suppress(FileNotFoundError):  # another process has removed it
                     at = os.stat(self.directory / name)

@@ -3,13 +3,18 @@
 import errno
 import os
 import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from refengine.conformance.cases import Case
 from refengine.states.arrays import shapes
-from refengine.states.disk import Disk
+from refengine.states.disk import PARTIAL, Disk
 from refengine.states.prefixes import keys
 from refengine.states.state import State
 
@@ -72,3 +77,40 @@ def test_a_damaged_file_is_removed(disk):
     [path] = disk.files().values()
     path.write_bytes(path.read_bytes()[:-1])
     assert disk.longest(IDS, 0) is None and not path.exists()
+
+
+def test_the_parts_of_files_of_killed_processes_are_removed_after_an_hour(disk):
+    """A part that may still be written to stays, and so do files of other names."""
+    names = [f".{next(iter(disk.files().values())).name}.{pid}.0123abcd.partial" for pid in (1, 99999)]
+    others = [".notes.1.0123abcd.partial", f"{names[0]}.old", ".probe-5"]
+    for name in (*names, *others):
+        (disk.directory / name).write_bytes(b"part")
+    for name in (names[0], *others):
+        os.utime(disk.directory / name, (time.time() - 4000,) * 2)
+    disk.shrink()
+    assert {names[0], names[1], *others} - set(os.listdir(disk.directory)) == {names[0]}
+
+
+def test_the_part_of_a_killed_process_has_the_name_that_is_removed(tmp_path):
+    script = f"""
+import os, signal
+from pathlib import Path
+from refengine.states import file
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+file.replace_file(Path({str(tmp_path)!r}) / "{MODEL}-v1-3-{"a" * 32}.state", [b"x"])
+"""
+    run = subprocess.run([sys.executable, "-c", script])
+    [name] = os.listdir(tmp_path)
+    assert run.returncode == -signal.SIGKILL and PARTIAL.fullmatch(name)
+
+
+def test_two_processes_with_one_id_may_open_a_directory_at_once(tmp_path, monkeypatch):
+    """As in two containers that share it: the other has removed the file with which writing is tried."""
+    touch = Path.touch
+
+    def touched(path):
+        touch(path)
+        path.unlink()
+
+    monkeypatch.setattr(Path, "touch", touched)
+    Disk(tmp_path, 1, Case(layers="M").cfg, lambda: MODEL, keys)
