@@ -342,6 +342,8 @@ def load(tp: int, ep: int, pp: int, timeout: float, **how):
 
     The notes of the checkpoint are printed on stderr, unless --quiet is given.
     """
+    if how.get("cache_dir") is not None and not how.get("cache"):
+        raise click.UsageError("--cache-dir needs a number of bytes to keep: give --cache 2GiB too.")
     if (threads := how.get("threads") or 0) > processors():
         note(f"--threads {threads}: this process may use {processors()} processors, so more is no faster")
     if tp * ep * pp == launched().count == 1:

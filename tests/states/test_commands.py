@@ -123,3 +123,7 @@ def test_a_text_goes_on_over_ranks_and_back(cli, tmp_path):  # noqa: F811
     text = text.rstrip("\n") + cli("generate", "-n", 5, *how, *again)[1]
     text = text.rstrip("\n") + printed(mpiexec(2, "generate", "-n", 5, *how, "--pp", 2, *again))
     assert text == whole
+
+
+def test_a_directory_of_prefixes_without_a_size_is_named_by_its_options(cli, tmp_path):  # noqa: F811
+    assert "--cache 2GiB" in fails(cli("generate", "x", "--cache-dir", tmp_path), code=2)
