@@ -46,8 +46,7 @@ def make(
     kv, ssm: the dtypes in which keys and values, and S, are stored; None: as the backend computes.
     packed_inputs: inputs of packed weights are packed too, as in W4A4; the numpy backend alone has this mode.
     """
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise InputError(f"threads = {threads} is not a number from 1 to {MOST_THREADS}")
+    check_threads(threads)
     if name == "auto":
         name = automatic(device, dtype, batch_invariant=batch_invariant, packed_inputs=packed_inputs)[0]
     if batch_invariant and name in NAMES and name != "cpu":
@@ -92,6 +91,12 @@ def make(
         compute = "float32" if packed and device == "cpu" else None  # by the loops of backends/cpu
         return torch_backend(dtype, device, threads, deterministic, resident, compute, kv=kv, ssm=ssm)
     raise InputError(f"there is no backend {name!r}; there is {', '.join(NAMES)}")
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise InputError for a number of threads that a library would end the process at."""
+    if threads is not None and not (type(threads) is int and 1 <= threads <= MOST_THREADS):
+        raise InputError(f"threads = {threads!r} is not a whole number from 1 to {MOST_THREADS}")
 
 
 def automatic(

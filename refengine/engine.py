@@ -92,13 +92,8 @@ def load(
         InputError: one sentence about what is wrong with the files or with the choice.
     """
     began = time.perf_counter()
+    check_load(model, threads, batch, cache, cache_dir)
     limit_threads(threads)
-    if not isinstance(model, (str, Path, Checkpoint)):
-        raise InputError(f"the model is {_kind(model)}: give a directory or a name")
-    if type(batch) is not int or batch < 1:
-        raise InputError(f"batch = {batch!r} is not a whole number from 1 on")
-    if type(cache) is not int or cache < 0:
-        raise InputError(f"cache = {cache!r} is not a number of bytes from 0 on")
     opened = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
     checkpoint = opened.in_large_pages()
     cfg = checkpoint.config
@@ -140,13 +135,22 @@ def load(
     return Engine(checkpoint, LocalRunner(built), seconds, batch, cache, batch_invariant, cache_dir)
 
 
+def check_load(model, threads: int | None, batch: int, cache: int, cache_dir: str | Path | None) -> None:
+    """Raise InputError for an argument of `load`, of one process or of a rank, that is wrong by itself."""
+    if not isinstance(model, (str, Path, Checkpoint)):
+        raise InputError(f"the model is {_kind(model)}: give a directory or a name")
+    backends.check_threads(threads)
+    if type(batch) is not int or batch < 1:
+        raise InputError(f"batch = {batch!r} is not a whole number from 1 on")
+    if type(cache) is not int or cache < 0:
+        raise InputError(f"cache = {cache!r} is not a number of bytes from 0 on")
+    if cache_dir is not None and not cache:
+        raise InputError("cache_dir needs a number of bytes to keep: cache = 2**31")
+
+
 def limit_threads(threads: int | None) -> None:
-    """Limit the threads of matrix products in this process; raises InputError if `threads` is below 1."""
+    """Limit the threads of matrix products in this process; None: leave them as they are."""
     if threads is not None:
-        if type(threads) is not int:
-            raise InputError(f"threads = {threads!r} is not a whole number")
-        if threads < 1:
-            raise InputError(f"threads = {threads} is less than 1")
         from threadpoolctl import threadpool_limits
 
         threadpool_limits(threads)
@@ -171,8 +175,6 @@ class Engine:
     def __post_init__(self):
         self.disk = None
         if self.cache_dir is not None:
-            if not self.cache:
-                raise InputError("cache_dir needs a number of bytes to keep: cache = 2**31")
             from refengine.states.disk import Disk
 
             where, cfg = Path(self.cache_dir), self.checkpoint.config

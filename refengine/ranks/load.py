@@ -11,10 +11,11 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 from refengine import backend as backends
 from refengine.checkpoint import Checkpoint
-from refengine.engine import Engine, limit_threads
+from refengine.engine import Engine, check_load, limit_threads
 from refengine.loop import SLOTS
 from refengine.machine import processors
 from refengine.progress import progress
@@ -34,7 +35,7 @@ from refengine.storage import storage
 
 
 def load(
-    model: str = "tiny",
+    model: str | Path | Checkpoint = "tiny",
     backend: str = "numpy",
     dtype: str = "float32",
     device: str | None = None,
@@ -48,7 +49,7 @@ def load(
     batch: int = SLOTS,
     batch_invariant: bool = False,
     cache: int = 0,
-    cache_dir: str | None = None,
+    cache_dir: str | Path | None = None,
     kv_dtype: str | None = None,
     ssm_dtype: str | None = None,
     packed_inputs: bool = False,
@@ -62,6 +63,7 @@ def load(
     or differs from the others.
     """
     began = time.perf_counter()
+    check_load(model, threads, batch, cache, cache_dir)
     here = launched()
     check_count(here.launcher, here.count, tp, ep, pp)
     if backend == "cuda":
@@ -74,7 +76,7 @@ def load(
     comm = connect(timeout, device, deterministic)
     threads = threads or max(1, processors() // here.local_count)
     limit_threads(threads)
-    checkpoint = Checkpoint.open(model)
+    checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
     if packed_inputs:
         checkpoint.check_packed_inputs()
     cfg = checkpoint.config

@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 import refengine
 from refengine import backend, bench
 from refengine.conformance.cases import Case
+from refengine.ranks.load import load as load_rank
 from refengine.runner import LocalRunner
 from refengine.spec.arrays import ITEMSIZE
 from refengine.spec.config import Config, InputError
@@ -74,10 +75,31 @@ def test_a_device_that_pytorch_does_not_have_is_one_sentence(cli, device, says):
 
 
 @pytest.mark.parametrize("name", backend.NAMES)
-@pytest.mark.parametrize("threads", [0, -1, 1025, 10**11])
+@pytest.mark.parametrize("threads", [0, -1, 2.5, 1025, 10**11])
 def test_no_backend_takes_a_number_of_threads_that_a_library_would_die_of(name, threads):
-    with pytest.raises(InputError, match=f"threads = {threads} is not a number from 1 to 1024"):
+    with pytest.raises(InputError, match=f"threads = {threads} is not a whole number from 1 to 1024"):
         backend.make(name, CFG, threads=threads)
+
+
+@pytest.mark.parametrize("load", [refengine.load, load_rank])
+@pytest.mark.parametrize(
+    "choice, says",
+    [
+        ({"threads": 10**9}, "threads = 1000000000 is not a whole number from 1 to 1024"),
+        ({"threads": 0}, "threads = 0 is not"),
+        ({"threads": "2"}, "threads = '2' is not"),
+        ({"batch": 0}, "batch = 0 is not a whole number from 1 on"),
+        ({"cache": -1}, "cache = -1 is not a number of bytes from 0 on"),
+        ({"cache_dir": "x"}, "cache_dir needs a number of bytes"),
+        ({"model": None}, "the model is None"),
+        ({"model": 5}, "the model is of type int"),
+    ],
+)
+def test_one_process_and_a_rank_refuse_the_same_choices_before_any_work(monkeypatch, load, choice, says):
+    for work in ("threadpoolctl.threadpool_limits", "refengine.checkpoint.Checkpoint.open"):
+        monkeypatch.setattr(work, lambda *_: pytest.fail("work was done"))
+    with pytest.raises(InputError, match=says):
+        load(**choice)
 
 
 def test_a_benchmark_that_cannot_fit_is_one_sentence(cli):  # noqa: F811
