@@ -121,7 +121,7 @@ def load(
             packed=checkpoint.packed, batch_invariant=batch_invariant, packed_inputs=packed_inputs,
             kv=stored.kv, ssm=stored.ssm,
         )  # fmt: skip
-    checkpoint = checkpoint.placed_on(chosen.name, chosen.packed)
+    checkpoint = checkpoint.with_packing_note(chosen.name, chosen.packed)
     with progress("loading", len(table(cfg)), "tensor") as bar:
 
         def read(name: str) -> Weight:

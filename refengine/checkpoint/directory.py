@@ -116,7 +116,7 @@ class Checkpoint:
         for scale in scales:
             check_input_scale(scale)
 
-    def placed_on(self, backend: str, packed: bool) -> Checkpoint:
+    def with_packing_note(self, backend: str, packed: bool) -> Checkpoint:
         """Return the same checkpoint, with a note if a backend cannot keep packed weights packed."""
         if packed or not self.packed:
             return self

@@ -97,7 +97,7 @@ def load(
         stored.kv, stored.ssm, packed_inputs=packed_inputs,
     )  # fmt: skip
     chosen = with_heartbeats(made, comm)
-    checkpoint = checkpoint.placed_on(chosen.name, chosen.packed)
+    checkpoint = checkpoint.with_packing_note(chosen.name, chosen.packed)
     with progress("loading", len(mine), "tensor", silent=comm.rank > 0) as bar:
 
         def read(name: str) -> Weight:
