@@ -134,7 +134,7 @@ def checked_generator(found: Any, path: Path) -> dict | None:
     if not found:
         return None
     sizes = {"counter": 4, "key": 2, "buffer": 4, "buffer_pos": 1, "has_uint32": 1, "uinteger": 1}
-    limits = {"buffer_pos": 4, "has_uint32": 1}
+    limits = {"buffer_pos": 4, "has_uint32": 1, "uinteger": 2**32 - 1}
     if not isinstance(found, dict) or found.keys() != sizes.keys():
         raise InputError(f"{path} has a random generator that is not one of NumPy's Philox")
     for name, size in sizes.items():

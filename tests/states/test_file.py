@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 
 from refengine import InputError
 from refengine.states import file
-from refengine.states.state import State
+from refengine.states.state import State, checked_generator, of_generator, set_generator
 
 RNG = np.random.default_rng(0)
 
@@ -136,6 +137,28 @@ def test_other_files_and_versions_are_named(tmp_path, monkeypatch):
     notes = notes | {"talk": "{}", "generator": str(generator | {"uinteger": 0}).replace("'", '"')}
     file.write(path, {"ids": np.arange(9, dtype=np.int32)}, notes)
     refused(path, "buffer_pos of its random generator is out of range")
+
+
+@pytest.mark.parametrize(
+    "name, largest",
+    [
+        ("counter", [2**64 - 1] * 4),
+        ("key", [2**64 - 1] * 2),
+        ("buffer", [2**64 - 1] * 4),
+        ("buffer_pos", 4),
+        ("has_uint32", 1),
+        ("uinteger", 2**32 - 1),
+    ],
+)
+def test_a_generator_takes_every_state_that_a_file_may_hold(name, largest):
+    """The largest numbers that NumPy takes are accepted, and larger ones are refused in a sentence."""
+    generator = np.random.Generator(np.random.Philox(0))
+    plain = of_generator(generator) | {name: largest}
+    set_generator(generator, checked_generator(plain, Path("f")))
+    assert of_generator(generator) == plain
+    more = [n + 1 for n in largest] if isinstance(largest, list) else largest + 1
+    with pytest.raises(InputError, match=f"{name} of its random generator is out of range"):
+        checked_generator(plain | {name: more}, Path("f"))
 
 
 def test_a_save_that_fails_leaves_the_old_file_and_says_why(tmp_path, monkeypatch):
