@@ -60,8 +60,10 @@ class ChatTemplate:
         sources = settings.get("chat_template") or {}
         if isinstance(sources, str):
             sources = {"default": sources}
-        if isinstance(sources, list) and all(isinstance(entry, dict) for entry in sources):
-            sources = {entry.get("name"): entry.get("template") for entry in sources}
+        if isinstance(sources, list) and all(
+            isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in sources
+        ):
+            sources = {entry["name"]: entry.get("template") for entry in sources}
         if not isinstance(sources, dict) or any(type(text) is not str for text in chain(*sources.items())):
             raise InputError(f"{path}: chat_template has to be a text or a list of named texts")
         more = sorted((path.parent / "additional_chat_templates").glob("*.jinja"))

@@ -174,8 +174,9 @@ def test_the_template_is_found_wherever_a_checkpoint_has_it(tmp_path):
     named = [{"name": "tool_use", "template": "{{ bos_token }}two"}, {"name": "default", "template": "one"}]
     both = template(chat_template=named, bos_token={"content": "<s>"})
     assert (both.render(hi), both.render(hi, tools=tools)) == ("one", "<s>two")
-    with pytest.raises(InputError, match="chat_template has to be a text or a list of named texts"):
-        template(chat_template=[1])
+    for wrong in ([1], [{"name": ["default"], "template": "x"}], [{"template": "x"}], [{"name": "default"}]):
+        with pytest.raises(InputError, match="chat_template has to be a text or a list of named texts"):
+            template(chat_template=wrong)
     (tmp_path / "chat_template.jinja").write_text("three")
     assert template(chat_template="one").render(hi) == "three"
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
