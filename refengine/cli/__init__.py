@@ -107,12 +107,17 @@ def main(args: list[str] | None = None) -> None:
     debug = "--debug" in args or os.environ.get("REFENGINE_DEBUG", "").lower() not in OFF
     if not debug:
         warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, about numbers that we then refuse
-    if launched().count > 1:
+    try:
+        here = launched()
+    except ValueError as error:  # an InputError, of a launcher's variable
+        click.echo(f"refengine: {error}", err=True)
+        sys.exit(1)
+    if here.count > 1:
         report_termination()
-    if launched().rank > 0:
+    if here.rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (rank 0 prints, for all)
     code, why = run(lambda: command(args), debug)
-    if launched().count > 1:
+    if here.count > 1:
         from refengine.ranks.comm.connect import leave
 
         leave(code, why)

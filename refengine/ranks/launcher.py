@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from reprlib import repr as shown
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 MPIEXEC = (
@@ -29,7 +30,10 @@ class Launch:
 
 
 def launched() -> Launch:
-    """Return how this process was launched: rank 0 of 1 without a launcher."""
+    """Return how this process was launched: rank 0 of 1 without a launcher.
+
+    Raises InputError for a variable of a launcher that is no such number.
+    """
     if {"MASTER_ADDR", *TORCHRUN[:2]} <= os.environ.keys():
         return Launch("torchrun", *_numbers(TORCHRUN))
     for names in MPIEXEC:
@@ -39,7 +43,24 @@ def launched() -> Launch:
 
 
 def _numbers(names: tuple[str, ...]) -> list[int]:
-    return [int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0, 1), strict=True)]
+    """Return the values of four variables: rank and count, of the job and of this host."""
+    values = [os.environ.get(name, default) for name, default in zip(names, "0101", strict=True)]
+    for name, value, least in zip(names, values, (0, 1, 0, 1), strict=True):
+        if not (value.isascii() and value.isdigit() and len(value) < 10 and int(value) >= least):
+            raise _wrong(f"{name} = {shown(value)} is not a whole number from {least} on")
+    rank, count, *local = map(int, values)
+    if rank >= count:
+        raise _wrong(f"{names[0]} = {rank} is not below {names[1]} = {count}")
+    return [rank, count, *local]
+
+
+def _wrong(what: str) -> Exception:
+    """Return the error for a variable of a launcher."""
+    from refengine.spec.keys import InputError  # imports NumPy
+
+    return InputError(
+        f"the environment variable {what}: start the ranks with mpiexec or torchrun, or unset it"
+    )
 
 
 def report_termination(who: Callable[[], str] = lambda: "another rank") -> None:
