@@ -13,6 +13,11 @@ from refengine.untrusted import read_json
 NAME = "generation_config.json"
 
 
+def advice_file(directory: Path) -> Path:
+    """Return the file that sentences name for what `generation_config` returns."""
+    return directory if directory.is_file() else directory / NAME
+
+
 def generation_config(directory: Path) -> tuple[dict, list[str]]:
     """Return what generation_config.json holds, and notes; one that is absent or not JSON holds nothing."""
     if directory.is_file():

@@ -69,11 +69,9 @@ def generate(
         if prompts is not None:
             raise click.UsageError("--save-state saves the state of one text: give one prompt, not --prompts")
         check_place(save_state)
-    from refengine.text.ids_only import HOW
-
     engine = options.load(**how)
     if has_ids_only(engine) and not all(isinstance(prompt, str) for prompt, _ in given):
-        options.note(f"{engine.tokenizer.path} does not exist, so ids are printed; for text, {HOW}")
+        options.note(f"{engine.tokenizer.lacks}, so ids are printed; for text, {engine.tokenizer.remedy}")
     began, prompts_given = time.perf_counter(), [prompt for prompt, _ in given]
     start = {"state": load_state, "keep": "end" if save_state else ""}
     events = engine.generate_batch(iter(given) if prompts else prompts_given, **start, **sampling)

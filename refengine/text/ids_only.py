@@ -9,8 +9,6 @@ from refengine.checkpoint.generation_config import generation_config
 from refengine.spec.config import Config, InputError
 from refengine.text.tokenizer import Stream, Tokenizer, eos_ids, recommended
 
-HOW = "copy the tokenizer.json of the model that this one was made from"
-
 
 class NoText(Stream):
     """Takes tokens like a Stream and gives no text."""
@@ -28,16 +26,24 @@ class NoText(Stream):
 
 
 class IdsOnly(Tokenizer):
-    """Serves generation in place of a tokenizer, for token ids."""
+    """Serves generation in place of a tokenizer, for token ids.
+
+    lacks: a sentence about what is not there, and `remedy` one on where to take it from.
+    """
 
     def __init__(self, directory: Path, config: Config):
-        self.path, advice = directory / "tokenizer.json", generation_config(directory)[0]
+        if directory.is_file():
+            self.lacks, self.remedy = f"{directory} has no tokenizer", "choose a file that has one"
+        else:
+            self.lacks = f"{directory / 'tokenizer.json'} does not exist"
+            self.remedy = "copy the tokenizer.json of the model that this one was made from"
+        advice = generation_config(directory)[0]
         self.stop_ids = frozenset(eos_ids(advice, directory) | set(config.eos_token_id))
         self.generation, self.vocab_size = recommended(advice, directory), config.vocab_size
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Raise InputError: text needs a tokenizer."""
-        raise InputError(f'{self.path} does not exist: give token ids (generate --ids "10 25 99"), or {HOW}')
+        raise InputError(f'{self.lacks}: give token ids (generate --ids "10 25 99"), or {self.remedy}')
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Return the ids with spaces between them."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tokenizers
 
-from refengine.checkpoint.generation_config import generation_config
+from refengine.checkpoint.generation_config import advice_file, generation_config
 from refengine.spec.config import Config, InputError
 from refengine.spec.sample import Sampling
 from refengine.spec.tokenizer import BYTE_OF
@@ -165,7 +165,7 @@ def eos_ids(advice: dict, directory: Path) -> set[int]:
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
     if any(type(i) is not int for i in ids):
         what = "eos_token_id has to be an id or a list of ids"
-        raise InputError(f"{directory / 'generation_config.json'}: {what}")
+        raise InputError(f"{advice_file(directory)}: {what}")
     return set(ids)
 
 
@@ -180,7 +180,7 @@ def eos_tokens(directory: Path, hf: tokenizers.Tokenizer) -> set[int]:
 
 def recommended(advice: dict, directory: Path) -> dict:
     """Return the sampling options of generation_config.json, checked."""
-    path = directory / "generation_config.json"
+    path = advice_file(directory)
     options = {name: advice[name] for name in Sampling.__dataclass_fields__ if advice.get(name) is not None}
     if type(options.get("top_k", 0)) is not int:
         raise InputError(f"{path}: top_k = {shown(options['top_k'])} is not a whole number")

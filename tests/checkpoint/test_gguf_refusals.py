@@ -12,6 +12,7 @@ import pytest
 from refengine.checkpoint import Checkpoint
 from refengine.spec.config import InputError
 from refengine.text.chat_template import ChatTemplate
+from refengine.text.ids_only import tokenizer_of
 from refengine.text.tokenizer import Tokenizer
 from tests.support.checkpoints import refusal
 from tests.support.gguf import ARRAY, STRING, UINT64, Entry, rewrite
@@ -158,8 +159,17 @@ def test_a_template_that_is_no_text_is_refused(tmp_path):
 
 def test_advice_that_is_none_is_refused_by_its_name(tmp_path):
     path = rewrite(GOOD, tmp_path / "x.gguf", keys(general__sampling__top_p=7.0))
-    with pytest.raises(InputError, match="top_p"):
+    with pytest.raises(InputError, match=r"x\.gguf: top_p = 7\.0"):
         Tokenizer.load(path)
+
+
+def test_a_file_without_a_tokenizer_is_named_itself(tmp_path):
+    path = rewrite(GOOD, tmp_path / "x.gguf", keys(tokenizer__ggml__model="none"))
+    tokenizer = tokenizer_of(path, Checkpoint.open(path).config)
+    with pytest.raises(
+        InputError, match=r"x\.gguf has no tokenizer: give token ids .*, or choose a file that"
+    ):
+        tokenizer.encode("Once")
 
 
 def test_a_scale_that_is_no_number_is_refused(tmp_path):
