@@ -18,7 +18,7 @@ from refengine.spec.config import InputError
 from refengine.spec.tokenizer import TEKKEN
 from refengine.text.chat_template import ChatTemplate
 from refengine.text.ids_only import IdsOnly, tokenizer_of
-from refengine.text.tokenizer import Tokenizer
+from refengine.text.tokenizer import Tokenizer, id_of
 from refengine.untrusted import shown
 
 KINDS = tuple(write.FILE_TYPES)
@@ -94,7 +94,7 @@ def tokens(tokenizer: Tokenizer, source: Checkpoint, named: dict[str, str]) -> d
         "add_bos_token": _added(tokenizer, source.config.bos_token_id, 0),
         "add_eos_token": False, "add_space_prefix": False,
     }  # fmt: skip
-    ids = {name: tokenizer.hf.token_to_id(text) for name, text in named.items()}
+    ids = {name: id_of(tokenizer.hf, text) for name, text in named.items()}
     ends = sorted(i for i in tokenizer.stop_ids if 0 <= i < rows)
     end = ids.get("eos_token")
     end = end if end in ends else next(iter(ends), None)

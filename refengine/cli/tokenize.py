@@ -43,7 +43,7 @@ def tokenize(text, prompt, file, ids, count, as_json, model):
         options.note(note)
     if ids is not None:
         numbers = ids_of(ids)
-        unknown = [i for i in numbers if tokenizer.hf.id_to_token(i) is None]
+        unknown = [i for i in numbers if tokenizer.token(i) is None]
         if unknown:
             raise InputError(f"the tokenizer has no token with the id {unknown[0]}")
         if count:

@@ -61,7 +61,7 @@ class Tokenizer:
             raise InputError(f"the text is not valid Unicode at its character {error.start}") from None
         ids = self.hf.encode(text, add_special_tokens=add_special_tokens).ids
         if self.vocab_size is not None and (largest := max(ids, default=0)) >= self.vocab_size:
-            what = f"the text has the token {shown(self.hf.id_to_token(largest))} with the id {largest}"
+            what = f"the text has the token {shown(self.token(largest))} with the id {largest}"
             raise InputError(f"{what}, but config.json has a vocabulary of {self.vocab_size}")
         return ids
 
@@ -73,13 +73,17 @@ class Tokenizer:
         """Return a Stream, which turns ids into text one by one."""
         return Stream(self, skip_special_tokens)
 
+    def token(self, token_id: int) -> str | None:
+        """Return the token with an id, as the file spells it; None where there is none."""
+        return self.hf.id_to_token(token_id) if 0 <= token_id < 2**32 else None  # the library takes no others
+
     def bytes_of(self, token_id: int, skip_special_tokens: bool = False) -> bytes:
         """Return the bytes that a token adds to a text; none for an unknown token."""
         if skip_special_tokens and token_id in self.specials:
             return b""
         if token_id not in self.known:
-            token = self.hf.id_to_token(token_id) if token_id >= 0 else None
-            self.known[token_id] = b"".join(BYTES_OF.get(char) or char.encode() for char in token or "")
+            token = self.token(token_id) or ""
+            self.known[token_id] = b"".join(BYTES_OF.get(char) or char.encode() for char in token)
         return self.known[token_id]
 
     @cached_property
@@ -174,8 +178,16 @@ def eos_tokens(directory: Path, hf: tokenizers.Tokenizer) -> set[int]:
     files = [optional_json(directory / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
     tokens = [file.get("eos_token") for file in files]
     names = [token.get("content") if isinstance(token, dict) else token for token in tokens]
-    ids = [hf.token_to_id(name) for name in names if isinstance(name, str)]
+    ids = [id_of(hf, name) for name in names if isinstance(name, str)]
     return {i for i in ids if i is not None}
+
+
+def id_of(hf: tokenizers.Tokenizer, token: str) -> int | None:
+    """Return the id of a token; None where there is none, as for a text that is not valid Unicode."""
+    try:
+        return hf.token_to_id(token)
+    except UnicodeEncodeError:
+        return None
 
 
 def recommended(advice: dict, directory: Path) -> dict:

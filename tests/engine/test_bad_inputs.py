@@ -203,6 +203,7 @@ INPUTS = [
     ("score one", 1, "one is a single token"),
     ("tokenize -f latin", 1, "latin is not UTF-8 text"),
     ("tokenize --ids 99999", 1, "the tokenizer has no token with the id 99999"),
+    ("tokenize --ids 99999999999", 1, "the tokenizer has no token with the id 99999999999"),
     ("bench --context 1000000000", 1, "1000000000 tokens are more than the model's context"),
     ("chat --messages broken.json", 1, "broken.json is not valid JSON"),
     ("chat --messages robot.json", 1, "the role 'robot' of a message is not one of"),

@@ -95,6 +95,15 @@ def test_text_ends_at_the_end_tokens_of_every_file(tmp_path):
     assert Tokenizer.load(write(tmp_path, **files)).stop_ids == {2, 11, 13, 0}
 
 
+def test_an_end_token_that_is_no_unicode_is_none(tmp_path):
+    files = {"tokenizer_config": {"eos_token": "\ud800"}, "special_tokens_map": {"eos_token": "<unk>"}}
+    assert Tokenizer.load(write(tmp_path, **files)).stop_ids == {0}
+
+
+def test_an_id_that_is_no_token_has_no_text():
+    assert engine_of("tiny").decode([10, -1, 2**31, 2**40]) == engine_of("tiny").decode([10])
+
+
 def test_the_checkpoints_advice_on_sampling_is_kept_and_no_sampling_means_greedy(tmp_path):
     advice = {"temperature": 0.6, "top_p": 0.95, "top_k": None, "bos_token_id": 1}
     kept = Tokenizer.load(write(tmp_path, generation_config=advice)).generation
