@@ -39,7 +39,9 @@ except ImportError:  # Windows
 STATE = ".quantize.json"
 STRIP = 2**18  # elements that are packed at once: their arrays of float32 stay in a processor's cache
 SHARD = 5 * 10**9  # bytes of a file, about
+WRITTEN = (INDEX, "config.json", "hf_quant_config.json")  # not copied
 TEXTS = (".json", ".jinja", ".model", ".txt", ".md", ".py")  # .py: config.json may name classes in them
+TEMPLATES = "additional_chat_templates"  # a directory of .jinja files, copied too
 ON_QKV = "qkv_proj"  # q, k and v are one matrix to modelopt: they share scale_2, but not the scale of FP8
 
 
@@ -436,9 +438,12 @@ def _finish(source: Checkpoint, out: Path, jobs: list[Job], files: dict[str, lis
         _text(
             out / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": names}, indent=2) + "\n"
         )
-    for name in sorted(os.listdir(source.directory)):
-        if name.endswith(TEXTS) and name not in (INDEX, "config.json", "hf_quant_config.json"):
-            shutil.copyfile(source.directory / name, out / name)
+    named = (source.directory / TEMPLATES).glob("*.jinja")
+    for path in sorted([*source.directory.iterdir(), *named]):
+        if path.is_file() and path.name.endswith(TEXTS) and path.name not in WRITTEN:
+            copy = out / path.relative_to(source.directory)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
     said = metadata(jobs)
     _text(out / "hf_quant_config.json", json.dumps(said, indent=2) + "\n")
     config = json.loads((source.directory / "config.json").read_bytes().decode("utf-8-sig"))

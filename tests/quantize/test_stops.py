@@ -15,6 +15,7 @@ from refengine.quantize import quantize, recipe_of
 from refengine.quantize import write as module
 from refengine.quantize.write import STATE
 from refengine.spec.config import InputError
+from refengine.text.chat_template import ChatTemplate
 from tests.support.checkpoints import random_checkpoint
 from tests.support.packed import CFG
 
@@ -172,5 +173,18 @@ def test_code_beside_the_model_is_copied_with_it(model, tmp_path):
     for name, raw in files(model).items():
         (source / name).write_bytes(raw)
     (source / "configuration_nemotron_h.py").write_text("raise SystemExit\n")
+    (source / "notes.txt").mkdir()  # no file
     quantize(source, tmp_path / "out", recipe_of("fp8"))
     assert (tmp_path / "out" / "configuration_nemotron_h.py").read_text() == "raise SystemExit\n"
+
+
+def test_a_copy_has_all_chat_templates_of_the_model(model, tmp_path):
+    source, named = tmp_path / "model", tmp_path / "model" / "additional_chat_templates"
+    named.mkdir(parents=True)
+    for name, raw in files(model).items():
+        (source / name).write_bytes(raw)
+    for path in (source / "chat_template.jinja", named / "tool_use.jinja", named / "rag.jinja"):
+        path.write_text(path.stem)
+    quantize(source, tmp_path / "out", recipe_of("fp8"))
+    copied = ChatTemplate.load(tmp_path / "out").sources
+    assert copied == ChatTemplate.load(source).sources and set(copied) == {"default", "tool_use", "rag"}
