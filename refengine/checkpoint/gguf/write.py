@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from refengine.checkpoint.gguf.names import in_turn, theirs
 from refengine.checkpoint.gguf.stored import TYPES, Type
 from refengine.spec.arrays import Array, Weight, widen
 from refengine.spec.config import Config, InputError
-from refengine.spec.quant import Packed, nvfp4
+from refengine.spec.quant import TOP_4_OVER_6, Packed, nvfp4
 from refengine.spec.tensors import Tensor, table
 
 FILE_TYPES = {"f32": 0, "bf16": 32, "q8_0": 7, "q4_0": 2, "mxfp4": 38, "nvfp4": 39}  # general.file_type
@@ -92,7 +92,7 @@ def pieces(cfg: Config, read: Callable[[str], Weight], kind: str) -> Iterator[Pi
             return np.stack([to_blocks(in_nvfp4(values(row))) for row in rows]).reshape(*shape[:-1], -1)
 
         def factors(rows=rows) -> Array:
-            return np.array([in_nvfp4(values(row)).scale_2 for row in rows], np.float32)
+            return np.array([factor(values(row)) for row in rows], np.float32)
 
         yield Piece(to, shape, chosen, four)
         yield Piece(to.removesuffix("weight") + "scale", (len(rows),), BY_NAME["F32"], factors)
@@ -130,9 +130,22 @@ def encoded(value: Weight, kind: str) -> Array:
 
 def in_nvfp4(value: Weight) -> Packed:
     """Return a matrix in NVFP4: as it is, if it is packed so; else each block is scaled to 6 or 4."""
-    if isinstance(value, Packed) and value.kind == "NVFP4" and value.block == 16:
+    if is_nvfp4(value):
         return value
     return nvfp4(widen(value, np.float32), four_over_six=True)
+
+
+def factor(value: Weight) -> np.float32:
+    """Return the scale_2 of `in_nvfp4(value)`, without the search for the scales of its blocks."""
+    if is_nvfp4(value):
+        return value.scale_2
+    largest = np.max(np.abs(widen(value, np.float32)), initial=0)
+    return np.float32(largest) / np.float32(TOP_4_OVER_6) or np.float32(1)
+
+
+def is_nvfp4(value: Weight) -> TypeGuard[Packed]:
+    """Return whether a matrix is packed in NVFP4 with the blocks of GGUF."""
+    return isinstance(value, Packed) and value.kind == "NVFP4" and value.block == 16
 
 
 def to_blocks(w: Packed) -> Array:
