@@ -64,7 +64,7 @@ def quantize(model, out, recipe, four_over_six, evaluated, calibrate, texts, as_
             f"the directory {out} would hide the model {model} of the same name: give another name"
         )
     chosen = recipe_of(recipe, four_over_six)
-    given = TEXTS if texts is None else [text_of(texts)]
+    given = TEXTS if texts is None else [options.text_of(texts)]
     with Checkpoint.open(model) as checkpoint:
         model = checkpoint.directory  # OUT may not change what a name stands for
         total = parameters(table(checkpoint.config))
@@ -83,18 +83,6 @@ def quantize(model, out, recipe, four_over_six, evaluated, calibrate, texts, as_
         click.echo(json.dumps(found if losses is None else found | {"evaluation": losses}))
     else:
         click.echo(text(found) + ("" if losses is None else "\n" + text_of_losses(losses)))
-
-
-def text_of(path: str) -> str:
-    """Return the text in a file; InputError where it cannot be read."""
-    from refengine.spec.config import InputError
-
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text") from None
 
 
 def text_of_losses(losses: dict) -> str:

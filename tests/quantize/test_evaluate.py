@@ -111,7 +111,7 @@ def test_a_model_that_does_not_fit_is_written_with_a_note(tmp_path, monkeypatch)
 
 def test_a_text_that_cannot_be_read_is_refused_before_anything_is_written(tmp_path):
     (tmp_path / "latin").write_bytes(b"caf\xe9")
-    for name, what in (("none", "cannot read"), ("latin", "is not UTF-8 text")):
+    for name, what in (("none", "cannot be read"), ("latin", "is not UTF-8 text")):
         done = run("tiny", tmp_path / "out", "--texts", tmp_path / name)
         assert done.exit_code and what in str(done.exception) and not (tmp_path / "out").exists()
 
