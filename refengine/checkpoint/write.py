@@ -20,7 +20,6 @@ from refengine.checkpoint.directory import INDEX
 from refengine.checkpoint.safetensors_file import BITS
 from refengine.spec.arrays import DTYPES
 from refengine.spec.config import Config, InputError
-from refengine.spec.quant import Packed
 from refengine.spec.tensors import Tensor, table
 
 ALIGN = 64  # bytes; the data of a file begins on such a border
@@ -93,19 +92,6 @@ def pieces(
         return Piece(name, disk, (len(rows), *rows[0].shape) if stack else rows[0].shape, values and made)
 
     return [piece(name, rows) for name, rows in rows_of.items()]
-
-
-def packed_pieces(name: str, weight: Packed) -> list[Piece]:
-    """Return the tensors of a packed weight called `name`, in the layout of modelopt."""
-    base = name.removesuffix(".weight")
-    wide = weight.kind == "NVFP4"
-    out = [Piece(name, "U8" if wide else "F8_E4M3", weight.codes.shape, lambda: weight.codes)]
-    scale = {"NVFP4": "F8_E4M3", "FP8": "F32", "MXFP8": "U8"}[weight.kind]
-    out += [Piece(f"{base}.weight_scale", scale, weight.scale.shape, lambda: weight.scale)]
-    for end, value in (("weight_scale_2", weight.scale_2), ("input_scale", weight.input_scale)):
-        if value is not None:
-            out += [Piece(f"{base}.{end}", "F32", (), lambda value=value: np.array(value, np.float32))]  # type: ignore[misc]
-    return out
 
 
 def write_pieces(directory: str | Path, config: dict, pieces: list[Piece], shards: int = 1) -> None:

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
+import numpy as np
 
 from refengine.checkpoint.random_values import random_values
-from refengine.checkpoint.write import packed_pieces, pieces, write_pieces
+from refengine.checkpoint.write import Piece, pieces, write_pieces
 from refengine.conformance.cases import Case
 from refengine.spec.config import Config
 from refengine.spec.quant import TOP_W4A8, Packed, fp8, mxfp8, nvfp4
@@ -53,6 +54,19 @@ def weights(cfg: Config, choose: Callable[[Tensor], str | None], seed: int = 0) 
         return FORMATS[name](plain) if name else plain
 
     return {row.name: of(row) for row in table(cfg)}
+
+
+def packed_pieces(name: str, weight: Packed) -> list[Piece]:
+    """Return the tensors of a packed weight called `name`, in the layout of modelopt."""
+    base = name.removesuffix(".weight")
+    wide = weight.kind == "NVFP4"
+    out = [Piece(name, "U8" if wide else "F8_E4M3", weight.codes.shape, lambda: weight.codes)]
+    scale = {"NVFP4": "F8_E4M3", "FP8": "F32", "MXFP8": "U8"}[weight.kind]
+    out += [Piece(f"{base}.weight_scale", scale, weight.scale.shape, lambda: weight.scale)]
+    for end, value in (("weight_scale_2", weight.scale_2), ("input_scale", weight.input_scale)):
+        if value is not None:
+            out += [Piece(f"{base}.{end}", "F32", (), lambda value=value: np.array(value, np.float32))]
+    return out
 
 
 def packed_checkpoint(directory: Path, choose=mixed, cfg: Config = CFG, seed: int = 0) -> Path:
