@@ -229,7 +229,7 @@ class Engine:
 
         @cache
         def computed() -> str:
-            from refengine.conformance.fingerprint import fingerprint
+            from refengine.checkpoint.fingerprint import fingerprint
 
             return fingerprint(cfg, read)
 

@@ -8,6 +8,7 @@ packed           the tensors that make one packed weight
 planned          what a checkpoint would hold whose weights are not here
 match            the tensors in the files <-> the tensor table of the spec
 directory        a Hugging Face directory, opened: `Checkpoint`
+fingerprint      the digest of a model's weights, in any layout of files
 generation_config  its recommended options of sampling
 write            a directory, written
 random_values    values for the tensors of a random model

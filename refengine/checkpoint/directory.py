@@ -45,7 +45,7 @@ from refengine.untrusted import read_json, shown
 
 INDEX = "model.safetensors.index.json"
 AUTO = {"BF16": "bfloat16", "F16": "float16"}  # the dtype in which such weights stay as they are
-EDGE = 64 * 2**10  # bytes at either end of a file's data that the fingerprint covers
+EDGE = 64 * 2**10  # bytes at either end of a file's data that the digest covers
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,8 +152,11 @@ class Checkpoint:
             return "float32"
         return AUTO.get(most, "float32") if most in DTYPES else "bfloat16"
 
-    def fingerprint(self) -> str:
-        """Return a digest of the configuration, of all headers, and of both ends of all data."""
+    def digest(self) -> str:
+        """Return a digest of the configuration, of all headers, and of both ends of all data.
+
+        It changes with the layout of the files; `checkpoint.fingerprint` does not.
+        """
         digest = hashlib.sha256(json.dumps(self.config.to_hf(), sort_keys=True).encode())
         for file in self.files:
             digest.update(file.header)

@@ -100,7 +100,7 @@ def finite(value: float) -> float | None:
 def model(name: str, trace):
     """Return the checkpoint that a trace is held against; InputError when the trace is of another model."""
     from refengine.checkpoint import Checkpoint
-    from refengine.conformance.fingerprint import fingerprint
+    from refengine.checkpoint.fingerprint import fingerprint
 
     checkpoint = Checkpoint.open(name)
     if trace.fingerprint:

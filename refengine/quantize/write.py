@@ -237,7 +237,7 @@ def _state(
     """
     digest = None if texts is None else sha256(json.dumps(list(texts)).encode()).hexdigest()
     wanted: dict[str, Any] = {
-        "source": source.fingerprint(),
+        "source": source.digest(),
         "roles": dict(recipe.roles),
         "names": dict(recipe.names),
     }

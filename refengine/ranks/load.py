@@ -152,7 +152,7 @@ def identity(checkpoint: Checkpoint, layout: Layout, how: str) -> dict[str, str]
     return {
         "version of refengine": __version__,
         "layout": f"tp {layout.tp}, ep {layout.ep}, pp {layout.pp}",
-        "checkpoint": f"{checkpoint.directory.name} ({checkpoint.fingerprint()[:16]})",
+        "checkpoint": f"{checkpoint.directory.name} ({checkpoint.digest()[:16]})",
         "backend and dtype": how,
     }
 

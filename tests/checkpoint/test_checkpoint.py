@@ -142,14 +142,14 @@ def test_opening_takes_no_memory(tmp_path):
     assert peak < 16 * 2**20 and checkpoint.files[0].size > 60e9
 
 
-def test_the_fingerprint_tells_models_apart(tmp_path):
+def test_the_digest_tells_models_apart(tmp_path):
     cfg = CONFIGS["experts"]
     plain = random_checkpoint(tmp_path / "plain", cfg)
-    prints = {Checkpoint.open(plain).fingerprint()}
+    prints = {Checkpoint.open(plain).digest()}
     for i, (seed, how) in enumerate([(0, {}), (1, {}), (0, {"shards": 2}), (0, {"dtype": "F32"})]):
-        prints.add(Checkpoint.open(random_checkpoint(tmp_path / str(i), cfg, seed, **how)).fingerprint())
+        prints.add(Checkpoint.open(random_checkpoint(tmp_path / str(i), cfg, seed, **how)).digest())
     alter_json(plain / "config.json", routed_scaling_factor=1.5)
-    prints.add(Checkpoint.open(plain).fingerprint())
+    prints.add(Checkpoint.open(plain).digest())
     assert len(prints) == 5, "the first two are one"
 
 

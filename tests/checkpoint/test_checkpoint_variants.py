@@ -390,4 +390,4 @@ def test_links_to_files_elsewhere_are_followed(tmp_path):
     (tmp_path / "snapshot").mkdir()
     for path in stored.iterdir():
         (tmp_path / "snapshot" / path.name).symlink_to(path)
-    assert Checkpoint.open(tmp_path / "snapshot").fingerprint() == Checkpoint.open(stored).fingerprint()
+    assert Checkpoint.open(tmp_path / "snapshot").digest() == Checkpoint.open(stored).digest()

@@ -104,7 +104,7 @@ def works_or_is_refused(directory: Path) -> None:
         with Checkpoint.open(directory) as checkpoint:
             for name in checkpoint.stored:
                 checkpoint.read(name)
-            checkpoint.fingerprint()
+            checkpoint.digest()
     except InputError as refused:
         sentence = str(refused)
         assert 10 < len(sentence) < 1000 and sentence.splitlines() == [sentence]

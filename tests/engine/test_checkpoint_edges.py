@@ -1,4 +1,4 @@
-"""A layer may have one expert, and a byte at either end of a file changes the fingerprint."""
+"""A layer may have one expert, and a byte at either end of a file changes the digest."""
 
 import shutil
 
@@ -38,18 +38,18 @@ def test_any_number_of_experts_is_read_back_from_any_layout(
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_a_byte_at_either_end_of_any_file_changes_the_fingerprint(tmp_path, shards):
-    """So ranks with different weights are detected; an equal copy has the same fingerprint."""
+def test_a_byte_at_either_end_of_any_file_changes_the_digest(tmp_path, shards):
+    """So ranks with different weights are detected; an equal copy has the same digest."""
     case = Case(layers="M*" * 24, hidden_size=28)
     tensors = random_tensors(case.cfg, 3)
     write(tmp_path / "model", case.cfg, lambda row: tensors[row.name], shards=shards)
 
-    def fingerprint(directory) -> str:
+    def digest(directory) -> str:
         with Checkpoint.open(directory) as checkpoint:
-            return checkpoint.fingerprint()
+            return checkpoint.digest()
 
-    first = fingerprint(tmp_path / "model")
-    assert fingerprint(shutil.copytree(tmp_path / "model", tmp_path / "copy")) == first
+    first = digest(tmp_path / "model")
+    assert digest(shutil.copytree(tmp_path / "model", tmp_path / "copy")) == first
     seen = {first}
     for i, path in enumerate(sorted((tmp_path / "model").glob("*.safetensors"))):
         raw = path.read_bytes()
@@ -58,5 +58,5 @@ def test_a_byte_at_either_end_of_any_file_changes_the_fingerprint(tmp_path, shar
         for at in (start, start + 1, len(raw) - 2, len(raw) - 1):
             other = shutil.copytree(tmp_path / "model", tmp_path / f"other-{i}-{at}")
             (other / path.name).write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
-            seen.add(fingerprint(other))
+            seen.add(digest(other))
     assert len(seen) == 1 + 4 * shards
