@@ -138,7 +138,7 @@ def in_nvfp4(value: Weight) -> Packed:
 def factor(value: Weight) -> np.float32:
     """Return the scale_2 of `in_nvfp4(value)`, without the search for the scales of its blocks."""
     if is_nvfp4(value):
-        return value.scale_2
+        return np.float32(value.scale_2)
     largest = np.max(np.abs(widen(value, np.float32)), initial=0)
     return np.float32(largest) / np.float32(TOP_4_OVER_6) or np.float32(1)
 
