@@ -6,6 +6,7 @@ The way back, from the text of a reply to a message, is refengine.text.reply.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -64,7 +65,7 @@ class ChatTemplate:
             isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in sources
         ):
             sources = {entry["name"]: entry.get("template") for entry in sources}
-        if not isinstance(sources, dict) or any(type(text) is not str for text in chain(*sources.items())):
+        if not isinstance(sources, dict) or not all(map(is_text, chain(*sources.items()))):
             raise InputError(f"{path}: chat_template has to be a text or a list of named texts")
         more = sorted((path.parent / "additional_chat_templates").glob("*.jinja"))
         sources = sources | {file.stem: read_text(file) for file in more}
@@ -174,6 +175,11 @@ def plain(**given) -> dict:
         return json.loads(json.dumps(given))
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"messages, tools and switches have to be plain data: {error}") from None
+
+
+def is_text(value) -> bool:
+    """Return whether a value is a string of whole characters; JSON can spell halves of them."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def named_tokens(settings: dict) -> dict[str, str]:

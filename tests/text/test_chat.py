@@ -174,7 +174,8 @@ def test_the_template_is_found_wherever_a_checkpoint_has_it(tmp_path):
     named = [{"name": "tool_use", "template": "{{ bos_token }}two"}, {"name": "default", "template": "one"}]
     both = template(chat_template=named, bos_token={"content": "<s>"})
     assert (both.render(hi), both.render(hi, tools=tools)) == ("one", "<s>two")
-    for wrong in ([1], [{"name": ["default"], "template": "x"}], [{"template": "x"}], [{"name": "default"}]):
+    named = [{"name": ["default"], "template": "x"}], [{"template": "x"}], [{"name": "default"}]
+    for wrong in ([1], *named, "\ud800", {"\ud800": "x"}):
         with pytest.raises(InputError, match="chat_template has to be a text or a list of named texts"):
             template(chat_template=wrong)
     (tmp_path / "chat_template.jinja").write_text("three")
