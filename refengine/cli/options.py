@@ -200,7 +200,7 @@ TOGETHER = {  # options that share a line of help
     "kv_dtype": ("--kv-dtype, --ssm-dtype NAME", "Dtypes of the KV cache and of Mamba states."),
     "quiet": ("-q, --quiet; -v, --verbose", "Print no notes; print what is loaded."),
     "cache": ("--cache BYTES, --cache-dir D", "Keep states of prefixes: 2GiB; directory D."),
-    "save_state": ("--save-state, --load-state F", "Save the state after a text; continue from it."),
+    "save_state": ("--save-state, --load-state F", "Save the state at the end; resume from one."),
     "show_thinking": ("--show-thinking", "Print thoughts; a terminal shows them anyway."),
     "timeout": ("--timeout SECONDS", "Longest wait for a rank's heartbeat.  [20]"),
 }
@@ -477,7 +477,7 @@ sampling = together(
     ),
     click.option("--ignore-eos", is_flag=True, help="Continue after an end token."),
     click.option(
-        "--speculate", type=Drafts(), metavar="K|auto", help="Speculative decoding: K drafts of the MTP head."
+        "--speculate", type=Drafts(), metavar="K|auto", help="Speculative decoding with K MTP drafts."
     ),
     click.option("--stats", is_flag=True, help="Print speed and memory on stderr."),
 )
