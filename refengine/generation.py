@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from refengine.states.state import State
 
 
+MOST_SEED = 2**64 - 1  # of the 64 random bits that round states
+
+
 class PromptError(InputError):
     """Raised for one prompt among several that is wrong: its number, from 0, and the error of it alone."""
 
@@ -93,6 +96,8 @@ class Options:
             value = getattr(options, name)
             if value is not None and (type(value) is not int or value < 0):
                 raise InputError(f"{name} = {value!r} is not a whole number from 0 on")
+        if options.seed is not None and options.seed > MOST_SEED:
+            raise InputError(f"seed = {options.seed} is more than {MOST_SEED}: its random bits have 64")
         drafts = options.speculate
         if drafts not in (None, "auto") and not (type(drafts) is int and 1 <= drafts <= MOST_DRAFTS):
             raise InputError(

@@ -180,3 +180,10 @@ def test_the_figures_of_bench_are_what_their_names_say(monkeypatch):
     assert prefill["share"] == pytest.approx(2 * 14 * active_parameters(case.cfg) / 1e9)
     assert (decode["tokens_per_second"], decode["milliseconds"]) == (12, 250)
     assert decode["share"] == pytest.approx(4 * bench.bytes_a_step(case.cfg, 4, 4, 3, 5) / 1e8)
+
+
+def test_a_seed_of_more_than_64_bits_is_refused_and_the_largest_draws_and_rounds():
+    with refengine.load("tiny", ssm_dtype="float16") as engine:
+        assert list(engine.generate("Once", seed=2**64 - 1, max_tokens=2))
+        with pytest.raises(InputError, match="is more than 18446744073709551615"):
+            next(engine.generate("Once", seed=2**64, max_tokens=2))
