@@ -53,8 +53,8 @@ def parse_json(raw: bytes, what: str) -> Any:
     def unique(pairs):
         value = dict(pairs)
         if len(value) < len(pairs):
-            seen = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            keys = [key for key, _ in pairs]
+            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
             raise InputError(f"{what} has the key {shown(twice)} twice in one object")
         return value
 

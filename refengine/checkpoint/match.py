@@ -141,7 +141,7 @@ def _settled_head(cfg: Config, found: dict[str, AnyStored], notes: list[str]) ->
     begins = sorted(int(at[1]) for name in head if (at := HEAD_BEGINS.fullmatch(name)))
     ends = sorted(int(at[1]) + 1 for name in head if (at := HEAD_ENDS.fullmatch(name)))
     length = begins[1] if len(begins) > 1 else ends[0] if ends else len(cfg.mtp_layers)
-    further = [name for name in head if int((MTP_LAYER.match(name) or "00")[1]) >= length]
+    further = [name for name in head if (at := MTP_LAYER.match(name)) and int(at[1]) >= length]
     if begins[:1] != [0] or length > len(cfg.mtp_layers) or (further and len(begins) < 2):
         return cfg  # no head that can be told from another; the match says what is wrong
     for name in further:

@@ -75,9 +75,13 @@ class Heartbeat:
 
 def reached(peers: Iterable[int], waits: dict[int, list[int]]) -> list[int]:
     """Return `peers` and all ranks that they wait for, directly or not; waits[rank]: ranks awaited."""
-    found = list(peers)
-    for rank in found:
-        found += [other for other in dict.fromkeys(waits.get(rank, ())) if other not in found]
+    found: list[int] = []
+    waiting = list(peers)
+    while waiting:
+        rank = waiting.pop(0)
+        if rank not in found:
+            found.append(rank)
+            waiting += waits.get(rank, ())
     return found
 
 

@@ -94,11 +94,12 @@ class TorchDistributed(Ranks):
 
     def _failure(self, works: list, limit: timedelta) -> tuple[int, Exception] | None:
         """Return the first peer whose work failed and its error, or None."""
-        for self.waited_for, work, _ in works:
+        for peer, work, _ in works:
+            self.waited_for = peer
             try:
                 work.wait(limit)
             except RuntimeError as error:
-                return self.waited_for, error
+                return peer, error
         return None
 
     def _answer(self):
