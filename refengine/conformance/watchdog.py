@@ -95,17 +95,17 @@ class Watchdog:
         """Return the row of an operation."""
         if self.process is None:
             self.start()
-        self.connection.send((operation, asdict(plan)))
         self.trying = ""
+        with contextlib.suppress(OSError):  # the process has ended, which `answer` returns
+            self.connection.send((operation, asdict(plan)))
         kind, what = self.answer(self.limit)
         if kind == "row":
             return Result(**what)
         self.close()
         recorded = self.trying.startswith("recorded case") or not self.trying
         where = self.trying if recorded else self.trying.partition("(")[0].replace("_", " ")
-        return Result(
-            operation, "wrong", f"{where}: {what}" if where else what, again="" if recorded else self.trying
-        )
+        why = f"{where or 'before its first case'}: {what}"
+        return Result(operation, "wrong", why, again="" if recorded else self.trying)
 
     def answer(self, limit: float) -> tuple[str, Any]:
         """Return what the process sends, or ("lost", a sentence) where it sends nothing."""
