@@ -20,7 +20,7 @@ LOADING = 120.0  # seconds to import a candidate and its library
 
 
 def compute(connection, how: dict[str, Any], scratch: str) -> None:
-    """Resolve a candidate, then answer (operation, plan) with a row until None comes, in the other process.
+    """Serve in the other process, until the first one has closed its end of the connection.
 
     What the candidate prints goes to stderr: stdout is the report's. What Hypothesis stores goes to the
     directory `scratch`, and not into the current one.
@@ -29,6 +29,12 @@ def compute(connection, how: dict[str, Any], scratch: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
+    with contextlib.suppress(EOFError, ConnectionError):
+        serve(connection, how)
+
+
+def serve(connection, how: dict[str, Any]) -> None:
+    """Resolve a candidate, then answer each (operation, plan) with a row."""
     try:
         from refengine.conformance.candidate import resolve
 
@@ -45,11 +51,11 @@ def compute(connection, how: dict[str, Any], scratch: str) -> None:
     from refengine.conformance.report import TELL, judged
 
     TELL.append(lambda case: connection.send(("trying", case)))
-    while (asked := connection.recv()) is not None:
-        operation, plan = asked
-        if operation == "determinism" and how["name"] in NAMES:
-            candidate = resolve(**how, deterministic=True)
+    while True:
+        operation, plan = connection.recv()
         try:
+            if operation == "determinism" and how["name"] in NAMES:
+                candidate = resolve(**how, deterministic=True)
             row = judged(operation, candidate, Plan(**plan))
         except BaseException as error:
             row = Result(operation, "wrong", f"{how['name']} {raised(error)}")
@@ -88,7 +94,7 @@ class Watchdog:
         kind, what = self.answer(LOADING)
         if kind != "ready":
             self.close()
-            raise InputError(what)
+            raise InputError(what if kind == "refused" else f"{self.how['name']} cannot be loaded: {what}")
         self.dtype, self.brought, self.notes = (what[key] for key in ("dtype", "brought", "notes"))
 
     def judge(self, operation: str, plan: Plan) -> Result:

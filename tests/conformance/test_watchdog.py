@@ -1,9 +1,13 @@
 """A process that computes rows costs one row where it ends, whatever it was doing."""
 
+import subprocess
+import sys
+
 import pytest
 
 from refengine.conformance.report import Plan
 from refengine.conformance.watchdog import Watchdog
+from refengine.spec.config import InputError
 
 pytestmark = pytest.mark.slow
 
@@ -20,3 +24,24 @@ def test_a_process_that_has_ended_between_two_rows_costs_the_second_of_them():
         assert dog.judge("all_reduce", Plan(examples=1)).verdict == "pass"
     finally:
         dog.close()
+
+
+ORPHAN = """
+import os
+from refengine.conformance.watchdog import Watchdog
+Watchdog({"name": "numpy"}, 120).start()
+os._exit(0)
+"""
+
+
+def test_a_process_whose_report_was_killed_ends_in_silence():
+    done = subprocess.run([sys.executable, "-c", ORPHAN], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and not done.stdout and not done.stderr
+
+
+def test_a_file_that_ends_the_process_at_once_is_named(tmp_path):
+    path = tmp_path / "ends.py"
+    path.write_text("import os; os._exit(3)")
+    with pytest.raises(InputError) as error:
+        Watchdog({"name": str(path)}, limit=120).start()
+    assert str(error.value) == f"{path} cannot be loaded: the process ended with code 3"
