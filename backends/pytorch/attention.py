@@ -25,10 +25,9 @@ def roomy(room: int) -> int:
 
 
 class Tip:
-    """The owner of a buffer's end. Only the state that owns it may append in place."""
+    """The owner of a buffer's end, None at first. Only the state that owns it may append in place."""
 
-    def __init__(self):
-        self.owner = self
+    owner: object = None
 
 
 @dataclass(frozen=True)
@@ -129,12 +128,13 @@ class Cache:
         b, kv, _, e = self.k.shape
         k, v = (self.k.new_zeros(b, kv, roomy(room), e) for _ in "kv")
         k[:, :, : self.most], v[:, :, : self.most] = self.k[:, :, : self.most], self.v[:, :, : self.most]
-        return replace(self, k=k, v=v, tip=Tip())
+        return replace(self, k=k, v=v, tip=Tip(), mark=None)
 
     def take(self, rows) -> Cache:
         """Return the caches of these rows."""
         rows = index(rows, self.k.device)
-        return replace(self, k=self.k[rows], v=self.v[rows], length=self.length[rows], tip=Tip())
+        k, v, length = (a[rows] for a in (self.k, self.v, self.length))
+        return replace(self, k=k, v=v, length=length, tip=Tip(), mark=None)
 
     def put(self, rows, other: Cache) -> Cache:
         """Return a cache in which these rows are those of `other`."""
@@ -151,8 +151,8 @@ class Cache:
 
     def tentative(self) -> Cache:
         """Return a fork whose positions do not count as written: the next append overwrites them."""
-        tip = Tip()
-        return replace(self, tip=tip, mark=tip.owner if self.tip.owner is self.mark else None)
+        mark = None if self.tip.owner is self.mark else object()
+        return replace(self, tip=Tip(), mark=mark)
 
 
 def attention(q, k, v, cache: Cache, lengths=None):

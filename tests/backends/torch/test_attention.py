@@ -88,6 +88,19 @@ def test_a_cache_that_grows_by_single_positions_seldom_moves():
     assert len(rooms) <= 10
 
 
+def test_a_buffer_that_no_other_state_shares_is_not_copied_to_append():
+    """Neither a new buffer nor one whose rows left or joined is copied; that of a fork is copied."""
+    one = torch.ones(2, 1, 2, 4)
+    known = Cache.empty(Sizes(2, 4), 2, torch.float32, torch.device("cpu")).append(one, one)
+    left = known.take([1, 0])
+    for cache in (known, left, known.put([0], known.take([1])), left.tentative()):
+        fork, other = cache.fork(), cache.fork()
+        assert cache.append(one, one).k is cache.k
+        for later in (fork.append(2 * one, one), other.append(3 * one, one)):
+            assert later.k is not cache.k and cache.k[0, 0, 1, 0] == 1
+        assert (known.k[:, :, 1] <= 1).all() and known.length.tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("length", [1, 64])
 @pytest.mark.parametrize("compute, compiled", [("float32", True), ("float32", False), ("bfloat16", True)])
 def test_no_key_head_is_repeated_in_memory(compute, compiled, length):
