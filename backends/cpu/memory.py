@@ -33,12 +33,19 @@ class Kept:
         return np.empty(count, np.float32)
 
     def give(self, memory: np.ndarray) -> None:
-        """Keep unused memory; drop the oldest buffers if it is too much."""
-        with self.lock:
+        """Keep unused memory; drop the oldest buffers if it is too much.
+
+        The garbage collector may call this in a thread that holds the lock: then the memory is freed.
+        """
+        if not self.lock.acquire(blocking=False):
+            return
+        try:
             self.free.append(memory)
             self.size += memory.size
             while self.size > self.most:
                 self.size -= self.free.pop(0).size
+        finally:
+            self.lock.release()
 
 
 KEPT = Kept()

@@ -61,6 +61,18 @@ def test_threads_never_share_memory():
     assert not wrong
 
 
+def test_an_array_that_is_freed_inside_take_does_not_wait_for_it():
+    """As by the garbage collector, which runs at any allocation."""
+    kept, arrays = Kept(), []
+    arrays.append(empty((LARGE,), kept))
+    with kept.lock:
+        freeing = threading.Thread(target=arrays.clear, daemon=True)
+        freeing.start()
+        freeing.join(60)
+        assert not freeing.is_alive() and not arrays
+    assert not kept.free and kept.size == 0
+
+
 @pytest.mark.skipif(native.load() is None, reason="there is no compiler for the loops")
 def test_a_result_stays_as_it_was_when_others_are_computed():
     verbs, rng = Verbs(native.load(), 2), np.random.default_rng(0)
