@@ -178,8 +178,9 @@ def there(path: str | None) -> bool:
     """Return whether the file of a talk exists; InputError where none can be."""
     if path is None:
         return False
-    check_place(path)
-    return expanded(path).exists()
+    place = path and str(expanded(path))
+    check_place(place)
+    return Path(place).exists()
 
 
 class Leave(Exception):

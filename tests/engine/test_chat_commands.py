@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from refengine import InputError
-from refengine.cli.chat import Talk
+from refengine.cli.chat import Talk, there
 
 LINES = st.sampled_from(
     ("hello", "  again ", " /new is text here", "/new", "/clear", "/system be brief", "/system", "/regen",
@@ -96,3 +96,13 @@ def test_a_message_that_fails_is_not_kept():
     with mock.patch.object(talk, "answer", side_effect=InputError("full")), pytest.raises(InputError):
         talk.line("hello")
     assert talk.history == []
+
+
+def test_the_file_of_a_talk_may_be_below_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert not there("~/talk")
+    (tmp_path / "talk").touch()
+    assert there("~/talk") and not there("~/other")
+    for path in ("", "~", "~/no/talk"):
+        with pytest.raises(InputError, match=r"empty|is a directory|is not a directory"):
+            there(path)
