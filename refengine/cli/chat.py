@@ -293,10 +293,8 @@ class Talk:
             kept.pop()
         if not kept:
             raise InputError("there is no message to answer again")
-        if self.sampling.get("seed") is not None:
-            self.sampling = self.sampling | {"seed": self.sampling["seed"] + 1}
-        self.history = kept
-        self.answer()
+        seed = self.sampling.get("seed")
+        self.attempt(kept, self.sampling if seed is None else self.sampling | {"seed": seed + 1})
 
     def save(self, path: str) -> None:
         """Write the conversation to a file of JSON."""
@@ -350,18 +348,23 @@ class Talk:
         """Answer a message of the user; a message that fails is not kept."""
         if not text:
             raise InputError("the message is empty")
-        before = self.history
-        self.history = [*before, {"role": "user", "content": text}]
+        self.attempt([*self.history, {"role": "user", "content": text}], self.sampling)
+
+    def attempt(self, history: list[dict], sampling: dict) -> None:
+        """Answer the last message of a history; the talk stays as it was if there is no reply."""
+        before = self.history, self.sampling
+        self.history, self.sampling = history, sampling
         try:
             self.answer()
-        except InputError:
-            self.history = before
-            raise
+        finally:
+            if self.history is history:
+                self.history, self.sampling = before
 
     def answer(self) -> None:
         """Generate and print the reply to the last message, and keep it.
 
-        KeyboardInterrupt is raised after a reply that Ctrl-C stopped was kept, as far as it went.
+        KeyboardInterrupt is raised after a reply that Ctrl-C stopped was kept, as far as it went; InputError
+        also after a reply was kept, where the file of the talk cannot be written.
         """
         from refengine.text.reply import Reply
 
@@ -393,7 +396,6 @@ class Talk:
         shown.end()
         message = reply.message(self.tools, prompt.json_calls)
         self.history = [*self.history, message]
-        self.save_state(getattr(end, "state", None))
         if end is not None and not interrupted:
             reason, statistics = end.reason, end.statistics
             self.statistics = statistics
@@ -409,6 +411,7 @@ class Talk:
             click.echo("(the model thought, and gave no answer; --show-thinking prints thoughts)", err=True)
         if self.stats and statistics:
             click.echo(summary(statistics), err=True)
+        self.save_state(getattr(end, "state", None))
         if interrupted:
             raise KeyboardInterrupt
 

@@ -91,11 +91,37 @@ def test_a_conversation_that_was_saved_goes_on_where_it_was(tmp_path, capsys):
     assert other.history == talk.history and json.loads((tmp_path / "talk.json").read_text())
 
 
-def test_a_message_that_fails_is_not_kept():
-    talk = new(3)
-    with mock.patch.object(talk, "answer", side_effect=InputError("full")), pytest.raises(InputError):
+@pytest.mark.parametrize("error", [InputError("full"), KeyboardInterrupt()])
+def test_a_message_or_a_second_answer_that_fails_leaves_the_talk_as_it_was(error):
+    talk, asked = new(3), []
+    with mock.patch.object(talk, "answer", answered(talk, asked)):
         talk.line("hello")
-    assert talk.history == []
+    before = talk.history, talk.sampling
+    for line in ("and more", "/regen"):
+        with mock.patch.object(talk, "answer", side_effect=error), pytest.raises(type(error)):
+            talk.line(line)
+        assert (talk.history, talk.sampling) == before
+
+
+class Engine:
+    """Replies "yes" to any prompt."""
+
+    chat_template = mock.Mock(**{"prompt.return_value": mock.Mock(text="", inside=False, json_calls=False)})
+    tokenizer = mock.Mock(**{"encode.return_value": [1, 2]})
+
+    def generate(self, ids, **how):
+        yield mock.Mock(text="yes", reason="stop", statistics=None, state=None)
+
+
+def test_a_reply_is_kept_where_the_file_of_the_talk_cannot_be_written(capsys):
+    talk = Talk(Engine(), {"seed": 3}, True, False, as_json=True, show_thinking=False)
+    with (
+        mock.patch.object(Talk, "save_state", side_effect=InputError("the disk is full")),
+        pytest.raises(InputError),
+    ):
+        talk.line("hello")
+    assert [message["content"] for message in talk.history] == ["hello", "yes"]
+    assert json.loads(capsys.readouterr().out)["content"] == "yes"
 
 
 def test_the_file_of_a_talk_may_be_below_the_home_directory(tmp_path, monkeypatch):
