@@ -6,7 +6,6 @@ from math import prod
 
 import numpy as np
 
-from refengine.backends.cuda.array import DeviceArray
 from refengine.backends.cuda.verbs import Verbs
 
 
@@ -15,7 +14,7 @@ class Products(Verbs):
 
     def linear(self, x, weight):
         """Return x [.. i] weight' -> [.. o]."""
-        y = self.product(x.reshape(prod(x.shape[:-1]), x.shape[-1]), weight)
+        y = self.device.matmul(x.reshape(prod(x.shape[:-1]), x.shape[-1]), weight)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def linear_pair(self, x, y, weight):
@@ -36,10 +35,4 @@ class Products(Verbs):
         """Return the product of linear, in float32."""
         rows = h.reshape(prod(h.shape[:-1]), h.shape[-1])
         out = self.device.empty((len(rows), lm_head.shape[0]), "float32")
-        return self.product(rows, lm_head, out).reshape(*h.shape[:-1], out.shape[-1])
-
-    def product(self, x, weight, out=None):
-        """Return x [m, i] weight'. Packed weights know how to multiply."""
-        if isinstance(weight, DeviceArray):
-            return self.device.matmul(x, weight, out)
-        return weight.matmul(x, out)
+        return self.device.matmul(rows, lm_head, out).reshape(*h.shape[:-1], out.shape[-1])

@@ -1,7 +1,6 @@
 """Weights: from the host's memory map to arrays on the device.
 
-A matrix, q | k | v as one matrix, or all experts of a layer as two stacks; small tensors in float32. Whatever
-else a verb of products.py is to multiply by, packed weights say, needs only a method `matmul(x, out)`.
+A matrix, q | k | v as one matrix, or all experts of a layer as two stacks; small tensors in float32.
 """
 
 from __future__ import annotations

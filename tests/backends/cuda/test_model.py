@@ -89,24 +89,3 @@ def test_a_device_that_is_too_small_says_what_fits():
         with pytest.raises(InputError, match=sentence):
             cuda_backend(dtype, EmulatedDevice(memory=room), cfg)
     assert isinstance(cuda_backend("bfloat16", EmulatedDevice(memory=3 * weights), cfg), CudaBackend)
-
-
-@needs_compiler
-def test_weights_that_are_packed_multiply_by_themselves():
-    """An object with `matmul(x, out)` can replace any matrix, as FP8 and NVFP4 weights will."""
-    device = EmulatedDevice()  # noqa: F811
-    ops = cuda_backend("float32", device).ops
-    w = np.arange(12, dtype=np.float32).reshape(4, 3)
-    whole, calls = device.from_host(w), []
-
-    class Packed:
-        shape = (4, 3)
-
-        def matmul(self, x, out=None):
-            calls.append(x.shape)
-            return device.matmul(x, whole, out)
-
-    x = device.from_host(np.ones((2, 5, 3), np.float32))
-    for verb in (ops.linear, ops.logits):
-        assert np.array_equal(device.to_host(verb(x, Packed())), device.to_host(verb(x, whole)))
-    assert calls == [(10, 3), (10, 3)]
