@@ -6,7 +6,6 @@ Each takes the right verb, the config, and the verb's arguments.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 
@@ -258,15 +257,6 @@ def reads_through_latent(*, router=False, shared=False):
 def swapped_pair(right, cfg, x, y, weight):
     """Return the product for [y, x]: the halves in the other order."""
     return right(y, x, weight)
-
-
-def with_config(**change):
-    """Return a wrong router: the right one with fields of the config replaced."""
-
-    def wrong(right, _, h, gate, bias, cfg):
-        return right(h, gate, bias, replace(cfg, **change))
-
-    return wrong
 
 
 def before_the_final_norm(right, cfg, stream, hidden):
