@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from pathlib import Path
 
 import click
 from click.core import ParameterSource
 
 from refengine.cli import options
+from refengine.cli.generate import check_place
 from refengine.cli.tokenize import ids_of
+from refengine.ranks.comm import TIMEOUT
 from refengine.spec.config import InputError
 from refengine.units import bytes_text
 
@@ -56,7 +57,7 @@ def trace(output, prompts, ids, cut, steps, source, **how):
 
     if not prompts and not ids:
         raise click.UsageError("give a --prompt or --ids.")
-    check_output(output)
+    check_place(output)
     if how["packed_inputs"]:
         raise InputError("a trace records inputs before they are packed: leave out --packed-inputs")
     if source != "refengine":
@@ -70,7 +71,7 @@ def trace(output, prompts, ids, cut, steps, source, **how):
             how["kv_dtype"] = how["kv_dtype"] or "float32"
             if not asked("dtype") and Checkpoint.open(how["model"]).packed:
                 how["dtype"] = "float32"  # other dtypes round what packed weights are multiplied by
-        engine = options.load(tp=1, ep=1, pp=1, timeout=20.0, **how)
+        engine = options.load(tp=1, ep=1, pp=1, timeout=TIMEOUT, **how)
         rows = [engine.ids(options.checked_text(text)) for text in prompts]
         rows += [engine.ids(ids_of(text)) for text in ids]
         check_room(rows, steps, engine.config)
@@ -97,14 +98,6 @@ def trace(output, prompts, ids, cut, steps, source, **how):
 def asked(name: str) -> bool:
     """Return whether a parameter was given to the command, and is not its default."""
     return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
-
-
-def check_output(path: str) -> None:
-    """Raise InputError where a file cannot be written to this path, before anything is computed."""
-    if not path or Path(path).is_dir():
-        raise InputError(f"{path} is a directory: -o takes a file" if path else "-o takes the name of a file")
-    if not Path(path).parent.is_dir():
-        raise InputError(f"{path} cannot be written: {Path(path).parent} is not a directory")
 
 
 def packed_dtype(engine) -> str:
