@@ -21,7 +21,7 @@ constexpr int FAR = 8;  // octaves by which a score may exceed the reference sco
 template <class T>
 static inline bool by_pairs(i64 e) { return sizeof(T) == 2 && e % PAIR == 0; }
 template <class T>
-static inline i64 place_of(i64 i, i64 e) { return by_pairs<T>(e) ? place<bf16>(i) : i; }
+static inline i64 place_of(i64 i, i64 e) { return by_pairs<T>(e) ? place_apart(i) : i; }
 
 // Queries side by side, of the positions from `first` on: column c belongs to position first + c / heads and sees the
 // keys up to that position.

@@ -10,7 +10,7 @@
 
 constexpr i64 STRIP = 512, STRETCH = 64;  // channels and positions in a piece of the convolution
 
-// Return the sum of f(i) over i < count, a vector at a time: f(i, vec) for a whole vector, f(i, float) for one number.
+// Return the sum of the squares of `count` numbers, four vectors at a time.
 static inline float squares(const float* x, i64 count) {
     vec sum[4] = {};
     i64 i = 0;

@@ -102,11 +102,8 @@ static inline Two<T> rest(const T* w, i64 count) {
 
 static inline i64 padded(i64 n) { return (n + PAIR - 1) / PAIR * PAIR; }
 
-// Return the index at which position j of a row of x is stored.
-template <class T>
-static inline i64 place(i64 j) {
-    return Two<T>::apart ? (j & ~(PAIR - 1)) | (j & 1) * LANES | (j & (PAIR - 1)) >> 1 : j;
-}
+// Return the index of position j in a row that has the even and the odd positions of every PAIR apart.
+static inline i64 place_apart(i64 j) { return (j & ~(PAIR - 1)) | (j & 1) * LANES | (j & (PAIR - 1)) >> 1; }
 
 // Widen `count` weights to float32, in order; FP8 to 2^-8 of its value, as a float16 with another bias.
 static inline void widen_to(const float* from, i64 count, float* to) { memcpy(to, from, count * sizeof(float)); }

@@ -231,7 +231,7 @@ struct Layout {
           up(kind == FLOAT8 ? UP : 1) {}
     i64 step() const { return padded(n) + (planes ? integers_room(kind, n, planes) : 0); }
     bool as_it_is() const { return !apart && !planes && padded(n) == n; }
-    i64 place(i64 j) const { return apart ? (j & ~(PAIR - 1)) | (j & 1) * LANES | (j & (PAIR - 1)) >> 1 : j; }
+    i64 place(i64 j) const { return apart ? place_apart(j) : j; }
     // Write the rest of a row whose n numbers are at their places.
     void finish(float* row) const {
         for (i64 j = n / PAIR * PAIR; j < padded(n); j++)
