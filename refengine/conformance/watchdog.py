@@ -87,9 +87,10 @@ class Watchdog:
         self.connection, theirs = context.Pipe()
         self.scratch = TemporaryDirectory(prefix="refengine-", ignore_cleanup_errors=True)
         given = (theirs, self.how, self.scratch.name)
-        self.process = context.Process(target=compute, args=given, daemon=True)
+        process = context.Process(target=compute, args=given, daemon=True)
         with hidden_main():
-            self.process.start()
+            process.start()
+        self.process = process
         theirs.close()
         kind, what = self.answer(LOADING)
         if kind != "ready":

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from multiprocessing.context import SpawnProcess
 
 import pytest
 
@@ -45,3 +46,14 @@ def test_a_file_that_ends_the_process_at_once_is_named(tmp_path):
     with pytest.raises(InputError) as error:
         Watchdog({"name": str(path)}, limit=120).start()
     assert str(error.value) == f"{path} cannot be loaded: the process ended with code 3"
+
+
+def test_a_process_that_cannot_be_started_leaves_nothing_to_end(monkeypatch):
+    def full(process):
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(SpawnProcess, "start", full)
+    dog = Watchdog({"name": "numpy"}, limit=120)
+    with pytest.raises(BlockingIOError):
+        dog.start()
+    dog.close()
