@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -72,6 +74,15 @@ def test_what_is_written_is_read(tmp_path):
     assert replace(read, arrays={}, name="") == replace(made, arrays={}, name="")
     assert set(read.arrays) == set(made.arrays)
     assert all(np.array_equal(read.array(name), made.array(name)) for name in made.arrays)
+
+
+def test_a_file_that_is_not_completed_leaves_the_old_one_and_nothing_beside_it(tmp_path, monkeypatch):
+    traced(SINGLE, engine="first").save(tmp_path / "t")
+    for error, raised in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "full"), InputError)):
+        monkeypatch.setattr(Path, "replace", Mock(side_effect=error))
+        with pytest.raises(raised):
+            traced(SINGLE, engine="second").save(tmp_path / "t")
+        assert [path.name for path in tmp_path.iterdir()] == ["t"] and load(tmp_path / "t").engine == "first"
 
 
 def test_a_trace_of_every_backend_agrees_with_its_model(backend):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -146,8 +147,10 @@ class Trace:
                     file.write(a.reshape(-1).view(np.uint8).data)
             partial.replace(path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise InputError(f"{path} cannot be written: {error.strerror}") from None
+        finally:
+            with suppress(OSError):
+                partial.unlink()
 
     def _metadata(self) -> dict[str, str]:
         texts = {key: getattr(self, key) for key in (*NAMED, "dtype", "engine")}
