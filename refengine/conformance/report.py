@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -332,9 +333,14 @@ def parsed(text: str) -> tuple[str, dict[str, Any]]:
         arguments = {str(keyword.arg): literal(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError, TypeError):
         raise InputError(f"--case {text!r} is not CHECK(name=value, ...) as a report prints it") from None
-    if call.func.id not in [check.name for check in CHECKS]:
+    found = next((check for check in CHECKS if check.name == call.func.id), None)
+    if found is None:
         raise InputError(f"there is no check {call.func.id!r}")
-    return call.func.id, arguments
+    try:
+        signature(found.run).bind(None, **arguments)
+    except TypeError as error:
+        raise InputError(f"--case {text!r} has not the arguments of its check: {error}") from None
+    return found.name, arguments
 
 
 def literal(node: ast.expr):

@@ -243,6 +243,8 @@ def test_a_name_of_no_operation_and_a_case_of_no_check_are_refused():
         "no_such_check(case=Case())",
         "f(1)",
         "the_scan_is_what_the_equation_says(x=open())",
+        "the_scan_is_what_the_equation_says(x=1)",
+        "the_scan_is_what_the_equation_says()",
     ):
         with pytest.raises(InputError, match=r"check|CHECK"):
             report.operation_of(case)
