@@ -53,7 +53,7 @@ def model_argument(command):
 @options.debug
 def trace(output, prompts, ids, cut, steps, source, **how):
     """Record what every layer of MODEL computes on a batch of prompts; `refengine diff` reads the file."""
-    from refengine.conformance.fingerprint import fingerprint
+    from refengine.checkpoint.fingerprint import fingerprint
 
     if not prompts and not ids:
         raise click.UsageError("give a --prompt or --ids.")
@@ -110,7 +110,7 @@ def packed_dtype(engine) -> str:
 def of_transformers(prompts, ids, cut, steps, clamp: bool, model: str, dtype: str, **how):
     """Return the trace of transformers' own model."""
     from refengine.checkpoint import Checkpoint
-    from refengine.conformance.fingerprint import fingerprint
+    from refengine.checkpoint.fingerprint import fingerprint
     from refengine.conformance.traces.hooks import trace_of_transformers
     from refengine.text.tokenizer import Tokenizer
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import refengine
+from refengine.checkpoint.fingerprint import fingerprint
 from refengine.conformance import prefill_decode
 from refengine.conformance.cases import Case
-from refengine.conformance.fingerprint import fingerprint
 from refengine.conformance.mistakes import named
 from refengine.conformance.traces.diff import CAUSES, diagnose
 from refengine.conformance.traces.recompute import margin

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from refengine.checkpoint import Checkpoint
+from refengine.checkpoint.fingerprint import fingerprint
 from refengine.checkpoint.random_values import random_values
 from refengine.checkpoint.write import write
 from refengine.conformance.cases import Case
-from refengine.conformance.fingerprint import fingerprint
 from refengine.conformance.traces import load, packed
 from refengine.conformance.traces.diff import diagnose
 from refengine.conformance.traces.record import record
