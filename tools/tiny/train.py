@@ -10,6 +10,7 @@ Stages have fixed numbers of steps, whatever the time or the accuracy (docs/lab-
     world    stories and chats, with skills mixed in; the learning rate falls to a twentieth
     talk     a third of the documents are chats whose replies need a word from an earlier turn or from a tool;
              the experts are balanced within each row; the learning rate begins at half of that of `world`
+    replies  two thirds are such chats, three in four with a thought, from which the reply has to be copied
 
 DIR receives the package's files, the card with its figures, the curves and the samples; DIR/run receives the
 log and the state of the run. Two processes of one thread each train together: a step takes the mean of their
@@ -40,11 +41,12 @@ from .rows import Pairs, Rows
 
 __all__ = ["CONFIG", "Pairs", "Plan", "Trainer", "read_checkpoint", "main"]
 MTP_WEIGHT, AUX_WEIGHT = 0.3, 3e-3
-AUX_BY_ROW = 1e-2  # in the last stage
+AUX_BY_ROW = 1e-2  # in the last stages
 MTP_EVERY = 2  # the MTP head is trained on every second step, because it costs a third of a step
 LOG_EVERY, SAVE_EVERY, PROBE_EVERY = 20, 100, 500
-STAGES = (700, 900, 3900, 1300)
-NAMES = ("pairs", "skills", "world", "talk")
+STAGES = (700, 900, 3900, 1300, 700)
+NAMES = ("pairs", "skills", "world", "talk", "replies")
+LAST = NAMES[3:]
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Plan:
     skills: int
     world: int
     talk: int
+    replies: int
 
     @property
     def stages(self):
@@ -69,7 +72,7 @@ class Plan:
     def stage(self, step):
         """Return (stage, steps since it began)."""
         for name in NAMES:
-            if step < getattr(self, name) or name == "talk":
+            if step < getattr(self, name) or name == NAMES[-1]:
                 return name, step
             step -= getattr(self, name)
 
@@ -78,8 +81,8 @@ class Plan:
         name, age = self.stage(step)
         if name == "world":
             return 0.5 * (1 - 0.95 * age / self.world)
-        if name == "talk":
-            return 0.25 * (1 - 0.96 * age / self.talk) * min(1.0, (age + 1) / 20)
+        if name in LAST:
+            return 0.25 * (1 - 0.96 * age / getattr(self, name)) * min(1.0, (age + 1) / 20)
         return (1.0 if name == "pairs" else 0.7) * min(1.0, (step + 1) / 20)
 
     def dense(self, step):
@@ -93,17 +96,18 @@ class Plan:
     def share(self, step):
         """Return the share of skills among the documents of a step: 1, then falling over 600 steps."""
         name, age = self.stage(step - step % Rows.BLOCK)
-        if name == "talk":
+        if name in LAST:
             return 0.0
         return 1.0 if name != "world" else max(0.0, round(0.7 * (1 - age / min(600, self.world)), 3))
 
     def mix(self, step):
         """Return the mix that the other documents of a step come from."""
-        return "talk" if self.stage(step - step % Rows.BLOCK)[0] == "talk" else "world"
+        name, _ = self.stage(step - step % Rows.BLOCK)
+        return name if name in LAST else "world"
 
     def bias_step(self, step):
         """Return the change of the selection biases of the experts in a step."""
-        if self.stage(step)[0] == "talk":
+        if self.stage(step)[0] in LAST:
             return 0.001
         return max(0.001, 0.02 * (1 - self.stage(step)[1] / 250))
 
@@ -142,7 +146,7 @@ class Trainer:
     def learn(self, batch):
         """Take one step; return the trunk's loss on this rank's rows, and the largest load of an expert."""
         begun, head = time.perf_counter(), self.step % MTP_EVERY == 0
-        last = self.plan.stage(self.step)[0] == "talk"
+        last = self.plan.stage(self.step)[0] in LAST
         for m in self.model.moes():
             m.by_row = last
         ids, first, weight = (torch.as_tensor(t) for t in batch)
@@ -287,10 +291,10 @@ def work(ranks, args, cfg):
 
 
 def stages(text):
-    """Return the steps of the four stages, parsed from 'PAIRS,SKILLS,WORLD,TALK'."""
+    """Return the steps of the five stages, parsed from 'PAIRS,SKILLS,WORLD,TALK,REPLIES'."""
     numbers = tuple(int(part) for part in text.split(","))
-    if len(numbers) != 4 or min(numbers) < 1:
-        raise argparse.ArgumentTypeError("four numbers of steps, as in 500,900,3900,1300")
+    if len(numbers) != 5 or min(numbers) < 1:
+        raise argparse.ArgumentTypeError("five numbers of steps, as in 500,900,3900,1300,700")
     return numbers
 
 
@@ -302,7 +306,9 @@ def main():
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out after a kill")
-    parser.add_argument("--stages", type=stages, default=STAGES, help="steps of pairs,skills,world,talk")
+    parser.add_argument(
+        "--stages", type=stages, default=STAGES, help="steps of pairs,skills,world,talk,replies"
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=2048, help="tokens a step and process")
     parser.add_argument("--length", type=int, default=512, help="tokens a row")

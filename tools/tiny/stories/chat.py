@@ -369,8 +369,11 @@ _PRACTICE = {
 }  # fmt: skip
 
 
-def practice(rng):
-    """Return the pieces of a chat of one of the harder scenes; every token of a reply counts in full."""
+def practice(rng, thinking=0.5):
+    """Return the pieces of a chat of one of the harder scenes; every token of a reply counts in full.
+
+    thinking: the share of such chats in which the last reply has a thought
+    """
     kinds, shares = zip(*_PRACTICE.items(), strict=True)
-    pieces = scene(rng, rng.choices(kinds, shares)[0]).render(rng.random() < 0.5)
+    pieces = scene(rng, rng.choices(kinds, shares)[0]).render(rng.random() < thinking)
     return [(text, max(weight, 1.0) if weight else 0.0) for text, weight in pieces]

@@ -3,6 +3,8 @@
 A row holds whole documents, each beginning where `first` is set; what is left over is padding of weight 0.
 """
 
+from functools import partial
+
 import numpy as np
 
 from . import chat, skills
@@ -22,11 +24,16 @@ _TALK = {
     "practice": 5.0, "chat": 2.5, "story": 3.5, "about_story": 0.8, "recall": 0.8, "again": 0.3,
     "copying": 0.8, "sums": 0.4, "counting": 0.6, "running_count": 0.1, "cast_lines": 0.2,
 }  # fmt: skip
-MIXES = {"skills": _SKILLS, "world": _WORLD, "talk": _TALK}
+_REPLIES = {
+    "thoughtful_practice": 9.0, "chat": 1.0, "story": 2.5, "about_story": 0.3, "recall": 0.5, "again": 0.2,
+    "copying": 0.3, "sums": 0.2, "counting": 0.3,
+}  # fmt: skip
+MIXES = {"skills": _SKILLS, "world": _WORLD, "talk": _TALK, "replies": _REPLIES}
 MAKERS = {"chat": chat.chat, "practice": chat.practice}
+MAKERS["thoughtful_practice"] = partial(chat.practice, thinking=0.75)
 MAKERS |= {kind: getattr(skills, kind) for kind in _WORLD if kind != "chat"}
 # Their pieces have their final weights; skills count twice.
-WHOLE = ("story", "about_story", "chat", "practice", "cast_lines")
+WHOLE = ("story", "about_story", "chat", "practice", "thoughtful_practice", "cast_lines")
 
 
 def document(rng, mix):
