@@ -156,6 +156,14 @@ def test_in_practice_a_token_of_a_reply_counts_in_full_and_nothing_else_counts()
         assert "user" not in {text.strip() for text, weight in pieces if weight}
 
 
+def test_no_answer_begins_with_a_name():
+    rng = random.Random(9)
+    for _ in range(400):
+        for message in chat.talk(rng).messages:
+            if message["role"] == "assistant" and message["content"] and "\n" not in message["content"]:
+                assert re.match(r"\w+", message["content"])[0] not in words.NAMES, message["content"]
+
+
 def test_a_requested_story_has_the_name_and_the_thing():
     rng = random.Random(9)
     wished = set()
@@ -201,8 +209,8 @@ def test_replies_of_chats_are_right():
         told = " ".join(m["content"] for m in made.messages if m["role"] == "user")
         facts = dict(re.findall(r"(\w+) has the (\w+)\.", told))
         name, thing = (
-            re.fullmatch(r"(\w+) has the (\w+)\.", made.answer)
-            or re.fullmatch(r"The (?P<t>\w+) is with (?P<n>\w+)\.", made.answer)
+            re.fullmatch(r"You told me that (\w+) has the (\w+)\.", made.answer)
+            or re.fullmatch(r"You told me that the (?P<t>\w+) is with (?P<n>\w+)\.", made.answer)
         ).groups()
         assert facts.get(name, facts.get(thing)) in (name, thing)
 

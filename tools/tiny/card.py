@@ -72,10 +72,10 @@ comes from elsewhere.
 ## Training
 
 `python -m tools.tiny.train --seed {record["seed"]} --out DIR`, one run from random weights: {steps["pairs"]:,} steps of
-dense rows, {steps["skills"]:,} of skills, {steps["world"]:,} of stories and chats, {steps["talk"]:,} with more of the harder
-chats, {steps["replies"]:,} mostly of those; {record["tokens"]:,} tokens, {record["minutes"]} minutes in {record["processes"]} processes of one thread. Muon on matrices,
-Adam on the rest, MTP loss weight 0.3, routing balanced by the selection bias and an auxiliary loss (3e-3, at last 1e-2 within
-each row), float32; the running average of the weights is exported. `training.json` has the versions.
+dense rows, {steps["skills"]:,} of skills, {steps["world"]:,} of stories and chats; {record["tokens"]:,} tokens,
+{record["minutes"]} minutes in {record["processes"]} processes of one thread. Muon on matrices, Adam on the rest, MTP loss
+weight 0.3, routing balanced by the selection bias and an auxiliary loss (3e-3, in the last stage 1e-2 within each row), float32; the running average of the
+weights is exported. `training.json` has the versions.
 
 ![losses over the steps](curve.svg)
 

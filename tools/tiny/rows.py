@@ -99,20 +99,20 @@ class Rows:
         source.count, source.names_only = count or (2, 4, 8)[seed % 3], names_only
         return source.batch(self.tokens // source.length)
 
-    def documents(self, step, share, mix="world"):
-        """Return the packed rows of a step: `share` of the documents of the skills mix, the rest of `mix`."""
+    def documents(self, step, share):
+        """Return the packed rows of a step; `share` of the documents come from the skills mix."""
         block, index = divmod(step, self.BLOCK)
         each = self.tokens // self.length
-        if self.at != (block, share, mix):
+        if self.at != (block, share):
             rng = random.Random(seeded(self.seed, self.rank, "documents", block))
-            packed = documents.pack(self._endless(rng, share, mix), self.length)
-            self.at, self.rows = (block, share, mix), [next(packed) for _ in range(each * self.BLOCK)]
+            packed = documents.pack(self._endless(rng, share), self.length)
+            self.at, self.rows = (block, share), [next(packed) for _ in range(each * self.BLOCK)]
         return tuple(
             np.stack(part) for part in zip(*self.rows[index * each : (index + 1) * each], strict=True)
         )
 
-    def _endless(self, rng, share, mix):
+    def _endless(self, rng, share):
         while True:
-            kind, pieces = documents.document(rng, "skills" if rng.random() < share else mix)
+            kind, pieces = documents.document(rng, "skills" if rng.random() < share else "world")
             ids, weight = documents.encode(self.tokenizer, pieces)
             yield ids, weight * documents.worth(kind)

@@ -7,10 +7,8 @@ Stages have fixed numbers of steps, whatever the time or the accuracy (docs/lab-
     pairs    dense rows: name thing name thing ..., then the names again, each with its thing; 2, 4, 8 pairs,
              then any symbols, copying, and names after their verbs
     skills   recall, copying, counting and sums in words, lines about one cast, chats; dense rows continue
-    world    stories and chats, with skills mixed in; the learning rate falls to a twentieth
-    talk     a third of the documents are chats whose replies need a word from an earlier turn or from a tool;
-             the experts are balanced within each row; the learning rate begins at half of that of `world`
-    replies  two thirds are such chats, three in four with a thought, from which the reply has to be copied
+    world    stories and chats, with skills mixed in; the experts are balanced within each row of text; the
+             learning rate falls to a twentieth
 
 DIR receives the package's files, the card with its figures, the curves and the samples; DIR/run receives the
 log and the state of the run. Two processes of one thread each train together: a step takes the mean of their
@@ -41,12 +39,10 @@ from .rows import Pairs, Rows
 
 __all__ = ["CONFIG", "Pairs", "Plan", "Trainer", "read_checkpoint", "main"]
 MTP_WEIGHT, AUX_WEIGHT = 0.3, 3e-3
-AUX_BY_ROW = 1e-2  # in the last stages
+AUX_BY_ROW = 1e-2  # in the last stage
 MTP_EVERY = 2  # the MTP head is trained on every second step, because it costs a third of a step
 LOG_EVERY, SAVE_EVERY, PROBE_EVERY = 20, 100, 500
-STAGES = (700, 900, 3900, 1300, 700)
-NAMES = ("pairs", "skills", "world", "talk", "replies")
-LAST = NAMES[3:]
+STAGES = (700, 900, 5300)
 
 
 @dataclass(frozen=True)
@@ -56,23 +52,16 @@ class Plan:
     pairs: int
     skills: int
     world: int
-    talk: int
-    replies: int
-
-    @property
-    def stages(self):
-        """Return the steps of each stage, in order."""
-        return tuple(getattr(self, name) for name in NAMES)
 
     @property
     def steps(self):
         """Return the number of steps of the whole run."""
-        return sum(self.stages)
+        return self.pairs + self.skills + self.world
 
     def stage(self, step):
         """Return (stage, steps since it began)."""
-        for name in NAMES:
-            if step < getattr(self, name) or name == NAMES[-1]:
+        for name in ("pairs", "skills", "world"):
+            if step < getattr(self, name) or name == "world":
                 return name, step
             step -= getattr(self, name)
 
@@ -81,8 +70,6 @@ class Plan:
         name, age = self.stage(step)
         if name == "world":
             return 0.5 * (1 - 0.95 * age / self.world)
-        if name in LAST:
-            return 0.25 * (1 - 0.96 * age / getattr(self, name)) * min(1.0, (age + 1) / 20)
         return (1.0 if name == "pairs" else 0.7) * min(1.0, (step + 1) / 20)
 
     def dense(self, step):
@@ -96,19 +83,10 @@ class Plan:
     def share(self, step):
         """Return the share of skills among the documents of a step: 1, then falling over 600 steps."""
         name, age = self.stage(step - step % Rows.BLOCK)
-        if name in LAST:
-            return 0.0
         return 1.0 if name != "world" else max(0.0, round(0.7 * (1 - age / min(600, self.world)), 3))
-
-    def mix(self, step):
-        """Return the mix that the other documents of a step come from."""
-        name, _ = self.stage(step - step % Rows.BLOCK)
-        return name if name in LAST else "world"
 
     def bias_step(self, step):
         """Return the change of the selection biases of the experts in a step."""
-        if self.stage(step)[0] in LAST:
-            return 0.001
         return max(0.001, 0.02 * (1 - self.stage(step)[1] / 250))
 
 
@@ -140,13 +118,13 @@ class Trainer:
         return (
             self.rows.dense(self.step, *dense)
             if dense
-            else self.rows.documents(self.step, self.plan.share(self.step), self.plan.mix(self.step))
+            else self.rows.documents(self.step, self.plan.share(self.step))
         )
 
     def learn(self, batch):
         """Take one step; return the trunk's loss on this rank's rows, and the largest load of an expert."""
         begun, head = time.perf_counter(), self.step % MTP_EVERY == 0
-        last = self.plan.stage(self.step)[0] in LAST
+        last = self.plan.stage(self.step)[0] == "world"
         for m in self.model.moes():
             m.by_row = last
         ids, first, weight = (torch.as_tensor(t) for t in batch)
@@ -223,7 +201,7 @@ class Trainer:
             return
         state = {"optimizer": self.optimizer.state(), "step": self.step, "tokens": self.tokens}
         state |= {"seconds": self.seconds, "mtp_loss": self.mtp_loss, "seed": self.seed}
-        state |= {"plan": self.plan.stages}
+        state |= {"plan": (self.plan.pairs, self.plan.skills, self.plan.world)}
         state["biases"] = [m.bias for m in self.model.moes()]
         path = self.out / "run" / "state.pt"
         torch.save(state, path.with_suffix(".part"))
@@ -235,7 +213,8 @@ class Trainer:
         if not path.exists():
             return False
         state = torch.load(path, weights_only=True)
-        if (state["seed"], tuple(state["plan"])) != (self.seed, self.plan.stages):
+        plan = (self.plan.pairs, self.plan.skills, self.plan.world)
+        if (state["seed"], tuple(state["plan"])) != (self.seed, plan):
             raise SystemExit(f"{path} is of --seed {state['seed']} and --stages {state['plan']}")
         self.optimizer.restore(state["optimizer"])
         for m, bias in zip(self.model.moes(), state["biases"], strict=True):
@@ -253,7 +232,7 @@ class Trainer:
         return {
             "tool": "python -m tools.tiny.train",
             "seed": self.seed,
-            "steps": dict(zip(NAMES, self.plan.stages, strict=True)),
+            "steps": {name: getattr(self.plan, name) for name in ("pairs", "skills", "world")},
             "tokens": self.tokens,
             "minutes": round(self.seconds / 60, 1),
             "processes": self.ranks.size,
@@ -291,10 +270,10 @@ def work(ranks, args, cfg):
 
 
 def stages(text):
-    """Return the steps of the five stages, parsed from 'PAIRS,SKILLS,WORLD,TALK,REPLIES'."""
+    """Return the steps of the three stages, parsed from 'PAIRS,SKILLS,WORLD'."""
     numbers = tuple(int(part) for part in text.split(","))
-    if len(numbers) != 5 or min(numbers) < 1:
-        raise argparse.ArgumentTypeError("five numbers of steps, as in 500,900,3900,1300,700")
+    if len(numbers) != 3 or min(numbers) < 1:
+        raise argparse.ArgumentTypeError("three numbers of steps, as in 500,900,5600")
     return numbers
 
 
@@ -306,9 +285,7 @@ def main():
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out after a kill")
-    parser.add_argument(
-        "--stages", type=stages, default=STAGES, help="steps of pairs,skills,world,talk,replies"
-    )
+    parser.add_argument("--stages", type=stages, default=STAGES, help="steps of pairs,skills,world")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=2048, help="tokens a step and process")
     parser.add_argument("--length", type=int, default=512, help="tokens a row")

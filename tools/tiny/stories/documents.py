@@ -3,8 +3,6 @@
 A row holds whole documents, each beginning where `first` is set; what is left over is padding of weight 0.
 """
 
-from functools import partial
-
 import numpy as np
 
 from . import chat, skills
@@ -14,26 +12,17 @@ END, PAD = 2, 0
 # Skills first: recall in words, and keeping a cast; then the whole world. Shares are of documents.
 _SKILLS = {
     "cast_lines": 5, "again": 3, "recall": 3, "copying": 2, "sums": 1.5, "counting": 1, "running_count": 1,
-    "story": 2, "about_story": 1, "chat": 3,
+    "story": 2, "about_story": 1, "chat": 2, "practice": 2,
 }  # fmt: skip
 _WORLD = {
-    "story": 3.5, "chat": 5.5, "about_story": 1.0, "recall": 0.8, "again": 0.3, "copying": 1.4, "sums": 0.6,
-    "counting": 1.2, "running_count": 0.1, "cast_lines": 0.2,
+    "story": 3.5, "chat": 4.0, "practice": 3.5, "about_story": 1.0, "recall": 1.0, "again": 0.3,
+    "copying": 1.0, "sums": 0.5, "counting": 0.9, "running_count": 0.1, "cast_lines": 0.2,
 }  # fmt: skip
-_TALK = {
-    "practice": 5.0, "chat": 2.5, "story": 3.5, "about_story": 0.8, "recall": 0.8, "again": 0.3,
-    "copying": 0.8, "sums": 0.4, "counting": 0.6, "running_count": 0.1, "cast_lines": 0.2,
-}  # fmt: skip
-_REPLIES = {
-    "thoughtful_practice": 9.0, "chat": 1.0, "story": 2.5, "about_story": 0.3, "recall": 0.5, "again": 0.2,
-    "copying": 0.3, "sums": 0.2, "counting": 0.3,
-}  # fmt: skip
-MIXES = {"skills": _SKILLS, "world": _WORLD, "talk": _TALK, "replies": _REPLIES}
+MIXES = {"skills": _SKILLS, "world": _WORLD}
 MAKERS = {"chat": chat.chat, "practice": chat.practice}
-MAKERS["thoughtful_practice"] = partial(chat.practice, thinking=0.75)
-MAKERS |= {kind: getattr(skills, kind) for kind in _WORLD if kind != "chat"}
+MAKERS |= {kind: getattr(skills, kind) for kind in _WORLD if kind not in MAKERS}
 # Their pieces have their final weights; skills count twice.
-WHOLE = ("story", "about_story", "chat", "practice", "thoughtful_practice", "cast_lines")
+WHOLE = ("story", "about_story", "chat", "practice", "cast_lines")
 
 
 def document(rng, mix):

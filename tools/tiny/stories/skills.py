@@ -12,7 +12,7 @@ import re
 from . import words
 from .world import lines, tell
 
-FORM, SEEN, STORY, BEGIN, PRONOUN, OTHER, KEPT = 0.2, 0.02, 0.6, 1.0, 1.6, 1.7, 1.8
+FORM, SEEN, STORY, BEGIN, PRONOUN, OTHER, KEPT = 0.2, 0.02, 0.6, 1.0, 2.0, 1.7, 1.8
 _PRONOUNS = {w for pair in words.PRONOUNS.values() for w in pair}
 COPY_WORDS = words.THINGS + words.PETS + words.WILD + words.PLACES + words.COLORS
 
@@ -71,6 +71,19 @@ def ask(name, thing):
     ]
 
 
+def ask_thing(name, thing):
+    """Return a question about a thing and its answer, as `ask` does for a name."""
+    return [
+        ("\nQuestion: Who has the", FORM),
+        (f" {thing}", SEEN),
+        ("?\nAnswer: The", FORM),
+        (f" {thing}", 1.0),
+        (" is with", FORM),
+        (f" {name}", 1.0),
+        (".", FORM),
+    ]
+
+
 def between(rng, count, pairs):
     """`count` whole stories, as filler, in which none of the names and things of `pairs` occurs."""
     taken = {word for pair in pairs for word in pair}
@@ -86,7 +99,7 @@ def recall(rng, count=None, stories=None, asked=None):
     stories = rng.choice((0, 0, 0, 1)) if stories is None else stories
     out = state(pairs) + between(rng, stories, pairs)
     for name, thing in rng.sample(pairs, min(len(pairs), asked or len(pairs))):
-        out += ask(name, thing)
+        out += ask(name, thing) if rng.random() < 0.8 else ask_thing(name, thing)
     return out
 
 
