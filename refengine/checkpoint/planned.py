@@ -10,7 +10,7 @@ The tensor table has every shape, so sizes are known before anything is download
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Container
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -27,15 +27,12 @@ from refengine.units import bytes_text
 from refengine.untrusted import read_json
 
 PLAIN = {"float32": "F32", "float16": "F16"}  # other dtypes of config.json leave those of the table
-BLOCKS = {"NVFP4": 16, "MXFP8": 32}
 
 
-def packed_bytes(shape: tuple[int, ...], kind: str, block: int = 0) -> int:
-    """Return the bytes of codes and scales of a packed matrix; block: columns that share a scale."""
-    size, block = prod(shape), block or BLOCKS.get(kind, 0)
-    if kind == "FP8":
-        return size + 4
-    return size // 2 + size // block + 4 if kind == "NVFP4" else size + size // block
+def packed_bytes(shape: tuple[int, ...], kind: str) -> int:
+    """Return the bytes of codes and scales of a packed matrix; NVFP4 has blocks of 16 (W4A8 has 32)."""
+    size = prod(shape)
+    return {"NVFP4": size // 2 + size // 16 + 4, "FP8": size + 4, "MXFP8": size + size // 32}[kind]
 
 
 def opened(model: str | Path) -> Checkpoint:
@@ -71,7 +68,7 @@ def planned(path: Path) -> Checkpoint:
 
 
 def of_config(
-    cfg: Config, directory: Path = Path(), names: Iterable[str] = (), kind: str = "FP8"
+    cfg: Config, directory: Path = Path(), names: Container[str] = (), kind: str = "FP8"
 ) -> Checkpoint:
     """Return a checkpoint that can be described and not read, of a configuration.
 
@@ -81,7 +78,7 @@ def of_config(
     return Checkpoint(directory, cfg, (), stored, ())
 
 
-def _unread(row: Tensor, dtype: str, names: Iterable[str], kind: str) -> Unread:
+def _unread(row: Tensor, dtype: str, names: Container[str], kind: str) -> Unread:
     """Return a row of the table as it lies in files whose tensors have these names."""
     base = row.name.removesuffix(".weight")
     if f"{base}.weight_scale_2" in names:
