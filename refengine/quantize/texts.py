@@ -93,8 +93,8 @@ One day, Hugo was alone in the room with the clock that belonged to his mother. 
 chimed. He only wanted to touch the clock, but it slipped from his fingers and broke. "Nobody saw
 it," thought Hugo, and he hid the clock with a towel. At supper, he could not swallow a bite. His
 stomach felt heavy. "I broke your clock," he said at last. "I am so sorry." His mother was quiet for
-a moment. "A clock can be mended," she said. "I am glad that you were honest." Hugo felt as light as
-a cloud. They repaired the clock together, and only a thin crack remained.
+a moment. "The clock can be mended," she said. "I am glad that you were honest." Hugo felt as light
+as a cloud. They repaired the clock together, and only a thin crack remained.
 
 Hugo had learned that kind words help.
 

@@ -107,13 +107,11 @@ def test_the_shipped_file_means_the_same_to_spec_and_trainer():
 
 
 def test_the_files_are_small_and_made_of_blocks():
-    """Blocks of 16 in the shipped file (NVFP4), of 64 in the next one (NVFP4 in GGUF); at most 9 MB."""
-    assert (SHIPPED / "model.safetensors").stat().st_size <= 9_000_000
-    next_ = export_state(TinyModel(train_tiny.CONFIG))
-    assert sum(t.numel() * t.element_size() for t in next_.values()) < 8_900_000
-    assert 3_500_000 < sum(t.numel() for t in next_.values()) < 4_500_000
-    for cfg, block in ((json.loads((SHIPPED / "config.json").read_text()), 16), (train_tiny.CONFIG, 64)):
-        assert all(width % block == 0 for width in _widths(cfg))
+    """Widths are multiples of 64, the blocks of NVFP4 in GGUF; at most 9 MB, in all files together."""
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 9_000_000
+    assert 3_500_000 < sum(t.numel() for t in export_state(TinyModel(train_tiny.CONFIG)).values()) < 4_500_000
+    for cfg in (json.loads((SHIPPED / "config.json").read_text()), train_tiny.CONFIG):
+        assert all(width % 64 == 0 for width in _widths(cfg))
 
 
 def _widths(cfg):
@@ -332,7 +330,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     ]
     assert [{**line, "minutes": 0} for line in logs[0]] == [{**line, "minutes": 0} for line in logs[1]]
     names = {path.name for path in whole.iterdir()} - {"run"}
-    assert names == {path.name for path in SHIPPED.iterdir()} - {"samples.md"} | {"curve.svg"}
+    assert names == {path.name for path in SHIPPED.iterdir()} - {"samples.md"}
     card = (whole / "README.md").read_text()
     assert all(mark in card for mark in MARKS) and "curve.svg" in card
 

@@ -32,7 +32,7 @@ At supper, {he} could not [eat|swallow] a bite. {His} [stomach|heart] felt [heav
     evening {he} was [silent|pale]. The secret [weighed|pressed] on {him}.
 "I broke your {T}," {he} said at last. "I am so sorry." || Finally {H} went to {his} {G} and told the
     truth. "The {T} is broken, and I did it," {he} said.
-{His} {G} was quiet for a moment. "A {T} can be mended," {G.he} said. "I am glad that you were honest." ||
+{His} {G} was quiet for a moment. "The {T} can be mended," {G.he} said. "I am glad that you were honest." ||
     "Thank you for telling me," said {his} {G}. "The truth is worth more than any {T}."
 ? {H} felt as light as a [feather|cloud|bubble].
 They [glued|fixed|repaired] the {T} together, and only a thin [line|crack] remained. || Together they
