@@ -146,7 +146,7 @@ class Packed:
             if not self.scale_2:
                 return np.zeros(self.shape, dtype)
         else:
-            values, scale = E4M3[self.codes], np.exp2(self.scale.astype(np.float32) - BIAS)
+            values, scale = E4M3[self.codes], np.ldexp(np.float32(1), self.scale.astype(np.int32) - BIAS)
         blocks = values.reshape(*self.scale.shape, self.block)
         blocks *= scale[..., None]
         return blocks.reshape(self.shape).astype(dtype, copy=False)
@@ -223,7 +223,7 @@ def mxfp8(w: Array, block: int = 32) -> Packed:
     largest = np.abs(blocks).max(axis=-1) / np.float32(E4M3_MAX)
     with np.errstate(divide="ignore"):
         exponent = np.ceil(np.log2(largest)).clip(-BIAS, BIAS)
-    scaled = blocks * np.exp2(-exponent)[..., None]
+    scaled = blocks * np.ldexp(np.float32(1), -exponent.astype(np.int32))[..., None]
     codes = to_e4m3(scaled.clip(-E4M3_MAX, E4M3_MAX)).reshape(w.shape)
     return Packed("MXFP8", codes, (exponent + BIAS).astype(np.uint8))
 

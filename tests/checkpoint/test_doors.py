@@ -11,13 +11,14 @@ from tests.support.checkpoints import alter_json, parts, rename
 from tests.support.vocabularies import TINY
 
 HOW = {"max_tokens": 10, "temperature": 0}
+PROMPT = list(range(20, 60))
 PAD = {"id": 2048, "content": "<|PAD_TOKEN|>", "special": True}
 PAD |= {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 
-def ids(model) -> list[int]:
+def ids(model, **how) -> list[int]:
     """Return the ten likeliest tokens after a prompt."""
-    with refengine.load(model) as engine:
+    with refengine.load(model, **how) as engine:
         return [event.id for event in list(engine.generate("Once upon a time", **HOW))[:-1]]
 
 
@@ -74,7 +75,6 @@ DOORS = (
     one_head_applied_twice,
     head_only_in_the_index,
     quantized_says_config,
-    quantized_cache,
     another_name_of_head_dim,
     no_size_of_heads,
     pad_token_beyond_the_vocabulary,
@@ -94,3 +94,15 @@ def test_an_exporters_spelling_changes_no_token(door, expected, tmp_path):
     shutil.copytree(TINY, model, ignore=shutil.ignore_patterns("*.md", "training.json"))
     door(model)
     assert ids(model) == expected and len(expected) == 10
+
+
+def test_keys_and_values_are_stored_as_an_exporter_says(tmp_path):
+    model = tmp_path / "m"
+    shutil.copytree(TINY, model)
+    quantized_cache(model)
+    assert ids(model) == ids("tiny", kv_dtype="fp8")
+    found = {}
+    for name, how in {"m": {}, "fp8": {"kv_dtype": "fp8"}, "plain": {}}.items():
+        with refengine.load(model if name == "m" else "tiny", **how) as engine:
+            found[name] = engine.logits(PROMPT)
+    assert (found["m"] == found["fp8"]).all() and (found["m"] != found["plain"]).any()

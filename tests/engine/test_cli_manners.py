@@ -93,7 +93,7 @@ def test_notes_of_a_checkpoint_reach_every_command_once(cli, tmp_path, monkeypat
 
 def test_verbose_says_what_is_loaded(cli):  # noqa: F811
     err = cli("generate", "x", "-n", 1, "--verbose", "--backend", "numpy")[2]
-    assert "8.39 MB of weights" in err and "backend numpy, dtype float32" in err
+    assert "8.6 MB of weights" in err and "backend numpy, dtype float32" in err
 
 
 def test_every_option_has_one_environment_variable(cli, monkeypatch):  # noqa: F811

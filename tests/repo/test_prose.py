@@ -9,7 +9,9 @@ PERSONS = re.compile(r"\b(whoever|nobody|whom|whosoever)\b", re.IGNORECASE)
 QUESTIONS = {"What", "Where", "How", "Who", "Whose", "When", "Which", "Why"}
 FOLDERS = ("spec", "backends", "refengine", "tools", "tests", "docs")
 # Persons in texts and data, and a kernel and a user called "nobody".
-STORIES = ("tools/tiny/stories/", "refengine/quantize/texts.py", "tests/tools/", "tests/repo/")
+STORIES = (
+    "tools/tiny/stories/", "refengine/models/", "refengine/quantize/texts.py", "tests/tools/", "tests/repo/"
+)  # fmt: skip
 NAMES = ("tests/backends/cuda/test_language.py", "tests/engine/test_bad_inputs.py")
 LINKS = ("refengine/spec/", "refengine/backends/")
 

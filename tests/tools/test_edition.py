@@ -1,4 +1,4 @@
-"""What `tools.write.edition` replaces in the pages is there, and is replaced as a whole."""
+"""Tables and consoles that `tools.write.edition` replaces are in the pages, and are replaced as a whole."""
 
 import pytest
 

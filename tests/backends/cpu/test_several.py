@@ -23,8 +23,10 @@ def read(case: Case, **how):
     return m, states
 
 
-def near(mine, theirs) -> None:
-    np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-3)
+def near(mine, theirs, kv=None) -> None:
+    """Assert that numbers are near; with `kv` a key may round to its neighbour, which moves the logits."""
+    limit = 1e-2 if kv else 1e-3
+    np.testing.assert_allclose(mine, theirs, rtol=limit, atol=limit)
 
 
 def mostly_near(mine, theirs) -> None:
@@ -55,8 +57,8 @@ def test_a_compiled_call_of_several_positions_is_so_many_steps(kv, ssm, seed, co
         for at, token in enumerate(row):
             found, alone = m.backend.step(m, [token], alone)
             if ssm is None:  # float16 steps round S after each position
-                near(logits[i][at], found[0])
-                near(m.head(hidden[i][None, at : at + 1])[0, 0], found[0])
+                near(logits[i][at], found[0], kv)
+                near(m.head(hidden[i][None, at : at + 1])[0, 0], found[0], kv)
             if at + 1 == kept[i]:
                 mine, theirs = state.take(after, [i]), state.take(alone, [0])
                 for one, two in zip(mine, theirs, strict=True):

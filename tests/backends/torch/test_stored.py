@@ -65,4 +65,6 @@ def test_a_whole_step_is_the_verbs_one_after_another(kv, ssm):
     one, other = states, [s and s.take([0, 1, 2]) for s in states]
     for token in case.rng(4).integers(0, case.cfg.vocab_size, (4, 3)):
         (a, one), (b, other) = m.backend.step(m, token, one), plain(m, give(token), other)
-        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-2)
+        # where the processor multiplies bfloat16 itself, the verbs round inputs that the loops do not
+        apart = np.sqrt(np.square(np.subtract(a, b, dtype=np.float64)).mean() / np.square(b).mean())
+        assert apart <= (0.06 if kv == "fp8" else 0.04)
