@@ -55,7 +55,7 @@ def test_fp8_has_the_bytes_of_the_definition():
 @pytest.mark.parametrize("units", [False, True])
 @pytest.mark.parametrize("kv, ssm", [("bfloat16", None), ("fp8", "float16")])
 def test_a_whole_step_is_the_verbs_one_after_another(kv, ssm, units, monkeypatch):
-    """Where the processor multiplies bfloat16 (`units`), the verbs round inputs that the loops do not."""
+    """With bfloat16 `units` of the processor the verbs round inputs that the loops do not."""
     from refengine.backends.cpu.steps import plain
 
     monkeypatch.setattr("refengine.backends.pytorch.products.has_bfloat16_units", lambda: units)
